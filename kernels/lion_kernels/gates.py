@@ -1,0 +1,78 @@
+"""What a mixture's gate looks like, and how it is laid out along the rows of x.
+
+Leading dimensions are aligned on the left: [B, ...] serves x [B, L, D] with one value per sequence, [B, L, ...] with
+one per row. A dimension of 1 broadcasts.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+GateForm = Literal["channel", "dense", "sparse"]
+
+
+def check_gate(
+    gate: Tensor, x: Tensor, experts: int, channels: int, task_ids: Tensor | None, expert_ids: Tensor | None
+) -> GateForm:
+    """The gate's form: "channel" with `task_ids`, "sparse" with `expert_ids`, else "dense".
+
+    Args:
+        gate: [R, experts, channels], [..., k] or [..., experts].
+        x: [..., D], whose leading dimensions the gate or the ids follow.
+        task_ids: integers in 0..R-1.
+        expert_ids: integers in -1..experts-1, shaped like the gate.
+
+    Raises:
+        ValueError: a shape, a dtype, or (where reading values does not wait for a device) an id does not fit.
+    """
+    if task_ids is not None and expert_ids is not None:
+        raise ValueError("task_ids, expert_ids: expected at most one of them, got both")
+    if task_ids is not None:
+        if gate.dim() != 3 or tuple(gate.shape[1:]) != (experts, channels):
+            raise ValueError(f"gate: expected [R, {experts}, {channels}] with task_ids, got {list(gate.shape)}")
+        _check_leading("task_ids", task_ids.shape, x)
+        _check_ids("task_ids", task_ids, 0, gate.shape[0])
+        return "channel"
+    if expert_ids is not None:
+        if gate.dim() == 0 or gate.shape != expert_ids.shape:
+            raise ValueError(f"expert_ids: expected {list(gate.shape)} (from gate), got {list(expert_ids.shape)}")
+        _check_leading("gate", gate.shape[:-1], x)
+        _check_ids("expert_ids", expert_ids, -1, experts)
+        return "sparse"
+    if gate.dim() == 0 or gate.shape[-1] != experts:
+        raise ValueError(f"gate: expected [..., {experts}] (E from down_weight), got {list(gate.shape)}")
+    _check_leading("gate", gate.shape[:-1], x)
+    return "dense"
+
+
+def align_left(tensor: Tensor, rows: int, trailing: int) -> Tensor:
+    """`tensor` with as many leading dimensions as x has (`rows`), ones after those that it has."""
+    given = tensor.dim() - trailing
+    return tensor.reshape(*tensor.shape[:given], *[1] * (rows - given), *tensor.shape[given:])
+
+
+def dense_from_sparse(gate: Tensor, expert_ids: Tensor, experts: int) -> Tensor:
+    """Weights [..., experts] of a sparse gate; an expert named twice counts twice."""
+    slots = torch.where(expert_ids < 0, experts, expert_ids).long()  # "none" falls in a column that is cut off
+    weights = gate.new_zeros(*gate.shape[:-1], experts + 1).scatter_add(-1, slots, gate)
+    return weights[..., :experts]
+
+
+def _check_leading(name: str, given: torch.Size, x: Tensor) -> None:
+    leading = x.shape[:-1]
+    if len(given) > len(leading) or any(g not in (1, n) for g, n in zip(given, leading, strict=False)):
+        raise ValueError(
+            f"{name}: expected leading dimensions {list(leading)} (from x) or the first of them, got {list(given)}"
+        )
+
+
+def _check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+    # On a GPU the comparison would wait for the device; there an index out of range fails in the gather.
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return
+    outside = ids[(ids < low) | (ids >= high)]
+    if outside.numel():
+        raise ValueError(f"{name}: expected values from {low} to {high - 1}, got {outside.unique().tolist()}")
