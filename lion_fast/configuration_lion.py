@@ -1,0 +1,225 @@
+"""Configuration of LION: vision tower, Q-Former, vision aggregator, language model, adapters and tags."""
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, InstructBlipQFormerConfig, PreTrainedConfig
+
+VISUAL_INPUTS = ("ALL", "QFORMER", "AGGREGATOR")
+KERNEL_BACKENDS = ("auto", "triton", "torch")
+TASKS = ("region_level", "image_level")  # position = task id, the row of the routers' tables
+
+
+class LionVisionConfig(PreTrainedConfig):
+    """The frozen vision tower; the defaults are EVA-g/14 as LION uses it (39 blocks, no final norm).
+
+    Args:
+        hidden_size: width of the patch tokens.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of heads; head_dim = hidden_size / num_attention_heads (88 in EVA-g).
+        intermediate_size: width of the MLP.
+        image_size: pixels along each side of the square input; `set_image_size` of the model changes it.
+        patch_size: pixels along each side of a patch.
+    """
+
+    model_type = "lion_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1408
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    intermediate_size: int = 6144
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image: one class token and one per patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+class LionAggregatorConfig(PreTrainedConfig):
+    """The vision aggregator (paper, section 3.2): one block per feature map after the first.
+
+    Args:
+        hidden_size: width, equal to the vision tower's.
+        feature_layers: 0-based vision blocks whose outputs are aggregated. The first is where the hidden
+            states start and what the Q-Former reads; each following one feeds one block's cross-attention.
+        projection_size: hidden width of the projector between the aggregator and the language model.
+    """
+
+    model_type = "lion_aggregator"
+    base_config_key = "aggregator_config"
+
+    hidden_size: int = 1408
+    num_attention_heads: int = 16
+    intermediate_size: int = 3072
+    feature_layers: list[int] | tuple[int, ...] = (38, 28, 18)
+    projection_size: int = 5632
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+
+class LionConfig(PreTrainedConfig):
+    """Configuration of `LionForCausalLM`. The defaults are LION-FlanT5-XL.
+
+    Args:
+        vision_config, qformer_config, aggregator_config, text_config: one per part, as a configuration or a
+            dict. `text_config` may be of any model type that `LionForCausalLM` supports: `t5`, or the
+            decoder-only `llama`, `qwen2` and `qwen3`.
+        visual_input: which visual tokens the language model reads: `"ALL"` (Q-Former, then aggregator),
+            `"QFORMER"` or `"AGGREGATOR"`.
+        num_query_tokens: learned queries of the Q-Former.
+        num_adapters: adapters per feed-forward layer, 1 or 2; 2 with `"ALL"` and 1 otherwise unless given. Two
+            are weighed by a router, by task (paper, section 3.3).
+        adapter_rank: inner width of an adapter.
+        soft_prompt_token: token whose embedding the learned soft prompt replaces; None for no tags.
+        soft_prompt_token_id: its id, which may lie beyond the language model's embedding table.
+        kernel_backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Raises:
+        ValueError: for an unknown `visual_input` or `kernel_backend`, or parts whose widths do not fit.
+    """
+
+    model_type = "lion"
+    sub_configs: ClassVar[dict[str, Any]] = {
+        "vision_config": LionVisionConfig,
+        "qformer_config": InstructBlipQFormerConfig,
+        "aggregator_config": LionAggregatorConfig,
+        "text_config": AutoConfig,
+    }
+
+    vision_config: Any = None
+    qformer_config: Any = None
+    aggregator_config: Any = None
+    text_config: Any = None
+    visual_input: str = "ALL"
+    num_query_tokens: int = 32
+    num_adapters: int | None = None
+    adapter_rank: int = 64
+    soft_prompt_token: str | None = "<extra_id_0>"
+    soft_prompt_token_id: int | None = 32099
+    kernel_backend: str = "auto"
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        _expect_one_of("visual_input", self.visual_input, VISUAL_INPUTS)
+        self.vision_config = _part("vision_config", self.vision_config, LionVisionConfig)
+        self.qformer_config = _part("qformer_config", self.qformer_config, InstructBlipQFormerConfig)
+        self.aggregator_config = _part("aggregator_config", self.aggregator_config, LionAggregatorConfig)
+        self.text_config = _text_part(self.text_config)
+        if self.num_adapters is None:
+            self.num_adapters = 2 if self.visual_input == "ALL" else 1
+        self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
+        self.is_encoder_decoder = self.text_config.is_encoder_decoder
+        self.pad_token_id = getattr(self.text_config, "pad_token_id", None)
+        self.eos_token_id = getattr(self.text_config, "eos_token_id", None)
+        self._check_parts()
+        self.share_adapter_settings()
+        super().__post_init__(**kwargs)
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """0-based vision blocks whose outputs are read; the Q-Former reads the first."""
+        layers = tuple(self.aggregator_config.feature_layers)
+        return layers[:1] if self.visual_input == "QFORMER" else layers
+
+    @property
+    def has_router(self) -> bool:
+        """Whether a router by task weighs several adapters."""
+        return self.num_adapters != 1
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Length of the visual prefix that the language model reads."""
+        queries = self.num_query_tokens if self.visual_input != "AGGREGATOR" else 0
+        patches = self.vision_config.num_tokens if self.visual_input != "QFORMER" else 0
+        return queries + patches
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """The language model's configuration, where transformers looks for layers, heads and vocabulary."""
+        return self.text_config.get_text_config(*args, **kwargs)
+
+    def share_adapter_settings(self) -> None:
+        """Write the adapters' settings where the language model's own layers find them."""
+        _expect_one_of("kernel_backend", self.kernel_backend, KERNEL_BACKENDS)
+        self.text_config.num_adapters = self.num_adapters
+        self.text_config.adapter_rank = self.adapter_rank
+        self.text_config.num_tasks = len(TASKS)
+        self.text_config.kernel_backend = self.kernel_backend
+
+    def _check_parts(self) -> None:
+        vision, aggregator = self.vision_config, self.aggregator_config
+        if self.num_adapters not in (1, len(TASKS)):
+            raise ValueError(f"num_adapters: expected 1 or {len(TASKS)}, got {self.num_adapters}")
+        if self.soft_prompt_token_id is not None and self.soft_prompt_token_id < 0:
+            raise ValueError(f"soft_prompt_token_id: expected 0 or more, or None, got {self.soft_prompt_token_id}")
+        if self.visual_input != "QFORMER" and aggregator.hidden_size != vision.hidden_size:
+            raise ValueError(
+                f"aggregator_config.hidden_size: expected {vision.hidden_size} (vision_config.hidden_size), "
+                f"got {aggregator.hidden_size}"
+            )
+        for name, part in (("vision_config", vision), ("aggregator_config", aggregator)):
+            if part.hidden_size % part.num_attention_heads:
+                raise ValueError(
+                    f"{name}.num_attention_heads: expected a divisor of hidden_size {part.hidden_size}, "
+                    f"got {part.num_attention_heads}"
+                )
+        if vision.image_size % vision.patch_size:
+            raise ValueError(
+                f"vision_config.image_size: expected a multiple of patch_size {vision.patch_size}, "
+                f"got {vision.image_size}"
+            )
+        if not all(0 <= layer < vision.num_hidden_layers for layer in self.feature_layers):
+            raise ValueError(
+                f"aggregator_config.feature_layers: expected blocks in 0..{vision.num_hidden_layers - 1} "
+                f"(vision_config.num_hidden_layers = {vision.num_hidden_layers}), got {list(self.feature_layers)}"
+            )
+
+
+def _expect_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _part(name: str, value: dict | PreTrainedConfig | None, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    if value is None:
+        return config_class()
+    if isinstance(value, dict):
+        return config_class(**value)
+    if not isinstance(value, config_class):
+        raise ValueError(f"{name}: expected a dict or {config_class.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _text_part(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    fields = dict(value) if value is not None else dict(FLAN_T5_XL)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(f"text_config: expected a key 'model_type' such as 't5' or 'llama', got {sorted(fields)}")
+    config = AutoConfig.for_model(model_type, **fields)
+    # T5Config's constructor turns Flan's activation into the tanh form; LION runs the exact one.
+    if "dense_act_fn" in fields:
+        config.dense_act_fn = fields["dense_act_fn"]
+    return config
+
+
+FLAN_T5_XL = {
+    "model_type": "t5",
+    "d_model": 2048,
+    "d_kv": 64,
+    "d_ff": 5120,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "num_heads": 32,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+}
