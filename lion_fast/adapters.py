@@ -1,0 +1,89 @@
+"""The mixture of adapters that LION adds to every feed-forward layer of the language model (section 3.3)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+from lion_kernels import mixture_of_adapters
+
+
+class LowRankAdapter(nn.Module):
+    """The parameters of scale * (up_proj ReLU(down_proj x)); `MixtureOfAdapters` computes it.
+
+    A new adapter adds nothing: Kaiming-uniform down, zero up, scale one.
+    """
+
+    def __init__(self, hidden_size: int, rank: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.down_proj = nn.Linear(hidden_size, rank)
+        self.up_proj = nn.Linear(rank, hidden_size)
+
+    def reset_parameters(self) -> None:
+        init.ones_(self.scale)
+        init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
+        for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            init.zeros_(zero)
+
+
+class MixtureOfAdapters(nn.Module):
+    """residual + sum_k ratio_k[task] * A_k(h), with h the residual stream before the feed-forward's norm.
+
+    Adapter 0 starts as the adapter of task 0 (region_level), adapter 1 as that of task 1 (image_level): the routers'
+    tables start as the identity. With one adapter there is no router.
+
+    Args:
+        config: a language model's configuration with `num_adapters`, `adapter_rank`, `num_tasks` and
+            `kernel_backend`, as `LionConfig.share_adapter_settings` writes them.
+    """
+
+    adapters: list[LowRankAdapter]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.kernel_backend: str = config.kernel_backend
+        self.num_tasks: int = config.num_tasks
+        adapters = [LowRankAdapter(config.hidden_size, config.adapter_rank) for _ in range(config.num_adapters)]
+        self.adapters = nn.ModuleList(adapters)  # type: ignore[assignment]
+        self.has_router = config.num_adapters > 1
+        if self.has_router:
+            for index in range(config.num_adapters):
+                # Named from 1, as in the published checkpoints.
+                self.register_parameter(
+                    f"router_ratio{index + 1}", nn.Parameter(torch.empty(config.num_tasks, config.hidden_size))
+                )
+
+    def reset_parameters(self) -> None:
+        for index in range(len(self.adapters) if self.has_router else 0):
+            ratio = getattr(self, f"router_ratio{index + 1}")
+            own_task = torch.arange(self.num_tasks, device=ratio.device) == index
+            init.copy_(ratio, own_task.to(ratio.dtype).unsqueeze(1).expand_as(ratio))
+
+    def gate(self) -> Tensor:
+        """Channel gates [R, E, D] with a router, one weight per adapter [E] without; the learned scales folded in."""
+        scales = torch.cat([adapter.scale for adapter in self.adapters])
+        if not self.has_router:
+            return scales
+        ratios = [getattr(self, f"router_ratio{index + 1}") for index in range(len(self.adapters))]
+        return torch.stack(ratios, dim=1) * scales.unsqueeze(1)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor | None) -> Tensor:
+        """Args: hidden_states and residual [B, L, D]; task_ids int64 [B], needed where there is a router."""
+        if self.has_router and task_ids is None:
+            raise ValueError("task_ids: expected one id per sequence for the adapters' router, got None")
+        down = [adapter.down_proj for adapter in self.adapters]
+        up = [adapter.up_proj for adapter in self.adapters]
+        return mixture_of_adapters(
+            hidden_states,
+            torch.stack([layer.weight for layer in down]),
+            torch.stack([layer.bias for layer in down]),
+            torch.stack([layer.weight for layer in up]),
+            torch.stack([layer.bias for layer in up]),
+            self.gate(),
+            task_ids=task_ids if self.has_router else None,
+            residual=residual,
+            backend=self.kernel_backend,
+        )
