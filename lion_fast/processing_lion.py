@@ -1,0 +1,275 @@
+"""Pictures, questions, tags and answers as the tensors that `LionForCausalLM` reads."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoTokenizer,
+    BatchFeature,
+    BlipImageProcessorPil,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from lion_fast.boxes import parse_boxes
+from lion_fast.configuration_lion import TASKS
+from lion_fast.images import ImageLike, load_images
+
+TAG_SENTENCE = "According to {soft_prompt}, you are allowed to use or partially use the following tags: [{tags}]. "
+IGNORED = -100  # label that the loss passes over
+
+Tags = str | Sequence[str] | None
+"""Tags of one picture: as LION writes them (`"dog, cart, man"`), one string per tag, or none."""
+
+
+class LionProcessor(ProcessorMixin):
+    """Image processor, language model's tokenizer and Q-Former's tokenizer in one.
+
+    The tokenizers that are passed are set up in place: both truncate on the left; the language model's pads on the
+    right for an encoder-decoder and on the left for a decoder-only model, where the answer must follow the prompt's
+    last token, and pads with EOS if it had no padding token.
+
+    Args:
+        image_processor: squashes, rescales and normalises; `BlipImageProcessorPil` gives the original's pixels exactly.
+        tokenizer: the language model's.
+        qformer_tokenizer: BERT's, with the `[DEC]` token that the Q-Former's vocabulary ends with.
+        is_encoder_decoder: whether the language model is one (T5) or decoder-only (Llama, Qwen).
+        soft_prompt_token: stands in the tag sentence where the model puts its learned vector; None for no tags.
+        max_txt_len: tokens of the prompt in training, and of the Q-Former's question always; what is more is cut off on
+            the left.
+        max_target_len: tokens of the answer, EOS included; what is more is cut off on the right.
+
+    Attributes:
+        soft_prompt_token_id: id of `soft_prompt_token`, or None where the tokenizer has no such token.
+
+    Raises:
+        ValueError: for a tokenizer without EOS, or a decoder-only model's that ends every prompt with it.
+    """
+
+    qformer_tokenizer: PreTrainedTokenizerBase
+    parse_boxes = staticmethod(parse_boxes)
+
+    def __init__(
+        self,
+        image_processor: BlipImageProcessorPil,
+        tokenizer: PreTrainedTokenizerBase,
+        qformer_tokenizer: PreTrainedTokenizerBase,
+        is_encoder_decoder: bool = True,
+        soft_prompt_token: str | None = "<extra_id_0>",
+        max_txt_len: int = 128,
+        max_target_len: int = 128,
+    ):
+        # Where torchvision is installed, from_pretrained brings a processor with its resize, which gives other pixels.
+        pil = image_processor.backend == "pil"
+        super().__init__(
+            image_processor if pil else BlipImageProcessorPil.from_dict(image_processor.to_dict()),
+            tokenizer,
+            qformer_tokenizer,
+        )
+        if tokenizer.eos_token is None:
+            raise ValueError("tokenizer: expected one with an EOS token, which ends the answers, got none")
+        if not is_encoder_decoder and len(ids := tokenizer("a").input_ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            raise ValueError(
+                f"tokenizer: expected prompts of a decoder-only model to be open-ended, got {tokenizer.eos_token!r} "
+                "after them; load it with add_eos_token=False"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right" if is_encoder_decoder else "left"
+        tokenizer.truncation_side = qformer_tokenizer.truncation_side = "left"
+        qformer_tokenizer.padding_side = "right"
+        self.is_encoder_decoder = is_encoder_decoder
+        self.soft_prompt_token = soft_prompt_token
+        self.soft_prompt_token_id = _token_id(tokenizer, soft_prompt_token)
+        self.max_txt_len = max_txt_len
+        self.max_target_len = max_target_len
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        text: str | Sequence[str],
+        tags: Tags | Sequence[Tags] = None,
+        task: str | Sequence[str] = "image_level",
+        text_target: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Everything the model reads for B pictures with one question each.
+
+        The Q-Former reads the question alone; the language model reads the tag sentence, then the question. With
+        `text_target` the prompt is cut to `max_txt_len`, on the left, so hint and tags go first; otherwise it is whole.
+
+        Args:
+            images: one picture or B of them, anything that `lion_fast.images.load_image` reads.
+            text: one question (or instruction) or B of them.
+            tags: per picture, `"dog, cart, man"`, a list of strings, or None or "" for no tag sentence; None for no
+                tags at all.
+            task: `"image_level"` (captions, questions) or `"region_level"` (boxes), which the adapters' router goes by;
+                one for all or one each.
+            text_target: one answer or B of them, for training.
+            return_tensors: `"pt"`, `"np"`, or None for lists.
+
+        Returns:
+            `pixel_values` [B, 3, H, W] float32; `input_ids`, `attention_mask` [B, L]; `qformer_input_ids`,
+            `qformer_attention_mask` [B, Lq]; `task_ids` [B], 0 region_level, 1 image_level; and with `text_target`
+            `labels` [B, Lt], ending with EOS and padded on the right with -100. All int64 but the first.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: for a picture that cannot be read (see `load_image`).
+            ValueError: for arguments of different lengths, a blank question, an unknown task, tags for a model without
+                soft prompt, or a question or tags in which the soft prompt's token stands.
+            TypeError: for text, tags or tasks that are not strings.
+        """
+        questions = _strings(text, "text")
+        pictures = load_images(images)
+        if len(pictures) != len(questions):
+            raise ValueError(
+                f"text: expected one question per picture, got {len(questions)} for {len(pictures)} pictures; "
+                "pass a picture once for each of its questions"
+            )
+        tags_by_sample = _tags_by_sample(tags, len(questions), single=isinstance(text, str))
+        prompts = [
+            self._prompt(*sample, place) for place, sample in enumerate(zip(questions, tags_by_sample, strict=True))
+        ]
+        cut = {"truncation": True, "max_length": self.max_txt_len}
+        prompt = self.tokenizer(prompts, padding=True, **(cut if text_target is not None else {}))
+        question = self.qformer_tokenizer(questions, padding=True, **cut)
+        data = {
+            "pixel_values": self.image_processor(pictures, return_tensors=return_tensors)["pixel_values"],
+            "input_ids": prompt["input_ids"],
+            "attention_mask": prompt["attention_mask"],
+            "qformer_input_ids": question["input_ids"],
+            "qformer_attention_mask": question["attention_mask"],
+            "task_ids": _task_ids(task, len(questions)),
+        }
+        if text_target is not None:
+            data["labels"] = self._labels(_strings(text_target, "text_target", len(questions)))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [
+            "pixel_values",
+            "input_ids",
+            "attention_mask",
+            "qformer_input_ids",
+            "qformer_attention_mask",
+            "task_ids",
+        ]
+
+    def _prompt(self, question: str, tags: str, place: int) -> str:
+        if not question.strip():
+            raise ValueError(f"text[{place}]: expected a question or an instruction, got {question!r}")
+        for name, value in (("text", question), ("tags", tags)):
+            if self.soft_prompt_token is not None and self.soft_prompt_token in value:
+                raise ValueError(
+                    f"{name}[{place}]: expected text without {self.soft_prompt_token!r}, the place of the soft prompt, "
+                    f"got {value!r}"
+                )
+        if not tags:
+            return question
+        if self.soft_prompt_token_id is None:
+            raise ValueError(
+                f"tags[{place}]: expected none, as the tokenizer has no token for the soft prompt "
+                f"(soft_prompt_token={self.soft_prompt_token!r}), got {tags!r}"
+            )
+        return TAG_SENTENCE.format(soft_prompt=self.soft_prompt_token, tags=tags) + question
+
+    def _labels(self, answers: list[str]) -> list[list[int]]:
+        rows = [
+            [*ids[: self.max_target_len - 1], self.tokenizer.eos_token_id]
+            for ids in self.tokenizer(answers, add_special_tokens=False).input_ids
+        ]
+        longest = max(map(len, rows))
+        return [ids + [IGNORED] * (longest - len(ids)) for ids in rows]
+
+
+def build_processor(
+    llm_dir: str | os.PathLike,
+    bert_dir: str | os.PathLike,
+    image_size: int = 224,
+    soft_prompt_token: str | None = "<extra_id_0>",
+) -> LionProcessor:
+    """The processor of a model that is put together from its parts.
+
+    BERT's vocabulary gets `[DEC]` as its last token, as that of the published Q-Formers has; the language model's gets
+    `soft_prompt_token` if it lacks it, whose id may then lie beyond the model's embedding table.
+
+    Args:
+        llm_dir: directory with the language model's `config.json` and tokenizer.
+        bert_dir: directory with the tokenizer of the Q-Former's BERT (`bert-base-uncased`).
+        image_size: side of the square pictures in pixels.
+        soft_prompt_token: see `LionProcessor`.
+
+    Raises:
+        NotADirectoryError: for a path that leads to no directory.
+    """
+    for name, path in (("llm_dir", llm_dir), ("bert_dir", bert_dir)):
+        if not Path(path).is_dir():
+            raise NotADirectoryError(f"{name}: expected a directory with a tokenizer, got {path}")
+    tokenizer = AutoTokenizer.from_pretrained(llm_dir)
+    if soft_prompt_token is not None and _token_id(tokenizer, soft_prompt_token) is None:
+        tokenizer.add_tokens([AddedToken(soft_prompt_token, normalized=False, special=True)], special_tokens=True)
+    qformer_tokenizer = AutoTokenizer.from_pretrained(bert_dir)
+    qformer_tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    return LionProcessor(
+        BlipImageProcessorPil(size={"height": image_size, "width": image_size}),
+        tokenizer,
+        qformer_tokenizer,
+        is_encoder_decoder=AutoConfig.from_pretrained(llm_dir).is_encoder_decoder,
+        soft_prompt_token=soft_prompt_token,
+    )
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
+    """The token's id, or None where the tokenizer does not read it as one token."""
+    if token is None:
+        return None
+    ids = tokenizer(token, add_special_tokens=False).input_ids
+    return next((i for i in ids if tokenizer.convert_ids_to_tokens(i) == token), None)
+
+
+def _strings(value: object, name: str, count: int | None = None) -> list[str]:
+    """`value` as a list, of `count` strings if that is given."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
+    for i, string in enumerate(value):
+        if not isinstance(string, str):
+            raise TypeError(f"{name}[{i}]: expected a string, got {type(string).__name__}")
+    if count is not None:
+        _check_count(value, name, count)
+    return list(value)
+
+
+def _check_count(values: Sequence, name: str, count: int) -> None:
+    if len(values) != count:
+        raise ValueError(f"{name}: expected one per picture ({count}), got {len(values)}")
+
+
+def _tags_by_sample(tags: Tags | Sequence[Tags], count: int, single: bool) -> list[str]:
+    """Tags of each sample in one string; "" for none. A flat list belongs to the one sample of a `single` call."""
+    if tags is None:
+        return [""] * count
+    if not isinstance(tags, Sequence):
+        raise TypeError(f"tags: expected None, a string or a list of one entry per picture, got {type(tags).__name__}")
+    of_one_sample = isinstance(tags, str) or (single and all(isinstance(tag, str) for tag in tags))
+    entries = [tags] if of_one_sample else tags
+    _check_count(entries, "tags", count)
+    return ["" if entry is None else _joined_tags(entry, f"tags[{i}]") for i, entry in enumerate(entries)]
+
+
+def _joined_tags(tags: object, name: str) -> str:
+    joined = ", ".join(_strings(tags, name))
+    return joined if joined.strip() else ""
+
+
+def _task_ids(task: str | Sequence[str], count: int) -> list[int]:
+    names = [task] * count if isinstance(task, str) else _strings(task, "task", count)
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"task: expected {' or '.join(map(repr, TASKS))}, got {name!r}")
+    return [TASKS.index(name) for name in names]

@@ -1,0 +1,264 @@
+"""Pictures: every kind of input becomes the same upright RGB, and what is no picture is refused by name."""
+
+import contextlib
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from lion_fast.images import load_image, load_images
+
+# Two rows of five pixels, all different, so that any turn, flip or swap of channels shows.
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 3), dtype=np.uint8)
+
+
+def pixels_of(image) -> np.ndarray:
+    loaded = load_image(image)
+    assert loaded.mode == "RGB"
+    return np.asarray(loaded)
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.fromarray(PIXELS).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [str, Path, Image.open], ids=["str", "Path", "PIL"])
+def test_paths_and_pil_images_give_the_files_pixels(picture, kind):
+    np.testing.assert_array_equal(pixels_of(kind(picture)), PIXELS)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        PIXELS,
+        PIXELS.transpose(2, 0, 1),
+        PIXELS.astype(np.int64),
+        PIXELS.astype(np.uint16) * 257,
+        PIXELS.astype(np.float32) / 255,
+        PIXELS.astype(np.float64) / 255 * (1 + 1e-4),
+        np.dstack([PIXELS, np.full((2, 5), 40, np.uint8)]),
+        torch.tensor(PIXELS),
+        torch.tensor(PIXELS).permute(2, 0, 1),
+        (torch.tensor(PIXELS) / 255).permute(2, 0, 1).requires_grad_(),
+        (torch.tensor(PIXELS) / 255).half(),
+    ],
+    ids=["HWC", "CHW", "int64", "uint16", "float32", "overshoot", "RGBA", "tensor", "tensor-CHW", "grad", "half"],
+)
+def test_arrays_give_the_same_picture_in_any_layout_and_type(array):
+    np.testing.assert_array_equal(pixels_of(array), PIXELS)
+
+
+def test_bfloat16_is_read_to_its_own_precision():
+    loaded = pixels_of((torch.tensor(PIXELS) / 255).bfloat16()).astype(int)
+    assert np.abs(loaded - PIXELS).max() <= 1  # 8 bits of mantissa: half a unit of 1/256 at values near 1
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 1), (1, 2, 5)])
+def test_grey_arrays_have_three_equal_channels(shape):
+    grey = PIXELS[:, :, 0]
+    np.testing.assert_array_equal(pixels_of(grey.reshape(shape)), np.dstack([grey] * 3))
+
+
+def test_booleans_are_black_and_white():
+    assert pixels_of(np.array([[True, False]])).tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_where_both_layouts_fit_arrays_are_channels_last_and_tensors_channels_first():
+    array = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    assert load_image(array).size == (5, 3)
+    assert load_image(torch.tensor(array)).size == (3, 5)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_becomes_what_pillow_converts_it_to(mode):
+    image = Image.fromarray(PIXELS).convert(mode)
+    np.testing.assert_array_equal(pixels_of(image), np.asarray(image.convert("RGB")))
+
+
+def test_transparency_is_dropped_and_not_blended():
+    clear_red = Image.new("RGBA", (1, 1), (200, 10, 20, 0))
+    assert pixels_of(clear_red).tolist() == [[[200, 10, 20]]]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bit_grey_keeps_its_tones(mode, tmp_path):
+    values = np.array([[0, 255, 256, 0x1234, 0x8000, 0xFFFF]])
+    image = Image.fromarray(values.astype(">u2" if mode == "I;16B" else "<i4" if mode == "I" else "<u2"))
+    assert image.mode == mode
+    assert pixels_of(image)[0, :, 0].tolist() == [0, 0, 1, 0x12, 0x80, 0xFF]
+
+
+def test_sixteen_bit_png_is_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 0x4000, 0xFFFF]], np.uint16)).save(tmp_path / "deep.png")
+    assert pixels_of(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 0x40, 0xFF]
+
+
+def test_float_mode_holds_shares_of_full_brightness():
+    image = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
+    assert pixels_of(image)[0, :, 0].tolist() == [0, 128, 255]
+
+
+# What a viewer must do for each EXIF orientation (TIFF 6.0, tag 274), on an array [H, W, C].
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+    7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda a: a.transpose(1, 0, 2)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_pictures_are_turned_upright_once(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(PIXELS).save(path, exif=exif)
+    loaded = load_image(path)
+    np.testing.assert_array_equal(np.asarray(loaded), UPRIGHT[orientation](PIXELS))
+    np.testing.assert_array_equal(pixels_of(loaded), np.asarray(loaded))
+
+
+def test_damage_elsewhere_in_the_exif_data_does_not_matter(tmp_path):
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    date_that_is_a_number = struct.pack("<HHIHH", 0x0132, 5, 1, 38, 0) + struct.pack("<III", 0, 1, 1)
+    exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 2) + orientation + date_that_is_a_number
+    Image.fromarray(PIXELS).save(tmp_path / "odd.png", exif=exif)
+    with pytest.raises(AttributeError):  # Pillow's own way to turn a picture stumbles over it
+        ImageOps.exif_transpose(Image.open(tmp_path / "odd.png"))
+    np.testing.assert_array_equal(pixels_of(tmp_path / "odd.png"), UPRIGHT[6](PIXELS))
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+    first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
+    assert pixels_of(tmp_path / "moving.gif")[0, 0].tolist() == [255, 0, 0]
+
+
+def test_the_callers_image_is_left_as_it_was():
+    image = Image.fromarray(PIXELS)
+    image.info["comment"] = "mine"
+    load_image(image).putpixel((0, 0), (1, 2, 3))
+    assert image.info == {"comment": "mine"}
+    np.testing.assert_array_equal(np.asarray(image), PIXELS)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp"])
+def test_a_truncated_file_is_refused(tmp_path, suffix):
+    path = tmp_path / f"half.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"image \(.*half\.{suffix}\): expected a"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_a_file_that_is_no_image_is_refused(tmp_path, content):
+    (tmp_path / "notes.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"notes\.txt\): expected an? (whole )?image"):
+        load_image(tmp_path / "notes.txt")
+
+
+@given(damage=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=20))
+def test_a_damaged_file_gives_a_picture_or_a_value_error(damage, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "damaged.jpg"
+    Image.fromarray(np.tile(PIXELS, (8, 8, 1))).save(path)
+    content = bytearray(path.read_bytes())
+    for place, value in damage:
+        content[place % len(content)] = value
+    path.write_bytes(content)
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        warnings.simplefilter("ignore")
+        assert load_image(path).mode == "RGB"
+
+
+def png_of_claimed_size(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9460, 10_000, 60_000], ids=["above the limit", "warning", "error"])
+def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path, side):
+    (tmp_path / "bomb.png").write_bytes(png_of_claimed_size(side, side))
+    with pytest.raises(ValueError, match=r"bomb\.png\): expected at most 89478485 pixels"):
+        load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("path", ["nowhere.png", "."])
+def test_a_path_to_no_file_is_named(tmp_path, path):
+    with pytest.raises(FileNotFoundError, match="expected an image file"):
+        load_image(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros((0, 3, 3), np.uint8), r"with pixels, got shape \(0, 3, 3\)"),
+        (Image.new("RGB", (0, 4)), "with pixels, got 0 x 4"),
+        (np.zeros((5, 5, 2), np.uint8), r"C of 1, 3 or 4, got \(5, 5, 2\)"),
+        (np.zeros(4, np.uint8), r"got \(4,\)"),
+        (np.zeros((1, 1, 4, 4), np.uint8), r"got \(1, 1, 4, 4\)"),
+        (np.full((2, 2), np.nan), r"in 0\.\.1, got nan\.\.nan"),
+        (np.array([[0, np.inf]]), r"got 0\.\.inf"),
+        (np.array([[0.0, 200.0]]), r"0\.\.255 are to be uint8"),
+        (torch.tensor([[-2.1, 2.6]]), "normalised pixels cannot be read"),
+        (np.array([[-1, 3]]), r"int64 values in 0\.\.255, got -1\.\.3"),
+        (np.array([[0, 300]]), r"int64 values in 0\.\.255, got 0\.\.300"),
+        (np.array([[1j]]), "complex128"),
+        (np.array([["a"]]), "<U1"),
+        (Image.fromarray(np.array([[70_000]], np.int32)), r"0\.\.65535, got 70000"),
+    ],
+)
+def test_what_is_no_picture_is_refused(value, message):
+    with pytest.raises(ValueError, match=f"^picture: expected .*{message}"):
+        load_image(value, "picture")
+
+
+@pytest.mark.parametrize("value", [None, 3, b"bytes", {"path": "a.png"}])
+def test_other_types_are_refused(value):
+    with pytest.raises(TypeError, match=f"image: expected a PIL image, .* got {type(value).__name__}"):
+        load_image(value)
+
+
+def test_a_sequence_may_mix_all_kinds(picture):
+    kinds = [picture, str(picture), Image.open(picture), PIXELS, torch.tensor(PIXELS)]
+    for loaded in load_images(kinds):
+        np.testing.assert_array_equal(np.asarray(loaded), PIXELS)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.tensor])
+def test_a_batch_array_holds_one_picture_per_row(convert):
+    batch = convert(np.stack([PIXELS, PIXELS[::-1]]))
+    first, second = load_images(batch)
+    np.testing.assert_array_equal(np.asarray(first), PIXELS)
+    np.testing.assert_array_equal(np.asarray(second), PIXELS[::-1])
+
+
+def test_one_picture_makes_a_list_of_one(picture):
+    assert [len(load_images(one)) for one in (picture, str(picture), PIXELS, Image.open(picture))] == [1] * 4
+
+
+def test_errors_name_the_place_in_the_batch(picture):
+    with pytest.raises(ValueError, match=r"^images\[1\]: "):
+        load_images([picture, np.zeros((2, 2, 7))])
+    with pytest.raises(ValueError, match="images: expected at least one picture"):
+        load_images([])

@@ -1,0 +1,373 @@
+"""The processor: exactly the original's tensors, for every kind of language model, and errors that name their cause."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import BlipImageProcessorPil, LlamaConfig, PreTrainedTokenizerFast, T5Config
+
+from lion_fast.processing_lion import LionProcessor, build_processor
+
+QUESTION = "What is on the cart?"
+SENTENCE = "According to <extra_id_0>, you are allowed to use or partially use the following tags: [dog, cart]. "
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def byte_tokenizer(template: str = "$A", **special_tokens: str) -> PreTrainedTokenizerFast:
+    """One token per byte, so that ids decode to exactly the text they came from, and special tokens after them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special_tokens.values()))
+    ids = [(token, tokenizer.token_to_id(token)) for token in special_tokens.values()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special_tokens)
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer("$A </s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.add_tokens(["<extra_id_0>"], special_tokens=True)
+    return tokenizer
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer("<s> $A", bos_token="<s>", eos_token="</s>")
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+DECODERS = {"llama": llama_tokenizer, "qwen": qwen_tokenizer}
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast | None = None, **settings) -> LionProcessor:
+    bert = byte_tokenizer("[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
+    return LionProcessor(
+        BlipImageProcessorPil(size={"height": 28, "width": 28}), tokenizer or t5_tokenizer(), bert, **settings
+    )
+
+
+@pytest.fixture
+def processor() -> LionProcessor:
+    return make_processor()
+
+
+@pytest.fixture(scope="module")
+def golden_processor(golden) -> LionProcessor:
+    return build_processor(golden.directory / "flan-t5-tiny", golden.directory / "bert-tiny", image_size=56)
+
+
+def golden_call(golden, processor: LionProcessor, task: str = "image_level"):
+    images = [golden.directory / "image.png"] * 4
+    meta = golden.meta
+    return processor(images, meta["questions"], tags=meta["tags"], task=task, text_target=meta["answers"])
+
+
+@pytest.mark.parametrize("size", [56, 224])
+def test_pixels_are_the_originals_to_the_bit(golden, size):
+    processor = build_processor(golden.directory / "flan-t5-tiny", golden.directory / "bert-tiny", size)
+    pixels = processor(golden.directory / "image.png", QUESTION).pixel_values
+    assert torch.equal(pixels[0], golden.expected[f"image.eval_processor_{size}"])
+
+
+@pytest.mark.parametrize("task", ["image_level", "region_level"])
+def test_prompts_and_answers_are_the_originals(golden, golden_processor, task):
+    batch = golden_call(golden, golden_processor, task)
+    embedding = load_file(golden.directory / "flan-t5-tiny" / "model.safetensors")["shared.weight"]
+    hint = torch.load(golden.directory / "LION-tiny.pth", weights_only=True)["model"]["soft_prompt_hint"]
+    embedded = embedding.bfloat16().float()[batch.input_ids]  # the original holds its language model in bf16
+    embedded[batch.input_ids == golden_processor.soft_prompt_token_id] = hint
+    num_visual_tokens = golden.expected["visual_prefix"].shape[1]
+    assert torch.equal(embedded, golden.expected[f"{task}.inputs_embeds"][:, num_visual_tokens:])
+    assert torch.equal(batch.attention_mask, golden.expected[f"{task}.attention_mask"][:, num_visual_tokens:])
+    assert torch.equal(batch.labels, golden.expected[f"{task}.labels"])
+
+
+def test_dec_is_the_last_row_of_the_q_formers_vocabulary(golden, golden_processor):
+    state = torch.load(golden.directory / "LION-tiny.pth", weights_only=True)["model"]
+    rows = len(state["Qformer.bert.embeddings.word_embeddings.weight"])
+    assert len(golden_processor.qformer_tokenizer) == rows
+    assert golden_processor.qformer_tokenizer.convert_tokens_to_ids("[DEC]") == rows - 1
+
+
+def test_a_saved_processor_gives_the_same_tensors_after_it_was_used(golden, golden_processor, tmp_path):
+    before = golden_call(golden, golden_processor)
+    golden_processor.save_pretrained(tmp_path)
+    loaded = LionProcessor.from_pretrained(tmp_path)
+    after = golden_call(golden, loaded)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert loaded.image_processor.backend == "pil"
+    long_question = "Is there a dog in the image? " * 30
+    prompts = [p(PICTURE, long_question).input_ids for p in (golden_processor, loaded)]
+    assert prompts[0].shape[1] > golden_processor.max_txt_len
+    assert torch.equal(*prompts)
+
+
+def test_generated_ids_decode_to_the_originals_text(golden, golden_processor):
+    name = "region_level.generate.beams5.rp1.5"
+    decoded = golden_processor.batch_decode(golden.expected[name], skip_special_tokens=True)
+    assert decoded == golden.meta[name]
+    assert golden_processor.decode(golden.expected[name][0], skip_special_tokens=True) == golden.meta[name][0]
+    assert golden_processor.post_process_image_text_to_text(golden.expected[name]) == golden.meta[name]
+
+
+@pytest.mark.parametrize("tags", ["dog, cart", ["dog", "cart"], ["dog, cart"], [["dog", "cart"]], ("dog", "cart")])
+def test_the_prompt_is_the_tag_sentence_and_the_question(processor, tags):
+    (ids,) = processor(PICTURE, QUESTION, tags=tags).input_ids
+    assert processor.decode(ids) == SENTENCE + QUESTION + "</s>"
+    assert (ids == processor.soft_prompt_token_id).sum() == 1
+
+
+@pytest.mark.parametrize("tags", [None, "", " ", [], [""], [None], [[]]])
+def test_without_tags_the_prompt_is_the_question(processor, tags):
+    (ids,) = processor(PICTURE, QUESTION, tags=tags).input_ids
+    assert processor.decode(ids) == QUESTION + "</s>"
+
+
+def test_each_sample_has_its_own_tags(processor):
+    batch = processor([PICTURE] * 4, [QUESTION] * 4, tags=["dog, cart", None, ["dog", "cart"], ""])
+    texts = processor.batch_decode(batch.input_ids, skip_special_tokens=True)
+    expected = [SENTENCE.replace("<extra_id_0>", "") + QUESTION, QUESTION]
+    assert texts == expected * 2
+
+
+def test_tags_may_hold_braces_and_brackets(processor):
+    (ids,) = processor(PICTURE, QUESTION, tags="{tags}, [x]").input_ids
+    assert "the following tags: [{tags}, [x]]. What" in processor.decode(ids)
+
+
+def test_the_q_former_reads_the_question_alone(processor):
+    batch = processor([PICTURE] * 2, [QUESTION, "Why?"], tags=["dog", "cat"])
+    texts = processor.qformer_tokenizer.batch_decode(batch.qformer_input_ids)
+    pads = len(QUESTION) - len("Why?")
+    assert texts == [f"[CLS]{QUESTION}[SEP]", "[CLS]Why?[SEP]" + "[PAD]" * pads]
+    assert batch.qformer_attention_mask.sum(1).tolist() == [len(QUESTION) + 2, len("Why?") + 2]
+
+
+@pytest.mark.parametrize(
+    ("task", "ids"),
+    [
+        ("image_level", [1, 1]),
+        ("region_level", [0, 0]),
+        (["region_level", "image_level"], [0, 1]),
+    ],
+)
+def test_tasks_become_ids(processor, task, ids):
+    batch = processor([PICTURE] * 2, [QUESTION] * 2, task=task)
+    assert batch.task_ids.tolist() == ids
+    assert batch.task_ids.dtype == torch.int64
+
+
+def test_the_task_is_image_level_unless_told(processor):
+    assert processor(PICTURE, QUESTION).task_ids.tolist() == [1]
+
+
+def test_in_training_prompts_lose_their_left_end_and_keep_eos(processor):
+    question = "".join(chr(ord("a") + i % 26) for i in range(150))
+    (ids,) = processor(PICTURE, question, tags="dog", text_target="yes").input_ids
+    assert processor.decode(ids) == question[-127:] + "</s>"
+
+
+def test_in_generation_prompts_are_whole(processor):
+    question = "why " * 100 + "?"
+    (ids,) = processor(PICTURE, question, tags="dog, cart").input_ids
+    assert processor.decode(ids) == SENTENCE + question + "</s>"
+
+
+@pytest.mark.parametrize("answer", [None, "yes"])
+def test_the_q_formers_question_is_always_cut_on_the_left(processor, answer):
+    question = "".join(chr(ord("a") + i % 26) for i in range(150))
+    (ids,) = processor(PICTURE, question, text_target=answer).qformer_input_ids
+    assert processor.qformer_tokenizer.decode(ids) == f"[CLS]{question[-126:]}[SEP]"
+
+
+@pytest.mark.parametrize("kind", ["t5", *DECODERS])
+def test_labels_are_the_answer_and_eos_and_nothing_else(kind):
+    decoder = kind in DECODERS
+    processor = make_processor(DECODERS[kind]() if decoder else None, is_encoder_decoder=not decoder)
+    answers = ["a red one", "", "x" * 200]
+    labels = processor([PICTURE] * 3, [QUESTION] * 3, text_target=answers).labels
+    assert labels.shape == (3, 128)
+    assert labels.dtype == torch.int64
+    eos = processor.tokenizer.eos_token
+    for row, text in zip(labels, ["a red one", "", "x" * 127], strict=True):
+        length = len(text) + 1
+        assert processor.decode(row[:length]) == text + eos
+        assert (row[length:] == -100).all()
+
+
+@pytest.mark.parametrize("kind", ["t5", *DECODERS])
+def test_padding_leaves_the_answer_next_to_a_decoder_only_prompt(kind):
+    decoder = kind in DECODERS
+    processor = make_processor(DECODERS[kind]() if decoder else None, is_encoder_decoder=not decoder)
+    batch = processor([PICTURE] * 2, ["Why?", QUESTION])
+    short, long = (int(mask.sum()) for mask in batch.attention_mask)
+    row = [0] * (long - short) + [1] * short
+    assert batch.attention_mask[0].tolist() == (row if decoder else row[::-1])
+    prompts = [
+        processor.decode(ids[mask.bool()]) for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
+    before, after = {"t5": ("", "</s>"), "llama": ("<s>", ""), "qwen": ("", "")}[kind]
+    assert prompts == [before + "Why?" + after, before + QUESTION + after]
+
+
+def test_a_decoder_only_prompt_keeps_its_bos_when_it_is_cut():
+    processor = make_processor(llama_tokenizer(), is_encoder_decoder=False)
+    (ids,) = processor(PICTURE, "a" * 100 + "b" * 127, text_target="yes").input_ids
+    assert processor.decode(ids) == "<s>" + "b" * 127
+
+
+def test_a_tokenizer_without_padding_pads_with_eos():
+    processor = make_processor(llama_tokenizer(), is_encoder_decoder=False)
+    assert processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id is not None
+
+
+def test_a_tokenizers_own_padding_is_kept():
+    processor = make_processor(qwen_tokenizer(), is_encoder_decoder=False)
+    assert processor.tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_a_decoder_only_tokenizer_that_ends_prompts_is_refused():
+    with pytest.raises(ValueError, match="got '</s>' after them; load it with add_eos_token=False"):
+        make_processor(t5_tokenizer(), is_encoder_decoder=False)
+
+
+def test_a_bos_that_is_the_eos_does_not_end_prompts():
+    tokenizer = byte_tokenizer("</s> $A", eos_token="</s>")
+    processor = make_processor(tokenizer, is_encoder_decoder=False)
+    assert processor.decode(processor(PICTURE, "Why?").input_ids[0]) == "</s>Why?"
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    with pytest.raises(ValueError, match="tokenizer: expected one with an EOS token"):
+        make_processor(byte_tokenizer(pad_token="<pad>"))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"images": PICTURE, "text": ["a", "b"]}, ValueError, "text: expected one question per picture, got 2 for 1"),
+        ({"images": [PICTURE] * 2, "text": "a"}, ValueError, "got 1 for 2 pictures"),
+        ({"images": [PICTURE, "no.png"], "text": ["a", "b"]}, FileNotFoundError, r"images\[1\] \(no\.png\)"),
+        ({"images": [], "text": []}, ValueError, "images: expected at least one picture"),
+        ({"text": None}, TypeError, "text: expected a string or a list of strings, got NoneType"),
+        ({"text": [None]}, TypeError, r"text\[0\]: expected a string, got NoneType"),
+        ({"text": " \n"}, ValueError, r"text\[0\]: expected a question"),
+        ({"text": "Is <extra_id_0> here?"}, ValueError, r"text\[0\]: expected text without '<extra_id_0>'"),
+        ({"tags": "dog, <extra_id_0>"}, ValueError, r"tags\[0\]: expected text without '<extra_id_0>'"),
+        ({"tags": 3}, TypeError, "tags: expected None, a string or a list"),
+        ({"tags": [3]}, TypeError, r"tags\[0\]: expected a string or a list of strings, got int"),
+        ({"text": ["a"], "tags": ["dog", "cat"]}, ValueError, r"tags: expected one per picture \(1\), got 2"),
+        ({"task": "caption"}, ValueError, "task: expected 'region_level' or 'image_level', got 'caption'"),
+        ({"task": ["image_level"] * 2}, ValueError, r"task: expected one per picture \(1\), got 2"),
+        ({"task": 1}, TypeError, "task: expected a string or a list of strings, got int"),
+        ({"text_target": ["a", "b"]}, ValueError, r"text_target: expected one per picture \(1\), got 2"),
+        ({"text_target": [None]}, TypeError, r"text_target\[0\]: expected a string, got NoneType"),
+    ],
+)
+def test_errors_name_the_argument(processor, call, error, message):
+    with pytest.raises(error, match=message):
+        processor(**{"images": PICTURE, "text": QUESTION, **call})
+
+
+@pytest.mark.parametrize("token", ["<hint>", None])
+def test_tags_need_a_token_for_the_soft_prompt(token):
+    processor = make_processor(soft_prompt_token=token)
+    assert processor.soft_prompt_token_id is None
+    with pytest.raises(
+        ValueError, match=r"tags\[1\]: expected none, as the tokenizer has no token for the soft prompt"
+    ):
+        processor([PICTURE] * 2, [QUESTION] * 2, tags=[None, "dog"])
+    assert processor(PICTURE, QUESTION, tags=None).input_ids.shape[0] == 1
+
+
+def test_the_answer_may_hold_the_soft_prompts_token(processor):
+    (labels,) = processor(PICTURE, QUESTION, text_target="<extra_id_0> dog").labels
+    assert processor.decode(labels) == "<extra_id_0> dog</s>"
+
+
+def test_all_kinds_of_pictures_give_the_same_pixels(processor, tmp_path):
+    PICTURE.save(tmp_path / "picture.png")
+    array = np.asarray(PICTURE)
+    kinds = [
+        PICTURE,
+        tmp_path / "picture.png",
+        str(tmp_path / "picture.png"),
+        array,
+        torch.tensor(array).permute(2, 0, 1),
+    ]
+    pixels = processor(kinds, [QUESTION] * len(kinds)).pixel_values
+    assert pixels.shape == (5, 3, 28, 28)
+    assert pixels.dtype == torch.float32
+    assert all(torch.equal(pixels[0], other) for other in pixels[1:])
+
+
+def test_another_backends_image_processor_is_replaced_by_one_with_the_originals_pixels():
+    class OtherBackend(BlipImageProcessorPil):
+        backend = "torchvision"
+
+    settings = {"size": {"height": 14, "width": 28}, "image_mean": [0.1, 0.2, 0.3]}
+    processor = LionProcessor(OtherBackend(**settings), t5_tokenizer(), t5_tokenizer())
+    assert type(processor.image_processor) is BlipImageProcessorPil
+    assert list(processor.image_processor.image_mean) == settings["image_mean"]
+    assert processor(PICTURE, QUESTION).pixel_values.shape == (1, 3, 14, 28)
+
+
+def test_a_call_returns_the_models_inputs_in_any_type(processor):
+    tensors = processor(PICTURE, QUESTION)
+    assert sorted(tensors) == sorted(processor.model_input_names)
+    arrays = processor(PICTURE, QUESTION, return_tensors="np")
+    lists = processor(PICTURE, QUESTION, return_tensors=None)
+    for name, tensor in tensors.items():
+        assert np.array_equal(arrays[name], tensor.numpy())
+        assert np.array_equal(np.array(lists[name]), tensor.numpy())
+
+
+def test_settings_survive_saving(tmp_path):
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.add_tokens(["<hint>"], special_tokens=True)
+    settings = {"is_encoder_decoder": False, "soft_prompt_token": "<hint>", "max_txt_len": 9, "max_target_len": 7}
+    saved = make_processor(tokenizer, **settings)
+    saved.save_pretrained(tmp_path)
+    loaded = LionProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in settings} == settings
+    assert loaded.soft_prompt_token_id == saved.soft_prompt_token_id is not None
+    calls = [p([PICTURE] * 2, ["Why?", QUESTION], tags=["a", "b"], text_target=["c", "d"]) for p in (saved, loaded)]
+    assert all(torch.equal(calls[0][name], calls[1][name]) for name in calls[0])
+    assert calls[0].input_ids.shape == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "is_encoder_decoder"),
+    [(t5_tokenizer, T5Config(), True), (llama_tokenizer, LlamaConfig(), False)],
+    ids=["t5", "llama"],
+)
+def test_a_processor_is_built_for_either_kind_of_language_model(tmp_path, tokenizer, config, is_encoder_decoder):
+    llm = tokenizer()
+    bert = byte_tokenizer("[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
+    llm.save_pretrained(tmp_path / "llm")
+    bert.save_pretrained(tmp_path / "bert")
+    config.save_pretrained(tmp_path / "llm")
+    processor = build_processor(tmp_path / "llm", tmp_path / "bert", image_size=42)
+    assert processor.is_encoder_decoder is is_encoder_decoder
+    assert processor.qformer_tokenizer.bos_token_id == len(bert)
+    if is_encoder_decoder:
+        assert len(processor.tokenizer) == len(llm)
+    else:
+        assert processor.soft_prompt_token_id == len(llm)  # the first free id
+    (ids,) = processor(PICTURE, QUESTION, tags="dog, cart").input_ids
+    prefix, suffix = ("", "</s>") if is_encoder_decoder else ("<s>", "")
+    assert processor.decode(ids) == prefix + SENTENCE + QUESTION + suffix
+    assert processor(PICTURE, QUESTION).pixel_values.shape == (1, 3, 42, 42)
+
+
+@pytest.mark.parametrize(("llm", "bert", "name"), [("nowhere", ".", "llm_dir"), (".", "nowhere", "bert_dir")])
+def test_directories_that_are_not_there_are_named(tmp_path, llm, bert, name):
+    with pytest.raises(NotADirectoryError, match=f"{name}: expected a directory with a tokenizer, got .*nowhere"):
+        build_processor(tmp_path / llm, tmp_path / bert)
