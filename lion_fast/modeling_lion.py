@@ -1,0 +1,442 @@
+"""LION: a frozen vision tower, a Q-Former and a vision aggregator before a language model with a mixture of adapters.
+
+image -- vision_model --> last layer ------------- qformer(question) -- qformer_projection ----+
+                      --> last, middle, low layer -- aggregator -- aggregator_projection ------+--> [visual | text]
+question, tags ------------------------- embedding, soft prompt in the place of its token -----+        |
+task_ids ------------------------------------------------------------> adapters' routers --> language_model
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    InstructBlipQFormerModel,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.utils.generic import ModelOutput
+
+from lion_fast.configuration_lion import LionConfig
+from lion_fast.modeling_aggregator import LionAggregator
+from lion_fast.modeling_text import language_model_class
+from lion_fast.modeling_vision import LionVisionModel
+
+
+@dataclass
+class LionOutput(ModelOutput):
+    """What `LionForCausalLM.forward` returns.
+
+    Args:
+        loss: scalar, mean cross-entropy over the targets' tokens; only with `labels`.
+        logits: [B, Lt, vocabulary] for the targets' positions with `labels` (or `decoder_input_ids`); without them,
+            for a decoder-only language model, [B, Lv + L, vocabulary] for the whole input.
+        visual_prefix: [B, Lv, text hidden size], the visual tokens that the language model read.
+        language_model_outputs: everything else that the language model returned.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    visual_prefix: Tensor | None = None
+    language_model_outputs: ModelOutput | None = None
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 at least, whatever the dtype of input and weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+
+
+class LionForCausalLM(PreTrainedModel, GenerationMixin):
+    """LION (CVPR 2024), around T5 or a decoder-only language model.
+
+    Example:
+        >>> model = LionForCausalLM.from_pretrained("lion-flan-t5-xl", dtype=torch.bfloat16)
+        >>> processor = LionProcessor.from_pretrained("lion-flan-t5-xl")
+        >>> batch = processor(images="dog.jpg", text="What is on the cart?", task="image_level", return_tensors="pt")
+        >>> processor.batch_decode(model.generate(**batch), skip_special_tokens=True)
+    """
+
+    config: LionConfig
+    language_model: Any  # one of lion_fast.modeling_text.LANGUAGE_MODELS
+    config_class = LionConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities: ClassVar[list[str]] = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar[list[str]] = [
+        "LionVisionBlock",
+        "LionAggregatorBlock",
+        "InstructBlipQFormerLayer",
+        "LionT5Block",
+        "LionLlamaDecoderLayer",
+        "LionQwen2DecoderLayer",
+        "LionQwen3DecoderLayer",
+    ]
+
+    def __init__(self, config: LionConfig):
+        super().__init__(config)
+        config.share_adapter_settings()
+        text = config.text_config
+        self.vision_model = LionVisionModel._from_config(config.vision_config)
+        width = config.vision_config.hidden_size
+        if config.visual_input != "AGGREGATOR":
+            qformer = config.qformer_config
+            self.vision_layernorm = Float32LayerNorm(width, eps=1e-5)
+            self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, qformer.hidden_size))
+            self.qformer = InstructBlipQFormerModel._from_config(qformer)
+            self.qformer_projection = nn.Linear(qformer.hidden_size, text.hidden_size)
+        if config.visual_input != "QFORMER":
+            self.aggregator = LionAggregator._from_config(config.aggregator_config)
+            self.aggregator_layernorm = Float32LayerNorm(width, eps=1e-5)
+            projection_size = config.aggregator_config.projection_size
+            self.aggregator_projection = nn.Sequential(
+                nn.Linear(width, projection_size), nn.GELU(), nn.Linear(projection_size, text.hidden_size)
+            )
+        if config.soft_prompt_token_id is not None:
+            self.soft_prompt = nn.Parameter(torch.zeros(text.hidden_size))
+        self.language_model = language_model_class(text)._from_config(text)
+        self.post_init()
+        self.generation_config = lion_generation_config(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, LionForCausalLM):
+            if hasattr(module, "query_tokens"):
+                init.normal_(module.query_tokens, std=std)
+            if hasattr(module, "soft_prompt"):
+                init.normal_(module.soft_prompt, std=1.0)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Read square images of `image_size` pixels from now on; the vision tower's positions are interpolated.
+
+        The processor has to make pictures of the same size: `processor.image_processor.size`.
+
+        Raises:
+            ValueError: `image_size` is no multiple of the patch size.
+        """
+        self.vision_model.set_image_size(image_size)
+
+    def get_vision_features(self, pixel_values: Tensor) -> Tensor:
+        """The vision tower's layers that the Q-Former and the aggregator read.
+
+        The tower is frozen in LION, so these may be computed once per image and passed as `vision_features`.
+
+        Args:
+            pixel_values: [B, 3, image_size, image_size].
+
+        Returns:
+            [B, S, N, vision hidden size] for the S layers of `config.feature_layers`, the last layer first.
+        """
+        return self.vision_model(pixel_values, layers=self.config.feature_layers)
+
+    def get_visual_prefix(
+        self,
+        vision_features: Tensor,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The visual tokens of the language model's input: the Q-Former's, then the aggregator's.
+
+        Args:
+            vision_features: [B, S, N, vision hidden size] from `get_vision_features`.
+            qformer_input_ids: int64 [B, Lq], the question in the Q-Former's vocabulary; needed where the model
+                has a Q-Former.
+            qformer_attention_mask: [B, Lq], 0 at padding; all ones if None.
+
+        Returns:
+            [B, config.num_visual_tokens, text hidden size].
+
+        Raises:
+            ValueError: `qformer_input_ids` is missing, or its batch size is not that of `vision_features`.
+        """
+        layers, visual_input = len(self.config.feature_layers), self.config.visual_input
+        if vision_features.dim() != 4 or vision_features.shape[1] != layers:
+            raise ValueError(
+                f"vision_features: expected [B, {layers}, N, {self.config.vision_config.hidden_size}], "
+                f"got {list(vision_features.shape)}"
+            )
+        parts = []
+        if visual_input != "AGGREGATOR":
+            parts.append(self._query_tokens_of(vision_features[:, 0], qformer_input_ids, qformer_attention_mask))
+        if visual_input != "QFORMER":
+            aggregated = self.aggregator(vision_features.to(self.aggregator.dtype))
+            parts.append(self.aggregator_projection(self.aggregator_layernorm(aggregated)))
+        return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
+
+    def _query_tokens_of(
+        self, last_layer: Tensor, qformer_input_ids: Tensor | None, qformer_attention_mask: Tensor | None
+    ) -> Tensor:
+        if qformer_input_ids is None:
+            raise ValueError("qformer_input_ids: expected the question as int64 [B, Lq], got None")
+        batch = last_layer.shape[0]
+        _expect_shape("qformer_input_ids", qformer_input_ids, (batch, None))
+        if qformer_attention_mask is None:
+            qformer_attention_mask = torch.ones_like(qformer_input_ids)
+        _expect_shape("qformer_attention_mask", qformer_attention_mask, tuple(qformer_input_ids.shape))
+        queries = self.query_tokens.expand(batch, -1, -1)
+        attend_queries = qformer_attention_mask.new_ones(queries.shape[:2])
+        hidden_states = self.qformer(
+            input_ids=qformer_input_ids,
+            attention_mask=torch.cat([attend_queries, qformer_attention_mask], dim=1),
+            query_embeds=queries,
+            encoder_hidden_states=self.vision_layernorm(last_layer.to(self.query_tokens.dtype)),
+        ).last_hidden_state
+        return self.qformer_projection(hidden_states[:, : queries.shape[1]])
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings [B, L, text hidden size], the soft prompt in the place of its token."""
+        embedding = self.get_input_embeddings()
+        if self.config.soft_prompt_token_id is None:
+            return embedding(input_ids)
+        is_soft_prompt = input_ids == self.config.soft_prompt_token_id
+        embeddings = embedding(input_ids.masked_fill(is_soft_prompt, 0))  # the token may have no row of its own
+        soft_prompt = self.soft_prompt.to(embeddings.device, embeddings.dtype)
+        return torch.where(is_soft_prompt.unsqueeze(-1).to(embeddings.device), soft_prompt, embeddings)
+
+    def _assemble_inputs(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        qformer_input_ids: Tensor | None,
+        qformer_attention_mask: Tensor | None,
+        task_ids: Tensor | None,
+        vision_features: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The visual prefix, and the language model's input [visual | text] with its mask."""
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError("pixel_values: expected either pixel_values or vision_features, got both")
+        picture = pixel_values if vision_features is None else vision_features
+        if picture is None:
+            raise ValueError("pixel_values: expected either pixel_values or vision_features, got neither")
+        batch = picture.shape[0]
+        _expect_shape("input_ids", input_ids, (batch, None))
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        _expect_shape("attention_mask", attention_mask, tuple(input_ids.shape))
+        self._check_task_ids(task_ids, batch)
+        if vision_features is None:
+            vision_features = self.get_vision_features(picture)
+        prefix = self.get_visual_prefix(vision_features, qformer_input_ids, qformer_attention_mask)
+        text = self.embed_text(input_ids)
+        inputs_embeds = torch.cat([prefix.to(text.device, text.dtype), text], dim=1)
+        attend_prefix = attention_mask.new_ones(prefix.shape[:2])
+        return prefix, inputs_embeds, torch.cat([attend_prefix, attention_mask], dim=1)
+
+    def _check_task_ids(self, task_ids: Tensor | None, batch: int) -> None:
+        if task_ids is None:
+            if self.config.has_router:
+                raise ValueError("task_ids: expected int64 [B] (0 region_level, 1 image_level), got None")
+            return
+        _expect_shape("task_ids", task_ids, (batch,))
+        tasks = self.config.text_config.num_tasks
+        # On a GPU the comparison would wait for the device; there an index out of range fails in the gather.
+        if task_ids.device.type == "cpu" and not bool(((task_ids >= 0) & (task_ids < tasks)).all()):
+            raise ValueError(f"task_ids: expected ids in 0..{tasks - 1}, got {task_ids.tolist()}")
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> LionOutput | tuple:
+        """Loss and logits for a batch that may mix tasks.
+
+        Args:
+            pixel_values: [B, 3, image_size, image_size].
+            input_ids: int64 [B, L], the tags' sentence and the question; for a decoder-only language model padded
+                on the left.
+            attention_mask: [B, L], 0 at padding; all ones if None.
+            qformer_input_ids, qformer_attention_mask: [B, Lq], the question in the Q-Former's vocabulary.
+            task_ids: int64 [B], 0 region_level or 1 image_level; may be None for a model without a router.
+            labels: int64 [B, Lt], the answers; -100 is ignored.
+            vision_features: [B, S, N, vision hidden size], instead of `pixel_values`.
+            decoder_input_ids, decoder_attention_mask: [B, Lt] for an encoder-decoder; made of `labels` if None.
+            num_items_in_batch: number of target tokens over the accumulation steps; the summed loss is divided
+                by it, which makes gradient accumulation exact.
+            kwargs: handed to the language model (`output_hidden_states`, `use_cache`, ...).
+
+        Raises:
+            ValueError: shapes or ids that do not fit; the message names the argument.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids: expected int64 [B, L], got None")
+        return_dict = kwargs.pop("return_dict", True)
+        prefix, inputs_embeds, attention_mask = self._assemble_inputs(
+            pixel_values,
+            input_ids,
+            attention_mask,
+            qformer_input_ids,
+            qformer_attention_mask,
+            task_ids,
+            vision_features,
+        )
+        if labels is not None:
+            _expect_shape("labels", labels, (inputs_embeds.shape[0], None))
+        run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
+        if self.config.is_encoder_decoder:
+            kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
+        outputs = run(inputs_embeds, attention_mask, labels, task_ids=task_ids, **kwargs)
+        loss = None if labels is None else token_cross_entropy(outputs.logits, labels, num_items_in_batch)
+        result = LionOutput(loss=loss, logits=outputs.logits, visual_prefix=prefix, language_model_outputs=outputs)
+        return result if return_dict else result.to_tuple()
+
+    def _run_encoder_decoder(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        decoder_input_ids: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None and decoder_input_ids is None:
+            raise ValueError("labels: expected labels or decoder_input_ids for an encoder-decoder, got neither")
+        if decoder_input_ids is None:
+            decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels)
+            if decoder_attention_mask is None:
+                decoder_attention_mask = (labels != -100).to(attention_mask.dtype)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            **kwargs,
+        )
+
+    def _run_decoder_only(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor | None, **kwargs: Any
+    ) -> Any:
+        """Run on [visual | text | target]; the logits kept are those that predict the targets."""
+        if labels is not None:
+            is_target = labels != -100
+            targets = self.get_input_embeddings()(labels.masked_fill(~is_target, 0))
+            inputs_embeds = torch.cat([inputs_embeds, targets], dim=1)
+            attention_mask = torch.cat([attention_mask, is_target.to(attention_mask.dtype)], dim=1)
+            kwargs["logits_to_keep"] = labels.shape[1] + 1
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),  # padding takes up no positions
+            **kwargs,
+        )
+        if labels is not None:
+            outputs.logits = outputs.logits[:, :-1]
+        return outputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids of the answers, after an encoder-decoder's start token, or what `return_dict_in_generate` asks for.
+
+        Args:
+            pixel_values, input_ids, attention_mask, qformer_input_ids, qformer_attention_mask, task_ids,
+                vision_features: as for `forward`. With precomputed `encoder_outputs` none of them but
+                `attention_mask` and `task_ids` are needed.
+            kwargs: everything that transformers' `generate` takes; `self.generation_config` holds the defaults
+                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens).
+        """
+        if "labels" in kwargs:
+            raise ValueError("labels: expected none in generate; call the processor without text_target")
+        self.language_model.generation_config = self.generation_config
+        if "encoder_outputs" not in kwargs:
+            if input_ids is None:
+                raise ValueError("input_ids: expected int64 [B, L], got None")
+            _, kwargs["inputs_embeds"], attention_mask = self._assemble_inputs(
+                pixel_values,
+                input_ids,
+                attention_mask,
+                qformer_input_ids,
+                qformer_attention_mask,
+                task_ids,
+                vision_features,
+            )
+        if self.config.has_router:
+            kwargs["task_ids"] = task_ids
+        return self.language_model.generate(attention_mask=attention_mask, **kwargs)
+
+
+def lion_generation_config(config: LionConfig) -> GenerationConfig:
+    """LION's generation defaults, with the token ids of the language model."""
+    text = config.text_config
+    return GenerationConfig(
+        num_beams=5,
+        max_new_tokens=256,
+        min_length=1,
+        repetition_penalty=1.5,
+        length_penalty=1.0,
+        decoder_start_token_id=getattr(text, "decoder_start_token_id", None),
+        bos_token_id=getattr(text, "bos_token_id", None),
+        eos_token_id=getattr(text, "eos_token_id", None),
+        pad_token_id=getattr(text, "pad_token_id", None),
+    )
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of logits [B, Lt, V] at labels [B, Lt] (-100 ignored), unshifted.
+
+    The mean over the targets' tokens, or their sum over `num_items_in_batch` where that is given.
+    """
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.to(logits.device).flatten(), ignore_index=-100, reduction=reduction
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def _expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Raise unless `tensor` has `shape`; None stands for any length."""
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, got) for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ["L" if want is None else want for want in shape]
+        raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
