@@ -1,0 +1,179 @@
+"""Reading untrusted checkpoint files lazily and safely, and writing sharded safetensors.
+
+A source is opened twice: once for names, shapes and dtypes, and once, file by file, for the values. Files are mapped
+into memory, so that no more than one file and one shard are in memory at a time.
+"""
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SAFE_INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that cannot be read, or does not hold what it should."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is and what it looks like; `write_sharded` writes it as `dtype`."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def scan(path: str | Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of the tensors in a file or a model directory; no values are read.
+
+    Args:
+        path: a `.safetensors` file, a file written by `torch.save` (a state dict, or a dict that holds one under
+            "model"), or a directory in the format of `save_pretrained`, sharded or not.
+
+    Raises:
+        CheckpointError: nothing there, a truncated or foreign file, or one that would run code when unpickled.
+    """
+    infos: dict[str, TensorInfo] = {}
+    for file in _files(Path(path)):
+        with open_tensors(file) as tensors:
+            for name in tensors:
+                tensor = tensors[name]
+                infos[name] = TensorInfo(file, name, tuple(tensor.shape), tensor.dtype)
+    return infos
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of one file, mapped: values are read when they are used."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as handle:
+                yield {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+    else:
+        yield _load_torch(file)
+
+
+def _load_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        loaded = _torch_load(file)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file}: refused, it is not a plain file of tensors and loading it could run code ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not a readable PyTorch checkpoint ({_first_line(error)})") from error
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict):
+        got = type(state).__name__
+        raise CheckpointError(f"{file}: expected a state dict, or a dict with one under 'model', got {got}")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{file}: expected a state dict of tensors, found none")
+    return tensors
+
+
+def _torch_load(file: Path) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        # Files of torch < 1.6 are no zip archives and cannot be mapped.
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or directory")
+    for index in (SAFE_INDEX, TORCH_INDEX):
+        if (path / index).is_file():
+            return _indexed_files(path / index)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+    raise CheckpointError(f"{path}: found neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a readable index of shards ({error})") from error
+    files = [index.parent / name for name in names]
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise CheckpointError(f"{index}: names the shard {file.name!r}, which is not in {index.parent}")
+    return files
+
+
+def write_sharded(tensors: Mapping[str, TensorInfo], directory: Path, max_shard_bytes: int) -> list[Path]:
+    """Copy tensors, under new names, to sharded safetensors that `from_pretrained` loads.
+
+    Values are written in the dtype that their `TensorInfo` states. A shard holds tensors of one source file only.
+
+    Args:
+        tensors: new name -> where the values are.
+        directory: exists; gets `model.safetensors`, or `model-0000N-of-0000M.safetensors` and their index.
+        max_shard_bytes: a shard is closed before it grows past this (one larger tensor makes its own shard).
+
+    Returns:
+        The files of tensors that were written.
+    """
+    shards = _plan_shards(tensors, max_shard_bytes)
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards, strict=True):
+        with open_tensors(next(iter(shard.values())).file) as source:
+            values = {new: _own_storage(source[info.name].to(info.dtype)) for new, info in shard.items()}
+            save_file(values, directory / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
+            "weight_map": {new: name for name, shard in zip(names, shards, strict=True) for new in shard},
+        }
+        (directory / SAFE_INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return [directory / name for name in names]
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """safetensors refuses tensors that share storage, as views in a PyTorch file may."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _plan_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[dict[str, TensorInfo]]:
+    shards: list[dict[str, TensorInfo]] = []
+    size = 0
+    for new, info in sorted(tensors.items(), key=lambda item: (str(item[1].file), item[0])):
+        fits = size + info.nbytes <= max_shard_bytes and bool(shards)
+        if not fits or next(iter(shards[-1].values())).file != info.file:
+            shards.append({})
+            size = 0
+        shards[-1][new] = info
+        size += info.nbytes
+    return shards

@@ -1,0 +1,167 @@
+"""Reading foreign checkpoint files: lazily, completely, and never running what is in them."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lion_fast.checkpoints import SAFE_INDEX, CheckpointError, open_tensors, scan, write_sharded
+
+MIB = 1024**2
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {"a": torch.randn(3, 4), "b": torch.randn(5).half(), "c": torch.arange(6)}
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors that `scan` finds at `path`."""
+    values = {}
+    for name, info in scan(path).items():
+        with open_tensors(info.file) as tensors:
+            values[name] = tensors[info.name].clone()
+    return values
+
+
+@pytest.mark.parametrize("form", ["bare", "model", "training", "legacy", "safetensors", "bin", "sharded"])
+def test_every_form_reads_the_same(tmp_path: Path, state: dict[str, torch.Tensor], form: str) -> None:
+    path = tmp_path / "checkpoint.pth"
+    if form == "bare":
+        torch.save(state, path)
+    elif form == "model":
+        torch.save({"model": state}, path)
+    elif form == "training":
+        torch.save({"model": state, "optimizer": {"state": {0: {"step": 3}}}, "epoch": 2}, path)
+    elif form == "legacy":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    elif form == "safetensors":
+        path = tmp_path / "file.safetensors"
+        save_file(state, path)
+    elif form == "bin":
+        path = tmp_path
+        torch.save(state, path / "pytorch_model.bin")
+    else:
+        path = tmp_path
+        files = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
+        for file in set(files.values()):
+            save_file({name: state[name] for name in state if files[name] == file}, path / file)
+        (path / SAFE_INDEX).write_text(json.dumps({"weight_map": files}))
+    infos = scan(path)
+    assert {name: (info.shape, info.dtype) for name, info in infos.items()} == {
+        name: (tuple(value.shape), value.dtype) for name, value in state.items()
+    }
+    values = read(path)
+    assert all(torch.equal(values[name], value) for name, value in state.items())
+
+
+class Payload:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, writer: str) -> None:
+    file, made = tmp_path / "hostile.pth", tmp_path / "made"
+    hostile = {"model": {"a": torch.zeros(2), "b": Payload(made)}}
+    if writer == "torch":
+        torch.save(hostile, file)
+    else:
+        file.write_bytes(pickle.dumps(hostile))
+    with pytest.raises(CheckpointError, match=r"hostile\.pth: (refused|not a readable)"):
+        scan(file)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_truncated_files_are_named(tmp_path: Path, state: dict[str, torch.Tensor], suffix: str, keep: float) -> None:
+    file = tmp_path / f"cut{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(state, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
+    with pytest.raises(CheckpointError, match=rf"cut{suffix}: not a readable|cut{suffix}: refused"):
+        scan(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "expected a state dict"),
+        ({"model": [1, 2]}, "expected a state dict"),
+        ({"epoch": 3}, "expected a state dict of tensors, found none"),
+    ],
+)
+def test_other_content_is_named(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=message):
+        scan(tmp_path / "other.pth")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        scan(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match="found neither"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "absent.safetensors"])
+def test_an_index_cannot_lead_out_of_its_directory(tmp_path: Path, state: dict[str, torch.Tensor], shard: str) -> None:
+    save_file(state, tmp_path / "secret.safetensors")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / SAFE_INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match="names the shard"):
+        scan(directory)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / SAFE_INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match="not a readable index"):
+        scan(tmp_path)
+
+
+def test_shards_hold_everything_once(tmp_path: Path) -> None:
+    # Views of one storage, as PyTorch files may hold; safetensors would refuse them.
+    base = torch.arange(40.0)
+    state = {"whole": base, "part": base[10:20], "strided": base.view(4, 10).t()}
+    torch.save(state, tmp_path / "in.pth")
+    out = tmp_path / "out"
+    out.mkdir()
+    files = write_sharded(scan(tmp_path / "in.pth"), out, max_shard_bytes=200)
+    assert [file.name for file in files] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = json.loads((out / SAFE_INDEX).read_text())["weight_map"]
+    assert {name: index[name] for name in state}.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(load_file(out / index[name])[name], value)
+
+
+def test_memory_stays_below_the_file_and_one_shard(tmp_path: Path) -> None:
+    torch.save({f"w{i}": torch.zeros(4 * MIB) for i in range(12)}, tmp_path / "in.pth")  # 12 x 16 MiB
+    (tmp_path / "out").mkdir()
+    code = """
+import resource, sys
+from pathlib import Path
+from lion_fast.checkpoints import scan, write_sharded
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_sharded(scan(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=32 * 1024**2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    paths = [str(tmp_path / "in.pth"), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    grown = int(done.stdout) * 1024
+    assert grown < (12 * 16 + 32) * MIB
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 6
