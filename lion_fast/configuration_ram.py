@@ -1,0 +1,70 @@
+"""Configuration of the RAM tagger: a Swin image encoder and a head that asks the image about every tag."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig, SwinConfig
+
+
+class RamConfig(PreTrainedConfig):
+    """Configuration of `RamTagger`. The defaults are the published tagger (Swin-L at 384 pixels, 4585 tags).
+
+    The tags and their thresholds are no settings: they lie beside the weights, in `tag_list.txt` and
+    `tag_thresholds.txt`.
+
+    Args:
+        vision_config: of the Swin encoder, as a configuration or a dict; its `image_size` is the tagger's.
+        num_tags: number of tags that are asked about.
+        label_size: width of the tags' text embeddings.
+        projection_size: width of the image tokens that the tag head reads.
+        hidden_size: width of the tag head.
+        num_hidden_layers: blocks of the tag head, at least 1.
+
+    Raises:
+        ValueError: a `vision_config` of another kind, heads that do not divide the width, or an image whose last
+            feature map is smaller than a window.
+    """
+
+    model_type = "lion_ram"
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": SwinConfig}
+
+    vision_config: Any = None
+    num_tags: int = 4585
+    label_size: int = 512
+    projection_size: int = 512
+    hidden_size: int = 768
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    intermediate_size: int = 3072
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = SwinConfig(**(SWIN_LARGE_384 if self.vision_config is None else self.vision_config))
+        if not isinstance(self.vision_config, SwinConfig):
+            raise ValueError(f"vision_config: expected a dict or SwinConfig, got {type(self.vision_config).__name__}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, "
+                f"got {self.num_attention_heads}"
+            )
+        vision = self.vision_config
+        smallest = vision.window_size * vision.patch_size * 2 ** (len(vision.depths) - 1)
+        if vision.image_size < smallest:
+            raise ValueError(
+                f"vision_config.image_size: expected at least {smallest}, so that a window of {vision.window_size} "
+                f"fits the last feature map, got {vision.image_size}"
+            )
+        super().__post_init__(**kwargs)
+
+
+SWIN_LARGE_384 = {
+    "image_size": 384,
+    "patch_size": 4,
+    "embed_dim": 192,
+    "depths": [2, 2, 18, 2],
+    "num_heads": [6, 12, 24, 48],
+    "window_size": 12,
+}
