@@ -1,0 +1,29 @@
+"""LION as a library: one class that loads the published checkpoints, captions, answers, grounds and trains."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
+from lion_fast.configuration_ram import RamConfig
+from lion_fast.modeling_lion import LionForCausalLM
+from lion_fast.modeling_ram import RamTagger
+from lion_fast.processing_lion import LionProcessor
+
+AutoConfig.register("lion", LionConfig)
+AutoConfig.register("lion_vision", LionVisionConfig)
+AutoConfig.register("lion_aggregator", LionAggregatorConfig)
+AutoConfig.register("lion_ram", RamConfig)
+AutoModel.register(RamConfig, RamTagger)
+AutoModel.register(LionConfig, LionForCausalLM)
+AutoModelForCausalLM.register(LionConfig, LionForCausalLM)
+AutoModelForImageTextToText.register(LionConfig, LionForCausalLM)
+AutoProcessor.register(LionConfig, LionProcessor)
+
+__all__ = [
+    "LionAggregatorConfig",
+    "LionConfig",
+    "LionForCausalLM",
+    "LionProcessor",
+    "LionVisionConfig",
+    "RamConfig",
+    "RamTagger",
+]

@@ -1,0 +1,178 @@
+"""The golden model, converted by the path that users take, and small models of every kind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lion_fast import LionConfig, LionForCausalLM, LionProcessor
+from lion_fast.conversion import convert_checkpoint
+
+T5 = {
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 64,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
+    # Random weights of the usual size would make a model whose answers hardly depend on its input.
+    "initializer_factor": 0.3,
+}
+DECODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+TEXT_CONFIGS = {"t5": T5, **{family: {"model_type": family, **DECODER} for family in ("llama", "qwen2", "qwen3")}}
+
+
+class Golden(NamedTuple):
+    """What the original computed, and the inputs in the form of ours."""
+
+    directory: Path
+    expected: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def golden(golden_dir: Path) -> Golden:
+    directory = golden_dir / "lion_tiny"
+    return Golden(
+        directory,
+        load_file(directory / "expected.safetensors"),
+        json.loads((directory / "meta.json").read_text(encoding="utf-8")),
+    )
+
+
+@pytest.fixture(scope="session")
+def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoints as a directory for `from_pretrained`, in several shards."""
+    out = tmp_path_factory.mktemp("converted") / "lion-tiny"
+    convert_checkpoint(
+        vit=golden.directory / "eva_vit_tiny.pth",
+        llm=golden.directory / "flan-t5-tiny",
+        bert=golden.directory / "bert-tiny",
+        lion=golden.directory / "LION-tiny.pth",
+        out=out,
+        max_shard_bytes=20_000_000,
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def golden_batch(golden: Golden, converted: Path) -> Callable[[str], dict[str, Tensor]]:
+    """A task's batch: the processor's text for the golden questions, with the golden pixels."""
+    processor = LionProcessor.from_pretrained(converted)
+
+    def batch(task: str) -> dict[str, Tensor]:
+        meta = golden.meta
+        made = processor(
+            images=[golden.directory / "image.png"] * 4,
+            text=meta["questions"],
+            tags=meta["tags"],
+            task=task,
+            text_target=meta["answers"],
+            return_tensors="pt",
+        )
+        return {**made, "pixel_values": golden.expected["pixel_values"]}
+
+    return batch
+
+
+@pytest.fixture
+def make_config() -> Callable[..., LionConfig]:
+    """Configurations of models of a few thousand parameters, around any language model."""
+
+    def make(text: str = "t5", **overrides: Any) -> LionConfig:
+        settings: dict[str, Any] = {
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "intermediate_size": 24,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "qformer_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 24,
+                "vocab_size": 64,
+                "max_position_embeddings": 32,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+            "aggregator_config": {
+                "hidden_size": 16,
+                "num_attention_heads": 4,
+                "intermediate_size": 24,
+                "feature_layers": [2, 1, 0],
+                "projection_size": 40,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+            "text_config": TEXT_CONFIGS[text],
+            "num_query_tokens": 4,
+            "adapter_rank": 8,
+            "soft_prompt_token_id": 5,
+        }
+        return LionConfig(**{**settings, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_config: Callable[..., LionConfig]) -> Callable[..., LionForCausalLM]:
+    """Small models whose adapters do something: a new model's up-projections are zero."""
+
+    def make(text: str = "t5", seed: int = 0, **overrides: Any) -> LionForCausalLM:
+        torch.manual_seed(seed)
+        model = LionForCausalLM(make_config(text, **overrides))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "up_proj" in name or ("aggregator" in name and "output.dense" in name):
+                    parameter.normal_(std=0.1)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., dict[str, Tensor]]:
+    """Random inputs for the models of `make_model`, tasks alternating."""
+
+    def make(batch: int = 3, image_size: int = 28, labels: bool = False, seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def ids(length: int) -> Tensor:
+            return torch.randint(6, 64, (batch, length), generator=generator)
+
+        made = {
+            "pixel_values": torch.randn(batch, 3, image_size, image_size, generator=generator),
+            "input_ids": ids(7),
+            "qformer_input_ids": ids(5),
+            "task_ids": torch.arange(batch) % 2,
+        }
+        made["input_ids"][:, 1] = 5  # the soft prompt's token
+        return {**made, "labels": ids(4)} if labels else made
+
+    return make

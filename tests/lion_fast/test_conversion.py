@@ -1,0 +1,284 @@
+"""`convert_checkpoint`: what it takes, what it refuses, and that it leaves nothing half-written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lion_fast import LionForCausalLM, LionProcessor, conversion
+from lion_fast.checkpoints import CheckpointError
+from lion_fast.conversion import convert_checkpoint, original_name
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def sources(golden) -> dict[str, Path]:
+    directory = golden.directory
+    return {
+        "vit": directory / "eva_vit_tiny.pth",
+        "llm": directory / "flan-t5-tiny",
+        "bert": directory / "bert-tiny",
+        "lion": directory / "LION-tiny.pth",
+    }
+
+
+@pytest.fixture(scope="session")
+def lion_state(golden) -> State:
+    return torch.load(golden.directory / "LION-tiny.pth", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="session")
+def vit_state(golden) -> State:
+    return torch.load(golden.directory / "eva_vit_tiny.pth", weights_only=True)
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[[str, State], Path]:
+    """A source with other tensors, as a new file."""
+
+    def write(name: str, state: State) -> Path:
+        path = tmp_path / name
+        torch.save(state, path)
+        return path
+
+    return write
+
+
+def test_tensors_keep_their_bits(converted: Path, golden, lion_state: State, vit_state: State) -> None:
+    index = json.loads((converted / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 3
+    tensors: State = {}
+    for file in set(index.values()):
+        tensors |= load_file(converted / file)
+    llm = load_file(golden.directory / "flan-t5-tiny" / "model.safetensors")
+    originals = {**{f"t5_model.{name}": value.bfloat16() for name, value in llm.items()}, **lion_state}
+    originals |= {f"visual_encoder.{name}": value for name, value in vit_state.items()}
+    assert len(tensors) == len(originals)
+    for name, value in tensors.items():
+        original = originals[original_name(name)]
+        assert value.dtype == original.dtype
+        assert torch.equal(value, original), name
+
+
+def test_others_may_read_what_was_written(converted: Path) -> None:
+    """safetensors leaves its files to their owner; a shared checkpoint has the usual rights."""
+    ordinary = converted.parent / "ordinary"
+    ordinary.touch()
+    assert {file.stat().st_mode for file in converted.iterdir() if file.is_file()} == {ordinary.stat().st_mode}
+
+
+def test_loading_and_saving_again_keeps_their_bits(converted: Path, tmp_path: Path) -> None:
+    model, info = LionForCausalLM.from_pretrained(converted, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    LionProcessor.from_pretrained(converted).save_pretrained(tmp_path)
+    again = LionForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    assert LionProcessor.from_pretrained(tmp_path).to_dict() == LionProcessor.from_pretrained(converted).to_dict()
+
+
+def test_dimensions_are_read_off_the_files(converted: Path) -> None:
+    config = LionForCausalLM.from_pretrained(converted).config
+    vision, qformer, aggregator = config.vision_config, config.qformer_config, config.aggregator_config
+    assert (vision.hidden_size, vision.num_attention_heads, vision.num_hidden_layers) == (176, 2, 39)
+    assert (vision.image_size, vision.patch_size, vision.intermediate_size) == (56, 14, 768)
+    assert (qformer.hidden_size, qformer.num_hidden_layers, qformer.vocab_size) == (48, 4, 204)
+    assert (qformer.cross_attention_frequency, qformer.num_attention_heads, qformer.intermediate_size) == (2, 4, 96)
+    assert (aggregator.intermediate_size, aggregator.projection_size) == (3072, 704)
+    assert (config.num_query_tokens, config.adapter_rank, config.num_adapters) == (8, 64, 2)
+    assert (config.visual_input, config.text_config.dense_act_fn) == ("ALL", "gelu")
+
+
+def test_the_report_lists_what_was_read_and_ignored(
+    sources: dict[str, Path], vit_state: State, changed: Callable, tmp_path: Path
+) -> None:
+    extra = {name.replace("blocks.38.", "blocks.39."): value for name, value in vit_state.items()}
+    extra |= vit_state | {"head.weight": torch.zeros(3)}
+    sources["vit"] = changed("vit.pth", extra)
+    report = convert_checkpoint(**sources, out=tmp_path / "out")
+    assert report.read[str(sources["vit"])] == len(vit_state)
+    ignored = report.ignored[str(sources["vit"])]
+    assert "head.weight" in ignored
+    assert sum(name.startswith("blocks.39.") for name in ignored) == len(ignored) - 1 == 13
+    assert "head.weight" in str(report) or "and" in str(report)
+    assert "511 tensors read, 14 ignored" in str(report)
+    assert all(file.is_file() for file in report.files)
+
+
+@pytest.mark.parametrize("visual_input", ["QFORMER", "AGGREGATOR"])
+def test_a_stage_s_checkpoint_gives_a_model_with_one_adapter(
+    sources: dict[str, Path], golden_batch, lion_state: State, changed: Callable, tmp_path: Path, visual_input: str
+) -> None:
+    absent = {
+        "QFORMER": ("fusion_adapter.", "ln_adapter.", "adapter_proj."),
+        "AGGREGATOR": ("Qformer.", "query_tokens", "ln_vision.", "t5_proj."),
+    }[visual_input]
+    dropped = (".adapters.1.", ".router_ratio")
+    state = {k: v for k, v in lion_state.items() if not k.startswith(absent) and not any(d in k for d in dropped)}
+    del state["soft_prompt_hint"]
+    sources["lion"] = changed("stage.pth", state)
+    convert_checkpoint(**sources, out=tmp_path / "out")
+    model = LionForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (model.config.visual_input, model.config.num_adapters) == (visual_input, 1)
+    assert model.config.soft_prompt_token_id is None
+    assert model(**golden_batch("image_level")).loss.isfinite()
+    with pytest.raises(ValueError, match=r"tags\[0\]"):
+        LionProcessor.from_pretrained(tmp_path / "out")(images=golden_image(), text="What?", tags="dog")
+
+
+def golden_image() -> Any:
+    return torch.zeros(3, 20, 20)
+
+
+@pytest.mark.parametrize("form", ["pytorch_model.bin", "shards"])
+def test_other_forms_of_the_language_model(
+    sources: dict[str, Path], converted: Path, golden_batch, tmp_path: Path, form: str
+) -> None:
+    llm = tmp_path / "llm"
+    shutil.copytree(sources["llm"], llm)
+    (llm / "model.safetensors").chmod(0o644)
+    llm.chmod(0o755)
+    state = load_file(llm / "model.safetensors")
+    (llm / "model.safetensors").unlink()
+    state |= {f"{stack}.embed_tokens.weight": state["shared.weight"].clone() for stack in ("encoder", "decoder")}
+    if form == "shards":
+        halves = [dict(list(state.items())[::2]), dict(list(state.items())[1::2])]
+        for number, half in enumerate(halves):
+            save_file(half, llm / f"model-{number}.safetensors")
+        weight_map = {name: f"model-{number}.safetensors" for number, half in enumerate(halves) for name in half}
+        (llm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(state, llm / form)
+    report = convert_checkpoint(**{**sources, "llm": llm}, out=tmp_path / "out")
+    assert report.ignored[str(llm)] == ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight"]
+    batch = golden_batch("image_level")
+    expected = LionForCausalLM.from_pretrained(converted).eval()(**batch).logits
+    assert torch.equal(LionForCausalLM.from_pretrained(tmp_path / "out").eval()(**batch).logits, expected)
+
+
+def test_a_frozen_tensor_in_the_lion_checkpoint_takes_the_place_of_the_source_s(
+    sources: dict[str, Path], lion_state: State, vit_state: State, changed: Callable, tmp_path: Path
+) -> None:
+    state = {**lion_state, "visual_encoder.cls_token": vit_state["cls_token"] + 1}
+    sources["lion"] = changed("lion.pth", state)
+    report = convert_checkpoint(**sources, out=tmp_path / "out")
+    model = LionForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.vision_model.cls_token, (vit_state["cls_token"] + 1).float())
+    assert report.ignored[str(sources["vit"])] == ["cls_token"]
+
+
+def without(name: str) -> Callable[[State], State]:
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+def reshaped(name: str, shape: tuple[int, ...]) -> Callable[[State], State]:
+    return lambda state: {**state, name: torch.zeros(shape)}
+
+
+ADAPTER = "t5_model.decoder.block.1.layer.2.adapter.adapters.1"
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "message"),
+    [
+        ("vit", without("blocks.7.norm1.bias"), r"vit\.pth: missing blocks\.7\.norm1\.bias"),
+        ("vit", without("pos_embed"), r"vit\.pth: missing pos_embed"),
+        ("vit", reshaped("blocks.3.attn.q_bias", (8,)), r"blocks\.3\.attn\.q_bias: expected \[176\], got \[8\]"),
+        ("vit", reshaped("pos_embed", (1, 18, 176)), "expected a width that is a multiple of 88 and a square grid"),
+        ("lion", without(f"{ADAPTER}.scale"), r"lion\.pth: missing t5_model\.decoder.*adapters\.1\.scale"),
+        ("lion", reshaped(f"{ADAPTER}.up_proj.weight", (3, 3)), r"up_proj\.weight: expected \[64, 64\], got \[3, 3\]"),
+        (
+            "lion",
+            without("Qformer.bert.embeddings.LayerNorm.bias"),
+            r"missing Qformer\.bert\.embeddings\.LayerNorm\.bias",
+        ),
+        ("lion", reshaped("ln_vision.weight", (175,)), r"ln_vision\.weight: expected \[176\], got \[175\]"),
+        ("lion", lambda state: {"epoch": torch.zeros(1)}, "expected query_tokens or fusion_adapter"),
+        (
+            "lion",
+            reshaped("Qformer.bert.embeddings.word_embeddings.weight", (205, 48)),
+            r"expected a vocabulary of 205 with \[DEC\]",
+        ),
+    ],
+)
+def test_missing_and_misshapen_tensors_are_named(
+    sources: dict[str, Path],
+    lion_state: State,
+    vit_state: State,
+    changed: Callable,
+    tmp_path: Path,
+    source: str,
+    change: Callable[[State], State],
+    message: str,
+) -> None:
+    sources[source] = changed(f"{source}.pth", change({"lion": lion_state, "vit": vit_state}[source]))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(**sources, out=tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", '{"model_type": "llama"}', "expected a model of type 't5', got 'llama'"),
+        ("config.json", "{", "not a readable JSON file"),
+        ("config.json", "[]", "expected a JSON object"),
+        ("model.safetensors", "garbage", "not a readable safetensors file"),
+    ],
+)
+def test_a_broken_language_model_is_named(
+    sources: dict[str, Path], tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    llm = tmp_path / "llm"
+    shutil.copytree(sources["llm"], llm)
+    llm.chmod(0o755)
+    (llm / file).chmod(0o644)
+    (llm / file).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(**{**sources, "llm": llm}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_there_is_left_alone(sources: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="out: expected a directory that is empty"):
+        convert_checkpoint(**sources, out=tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_ram_needs_its_three_files(sources: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="ram_tags, ram_thresholds: expected"):
+        convert_checkpoint(**sources, out=tmp_path / "out", ram=tmp_path / "ram.pth")
+
+
+def test_ram_s_tagger_stands_beside_the_model(sources: dict[str, Path], golden_dir: Path, tmp_path: Path) -> None:
+    from lion_fast import RamTagger
+
+    ram = golden_dir / "ram_tiny"
+    files = {"ram": "ram_tiny.pth", "ram_tags": "ram_tag_list.txt", "ram_thresholds": "ram_tag_list_threshold.txt"}
+    report = convert_checkpoint(**sources, out=tmp_path / "out", **{name: ram / file for name, file in files.items()})
+    assert "ram_tiny.pth: " in str(report)
+    tags = RamTagger.from_pretrained(tmp_path / "out" / "ram")([ram / f"image{i}.png" for i in range(3)])
+    assert tags == json.loads((ram / "meta.json").read_text())["tags"]
+
+
+def test_a_failure_while_writing_leaves_nothing(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(*args: Any) -> None:
+        (args[1] / "model-00001-of-00009.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion, "write_sharded", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        convert_checkpoint(**sources, out=tmp_path / "deep" / "out")
+    assert list((tmp_path / "deep").iterdir()) == []
