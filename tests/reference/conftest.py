@@ -1,0 +1,133 @@
+"""The tiny model of the golden data, in the reference, and what the original computed with it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lion_reference import LION
+
+GOLDEN_ROUNDING = "e6781661c1ed55b25b4ef867eca6570beb4b1468491fd351e89f9ef04cebc253"
+
+
+@pytest.fixture
+def golden_threads() -> Iterator[None]:
+    """As many threads as computed the golden data: they split the sums of gradients over rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def rounds_as_golden(golden_threads: None) -> bool:
+    """Whether sums are split and rounded here as where the golden data was computed.
+
+    BLAS and torch choose their kernels by the CPU. A digest of plain operators of the golden model's sizes tells, and
+    knows nothing of the code under test.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4, 129, 176), (176, 176), (768, 176), (176, 768))
+    leaves = [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
+    x, projection, up, down = leaves
+    heads = F.linear(x, projection).unflatten(-1, (16, 11)).transpose(1, 2)
+    attended = (heads @ heads.transpose(-1, -2)).softmax(-1) @ heads
+    normed = F.layer_norm(attended.transpose(1, 2).flatten(2), (176,))
+    out = F.linear(F.gelu(F.linear(normed, up)), down)
+    gradients = torch.autograd.grad(out.square().mean(), leaves)
+    digest = hashlib.sha256()
+    for tensor in (out.detach(), *gradients):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest() == GOLDEN_ROUNDING
+
+
+@pytest.fixture(scope="session")
+def lion_tiny(golden_dir: Path) -> Path:
+    return golden_dir / "lion_tiny"
+
+
+@pytest.fixture(scope="session")
+def files(lion_tiny: Path) -> dict[str, Path]:
+    """The arguments of `LION.from_checkpoint_files`."""
+    return {
+        "vit": lion_tiny / "eva_vit_tiny.pth",
+        "llm": lion_tiny / "flan-t5-tiny",
+        "bert": lion_tiny / "bert-tiny",
+        "lion": lion_tiny / "LION-tiny.pth",
+    }
+
+
+@pytest.fixture(scope="session")
+def meta(lion_tiny: Path) -> dict:
+    return json.loads((lion_tiny / "meta.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def expected(lion_tiny: Path) -> dict[str, Tensor]:
+    return load_file(lion_tiny / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def model(files: dict[str, Path]) -> LION:
+    return LION.from_checkpoint_files(**files)
+
+
+class GoldenViT(nn.Module):
+    """The states that the original's ViT gave for the golden images, by layer."""
+
+    def __init__(self, expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.states = {layer: expected[f"vit.layer{layer}"].to(dtype) for layer in (38, 28, 18)}
+
+    def forward(self, _pixel_values: Tensor) -> dict[int, Tensor]:
+        return self.states
+
+
+@pytest.fixture(scope="session")
+def load_behind_vit(files: dict[str, Path], expected: dict[str, Tensor]) -> Callable[[torch.dtype], LION]:
+    """Loads a model that reads the golden ViT states.
+
+    What follows the ViT strips the large part that its states have in common and so leaves 60 times their fp32
+    error, which differs from one CPU to the next. The ViT is compared for itself.
+    """
+
+    def load(dtype: torch.dtype) -> LION:
+        model = LION.from_checkpoint_files(**files, dtype=dtype)
+        model.visual_encoder = GoldenViT(expected, dtype)
+        return model
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def inputs(lion_tiny: Path, meta: dict, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The four golden samples, without task and labels."""
+    from transformers import AutoTokenizer
+
+    def tokenize(directory: str, texts: list[str]) -> tuple[Tensor, Tensor]:
+        tokenizer = AutoTokenizer.from_pretrained(lion_tiny / directory, truncation_side="left")
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        return batch.input_ids, batch.attention_mask
+
+    template = "According to <extra_id_0>, you are allowed to use or partially use the following tags: [{}]. {}"
+    texts = [template.format(tags, question) for tags, question in zip(meta["tags"], meta["questions"], strict=True)]
+    input_ids, attention_mask = tokenize("flan-t5-tiny", texts)
+    qformer_input_ids, qformer_attention_mask = tokenize("bert-tiny", meta["questions"])
+    return {
+        "pixel_values": expected["pixel_values"],
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "qformer_input_ids": qformer_input_ids,
+        "qformer_attention_mask": qformer_attention_mask,
+    }
+
+
+@pytest.fixture(scope="session")
+def task_ids() -> dict[str, Tensor]:
+    return {"region_level": torch.zeros(4, dtype=torch.long), "image_level": torch.ones(4, dtype=torch.long)}

@@ -1,0 +1,16 @@
+"""How the aggregator starts."""
+
+import torch
+
+from lion_reference import AggregatorConfig
+from lion_reference.aggregator import Aggregator
+
+
+def test_starts_as_norms_of_its_first_input():
+    torch.manual_seed(0)
+    aggregator = Aggregator(AggregatorConfig(num_heads=2, mlp_width=12), width=8).double().eval()
+    x, first, second = torch.randn(3, 2, 5, 8, dtype=torch.float64)
+    out = aggregator(x, [first, second])
+    # A norm of a norm changes no more than eps does.
+    normed = (x - x.mean(-1, keepdim=True)) / x.var(-1, unbiased=False, keepdim=True).sqrt()
+    torch.testing.assert_close(out, normed)

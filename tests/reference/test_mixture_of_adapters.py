@@ -1,0 +1,186 @@
+"""The mixture of adapters against loops over rows and experts, in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_reference import MixtureOfAdapters, mixture_of_adapters
+
+BATCH, LENGTH, WIDTH, EXPERTS, RANK, TASKS = 3, 4, 6, 3, 2, 2
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {
+        "down_weight": (EXPERTS, RANK, WIDTH),
+        "down_bias": (EXPERTS, RANK),
+        "up_weight": (EXPERTS, WIDTH, RANK),
+        "up_bias": (EXPERTS, WIDTH),
+    }
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def expert(row: Tensor, weights: dict[str, Tensor], e: int, activation: str = "relu") -> Tensor:
+    """Expert e's output for one row [D], one number at a time."""
+    hidden = []
+    for r in range(RANK):
+        value = weights["down_bias"][e, r] + sum(weights["down_weight"][e, r, d] * row[d] for d in range(WIDTH))
+        hidden.append(max(value, torch.zeros(())) if activation == "relu" else value)
+    return torch.stack(
+        [
+            weights["up_bias"][e, d] + sum(weights["up_weight"][e, d, r] * hidden[r] for r in range(RANK))
+            for d in range(WIDTH)
+        ]
+    )
+
+
+def mixture(x: Tensor, weights: dict[str, Tensor], factor, activation: str = "relu") -> Tensor:
+    """factor(b, n, e): what expert e counts for row (b, n)."""
+    out = torch.zeros_like(x)
+    for b in range(BATCH):
+        for n in range(LENGTH):
+            for e in range(EXPERTS):
+                out[b, n] += factor(b, n, e) * expert(x[b, n], weights, e, activation)
+    return out
+
+
+def test_channel_gate_by_sequence(x, weights):
+    gate, task_ids = randn(TASKS, EXPERTS, WIDTH), torch.tensor([1, 0, 1])
+    out = mixture_of_adapters(x, **weights, gate=gate, task_ids=task_ids)
+    torch.testing.assert_close(out, mixture(x, weights, lambda b, _, e: gate[task_ids[b], e]))
+
+
+def test_channel_gate_by_row(x, weights):
+    gate, task_ids = randn(TASKS, EXPERTS, WIDTH), torch.randint(0, TASKS, (BATCH, LENGTH))
+    out = mixture_of_adapters(x, **weights, gate=gate, task_ids=task_ids)
+    torch.testing.assert_close(out, mixture(x, weights, lambda b, n, e: gate[task_ids[b, n], e]))
+
+
+def test_dense_gate_by_row(x, weights):
+    gate = randn(BATCH, LENGTH, EXPERTS)
+    out = mixture_of_adapters(x, **weights, gate=gate)
+    torch.testing.assert_close(out, mixture(x, weights, lambda b, n, e: gate[b, n, e]))
+
+
+@pytest.mark.parametrize("shape", [(BATCH, EXPERTS), (BATCH, 1, EXPERTS)])
+def test_dense_gate_broadcasts_over_a_sequence(x, weights, shape):
+    gate = randn(BATCH, EXPERTS)
+    out = mixture_of_adapters(x, **weights, gate=gate.reshape(shape))
+    torch.testing.assert_close(out, mixture(x, weights, lambda b, _, e: gate[b, e]))
+
+
+def test_sparse_gate(x, weights):
+    gate, expert_ids = randn(BATCH, LENGTH, 2), torch.randint(-1, EXPERTS, (BATCH, LENGTH, 2))
+    expert_ids[0, 0] = -1  # a row without any expert
+    expert_ids[0, 1] = 2  # a row that names one twice
+    out = mixture_of_adapters(x, **weights, gate=gate, expert_ids=expert_ids)
+
+    def factor(b: int, n: int, e: int) -> float:
+        return sum(g.item() for g, chosen in zip(gate[b, n], expert_ids[b, n], strict=True) if chosen == e)
+
+    torch.testing.assert_close(out, mixture(x, weights, factor))
+    assert (out[0, 0] == 0).all()
+
+
+def test_identity_activation_without_biases_with_residual(x, weights):
+    gate, residual = randn(EXPERTS), randn(BATCH, LENGTH, WIDTH)
+    out = mixture_of_adapters(
+        x,
+        weights["down_weight"],
+        None,
+        weights["up_weight"],
+        None,
+        gate,
+        residual=residual,
+        activation="identity",
+    )
+    unbiased = weights | {name: torch.zeros_like(weights[name]) for name in ("down_bias", "up_bias")}
+    torch.testing.assert_close(out, residual + mixture(x, unbiased, lambda _b, _n, e: gate[e], "identity"))
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 1, 3, 2)])
+def test_any_number_of_leading_dimensions(weights, leading):
+    x, gate = randn(*leading, WIDTH), randn(*leading, EXPERTS)
+    out = mixture_of_adapters(x, **weights, gate=gate)
+    assert out.shape == x.shape
+    flat = mixture_of_adapters(x.reshape(-1, WIDTH), **weights, gate=gate.reshape(-1, EXPERTS))
+    torch.testing.assert_close(out, flat.reshape(x.shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"down_weight": randn(EXPERTS, RANK, 5)}, r"down_weight: expected \[E, r, D\] with D=6 .*got \[3, 2, 5\]"),
+        ({"down_bias": randn(RANK)}, r"down_bias: expected \[3, 2\], got \[2\]"),
+        ({"up_weight": randn(EXPERTS, RANK, WIDTH)}, r"up_weight: expected \[3, 6, 2\], got \[3, 2, 6\]"),
+        ({"up_bias": randn(1, WIDTH)}, r"up_bias: expected \[3, 6\], got \[1, 6\]"),
+        ({"residual": randn(BATCH, WIDTH)}, r"residual: expected \[3, 4, 6\], got \[3, 6\]"),
+        ({"activation": "gelu"}, "activation: expected 'relu' or 'identity', got 'gelu'"),
+        ({"gate": randn(BATCH, 2)}, r"gate: expected \[..., 3\] .*got \[3, 2\]"),
+        ({"gate": randn(LENGTH, EXPERTS)}, r"gate: expected leading dimensions .*\[3, 4\].* got \[4\]"),
+        ({"task_ids": torch.tensor([0, 1, 1])}, r"gate: expected \[R, 3, 6\] with task_ids, got \[3, 4, 3\]"),
+        (
+            {"gate": randn(TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0, 2, -1])},
+            r"task_ids: expected values from 0 to 1, got \[-1, 2\]",
+        ),
+        (
+            {"gate": randn(TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0, 1])},
+            r"task_ids: expected leading dimensions .*\[3, 4\].* got \[2\]",
+        ),
+        (
+            {"gate": randn(TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0.0, 1.0, 1.0])},
+            "task_ids: expected integers, got torch.float32",
+        ),
+        ({"expert_ids": torch.zeros(BATCH, 1, dtype=torch.long)}, r"expert_ids: expected \[3, 4, 3\] .*got \[3, 1\]"),
+        (
+            {"gate": randn(BATCH, 1), "expert_ids": torch.full((BATCH, 1), 3)},
+            r"expert_ids: expected values from -1 to 2, got \[3\]",
+        ),
+        (
+            {"task_ids": torch.zeros(BATCH, dtype=torch.long), "expert_ids": torch.zeros(BATCH, 1, dtype=torch.long)},
+            "task_ids, expert_ids: expected at most one",
+        ),
+    ],
+)
+def test_errors_name_the_argument(x, weights, change, message):
+    arguments = {"x": x, **weights, "gate": randn(BATCH, LENGTH, EXPERTS), **change}
+    with pytest.raises(ValueError, match=message):
+        mixture_of_adapters(**arguments)
+
+
+def test_module_starts_by_adding_nothing(x):
+    module = MixtureOfAdapters(WIDTH, RANK, num_adapters=2).double()
+    assert not module(x, torch.tensor([0, 1, 1])).any()
+
+
+@pytest.mark.parametrize("num_adapters", [1, 2])
+def test_module_is_the_operator_with_scaled_ratios_as_gate(x, num_adapters):
+    module = MixtureOfAdapters(WIDTH, RANK, num_adapters).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    task_ids = torch.tensor([0, 1, 1])
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([adapter.get_parameter(name) for adapter in module.adapters])
+
+    ratios = torch.ones(2, 1, WIDTH, dtype=torch.float64)
+    if num_adapters == 2:
+        ratios = torch.stack([module.router_ratio1, module.router_ratio2], dim=1)
+    weights = [stacked(f"{half}_proj.{kind}") for half in ("down", "up") for kind in ("weight", "bias")]
+    wanted = mixture_of_adapters(x, *weights, gate=ratios * stacked("scale"), task_ids=task_ids)
+    torch.testing.assert_close(module(x, task_ids), wanted)
+
+
+def test_module_refuses_to_route_without_tasks(x):
+    with pytest.raises(ValueError, match="task_ids: expected one per sequence"):
+        MixtureOfAdapters(WIDTH, RANK, num_adapters=2).double()(x, None)

@@ -1,0 +1,71 @@
+"""The mixture of LoRA updates against the merged weight of every row, in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_reference import mixture_of_lora_linear
+
+BATCH, LENGTH, WIDTH_IN, WIDTH_OUT, EXPERTS, RANK, SCALING = 2, 3, 5, 4, 3, 2, 0.5
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def arguments() -> dict:
+    return {
+        "x": randn(0, BATCH, LENGTH, WIDTH_IN),
+        "weight": randn(1, WIDTH_OUT, WIDTH_IN),
+        "bias": randn(2, WIDTH_OUT),
+        "lora_a": randn(3, EXPERTS, RANK, WIDTH_IN),
+        "lora_b": randn(4, EXPERTS, WIDTH_OUT, RANK),
+        "scaling": SCALING,
+    }
+
+
+def merged(arguments: dict, factor) -> Tensor:
+    """Each row through weight + scaling * sum_e diag(factor(b, n, e)) B_e A_e."""
+    out = torch.empty(BATCH, LENGTH, WIDTH_OUT, dtype=torch.float64)
+    for b in range(BATCH):
+        for n in range(LENGTH):
+            weight = arguments["weight"].clone()
+            for e in range(EXPERTS):
+                update = arguments["lora_b"][e] @ arguments["lora_a"][e]
+                weight += SCALING * (factor(b, n, e).expand(WIDTH_OUT)[:, None] * update)
+            out[b, n] = weight @ arguments["x"][b, n] + arguments["bias"]
+    return out
+
+
+def test_channel_gate(arguments):
+    gate, task_ids = randn(5, 2, EXPERTS, WIDTH_OUT), torch.tensor([1, 0])
+    out = mixture_of_lora_linear(**arguments, gate=gate, task_ids=task_ids)
+    torch.testing.assert_close(out, merged(arguments, lambda b, _, e: gate[task_ids[b], e]))
+
+
+def test_dense_gate(arguments):
+    gate = randn(5, BATCH, LENGTH, EXPERTS)
+    out = mixture_of_lora_linear(**arguments, gate=gate)
+    torch.testing.assert_close(out, merged(arguments, lambda b, n, e: gate[b, n, e]))
+
+
+def test_sparse_gate(arguments):
+    gate, expert_ids = randn(5, BATCH, LENGTH, 1), torch.tensor([[0, 2, -1], [1, 1, 0]])[..., None]
+    out = mixture_of_lora_linear(**arguments, gate=gate, expert_ids=expert_ids)
+    torch.testing.assert_close(out, merged(arguments, lambda b, n, e: gate[b, n, 0] * (expert_ids[b, n, 0] == e)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": randn(0, WIDTH_IN, WIDTH_OUT)}, r"weight: expected \[Dout, 5\] .*got \[5, 4\]"),
+        ({"bias": randn(0, WIDTH_IN)}, r"bias: expected \[4\], got \[5\]"),
+        ({"lora_a": randn(0, RANK, WIDTH_IN)}, r"lora_a: expected \[E, r, 5\] .*got \[2, 5\]"),
+        ({"lora_b": randn(0, EXPERTS, RANK, WIDTH_OUT)}, r"lora_b: expected \[3, 4, 2\], got \[3, 2, 4\]"),
+        ({"gate": randn(0, BATCH, LENGTH, 2)}, r"gate: expected \[..., 3\] .*got \[2, 3, 2\]"),
+    ],
+)
+def test_errors_name_the_argument(arguments, change, message):
+    with pytest.raises(ValueError, match=message):
+        mixture_of_lora_linear(**{**arguments, "gate": randn(0, EXPERTS), **change})

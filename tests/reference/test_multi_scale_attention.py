@@ -1,0 +1,108 @@
+"""Multi-scale attention against loops over queries, keys and heads, in fp64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_reference import multi_scale_attention
+
+BATCH, LENGTH, HEADS, HEAD_DIM = 2, 3, 2, 5
+LENGTHS = (4, 1, 6)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def q() -> Tensor:
+    return randn(BATCH, LENGTH, HEADS, HEAD_DIM)
+
+
+@pytest.fixture
+def keys() -> list[Tensor]:
+    return [randn(BATCH, length, HEADS, HEAD_DIM, seed=1) for length in LENGTHS]
+
+
+@pytest.fixture
+def values() -> list[Tensor]:
+    return [randn(BATCH, length, HEADS, HEAD_DIM, seed=2) for length in LENGTHS]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    out = torch.zeros_like(q)
+    for b in range(BATCH):
+        for h in range(HEADS):
+            for i in range(LENGTH):
+                attended = [j for j in range(k.shape[1]) if mask is None or mask[b, j]]
+                weights = [math.exp(scale * (q[b, i, h] @ k[b, j, h]).item()) for j in attended]
+                for weight, j in zip(weights, attended, strict=True):
+                    out[b, i, h] += weight / sum(weights) * v[b, j, h]
+    return out
+
+
+def test_every_map_has_a_softmax_of_its_own(q, keys, values):
+    out = multi_scale_attention(q, keys, values)
+    assert out.shape == (BATCH, LENGTH, len(LENGTHS), HEADS, HEAD_DIM)
+    for s, (k, v) in enumerate(zip(keys, values, strict=True)):
+        torch.testing.assert_close(out[:, :, s], attention(q, k, v, HEAD_DIM**-0.5))
+
+
+def test_scale_gate_sums_over_the_maps(q, keys, values):
+    gate = randn(3, seed=3)
+    out = multi_scale_attention(q, keys, values, scale=0.7, scale_gate=gate)
+    wanted = sum(g * attention(q, k, v, 0.7) for g, k, v in zip(gate, keys, values, strict=True))
+    torch.testing.assert_close(out, wanted)
+
+
+def test_one_map_has_no_scale_dimension(q, keys, values):
+    out = multi_scale_attention(q, keys[:1], values[:1])
+    torch.testing.assert_close(out, attention(q, keys[0], values[0], HEAD_DIM**-0.5))
+
+
+def test_masks_hide_keys(q, keys, values):
+    masks = [torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]]), None, torch.tensor([[1, 0, 0, 0, 0, 0]] * 2)]
+    out = multi_scale_attention(q, keys, values, key_padding_mask=masks)
+    for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
+        torch.testing.assert_close(out[:, :, s], attention(q, k, v, HEAD_DIM**-0.5, mask))
+    assert (out[1, :, 0] == 0).all()
+
+
+def test_nothing_attended_gives_finite_gradients(q, keys, values):
+    q.requires_grad_()
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]])
+    multi_scale_attention(q, keys[:1], values[:1], key_padding_mask=mask).sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+    assert (q.grad[1] == 0).all()
+
+
+def test_dropout_mask_multiplies_the_probabilities(q, keys, values):
+    keep = torch.zeros(BATCH, HEADS, LENGTH, 4, dtype=torch.float64)
+    keep[..., 2] = 2.0
+    out = multi_scale_attention(q, keys[:1], values[:1], dropout_mask=[keep])
+    only = values[0].clone()
+    only[:, [0, 1, 3]] = 0
+    torch.testing.assert_close(out, 2 * attention(q, keys[0], only, HEAD_DIM**-0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": [randn(BATCH, 4, HEADS, HEAD_DIM)]}, "values: expected one per feature map of keys, got 1 for 3"),
+        ({"keys": [randn(BATCH, 4, 1, HEAD_DIM)] * 3}, r"keys\[0\]: expected \[2, 'L_s', 2, 5\] .*got \[2, 4, 1, 5\]"),
+        ({"values": [randn(BATCH, 3, HEADS, HEAD_DIM)] * 3}, r"values\[0\]: expected \[2, 4, 2, 5\]"),
+        (
+            {"key_padding_mask": torch.ones(BATCH, 4)},
+            r"key_padding_mask: expected \[2, 1\] for keys\[1\]",
+        ),
+        ({"key_padding_mask": [None]}, "key_padding_mask: expected 3 .*got 1"),
+        ({"scale_gate": torch.ones(2)}, r"scale_gate: expected \[3\] .*got \[2\]"),
+        ({"dropout_mask": [torch.ones(1)]}, "dropout_mask: expected 3 .*got 1"),
+    ],
+)
+def test_errors_name_the_argument(q, keys, values, change, message):
+    with pytest.raises(ValueError, match=message):
+        multi_scale_attention(**{"q": q, "keys": keys, "values": values, **change})

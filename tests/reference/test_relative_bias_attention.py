@@ -1,0 +1,105 @@
+"""T5's attention against loops, its buckets against integer arithmetic."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_reference import relative_bias_attention
+from lion_reference.relative_bias_attention import relative_position_bucket
+
+BATCH, LENGTH, HEADS, HEAD_DIM, BUCKETS, MAX_DISTANCE = 2, 7, 2, 3, 8, 6
+
+
+def bucket(distance: int, num_buckets: int, max_distance: int, bidirectional: bool) -> int:
+    """T5's bucket of one distance. With n exact of m buckets, d >= n falls into n + the largest j < m - n with
+    (d / n)^(m - n) >= (max_distance / n)^j, here in integers.
+    """
+    first = 0
+    if bidirectional:
+        num_buckets //= 2
+        first = num_buckets if distance > 0 else 0
+        distance = abs(distance)
+    else:
+        distance = max(-distance, 0)
+    exact = num_buckets // 2
+    if distance < exact:
+        return first + distance
+    count = num_buckets - exact
+    reached = [j for j in range(count) if distance**count * exact**j >= max_distance**j * exact**count]
+    return first + exact + max(reached)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 6), (16, 100)])
+def test_buckets_are_exact(num_buckets, max_distance, bidirectional):
+    distances = torch.arange(-600, 601)
+    buckets = relative_position_bucket(
+        distances, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
+    )
+    wanted = [bucket(d, num_buckets, max_distance, bidirectional) for d in distances.tolist()]
+    assert buckets.tolist() == wanted
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def arguments() -> dict:
+    shape = (BATCH, LENGTH, HEADS, HEAD_DIM)
+    return {"q": randn(0, *shape), "k": randn(1, *shape), "v": randn(2, *shape), "bias_table": randn(3, BUCKETS, HEADS)}
+
+
+def attention(q, k, v, bias_table, bidirectional: bool, causal: bool, mask: Tensor) -> Tensor:
+    out = torch.zeros_like(q)
+    offset = k.shape[1] - q.shape[1]
+    for b in range(BATCH):
+        for h in range(HEADS):
+            for i in range(q.shape[1]):
+                attended = [j for j in range(k.shape[1]) if mask[b, j] and not (causal and j > i + offset)]
+                weights = []
+                for j in attended:
+                    bias = bias_table[bucket(j - i - offset, BUCKETS, MAX_DISTANCE, bidirectional), h]
+                    weights.append(math.exp((q[b, i, h] @ k[b, j, h] + bias).item()))
+                for weight, j in zip(weights, attended, strict=True):
+                    out[b, i, h] += weight / sum(weights) * v[b, j, h]
+    return out
+
+
+@pytest.mark.parametrize("queries", [LENGTH, 1])
+@pytest.mark.parametrize(("bidirectional", "causal"), [(True, False), (False, True)])
+def test_follows_the_definition(arguments, queries, bidirectional, causal):
+    arguments["q"] = arguments["q"][:, LENGTH - queries :]
+    mask = torch.tensor([[1] * LENGTH, [0, 1, 1, 0, 1, 0, 0]])
+    out = relative_bias_attention(
+        **arguments, key_padding_mask=mask, bidirectional=bidirectional, max_distance=MAX_DISTANCE, causal=causal
+    )
+    # With a causal mask the second sample's first query sees no key: zeros.
+    torch.testing.assert_close(out, attention(**arguments, bidirectional=bidirectional, causal=causal, mask=mask))
+
+
+def test_dropout_mask_multiplies_the_probabilities(arguments):
+    keep = torch.zeros(BATCH, HEADS, LENGTH, LENGTH, dtype=torch.float64)
+    keep[..., 2] = 2.0
+    out = relative_bias_attention(**arguments, max_distance=MAX_DISTANCE, dropout_mask=keep)
+    only = arguments["v"].clone()
+    only[:, [0, 1, 3, 4, 5, 6]] = 0
+    everything = torch.ones(BATCH, LENGTH)
+    wanted = attention(**{**arguments, "v": only}, bidirectional=True, causal=False, mask=everything)
+    torch.testing.assert_close(out, 2 * wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": randn(0, BATCH, 3, HEADS, HEAD_DIM)}, r"k: expected \[2, 'M >= 7', 2, 3\] .*got \[2, 3, 2, 3\]"),
+        ({"v": randn(0, BATCH, 3, HEADS, HEAD_DIM)}, r"v: expected \[2, 7, 2, 3\] .*got \[2, 3, 2, 3\]"),
+        ({"bias_table": randn(0, BUCKETS, 3)}, r"bias_table: expected \[num_buckets, 2\] .*got \[8, 3\]"),
+        ({"key_padding_mask": torch.ones(BATCH, 3)}, r"key_padding_mask: expected \[2, 7\] .*got \[2, 3\]"),
+    ],
+)
+def test_errors_name_the_argument(arguments, change, message):
+    with pytest.raises(ValueError, match=message):
+        relative_bias_attention(**{**arguments, **change})
