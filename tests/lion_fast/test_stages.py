@@ -1,0 +1,190 @@
+"""Stages, parameter by parameter: what moves, what must not, and where it goes next."""
+
+import pytest
+import torch
+
+from lion_fast import LionConfig, LionForCausalLM
+from lion_fast.stages import STAGES, Stage, carry_over, freeze_for_stage, parameter_groups
+
+WIDTH, D_MODEL = 16, 24
+TEXT = {
+    "model_type": "t5",
+    "vocab_size": 40,
+    "d_model": D_MODEL,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+}
+
+
+def build(stage: Stage, seed: int = 0, d_model: int = D_MODEL) -> LionForCausalLM:
+    torch.manual_seed(seed)
+    config = LionConfig(
+        vision_config={
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "image_size": 28,
+        },
+        qformer_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "vocab_size": 30,
+        },
+        aggregator_config={
+            "hidden_size": WIDTH,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "feature_layers": (2, 1, 0),
+            "projection_size": 32,
+        },
+        text_config={**TEXT, "d_model": d_model},
+        visual_input=stage.visual_input,
+        num_query_tokens=4,
+        adapter_rank=4,
+        soft_prompt_token_id=3,
+    )
+    return LionForCausalLM(config)
+
+
+def batch_for(stage: Stage) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(high: int, length: int) -> torch.Tensor:
+        return torch.randint(4, high, (2, length), generator=generator)
+
+    input_ids = ids(40, 6)
+    input_ids[:, 0] = 3  # the soft prompt
+    tasks = {"image_level": 1, "region_level": 0}
+    return {
+        "pixel_values": torch.randn(2, 3, 28, 28, generator=generator),
+        "input_ids": input_ids,
+        "qformer_input_ids": ids(30, 5),
+        "task_ids": torch.tensor([tasks[stage.tasks[0]], tasks[stage.tasks[-1]]]),
+        "labels": ids(40, 4),
+    }
+
+
+# What lion.md's table of stages names, by the beginnings of parameter names.
+SHARED = ("soft_prompt",)
+IMAGE = ("vision_layernorm.", "query_tokens", "qformer.", "qformer_projection.")
+REGION = ("aggregator.", "aggregator_layernorm.", "aggregator_projection.")
+LAST_OUTPUT = "qformer.encoder.layer.1.output."
+TRAINED = {1: SHARED + IMAGE, 2: SHARED + REGION, 3: SHARED + IMAGE + REGION}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_step_moves_exactly_what_the_stage_trains(stage: Stage) -> None:
+    model = build(stage)
+    with torch.no_grad():  # zeros would stop gradients from reaching all of an adapter or of the aggregator
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    names = freeze_for_stage(model, stage)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model.train()
+    model(**batch_for(stage)).loss.backward()
+    torch.optim.AdamW(parameter_groups(model, lr=1e-2), eps=1e-30).step()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    expected = {name for name in before if name.startswith(TRAINED[stage.number]) or ".adapter." in name}
+    assert set(names) == expected
+    assert moved <= expected
+    # Biases of keys cancel in the softmax, and only the queries leave the Q-Former's last layer.
+    idle = {name for name in expected - moved if not name.endswith("key.bias")}
+    idle -= {name for name in idle if name.startswith(("qformer.encoder.layer.1.intermediate.", LAST_OUTPUT))}
+    assert not idle
+    assert not any(name.startswith("vision_model.") for name in moved)
+    assert all(".adapter." in name for name in moved if name.startswith("language_model."))
+
+
+def test_single_adapters_become_the_joint_models_adapters() -> None:
+    first, second, joint = (build(stage, seed=stage.number) for stage in STAGES)
+    for model in (first, second, joint):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+    untouched = {name: value.detach().clone() for name, value in joint.named_parameters()}
+    written = carry_over(first, STAGES[0], joint, STAGES[2]) + carry_over(second, STAGES[1], joint, STAGES[2])
+    sources = {1: dict(first.named_parameters()), 2: dict(second.named_parameters())}
+    for name, value in joint.named_parameters():
+        if ".adapter.adapters.1." in name:
+            expected = sources[1][name.replace("adapters.1.", "adapters.0.")]
+        elif ".adapter.adapters.0." in name:
+            expected = sources[2][name]
+        elif ".adapter.router_ratio" in name:
+            expected = untouched[name]
+            assert name not in written
+        elif name.startswith(IMAGE):
+            expected = sources[1][name]
+        else:  # the region path, and what both have: the last one copied
+            expected = sources[2][name]
+        assert torch.equal(value, expected), name
+
+
+def test_the_joint_model_starts_as_both_experts() -> None:
+    """With routers at their start, each task runs its own stage's adapter in every layer."""
+    first, second, joint = (build(stage, seed=stage.number) for stage in STAGES)
+    with torch.no_grad():
+        for model in (first, second):
+            for name, parameter in model.named_parameters():
+                if ".adapter." in name:
+                    parameter.copy_(torch.randn_like(parameter))
+    carry_over(first, STAGES[0], joint, STAGES[2])
+    carry_over(second, STAGES[1], joint, STAGES[2])
+    hidden, residual = torch.randn(3, 5, D_MODEL), torch.randn(3, 5, D_MODEL)
+    for expert, task in ((first, 1), (second, 0)):
+        own = expert.language_model.encoder.block[1].layer[-1].adapter(hidden, residual, None)
+        routed = joint.language_model.encoder.block[1].layer[-1].adapter(hidden, residual, torch.full((3,), task))
+        torch.testing.assert_close(routed, own, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_stay_behind_between_the_tasks() -> None:
+    first, second = build(STAGES[0], seed=1), build(STAGES[1], seed=2)
+    written = carry_over(first, STAGES[0], second, STAGES[1])
+    assert "soft_prompt" in written
+    assert not any(".adapter." in name for name in written)
+    assert torch.equal(second.vision_model.pos_embed, first.vision_model.pos_embed)
+
+
+def test_parameter_groups_follow_lions_rule() -> None:
+    model = build(STAGES[2])
+    freeze_for_stage(model, STAGES[2])
+    groups = {group["name"]: group for group in parameter_groups(model, lr=1e-3, weight_decay=0.05, boost_lr_scale=0.2)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    listed = {group: {names[id(p)] for p in value["params"]} for group, value in groups.items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sorted(name for group in listed.values() for name in group) == sorted(trained)
+    rates = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert rates == {
+        "base_decay": (1e-3, 0.05),
+        "base_no_decay": (1e-3, 0.0),
+        "aggregator_decay": (2e-4, 0.05),
+        "aggregator_no_decay": (2e-4, 0.0),
+    }
+    for name in trained:
+        part = "aggregator" if name.startswith("aggregator") else "base"
+        parameter = model.get_parameter(name)
+        plain = parameter.ndim < 2 or name.endswith("bias") or "norm" in name.lower()
+        assert name in listed[f"{part}_{'no_decay' if plain else 'decay'}"], name
+    assert "query_tokens" in listed["base_decay"]
+    assert any("router_ratio1" in name for name in listed["base_decay"])
+    assert "soft_prompt" in listed["base_no_decay"]
+
+
+def test_errors_name_the_model_and_the_parameter() -> None:
+    first = build(STAGES[0])
+    with pytest.raises(ValueError, match="model: expected a model with visual_input 'ALL'"):
+        freeze_for_stage(first, STAGES[2])
+    with pytest.raises(ValueError, match="target: expected a model with visual_input 'ALL'"):
+        carry_over(first, STAGES[0], first, STAGES[2])
+    with pytest.raises(ValueError, match=r"soft_prompt: expected \[32\]"):
+        carry_over(first, STAGES[0], build(STAGES[2], d_model=32), STAGES[2])
