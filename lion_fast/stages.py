@@ -110,7 +110,7 @@ def parameter_groups(
         model: only parameters that require gradients are listed.
         lr: learning rate.
         weight_decay: of matrices.
-        boost_lr_scale: factor on the learning rate of the aggregator, its layernorm and its projection.
+        boost_lr_scale: factor on the aggregator's learning rate (not on its projection's, as in the original).
 
     Returns:
         Up to four groups with keys `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
@@ -127,7 +127,7 @@ def parameter_groups(
     }
     for name, parameter in _trained(model):
         plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in norms
-        part = "aggregator" if name.split(".", 1)[0] in _REGION_PATH else "base"
+        part = "aggregator" if name.startswith("aggregator.") else "base"
         groups[f"{part}_{'no_decay' if plain else 'decay'}"]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]
 

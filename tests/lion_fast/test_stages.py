@@ -171,7 +171,7 @@ def test_parameter_groups_follow_lions_rule() -> None:
         "aggregator_no_decay": (2e-4, 0.0),
     }
     for name in trained:
-        part = "aggregator" if name.startswith("aggregator") else "base"
+        part = "aggregator" if name.startswith("aggregator.") else "base"
         parameter = model.get_parameter(name)
         plain = parameter.ndim < 2 or name.endswith("bias") or "norm" in name.lower()
         assert name in listed[f"{part}_{'no_decay' if plain else 'decay'}"], name
