@@ -1,0 +1,67 @@
+"""`lion-fast caption`, `ask` and `locate`: one picture, one question."""
+
+import argparse
+from pathlib import Path
+
+from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+
+DEFAULT_MODEL = Path("runs/quickstart/checkpoint")
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    caption = commands.add_parser("caption", help="describe a picture in one sentence")
+    ask = commands.add_parser("ask", help="answer a question about a picture")
+    locate = commands.add_parser("locate", help="find what an expression names and draw a box around it")
+    for parser in (caption, ask, locate):
+        parser.add_argument("image", metavar="IMAGE", help="a picture's file")
+        parser.add_argument(
+            "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
+        )
+        parser.add_argument("--tags", help='what the picture may show, e.g. "dog, cart, man"')
+        parser.add_argument("--num-beams", type=int, metavar="N", help="beams (default: the checkpoint's)")
+        parser.add_argument(
+            "--max-new-tokens", type=int, metavar="N", help="tokens at most (default: the checkpoint's)"
+        )
+        parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    ask.add_argument("question", metavar="QUESTION")
+    locate.add_argument("expression", metavar="EXPRESSION", help='what to find, e.g. "the red circle"')
+    locate.add_argument(
+        "--output", type=Path, metavar="PNG", help="picture to write (default: IMAGE's name with .located.png)"
+    )
+    caption.set_defaults(run=lambda args: print(_answer(args, CAPTION_INSTRUCTION, "image_level")))
+    ask.set_defaults(run=lambda args: print(_answer(args, args.question, "image_level")))
+    locate.set_defaults(run=_locate)
+
+
+def _locate(args: argparse.Namespace) -> None:
+    from lion_fast.boxes import draw_boxes, parse_boxes
+    from lion_fast.images import load_image
+
+    image = load_image(args.image)
+    output = args.output or Path(Path(args.image).with_suffix(".located.png").name)
+    answer = _answer(args, LOCATE_INSTRUCTION.format(expression=args.expression), "region_level")
+    print(answer)
+    boxes = parse_boxes(answer, image.size)
+    if not boxes:
+        raise ValueError(f"the model's answer holds no box: {answer!r}")
+    draw_boxes(image, boxes, labels=[args.expression] * len(boxes)).save(output)
+    print(f"box in pixels: {[round(x) for x in boxes[0]]}, drawn in {output}")
+
+
+def _answer(args: argparse.Namespace, question: str, task: str) -> str:
+    import torch
+
+    from lion_fast.modeling_lion import LionForCausalLM
+    from lion_fast.processing_lion import LionProcessor
+
+    if not args.model.is_dir():
+        raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    processor = LionProcessor.from_pretrained(args.model)
+    batch = processor(images=args.image, text=question, tags=args.tags, task=task, return_tensors="pt")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = LionForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+    model.to(device)  # type: ignore[arg-type]
+    limits = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    ids = model.generate(**batch.to(device), **{name: value for name, value in limits.items() if value is not None})
+    return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()

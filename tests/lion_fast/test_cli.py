@@ -1,0 +1,107 @@
+"""The command line as a person uses it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lion_fast import LionForCausalLM, LionProcessor
+from lion_fast.cli import main
+from lion_fast.prompts import CAPTION_INSTRUCTION
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (97, 61), "red").save(path)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_convert_prints_its_report(golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = golden.directory
+    arguments = ["--vit", sources / "eva_vit_tiny.pth", "--llm", sources / "flan-t5-tiny"]
+    arguments += ["--bert", sources / "bert-tiny", "--lion", sources / "LION-tiny.pth", "--out", tmp_path / "out"]
+    status, out, _ = run(capsys, "convert", *arguments)
+    assert status == 0
+    assert "LION-tiny.pth: 224 tensors read, 0 ignored" in out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "lion"
+    status, _, err = run(capsys, "convert", *arguments)
+    assert status == 2
+    assert "out: expected a directory that is empty" in err
+
+
+def test_convert_names_what_it_cannot_read(golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = golden.directory
+    (tmp_path / "cut.pth").write_bytes((sources / "LION-tiny.pth").read_bytes()[:1000])
+    arguments = ["--vit", sources / "eva_vit_tiny.pth", "--llm", sources / "flan-t5-tiny"]
+    arguments += ["--bert", sources / "bert-tiny", "--lion", tmp_path / "cut.pth", "--out", tmp_path / "out"]
+    status, out, err = run(capsys, "convert", *arguments)
+    assert (status, out) == (2, "")
+    assert "cut.pth: not a readable PyTorch checkpoint" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_caption_and_ask_print_the_model_s_words(
+    converted: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = LionForCausalLM.from_pretrained(converted).eval(), LionProcessor.from_pretrained(converted)
+    for question, command in ((CAPTION_INSTRUCTION, ["caption", picture]), ("What?", ["ask", picture, "What?"])):
+        batch = processor(images=picture, text=question, tags="red, wall", task="image_level")
+        ids = model.generate(**batch, num_beams=2, max_new_tokens=7)
+        expected = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+        options = ["--model", converted, "--tags", "red, wall", "--num-beams", 2, "--max-new-tokens", 7]
+        status, out, _ = run(capsys, *command, *options)
+        assert (status, out.rstrip("\n")) == (0, expected)
+
+
+def test_locate_draws_the_box(
+    converted: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a model that answers with a box, whatever it is asked."""
+    processor = LionProcessor.from_pretrained(converted)
+    answer = processor.tokenizer(["[0.440,0.060,0.650,0.367]"], return_tensors="pt").input_ids
+    monkeypatch.setattr(LionForCausalLM, "generate", lambda self, **inputs: answer)
+    output = tmp_path / "box.png"
+    status, out, _ = run(capsys, "locate", picture, "the plant", "--model", converted, "--output", output)
+    assert status == 0
+    assert "box in pixels: [43, 4, 63, 22]" in out
+    assert Image.open(output).size == (97, 61)
+    assert Image.open(output).convert("RGB").getcolors() != [(97 * 61, (255, 0, 0))]
+
+
+def test_locate_says_when_there_is_no_box(
+    converted: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "box.png"
+    options = ["--model", converted, "--output", output, "--num-beams", 1, "--max-new-tokens", 5]
+    status, _, err = run(capsys, "locate", picture, "the plant", *options)
+    assert status == 2
+    assert "the model's answer holds no box" in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["caption", "absent.png"], "absent.png"),
+        (["caption", "{picture}", "--model", "absent"], "--model: no directory absent"),
+        (["ask", "{picture}", " "], "text[0]: expected a question"),
+    ],
+)
+def test_bad_input_is_a_line(
+    converted: Path, picture: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    arguments = [argument.format(picture=picture) for argument in argv]
+    if "--model" not in arguments:
+        arguments += ["--model", str(converted)]
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
