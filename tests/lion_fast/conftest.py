@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lion_fast import LionConfig, LionForCausalLM, LionProcessor
 from lion_fast.conversion import convert_checkpoint
+from lion_fast.quickstart import run
 
 T5 = {
     "model_type": "t5",
@@ -95,6 +96,14 @@ def golden_batch(golden: Golden, converted: Path) -> Callable[[str], dict[str, T
         return {**made, "pixel_values": golden.expected["pixel_values"]}
 
     return batch
+
+
+@pytest.fixture(scope="session")
+def quickstart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the quickstart writes, from a run of a few steps."""
+    path = tmp_path_factory.mktemp("quickstart")
+    run(path, seed=5, smoke=True, show=False)
+    return path
 
 
 @pytest.fixture

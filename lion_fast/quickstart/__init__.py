@@ -1,0 +1,7 @@
+"""LION's main job, end to end, on a laptop: `lion-fast quickstart`."""
+
+from lion_fast.quickstart.data import SceneSet, render
+from lion_fast.quickstart.evaluation import Metrics, evaluate
+from lion_fast.quickstart.main import Settings, run
+
+__all__ = ["Metrics", "SceneSet", "Settings", "evaluate", "render", "run"]

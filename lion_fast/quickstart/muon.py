@@ -1,0 +1,64 @@
+"""Muon, the quickstart's optimizer: a small transformer from scratch needs a third of AdamW's steps with it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates for the matrices of a transformer (Jordan et al., 2024), in float32.
+
+    `torch.optim.Muon` orthogonalises in bfloat16, which a CPU without bfloat16 arithmetic does ten times slower.
+
+    Args:
+        parameters: matrices only.
+        lr: length of an update: every one has singular values of about 1, times sqrt(max(1, rows / columns)).
+        momentum: of the running mean of gradients; Nesterov's form.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.01
+    ):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(mean, group["momentum"])
+                by_shape.setdefault(parameter.shape, []).append((parameter, update))
+            for (rows, columns), pairs in by_shape.items():
+                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                length = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-length)
+
+
+def build_optimizers(modules: Sequence[nn.Module], matrices: Sequence[Any]) -> list[torch.optim.Optimizer]:
+    """Muon for `matrices` and AdamW for every other parameter of `modules` that is trained."""
+    taken = {id(p) for p in matrices}
+    rest = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in taken]
+    return [Muon(matrices), torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)]
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Matrices [..., M, N] with the same singular vectors and singular values near 1 (Newton-Schulz iteration)."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

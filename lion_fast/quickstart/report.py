@@ -1,0 +1,139 @@
+"""What the quickstart shows: a table, a grid of pictures with boxes, and loss curves."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from lion_fast.boxes import parse_boxes
+from lion_fast.quickstart.evaluation import Metrics, is_located
+from lion_fast.quickstart.loop import Run
+from lion_fast.scenes import Sample, Scene
+
+_INK, _MUTED, _GOOD, _BAD = "#1f2933", "#7b8794", "#0b7a4b", "#c0392b"
+_PREDICTED, _TRUE = "#ff2d87", "#ffffff"
+_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": "#cbd2d9",
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclass(frozen=True)
+class Showpiece:
+    """A scene, drawn large, with the model's caption and its answer to one expression."""
+
+    scene: Scene
+    caption: str
+    place: Sample
+    located: str
+
+
+def format_table(rows: dict[str, Metrics]) -> str:
+    """The metrics, one row per moment of training."""
+    width = max(map(len, rows))
+    lines = [
+        f"{'unseen scenes':<{width}}   caption  question  grounding",
+        f"{'':<{width}}     exact  accuracy   IoU >= .5",
+    ]
+    lines.append("-" * len(lines[0]))
+    for name, metrics in rows.items():
+        shares = (metrics.caption_exact_match, metrics.question_accuracy, metrics.grounding_accuracy)
+        lines.append(f"{name:<{width}}" + "".join(f"{share:>10.1%}" for share in shares))
+    return "\n".join(lines)
+
+
+def draw_grid(pieces: Sequence[Showpiece], path: Path, columns: int = 4) -> None:
+    """Pictures with the predicted box over the true one, the expression above and the predicted caption below."""
+    rows = -(-len(pieces) // columns)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 4.25 * rows), dpi=110, squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, piece in zip(axes.flat, pieces, strict=False):
+            _draw_piece(axis, piece)
+        handles = [
+            Line2D([], [], color=_PREDICTED, lw=2.5, label="predicted box"),
+            Line2D([], [], color=_INK, lw=2.5, ls=(0, (3, 2)), label="true box"),
+        ]
+        figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=11)
+        figure.subplots_adjust(left=0.02, right=0.98, top=0.955, bottom=0.1, wspace=0.08, hspace=0.36)
+        figure.savefig(path, facecolor="white")
+        plt.close(figure)
+
+
+def _draw_piece(axis: Axes, piece: Showpiece) -> None:
+    size = piece.scene.image.width
+    axis.imshow(piece.scene.image)
+    axis.axis("off")
+    assert piece.place.box is not None
+    _draw_box(axis, piece.place.box, size, _TRUE, 4.0, "-")
+    _draw_box(axis, piece.place.box, size, _INK, 1.8, (0, (3, 2)))
+    for box in parse_boxes(piece.located)[:1]:
+        _draw_box(axis, box, size, _PREDICTED, 2.6, "-")
+    expression = piece.place.text.split(" locate ")[1].split(" and let me know ")[0]
+    found = is_located(piece.place, piece.located)
+    axis.set_title(f"“{expression}”", fontsize=10.5, color=_INK if found else _BAD, pad=5)
+    right = piece.caption == piece.scene.caption
+    caption = "\n".join(textwrap.wrap(piece.caption, 44, max_lines=3))
+    axis.text(
+        0.5,
+        -0.025,
+        caption,
+        transform=axis.transAxes,
+        ha="center",
+        va="top",
+        fontsize=9,
+        color=_GOOD if right else _BAD,
+    )
+
+
+def _draw_box(axis: Axes, box: Sequence[float], size: int, color: str, width: float, style: object) -> None:
+    x1, y1, x2, y2 = (value * size for value in box)
+    patch = Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width)
+    patch.set_linestyle(style)  # type: ignore[arg-type]
+    axis.add_patch(patch)
+
+
+def draw_curves(runs: Sequence[Run], path: Path) -> None:
+    """Loss by step for every piece of training, one line per kind of instruction."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, len(runs), figsize=(3.3 * len(runs), 3.1), dpi=110, squeeze=False)
+        for axis, run in zip(axes.flat, runs, strict=True):
+            losses, steps = np.array(run.losses), np.arange(1, len(run.losses) + 1)
+            owners = np.array([run.kinds[i % len(run.kinds)] for i in range(len(losses))])
+            for color, kind in zip(_LINES, dict.fromkeys(run.kinds), strict=False):
+                own = owners == kind
+                axis.plot(steps[own], losses[own], color=color, alpha=0.22, lw=0.8)
+                axis.plot(steps[own], _smoothed(losses[own]), color=color, lw=1.8, label=kind)
+            axis.set_yscale("log")
+            axis.set_title(f"{run.name} · {run.seconds:.0f} s", fontsize=11, loc="left")
+            axis.set_xlabel("step")
+            axis.grid(axis="y", color="#e4e7eb", lw=0.7)
+            axis.legend(frameon=False, fontsize=9)
+        axes[0, 0].set_ylabel("loss (log scale)")
+        figure.tight_layout()
+        figure.savefig(path, facecolor="white")
+        plt.close(figure)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a twentieth of the run, shorter at its ends."""
+    reach = max(1, len(values) // 40)
+    return np.array([values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))])

@@ -1,0 +1,176 @@
+"""The quickstart: every step runs, what is frozen stays, and what is written loads and answers the same."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from lion_fast import LionForCausalLM, LionProcessor
+from lion_fast.quickstart import Metrics, evaluate, render, run
+from lion_fast.quickstart.data import compute_features, encode, training_batches
+from lion_fast.quickstart.evaluation import answer, is_located
+from lion_fast.quickstart.loop import train
+from lion_fast.quickstart.models import IMAGE_SIZE, build_config, build_processor
+from lion_fast.quickstart.muon import orthogonalise
+from lion_fast.quickstart.report import format_table
+from lion_fast.scenes import Sample, SceneGenerator
+from lion_fast.stages import STAGES, freeze_for_stage, parameter_groups
+
+SEED = 5  # of conftest's quickstart_dir
+
+
+@pytest.fixture(scope="module")
+def processor() -> LionProcessor:
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def output_dir(quickstart_dir: Path) -> Path:
+    return quickstart_dir
+
+
+def test_everything_that_was_promised_is_written(output_dir: Path) -> None:
+    report = json.loads((output_dir / "metrics.json").read_text())
+    rows = ["before stage 1", "after stage 1", "after stage 2", "before stage 3", "after stage 3"]
+    assert list(report["metrics"]) == rows
+    assert all(0 <= share <= 1 for row in report["metrics"].values() for share in row.values())
+    assert report["seconds"]["total"] >= sum(report["seconds"].values()) - report["seconds"]["total"]
+    assert all(row in (output_dir / "table.txt").read_text() for row in rows)
+    for name in ("predictions.png", "losses.png"):
+        with Image.open(output_dir / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_the_checkpoint_answers_pictures_as_it_answered_cached_features(output_dir: Path) -> None:
+    model = LionForCausalLM.from_pretrained(output_dir / "checkpoint").eval()
+    processor = LionProcessor.from_pretrained(output_dir / "checkpoint")
+    scenes = render(SceneGenerator(2 * SEED + 1, IMAGE_SIZE), 4, processor, "scenes")
+    samples = [scenes.samples(i, "rec" if i % 2 else "caption")[0] for i in range(4)]
+    batch = processor(
+        images=[scene.image for scene in scenes.scenes],
+        text=[sample.text for sample in samples],
+        task=[sample.task for sample in samples],
+        return_tensors="pt",
+    )
+    from_pictures = processor.batch_decode(model.generate(**batch), skip_special_tokens=True)
+    assert answer(model, processor, scenes, range(4), samples) == from_pictures
+    with torch.no_grad():
+        whole = model(**batch, labels=torch.ones(4, 1, dtype=torch.long)).logits
+        compute_features(model, scenes)
+        assert scenes.features is not None
+        batch.pop("pixel_values")
+        cached = model(
+            **batch, vision_features=scenes.features.float(), labels=torch.ones(4, 1, dtype=torch.long)
+        ).logits
+    # Features are kept in float16: eps 2^-11 on each, through a few layers.
+    assert (whole - cached).norm() / whole.norm() < 20 * 2**-11
+
+
+def test_evaluate_measures_a_loaded_checkpoint(output_dir: Path) -> None:
+    model = LionForCausalLM.from_pretrained(output_dir / "checkpoint")
+    processor = LionProcessor.from_pretrained(output_dir / "checkpoint")
+    metrics = evaluate(model, processor, render(SceneGenerator(1, IMAGE_SIZE), 3, processor, "scenes"))
+    assert set(metrics.as_dict()) == {"caption_exact_match", "question_accuracy", "grounding_accuracy"}
+
+
+def test_training_does_not_touch_the_stand_ins(processor: LionProcessor) -> None:
+    torch.manual_seed(0)
+    scenes = render(SceneGenerator(0, IMAGE_SIZE), 6, processor, "scenes")
+    for stage in STAGES:
+        model = LionForCausalLM(build_config(processor, stage.visual_input))
+        compute_features(model, scenes)
+        freeze_for_stage(model, stage)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        batches = training_batches(processor, scenes, ("caption", "rec"), 4, np.random.default_rng(0), tag_rate=1.0)
+        optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
+        train("test", ("caption", "rec"), (model(**batch).loss for batch in batches), [optimizer], 2)
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert moved
+        assert all(stage.trains(name) for name in moved)
+        assert "soft_prompt" in moved
+
+
+def test_batches_are_what_the_processor_makes(processor: LionProcessor) -> None:
+    scenes = [SceneGenerator(3, IMAGE_SIZE)[i] for i in range(4)]
+    samples = [scene.samples()[-1] for scene in scenes]
+    tags = ["red, circle", "", "blue", "star"]
+    ours = encode(processor, samples, tags)
+    theirs = processor(
+        images=[scene.image for scene in scenes],
+        text=[sample.text for sample in samples],
+        tags=tags,
+        task=[sample.task for sample in samples],
+        text_target=[sample.answer for sample in samples],
+    )
+    assert set(ours) == set(theirs) - {"pixel_values"}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@settings(deadline=None)  # the first example builds the tokenizer
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1))
+def test_text_comes_back_from_the_tokenizer(word: str) -> None:
+    tokenizer = text_tokenizer()
+    if "<" in word:
+        return  # may spell a special token, which decoding leaves out
+    text = f"a {word} on a plain background"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+@functools.cache
+def text_tokenizer() -> PreTrainedTokenizerBase:
+    return build_processor().tokenizer
+
+
+def test_tokenizers_read_words_coordinates_and_the_soft_prompt(processor: LionProcessor) -> None:
+    tokenizer = processor.tokenizer
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    scene = next(s for s in SceneGenerator(9, 32) if any(o.text for o in s.objects))
+    pieces = scene.caption.replace(",", " ,").split()
+    assert len(tokenizer(scene.caption, add_special_tokens=False).input_ids) == len(pieces)
+    box = "[0.440,0.060,0.650,1.000]"
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(box, add_special_tokens=False).input_ids)
+    assert tokens == ["▁[0.440", ",0.060", ",0.650", ",1.000", "]"]
+    spelt = tokenizer.convert_ids_to_tokens(tokenizer("[0.441", add_special_tokens=False).input_ids)
+    assert spelt == ["▁", *"[0.441"]
+    assert processor.soft_prompt_token_id is not None
+    question = processor.qformer_tokenizer(scene.samples()[-1].text)
+    assert processor.qformer_tokenizer.unk_token_id not in question.input_ids
+
+
+def test_orthogonalise_keeps_singular_vectors_and_evens_out_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 24, 8), (3, 8, 24), (1, 16, 16)):
+        u, s, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+        s = s.clamp(min=0.1 * s.max())  # values below a tenth of the largest need more iterations
+        out = orthogonalise(u * s.unsqueeze(-2) @ vh)
+        inner = u.mT @ out @ vh.mT
+        values = inner.diagonal(dim1=-2, dim2=-1)
+        torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=1e-4)
+        assert values.min() > 0.5
+        assert values.max() < 1.5
+
+
+def test_only_a_box_that_overlaps_by_half_counts() -> None:
+    sample = Sample("rec", "region_level", "", "", (0.2, 0.2, 0.6, 0.6))
+    assert is_located(sample, "Answer: [0.200,0.200,0.600,0.600]")
+    assert is_located(sample, "[0.200,0.200,0.600,0.410]")
+    assert not is_located(sample, "[0.200,0.200,0.600,0.390]")
+    assert not is_located(sample, "a red circle")
+
+
+def test_table_shows_percentages() -> None:
+    table = format_table({"before": Metrics(0.0, 0.125, 1.0)})
+    assert table.splitlines()[-1].split() == ["before", "0.0%", "12.5%", "100.0%"]
+
+
+def test_scale_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scale"):
+        run(tmp_path, scale=0)
