@@ -42,7 +42,7 @@ def test_the_python_code_runs() -> None:
 
 @pytest.mark.usefixtures("_after_quickstart")
 def test_the_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Convert names files that only their owners have; it is run in test_cli on small ones. Here its arguments count."""
+    """What `convert` names only its owner has; test_cli runs it on small files, here its arguments count."""
     shown = commands()
     assert {line.split()[1] for line in shown} == {"caption", "ask", "locate", "convert"}
     for line in shown:
