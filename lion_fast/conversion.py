@@ -115,7 +115,7 @@ def convert_checkpoint(
     report = ConversionReport(config)
     with _staged(out) as staging:
         if given:
-            ram_report = convert_ram(*given.values(), staging / "ram")
+            ram_report = convert_ram(given["ram"], given["ram_tags"], given["ram_thresholds"], staging / "ram")
             report.read[str(ram)], report.ignored[str(ram)] = len(ram_report.read), ram_report.ignored
         write_sharded(tensors, staging, max_shard_bytes)
         config.save_pretrained(staging)
