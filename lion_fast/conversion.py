@@ -317,16 +317,15 @@ def _find_tensors(sources: dict[str, _Source], config: LionConfig) -> dict[str, 
         parameters = dict(LionForCausalLM(config).named_parameters())
     tensors, problems = {}, []
     for name, parameter in parameters.items():
-        found = [sources[key].tensors[theirs] for key, theirs in _origins(name) if theirs in sources[key].tensors]
+        found = [(key, theirs) for key, theirs in _origins(name) if theirs in sources[key].tensors]
+        key, theirs = found[0] if found else _origins(name)[-1]
         if not found:
-            key, theirs = _origins(name)[-1]
             problems.append(f"{sources[key].path}: missing {theirs}")
-        elif found[0].shape != tuple(parameter.shape):
-            info = found[0]
+            continue
+        info = sources[key].tensors[theirs]
+        if info.shape != tuple(parameter.shape):
             problems.append(f"{info.file}: {info.name}: expected {list(parameter.shape)}, got {list(info.shape)}")
-        else:
-            rounded = name.startswith("language_model.") and found[0] in sources["llm"].tensors.values()
-            tensors[name] = replace(found[0], dtype=torch.bfloat16) if rounded else found[0]
+        tensors[name] = replace(info, dtype=torch.bfloat16) if key == "llm" else info
     if problems:
         raise CheckpointError("\n".join(_shorten(problems)))
     return tensors
