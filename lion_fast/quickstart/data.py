@@ -1,8 +1,10 @@
 """Rendered scenes, their vision features, and batches of instructions."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,21 +23,45 @@ _CHUNK = 64  # scenes that a worker hands over at once
 
 @dataclass
 class SceneSet:
-    """Scenes as the vision tower sees them: `pixel_values` float32 [n, 3, H, W], and features once they are known."""
+    """Scenes as the vision tower sees them, and its features once they are known."""
 
     scenes: list[Scene]
-    pixel_values: Tensor
+    mean: Tensor  # [3, 1, 1], of the processor's normalisation
+    std: Tensor
     features: Tensor | None = None  # float16 [n, S, N, vision hidden size]
 
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def pixel_values(self, indices: Iterable[int]) -> Tensor:
+        """float32 [len(indices), 3, H, W], as the processor makes them of pictures that have its size already."""
+        pictures = np.stack([np.asarray(self.scenes[i].image) for i in indices])
+        return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+
+    @cached_property
+    def _samples(self) -> list[dict[str, list[Sample]]]:
+        grouped: list[dict[str, list[Sample]]] = [defaultdict(list) for _ in self.scenes]
+        for by_kind, scene in zip(grouped, self.scenes, strict=True):
+            for sample in scene.samples():
+                by_kind[sample.kind].append(sample)
+        return grouped
+
     def samples(self, index: int, kind: str) -> list[Sample]:
-        return [sample for sample in self.scenes[index].samples() if sample.kind == kind]
+        return self._samples[index][kind]
 
 
 def render(generator: SceneGenerator, count: int, processor: LionProcessor, label: str) -> SceneSet:
-    """The first `count` scenes of a generator, drawn on all cores."""
+    """The first `count` scenes of a generator, drawn on all cores.
+
+    Raises:
+        ValueError: the generator draws another size than the processor reads.
+    """
+    image_processor: Any = processor.image_processor
+    if generator.image_size != image_processor.size["height"]:
+        raise ValueError(
+            f"generator: expected pictures of {image_processor.size['height']} pixels (from processor), "
+            f"got {generator.image_size}"
+        )
     subset: Any = Subset(generator, range(count))  # type: ignore[arg-type]
     loader = DataLoader(subset, batch_size=_CHUNK, num_workers=os.cpu_count() or 1, collate_fn=list)
     scenes = []
@@ -43,15 +69,15 @@ def render(generator: SceneGenerator, count: int, processor: LionProcessor, labe
         for chunk in loader:
             scenes += chunk
             bar.update(len(chunk))
-    pictures = [scene.image for scene in scenes]
-    return SceneSet(scenes, processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
+    return SceneSet(scenes, mean, std)
 
 
 @torch.no_grad()
 def compute_features(model: LionForCausalLM, scene_set: SceneSet, batch_size: int = 128) -> None:
     """Fill in `features`: the vision tower is frozen, so every picture passes through it once."""
-    parts = [model.get_vision_features(pixels).half() for pixels in scene_set.pixel_values.split(batch_size)]
-    scene_set.features = torch.cat(parts)
+    batches = (range(len(scene_set))[start : start + batch_size] for start in range(0, len(scene_set), batch_size))
+    scene_set.features = torch.cat([model.get_vision_features(scene_set.pixel_values(b)).half() for b in batches])
 
 
 def encode(
@@ -79,6 +105,15 @@ def encode(
     return batch
 
 
+def scenes_with_a_choice(scene_set: SceneSet) -> np.ndarray:
+    """Indices of scenes with several objects: with one, its place is found without reading the expression."""
+    return np.array([i for i, scene in enumerate(scene_set.scenes) if len(scene.objects) > 1])
+
+
+def pick(samples: Sequence[Sample], rng: np.random.Generator) -> Sample:
+    return samples[int(rng.integers(len(samples)))]
+
+
 def training_batches(
     processor: LionProcessor,
     scene_set: SceneSet,
@@ -89,13 +124,14 @@ def training_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Endless batches of one kind of instruction each, `kinds` in turn, so that lengths within a batch are alike.
 
-    A share `tag_rate` of the batches carries the tags of an imperfect tagger (see `scenes.corrupt_tags`).
+    Places are asked for where there is a choice (see `scenes_with_a_choice`). A share `tag_rate` of the batches carries
+    the tags of an imperfect tagger (see `scenes.corrupt_tags`).
     """
-    pools = {kind: [scene_set.samples(i, kind) for i in range(len(scene_set))] for kind in set(kinds)}
+    everything, choices = np.arange(len(scene_set)), scenes_with_a_choice(scene_set)
     while True:
         for kind in kinds:
-            scenes = rng.integers(len(scene_set), size=batch_size)
-            samples = [pools[kind][i][rng.integers(len(pools[kind][i]))] for i in scenes]
+            scenes = rng.choice(choices if kind == "rec" else everything, size=batch_size)
+            samples = [pick(scene_set.samples(i, kind), rng) for i in scenes]
             tags = None
             if rng.random() < tag_rate:
                 tags = [", ".join(corrupt_tags(scene_set.scenes[i].tags, rng)) for i in scenes]

@@ -43,7 +43,7 @@ def answer(
         chosen = list(indices[start : start + batch_size])
         batch = encode(processor, samples[start : start + batch_size], with_labels=False)
         if scene_set.features is None:
-            batch["pixel_values"] = scene_set.pixel_values[chosen]
+            batch["pixel_values"] = scene_set.pixel_values(chosen)
         else:
             # A model that reads the last layer alone takes it out of all.
             batch["vision_features"] = scene_set.features[chosen, : len(model.config.feature_layers)].float()

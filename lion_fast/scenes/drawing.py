@@ -23,7 +23,7 @@ WORDS = ("BANK", "CAFE", "EXIT", "OPEN", "STOP", "TAXI")
 BACKGROUNDS = ("checked", "dotted", "plain", "striped")
 
 # Sides in units of the image side; the ranges lie apart so that "small" and "large" are facts about the picture.
-SIZES = {"small": (0.24, 0.29), "large": (0.42, 0.50)}
+SIZES = {"small": (0.28, 0.33), "large": (0.42, 0.50)}
 SIGN_SIDE, SIGN_ASPECT = (0.52, 0.60), 0.42
 
 _BACKGROUND_TINTS = ((206, 190, 164), (168, 190, 206), (196, 172, 186), (172, 198, 172), (186, 186, 186))
