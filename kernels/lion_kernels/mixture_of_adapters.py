@@ -57,7 +57,7 @@ def mixture_of_adapters(
     _check(x, down_weight, down_bias, up_weight, up_bias, residual, activation)
     experts, rank, channels = down_weight.shape
     form = check_gate(gate, x, experts, channels, task_ids, expert_ids)
-    resolve_backend(backend, "mixture_of_adapters")
+    resolve_backend(backend, "mixture_of_adapters", x.device)
     hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
     if activation == "relu":
         hidden = F.relu(hidden)
