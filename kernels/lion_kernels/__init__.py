@@ -2,5 +2,6 @@
 
 from lion_kernels.backend import BACKENDS, resolve_backend
 from lion_kernels.mixture_of_adapters import mixture_of_adapters
+from lion_kernels.mixture_of_lora_linear import mixture_of_lora_linear
 
-__all__ = ["BACKENDS", "mixture_of_adapters", "resolve_backend"]
+__all__ = ["BACKENDS", "mixture_of_adapters", "mixture_of_lora_linear", "resolve_backend"]

@@ -1,22 +1,89 @@
-"""Which implementation of an operator runs."""
+"""Which implementation of an operator runs, and what every launch of a kernel shares.
+
+Modules with kernels take `triton` and `tl` from here. Where triton cannot be imported (macOS, Windows) both are
+stand-ins, with which such a module still imports; its operators then run in PyTorch.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+else:
+    try:
+        import triton
+        import triton.language as tl
+
+        HAS_TRITON = True
+    except ImportError:
+        triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda kernel: kernel))
+        tl = SimpleNamespace(constexpr=Any)
+        HAS_TRITON = False
 
 BACKENDS = ("auto", "triton", "torch")
 
+# Keywords of every launch. Contraction of a * b + c is asked for by name: its default differs between Triton versions.
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 
-def resolve_backend(backend: str, operator: str) -> str:
-    """The implementation that `operator` runs when asked for `backend`.
+# Read once, when the kernels are decorated: setting the variable later does not turn them into interpreted ones.
+_INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
-    Every operator has a PyTorch implementation. None has a Triton one yet, so `"auto"` is `"torch"`.
+
+def interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter, on the CPU (`TRITON_INTERPRET=1` when this was imported)."""
+    return _INTERPRETING
+
+
+def resolve_backend(backend: str, operator: str, device: torch.device) -> str:
+    """The implementation, "triton" or "torch", that `operator` runs on `device` when asked for `backend`.
+
+    `"auto"` is `"triton"` on a CUDA device where triton can be imported, else `"torch"`.
 
     Args:
         backend: `"auto"`, `"triton"` or `"torch"`.
         operator: name used in the errors.
+        device: where the operator's inputs are.
 
     Raises:
-        ValueError: `backend` is unknown, or `"triton"` where `operator` has no Triton implementation.
+        ValueError: `backend` is unknown, or `"triton"` where no kernel can run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    runs = HAS_TRITON and (device.type == "cuda" or (device.type == "cpu" and _INTERPRETING))
     if backend == "triton":
-        raise ValueError(f"backend: {operator} has no Triton implementation in this version; use 'auto' or 'torch'")
-    return "torch"
+        if not HAS_TRITON:
+            raise ValueError(f"backend: {operator} has no 'triton' here, triton cannot be imported; use 'torch'")
+        if not runs:
+            raise ValueError(
+                f"backend: {operator} runs 'triton' on a CUDA device, or on the CPU with TRITON_INTERPRET=1, "
+                f"got {device}; use 'auto' or 'torch'"
+            )
+        return "triton"
+    return "triton" if runs and device.type == "cuda" else "torch"
+
+
+def refuse_uninterpretable(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for bfloat16 in the interpreter, which computes something else with it, silently."""
+    if _INTERPRETING and tensor.dtype == torch.bfloat16:
+        raise ValueError(f"{name}: bfloat16 is not supported by Triton's interpreter; use float32 or float16")
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: TF32 for fp32 inputs only where PyTorch's own products are allowed it."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and not _INTERPRETING else "ieee"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels launched within run where `tensor` is: Triton asks only for the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

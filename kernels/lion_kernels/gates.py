@@ -4,12 +4,62 @@ Leading dimensions are aligned on the left: [B, ...] serves x [B, L, D] with one
 one per row. A dimension of 1 broadcasts.
 """
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 GateForm = Literal["channel", "dense", "sparse"]
+
+
+class FlatGate(NamedTuple):
+    """A gate as the kernels take it: contiguous, and with row `t // rows_per_gate` of it for row t of x [T, D].
+
+    Attributes:
+        form: "channel", "dense" or "sparse".
+        gate: [R, E, N] (channel), else the weight of every expert [T / rows_per_gate, E].
+        ids: task ids [T / rows_per_gate] (channel), expert ids [T / rows_per_gate, k] (sparse) or None (dense).
+    """
+
+    form: str
+    gate: Tensor
+    ids: Tensor | None
+    rows_per_gate: int
+
+
+def flatten_gate(
+    form: GateForm,
+    gate: Tensor,
+    leading: torch.Size,
+    experts: int,
+    task_ids: Tensor | None,
+    expert_ids: Tensor | None,
+) -> FlatGate:
+    """The gate of x [*leading, D], differentiable in `gate`; copied only where it broadcasts over a first dimension."""
+    if form == "channel":
+        assert task_ids is not None
+        ids, rows_per_gate = _flatten(task_ids, leading, trailing=0)
+        return FlatGate(form, gate.contiguous(), ids, rows_per_gate)
+    if form == "dense":
+        flat, rows_per_gate = _flatten(gate, leading, trailing=1)
+        return FlatGate(form, flat, None, rows_per_gate)
+    assert expert_ids is not None
+    flat, rows_per_gate = _flatten(dense_from_sparse(gate, expert_ids, experts), leading, trailing=1)
+    ids, _ = _flatten(expert_ids, leading, trailing=1)
+    return FlatGate(form, flat, ids, rows_per_gate)
+
+
+def _flatten(tensor: Tensor, leading: torch.Size, trailing: int) -> tuple[Tensor, int]:
+    """`tensor` [n, *trailing dimensions] and how many consecutive rows of x each of the n serves."""
+    given = tensor.dim() - trailing
+    rest = tensor.shape[given:]
+    while given and tensor.shape[given - 1] == 1:
+        given -= 1
+    tensor = tensor.reshape(tensor.shape[:given] + rest)
+    if tensor.shape[:given] != leading[:given]:
+        tensor = tensor.expand(leading[:given] + rest)
+    return tensor.reshape(math.prod(leading[:given]), *rest).contiguous(), math.prod(leading[given:])
 
 
 def check_gate(

@@ -1,4 +1,4 @@
-"""Mixture of low-rank adapters, weighed by a gate (LION, section 3.3; soft and top-k mixtures of LoRA).
+"""Mixture of low-rank adapters, weighed by a gate (LION, arXiv 2311.11860, section 3.3; soft and top-k mixtures).
 
     out = residual + sum_e g_e * (W_up_e act(W_down_e x + b_down_e) + b_up_e)
 
@@ -7,15 +7,150 @@ The gate g_e is one of
     dense     gate [..., E], a weight per row and expert (soft routing)
     sparse    gate [..., k] with expert_ids [..., k], the weights of the k experts of a row (top-k routing)
 
-A weight per row and expert commutes with the up-projection, so the dense and sparse forms are one product over
-E * r inner channels. A weight per output channel does not, so the channel form adds up the experts one by one.
+In PyTorch, a weight per row and expert commutes with the up-projection, so the dense and sparse forms are one product
+over E * r inner channels; a weight per output channel does not, so the channel form adds up the experts one by one.
+`lion_kernels.low_rank` has the kernels, and the algebra of backward.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.backend import resolve_backend
-from lion_kernels.gates import align_left, check_gate, dense_from_sparse
+from lion_kernels import low_rank
+from lion_kernels.backend import interpreting
+from lion_kernels.cost import Cost
+from lion_kernels.gates import FlatGate, GateForm, align_left, check_gate, dense_from_sparse, flatten_gate
+
+
+@torch.library.custom_op("lion_kernels::mixture_of_adapters", mutates_args=(), device_types="cuda")
+def _forward(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor,
+    ids: Tensor | None,
+    residual: Tensor | None,
+    form: str,
+    rows_per_gate: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """out [T, D] and hidden [T, E*r] from x [T, D] and a gate as `FlatGate` has it."""
+    flat = FlatGate(form, gate, ids, rows_per_gate)
+    out, hidden = low_rank.forward(x, down_weight, down_bias, up_weight, up_bias, flat, residual, relu, True)
+    assert hidden is not None
+    return out, hidden
+
+
+@_forward.register_kernel("cpu")
+def _(x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, form, rows_per_gate, relu):
+    flat = FlatGate(form, gate, ids, rows_per_gate)
+    run = low_rank.forward if interpreting() else low_rank.plain_forward
+    return run(x, down_weight, down_bias, up_weight, up_bias, flat, residual, relu, True)
+
+
+@_forward.register_fake
+def _(x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, form, rows_per_gate, relu):
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    experts, rank, _ = down_weight.shape
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], experts * rank)
+
+
+@torch.library.custom_op("lion_kernels::mixture_of_adapters_backward", mutates_args=(), device_types="cuda")
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor,
+    ids: Tensor | None,
+    form: str,
+    rows_per_gate: int,
+    relu: bool,
+    needs_x: bool,
+    needs_down: bool,
+    needs_up: bool,
+    needs_gate: bool,
+) -> list[Tensor]:
+    """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that is not needed is empty."""
+    flat = FlatGate(form, gate, ids, rows_per_gate)
+    return _run_backward(
+        low_rank.backward, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu,
+        needs_x, needs_down, needs_up, needs_gate,
+    )  # fmt: skip
+
+
+@_backward.register_kernel("cpu")
+def _(
+    grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu,
+    needs_x, needs_down, needs_up, needs_gate,
+):  # fmt: skip
+    flat = FlatGate(form, gate, ids, rows_per_gate)
+    run = low_rank.backward if interpreting() else low_rank.plain_backward
+    return _run_backward(
+        run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu,
+        needs_x, needs_down, needs_up, needs_gate,
+    )  # fmt: skip
+
+
+def _run_backward(
+    run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu,
+    needs_x, needs_down, needs_up, needs_gate,
+):  # fmt: skip
+    gradients = run(
+        grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu,
+        needs_hidden=needs_x, needs_down=needs_down, needs_up=needs_up, needs_gate=needs_gate,
+    )  # fmt: skip
+    dx = None if gradients.hidden is None else torch.mm(gradients.hidden, down_weight.flatten(0, 1))
+    return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients[1:])]
+
+
+@_backward.register_fake
+def _(
+    grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu,
+    needs_x, needs_down, needs_up, needs_gate,
+):  # fmt: skip
+    inputs = (x, down_weight, down_bias, up_weight, up_bias, gate)
+    needs = (needs_x, needs_down, needs_down, needs_up, needs_up, needs_gate)
+    return [
+        x.new_empty(0) if not needed or value is None else value.new_empty(value.shape)
+        for value, needed in zip(inputs, needs, strict=True)
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, *ctx.settings = inputs
+    _, hidden = output
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids)
+    ctx.mark_non_differentiable(hidden)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, _):
+    if grad is None:
+        return (None,) * 11
+    x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    residual = grad.to(ctx.residual_dtype) if needs[7] else None
+    needed = (needs[0], needs[1] or needs[2], needs[3] or needs[4], needs[5])
+    gradients: list[Tensor | None] = [None] * 6
+    if any(needed):
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        gradients = list(
+            _backward(
+                grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, *ctx.settings, *needed
+            )
+        )  # fmt: skip
+    wanted = [gradient if need else None for gradient, need in zip(gradients, needs[:6], strict=True)]
+    return *wanted, None, residual, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def mixture_of_adapters(
@@ -46,32 +181,101 @@ def mixture_of_adapters(
         expert_ids: integers [..., k] in 0..E-1, -1 for none.
         residual: [..., D] like x, or None for nothing added.
         activation: "relu" or "identity".
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton" or "torch". "triton" takes fp32, fp16 and bf16; gate and residual may have another
+            dtype than x and the weights.
 
     Returns:
         [..., D] in x's dtype.
 
     Raises:
-        ValueError: a shape, an activation or a backend that does not fit; the message names the argument.
+        ValueError: a shape, a dtype, a device, an activation or a backend that does not fit; the message names the
+            argument.
     """
     _check(x, down_weight, down_bias, up_weight, up_bias, residual, activation)
-    experts, rank, channels = down_weight.shape
+    experts, _, channels = down_weight.shape
     form = check_gate(gate, x, experts, channels, task_ids, expert_ids)
-    resolve_backend(backend, "mixture_of_adapters")
+    weights = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
+    others = {"gate": gate, "residual": residual, "task_ids": task_ids, "expert_ids": expert_ids}
+    low_rank.check_placement(x, weights, others)
+    relu = activation == "relu"
+    if low_rank.takes(x, backend, "mixture_of_adapters"):
+        return _run_kernels(x, weights, gate, task_ids, expert_ids, residual, form, relu)
+    return compose(x, weights, gate, task_ids, expert_ids, residual, form, relu)
+
+
+def cost(
+    rows: int, channels: int, experts: int, rank: int, dtype: torch.dtype, *, residual: bool = True
+) -> tuple[Cost, Cost]:
+    """What forward and backward (of every input) cannot avoid, for x [rows, channels].
+
+    Forward moves x, residual and out; backward reads the gradient twice, because the gradient of hidden has to be
+    complete before x's, reads x and writes its gradient. Weights move once, and so do their gradients.
+    """
+    inner = experts * rank
+    weights = 2 * channels * inner
+    moved = (3 if residual else 2) * rows * channels + weights
+    product = 2 * rows * channels * inner
+    return (
+        Cost(moved * dtype.itemsize, 2 * product),
+        Cost((4 * rows * channels + 2 * rows * inner + 2 * weights) * dtype.itemsize, 4 * product),
+    )
+
+
+def _run_kernels(
+    x: Tensor,
+    weights: dict[str, Tensor | None],
+    gate: Tensor,
+    task_ids: Tensor | None,
+    expert_ids: Tensor | None,
+    residual: Tensor | None,
+    form: GateForm,
+    relu: bool,
+) -> Tensor:
+    channels = x.shape[-1]
+    rows, weights = low_rank.cast_for_kernels(x, weights)
+    down_weight, up_weight = weights["down_weight"], weights["up_weight"]
+    assert down_weight is not None
+    assert up_weight is not None
+    flat = flatten_gate(form, gate, x.shape[:-1], down_weight.shape[0], task_ids, expert_ids)
+    if residual is not None:
+        residual = low_rank.as_rows(residual)
+    arguments = (rows, down_weight, weights["down_bias"], up_weight, weights["up_bias"])
+    if low_rank.no_gradient(*arguments, flat.gate, residual):
+        out, _ = low_rank.forward(*arguments, flat, residual, relu, False)
+    else:
+        out, _ = _forward(*arguments, flat.gate, flat.ids, residual, form, flat.rows_per_gate, relu)
+    return out.view(*x.shape[:-1], channels).to(x.dtype)
+
+
+def compose(
+    x: Tensor,
+    weights: dict[str, Tensor | None],
+    gate: Tensor,
+    task_ids: Tensor | None,
+    expert_ids: Tensor | None,
+    residual: Tensor | None,
+    form: GateForm,
+    relu: bool,
+) -> Tensor:
+    """The operator in PyTorch, differentiable by autograd."""
+    down_weight, down_bias, up_weight, up_bias = weights.values()
+    assert down_weight is not None
+    assert up_weight is not None
+    experts, rank, _ = down_weight.shape
     hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
-    if activation == "relu":
+    if relu:
         hidden = F.relu(hidden)
     hidden = hidden.unflatten(-1, (experts, rank))
-    rows = x.dim() - 1
+    leading = x.dim() - 1
     if form == "channel":
         assert task_ids is not None
-        factor = align_left(gate[task_ids.long()], rows, trailing=2)  # [..., E, D]
+        factor = align_left(gate[task_ids.long()], leading, trailing=2)  # [..., E, D]
         out = _add_by_channel(hidden, up_weight, up_bias, factor, residual)
     else:
         if form == "sparse":
             assert expert_ids is not None
             gate = dense_from_sparse(gate, expert_ids, experts)
-        out = _add_by_row(hidden, up_weight, up_bias, align_left(gate, rows, trailing=1), residual)
+        out = _add_by_row(hidden, up_weight, up_bias, align_left(gate, leading, trailing=1), residual)
     return out.to(x.dtype)
 
 

@@ -1,0 +1,8 @@
+"""`python -m lion_kernels`: the ahead-of-time report (see `lion_kernels.aot`)."""
+
+import sys
+
+from lion_kernels.aot import main
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))

@@ -1,0 +1,205 @@
+"""Compile every kernel for GPUs that are not here, and check what the compiler made of it.
+
+    python -m lion_kernels
+
+prints, for every kernel and shipped configuration of every module with `kernel_specs()`, its registers, stack, shared
+memory, matrix instructions and 16-byte accesses on each target, and fails on what `check` finds. The interpreter
+accepts code that the compiler does not; this needs no GPU either, but a process without `TRITON_INTERPRET`.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lion_kernels.backend import LAUNCH, interpreting
+
+# (backend, architecture, threads of a warp) as Triton names them.
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+_MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"v_mfma"}
+_WIDE = {"cuda": r"\b(?:LDG|STG|LDGSTS)\.\S*128|\bUBLKCP|\bUTMA", "hip": r"(?:global|buffer)_(?:load|store)_dwordx4"}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel with one configuration, as it is launched.
+
+    Attributes:
+        name: names kernel and configuration in the report.
+        kernel: the `@triton.jit` function.
+        signature: argument name -> "*bf16", "i32", "i64", "fp32"; "constexpr" may be left out.
+        constexprs: the values of the constexpr arguments (and of integers that are 1, which a launch specialises on).
+        num_warps, num_stages: as launched.
+        matrix: whether it has to use the matrix units.
+        wide_access: whether it has to read or write 16 bytes at once.
+        divisible: names of integer arguments that are multiples of 16. Pointers always are.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    matrix: bool
+    wide_access: bool = True
+    divisible: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a kernel. Instructions are counted where they stand, not as often as they run."""
+
+    name: str
+    target: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    matrix_instructions: int
+    wide_accesses: int
+
+
+def compile_kernel(spec: KernelSpec, target: str) -> Report:
+    """Compiles `spec` for `target` ("sm_80", "sm_90", "sm_100" or "gfx942"); no GPU is needed.
+
+    Raises:
+        ValueError: unknown target.
+        RuntimeError: in a process that interprets its kernels.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    if interpreting():
+        raise RuntimeError("compile_kernel: kernels are interpreted in this process; run it without TRITON_INTERPRET")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    arguments = spec.kernel.arg_names
+    signature = {name: "constexpr" if name in spec.constexprs else spec.signature[name] for name in arguments}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in spec.divisible]
+    source = ASTSource(
+        fn=spec.kernel,
+        signature=signature,
+        constexprs=spec.constexprs,
+        attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},  # type: ignore[arg-type]
+    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **LAUNCH}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    registers, stack_bytes, code = _disassemble(compiled.asm, target)
+    return Report(
+        name=spec.name,
+        target=target,
+        registers=registers,
+        stack_bytes=stack_bytes,
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(_MATRIX[target], code)),
+        wide_accesses=len(re.findall(_WIDE[TARGETS[target][0]], code)),
+    )
+
+
+def check(report: Report, spec: KernelSpec) -> list[str]:
+    """What is wrong with `report`, a sentence each.
+
+    Shared memory has to fit on every NVIDIA target. Spills, matrix units and wide accesses are asked for on sm_90, the
+    target that the configurations are made for; elsewhere it is enough to compile.
+    """
+    complaints = []
+    limit = SHARED_LIMITS.get(report.target)
+    if limit is not None and report.shared_bytes > limit:
+        complaints.append(f"{report.shared_bytes} bytes of shared memory, at most {limit} fit")
+    if report.target == "sm_90":
+        if report.stack_bytes:
+            complaints.append(f"{report.stack_bytes} bytes of stack: registers spill")
+        if spec.matrix and not report.matrix_instructions:
+            complaints.append("no matrix instruction (HGMMA)")
+        if spec.wide_access and not report.wide_accesses:
+            complaints.append("no 16-byte access to global memory")
+    return [f"{report.name} on {report.target}: {complaint}" for complaint in complaints]
+
+
+def all_specs() -> Iterator[tuple[str, KernelSpec]]:
+    """(module name, spec) of every kernel of every module of lion_kernels that has `kernel_specs()`."""
+    package = importlib.import_module("lion_kernels")
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"lion_kernels.{info.name}")
+        for spec in getattr(module, "kernel_specs", list)():
+            yield info.name, spec
+
+
+def _disassemble(asm: Any, target: str) -> tuple[int, int, str]:
+    """Registers, bytes of stack and the machine code as text."""
+    if TARGETS[target][0] == "hip":
+        code = asm["amdgcn"]
+        return _number(r"\.vgpr_count:\s*(\d+)", code), _number(r"\.private_segment_fixed_size:\s*(\d+)", code), code
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(asm["cubin"])
+        usage = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", file], check=True, capture_output=True, text=True
+        )
+        code = subprocess.run([_cuobjdump(), "--dump-sass", file], check=True, capture_output=True, text=True)
+    return _number(r"REG:(\d+)", usage.stdout), _number(r"STACK:(\d+)", usage.stdout), code.stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern!r} in the compiler's output")
+    return int(found.group(1))
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    """The one that triton's wheel brings."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; returns the number of complaints."""
+    parser = argparse.ArgumentParser(prog="python -m lion_kernels", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--modules", nargs="*", help="operators to compile; all by default")
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), help="targets to compile for; all by default")
+    parser.add_argument("--json", type=Path, help="write reports and complaints here as well")
+    options = parser.parse_args(arguments)
+    reports, complaints = [], []
+    print(f"triton {version('triton')}")
+    print(f"{'kernel':<72} {'target':<7} {'regs':>4} {'stack':>5} {'shared':>7} {'matrix':>6} {'wide':>5}")
+    for module, spec in all_specs():
+        if options.modules and module not in options.modules:
+            continue
+        for target in options.targets:
+            try:
+                report = compile_kernel(spec, target)
+            except Exception as error:  # whatever the compiler raises is one more finding, and the others still count
+                complaints.append(f"{spec.name} on {target}: does not compile: {type(error).__name__}: {error}")
+                continue
+            print(
+                f"{spec.name:<72} {target:<7} {report.registers:>4} {report.stack_bytes:>5} {report.shared_bytes:>7} "
+                f"{report.matrix_instructions:>6} {report.wide_accesses:>5}",
+                flush=True,
+            )
+            reports.append({"module": module, **asdict(report)})
+            complaints += check(report, spec)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    if options.json:
+        options.json.write_text(json.dumps({"reports": reports, "complaints": complaints}, indent=1), encoding="utf-8")
+    return len(complaints)

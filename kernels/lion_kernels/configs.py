@@ -1,0 +1,50 @@
+"""Tile sizes measured on known GPUs, looked up by operator and shape class.
+
+A table is a JSON file in `configs/`, named after the GPU: `{operator: {shape class: {parameter: value}}}`. No table
+ships for a GPU that nobody measured; there the operator's own default holds. A shape class is never an exact length.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "configs"
+
+
+def lookup(operator: str, shape_class: str, default: dict[str, Any]) -> dict[str, Any]:
+    """`default`, with what the current GPU's table says about `operator` at `shape_class` in its place.
+
+    Never raises for an unknown GPU, and without one is `default`.
+    """
+    measured = _table(_gpu()).get(operator, {}).get(shape_class)
+    return default if measured is None else {**default, **measured}
+
+
+def shipped(operator: str) -> list[dict[str, Any]]:
+    """Every entry about `operator` in any shipped table, for the ahead-of-time report."""
+    tables = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.json")))
+    return [entry for table in tables for entry in table.get(operator, {}).values()]
+
+
+def file_name(gpu: str) -> str:
+    """The file of a GPU's table: "NVIDIA H200" -> "nvidia_h200.json"."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
+
+
+def _gpu() -> str | None:
+    return _gpu_name(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@functools.cache
+def _table(gpu: str | None) -> dict[str, dict[str, Any]]:
+    file = FOLDER / file_name(gpu) if gpu else None
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}

@@ -1,0 +1,597 @@
+"""The kernels that the mixtures of adapters and of LoRA share: a gated sum of low-rank maps, and its gradients.
+
+    hidden_e = act(x down_e^T + down_bias_e)                                     [T, r]
+    out = residual + sum_e gate_e * (hidden_e up_e^T + up_bias_e)                [T, N]
+
+gate_e is a number per row (dense, sparse) or a vector of N channels per task (channel). With g = dOut, backward is
+
+    d hidden_e = ((g * gate_e) up_e) act'(hidden_e)                              [T, r]
+    d x = sum_e d hidden_e down_e        d down_e = d hidden_e^T x               (plain products: the library's)
+
+and, with a gate per row,
+
+    d up_e = g^T (gate_e * hidden_e)     d up_bias_e = g^T gate_e
+    d gate_e = rowsum(hidden_e * (g up_e)) + g up_bias_e                         [T]
+
+With a gate per channel, let G_e = g^T hidden_e [N, r] and s = sum_t g_t [N] over the rows of a task; summed over tasks,
+
+    d up_e = gate_e * G_e                d up_bias_e = gate_e * s
+    d gate_e = rowsum(G_e * up_e) + up_bias_e * s                                (one row of the table per task)
+
+so no up-projection is computed again, and only x and hidden are kept for backward. Sums over the rows of a batch are
+split in chunks whose partial results are added in a fixed order: the same call gives the same bits.
+
+Algebra: LION (arXiv 2311.11860), section 3.3; LoRA (2106.09685); the split of few rows follows Punica's shrink and
+expand (2310.18547).
+"""
+
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from lion_kernels.aot import KernelSpec
+from lion_kernels.backend import LAUNCH, dot_precision, on_device, refuse_uninterpretable, resolve_backend
+from lion_kernels.configs import lookup, shipped
+from lion_kernels.gates import FlatGate
+from lion_kernels.low_rank_kernels import (
+    hidden_gradient_kernel,
+    hidden_kernel,
+    linear_kernel,
+    outer_kernel,
+    up_gradient_kernel,
+    update_kernel,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# A channel gate of up to this many tasks is read as whole rows and chosen from; one of more is gathered row by row.
+_ROWS_CHOSEN_FROM = 4
+
+# The hidden tiles of all experts that `update_kernel` holds in registers: a quarter of a multiprocessor's.
+_HIDDEN_BYTES_HELD = 65536
+
+
+class Problem(NamedTuple):
+    """What tiles are chosen by, and every constexpr argument follows from."""
+
+    rows: int
+    channels_in: int
+    channels_out: int
+    experts: int
+    rank: int
+    form: str
+    dtype: torch.dtype
+    named: int = 1  # experts that a row names: k of a sparse gate
+    tasks: int = 1
+    relu: bool = True
+    has_down_bias: bool = True
+    has_up_bias: bool = True
+    has_residual: bool = True
+    has_linear_bias: bool = False
+
+    @property
+    def inner(self) -> int:
+        return self.experts * self.rank
+
+    @property
+    def rows_class(self) -> str:
+        return "decode" if self.rows <= 16 else "few" if self.rows <= 1024 else "many"
+
+    @property
+    def skip(self) -> bool:
+        """Whether tiles look which experts their rows name.
+
+        Otherwise all are computed: with many rows a tile names most experts, and memory, not arithmetic, is the limit.
+        """
+        return self.form == "sparse" and (self.rows <= 64 or self.inner > 256)
+
+    @property
+    def group(self) -> int:
+        """Experts that one program of a backward kernel takes: as many as its registers hold, and divide E."""
+        fitting = max(1, (128 if self.dtype.itemsize == 2 else 64) // self._padded_rank)
+        return max(size for size in range(1, self.experts + 1) if size <= fitting and self.experts % size == 0)
+
+    @property
+    def _padded_rank(self) -> int:
+        return max(16, _power_of_2(self.rank))
+
+    def tiles(self, kernel: str) -> dict[str, int]:
+        """Tile sizes, warps and stages of `kernel`: the GPU's table, else sizes that compile everywhere."""
+        decode, few, half = self.rows_class == "decode", self.rows_class != "many", self.dtype.itemsize == 2
+        rows = 16 if few else 128 if half else 64  # without matrix units, fp32 tiles have to fit the registers
+        default = {"num_warps": 4 if few else 8, "num_stages": 3 if half else 2}
+        if kernel == "hidden":
+            inner = self._padded_rank if self.skip else max(16, _power_of_2(self.inner))
+            block = 32 if self.rows_class == "few" else 128
+            default |= {"BM": rows, "BF": min(block, inner), "BK": 128 if few else 64}
+        elif kernel == "update":
+            default |= {"BM": 16 if decode else 128 if half and not few else 32, "BN": 32 if few or not half else 64}
+            default |= {"num_stages": 2}
+        elif kernel == "linear":
+            default |= {"BM": rows, "BN": 64 if few or not half else 128, "BK": 64 if half else 32, "GROUP": 8}
+        elif kernel == "hidden_gradient":
+            default |= {"BM": rows, "BK": 64 if half else 32}
+        elif kernel == "outer":
+            default |= {"BN": 64 if half else 32, "BT": 64 if half else 16, "num_warps": 8}
+        else:
+            default |= {"BN": 32, "num_warps": 4, "num_stages": 1}
+        return lookup(f"low_rank.{kernel}", self.rows_class, default)
+
+    def constants(self, kernel: str, split: bool = False, gate_gradient: bool = False) -> dict[str, Any]:
+        """Every constexpr argument of `kernel`, warps and stages."""
+        tiles = self.tiles(kernel)
+        shape = {"E": self.experts, "RANK": self.rank}
+        gate = {"RP": self._padded_rank, "TASKS": self.tasks, "CHANNEL": self.form == "channel"}
+        names = {"K": self.named, "KP": _power_of_2(self.named), "SKIP": self.skip}
+        choice = {"CHOOSE": self.tasks <= _ROWS_CHOSEN_FROM}
+        group = {"EG": self.group, "GP": max(16, _power_of_2(self.group))}
+        precision = {"PRECISION": dot_precision(self.dtype)}
+        hidden = {"HAS_DOWN_BIAS": self.has_down_bias, "RELU": self.relu, "SPLIT": split}
+        if kernel == "hidden":
+            return {
+                **shape, **names, **tiles, **precision, "HAS_BIAS": self.has_down_bias, "RELU": self.relu,
+                "SPLIT": split,
+            }  # fmt: skip
+        if kernel == "update":
+            held = tiles["BM"] * self.experts * self._padded_rank * self.dtype.itemsize
+            return {
+                **shape, **gate, **names, **choice, **hidden, **tiles, **precision, "HAS_BIAS": self.has_up_bias,
+                "HAS_RESIDUAL": self.has_residual,
+                "EP": max(16, _power_of_2(self.experts)), "KEEP": not self.skip and held <= _HIDDEN_BYTES_HELD,
+            }  # fmt: skip
+        if kernel == "linear":
+            padded = {"EP": max(16, _power_of_2(self.experts))}
+            bias = {"HAS_LINEAR_BIAS": self.has_linear_bias}
+            return {**shape, **gate, **names, **choice, **padded, **tiles, **precision, **bias, "SPLIT": split}
+        if kernel == "hidden_gradient":
+            return {
+                **shape, **gate, **names, **choice, **group, **tiles, **precision, "HAS_BIAS": self.has_up_bias,
+                "RELU": self.relu, "GATE_GRADIENT": gate_gradient,
+            }  # fmt: skip
+        if kernel == "outer":
+            return {**shape, **gate, **group, **tiles, **precision, "BI": 128}
+        return {**shape, **gate, **tiles, "HAS_BIAS": self.has_up_bias}
+
+
+def forward(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: FlatGate,
+    residual: Tensor | None,
+    relu: bool,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out [T, N] in the wider dtype of x and residual, and hidden [T, E*r] where it is kept for backward.
+
+    Two launches. With few rows the first is split over channels, and the second adds up its parts.
+    """
+    problem = _problem(x, down_weight, down_bias, up_weight, up_bias, gate, residual is not None, relu)
+    hidden, splits = launch_hidden(problem, x, down_weight, down_bias, gate, may_split=not keep_hidden)
+    constants = problem.constants("update", split=splits > 1)
+    channels = problem.channels_out
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = torch.empty(problem.rows, channels, dtype=dtype, device=x.device)
+    row_tiles = _cdiv(problem.rows, constants["BM"])
+    programs = _cdiv(264, row_tiles)  # two on each of an H200's 132 multiprocessors
+    channels_per_program = constants["BN"] * _cdiv(_cdiv(channels, programs), constants["BN"])
+    with on_device(x):
+        update_kernel[(row_tiles, _cdiv(channels, channels_per_program))](
+            hidden, down_bias, up_weight, up_bias, gate.gate, gate.ids, residual, out,
+            problem.rows, channels, 0 if residual is None else residual.stride(0), gate.rows_per_gate,
+            channels_per_program, splits, **constants, **LAUNCH,
+        )  # fmt: skip
+    return out, hidden if keep_hidden else None
+
+
+def launch_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: FlatGate,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """x weight^T + bias + the gated low-rank updates in one tile loop, and hidden [T, E*r] where it is kept."""
+    problem = _problem(x, lora_a, None, lora_b, None, gate, False, False)._replace(has_linear_bias=bias is not None)
+    hidden, splits = launch_hidden(problem, x, lora_a, None, gate, may_split=not keep_hidden)
+    constants = problem.constants("linear", split=splits > 1)
+    out = torch.empty(problem.rows, problem.channels_out, dtype=x.dtype, device=x.device)
+    programs = _cdiv(problem.rows, constants["BM"]) * _cdiv(problem.channels_out, constants["BN"])
+    with on_device(x):
+        linear_kernel[(programs,)](
+            x, weight, bias, hidden, lora_b, gate.gate, gate.ids, out,
+            problem.rows, problem.channels_in, problem.channels_out, x.stride(0), gate.rows_per_gate, splits,
+            **constants, **LAUNCH,
+        )  # fmt: skip
+    return out, hidden if keep_hidden else None
+
+
+def launch_hidden(
+    problem: Problem, x: Tensor, down_weight: Tensor, down_bias: Tensor | None, gate: FlatGate, may_split: bool
+) -> tuple[Tensor, int]:
+    """hidden [T, E*r] in x's dtype and 1, or its parts [splits, T, E*r] in fp32, before bias and activation."""
+    refuse_uninterpretable("x", x)
+    tiles = problem.tiles("hidden")
+    rows, channels = x.shape
+    row_tiles, inner_tiles = _cdiv(rows, tiles["BM"]), _cdiv(problem.inner, tiles["BF"])
+    splits = 128 // (row_tiles * inner_tiles) if may_split else 1
+    channels_per_split = tiles["BK"] * _cdiv(_cdiv(channels, max(1, splits)), tiles["BK"])
+    splits = _cdiv(channels, channels_per_split)
+    if splits > 1:
+        hidden = torch.empty(splits, rows, problem.inner, dtype=torch.float32, device=x.device)
+    else:
+        hidden = torch.empty(rows, problem.inner, dtype=x.dtype, device=x.device)
+    with on_device(x):
+        hidden_kernel[(row_tiles, inner_tiles, splits)](
+            x, down_weight, down_bias, gate.ids, hidden, rows, channels, x.stride(0), gate.rows_per_gate,
+            channels_per_split, **problem.constants("hidden", split=splits > 1), **LAUNCH,
+        )  # fmt: skip
+    return hidden, splits
+
+
+class Gradients(NamedTuple):
+    """What backward gives; None where it was not asked for, or where there was no such input."""
+
+    hidden: Tensor | None
+    down_weight: Tensor | None
+    down_bias: Tensor | None
+    up_weight: Tensor | None
+    up_bias: Tensor | None
+    gate: Tensor | None
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: FlatGate,
+    relu: bool,
+    *,
+    needs_hidden: bool,
+    needs_down: bool,
+    needs_up: bool,
+    needs_gate: bool,
+) -> Gradients:
+    """Gradients of everything but x, whose is `hidden`'s gradient times down_weight."""
+    refuse_uninterpretable("grad", grad)
+    problem = _problem(x, down_weight, down_bias, up_weight, up_bias, gate, False, relu)
+    channel = gate.form == "channel"
+    dhidden = ddown_weight = ddown_bias = dup_weight = dup_bias = dgate = None
+    if needs_hidden or needs_down or (needs_gate and not channel):
+        dhidden, dgate = _launch_hidden_gradient(
+            problem, grad, hidden, up_weight, up_bias, gate, needs_gate and not channel
+        )
+    if needs_up or (needs_gate and channel):
+        dup_weight, dup_bias, channel_gate = _launch_up_gradient(problem, grad, hidden, up_weight, up_bias, gate)
+        dgate = channel_gate if channel else dgate
+    if needs_down:
+        assert dhidden is not None
+        ddown_weight = torch.mm(dhidden.t(), x).view(down_weight.shape)
+        ddown_bias = None if down_bias is None else dhidden.sum(0).view(down_bias.shape)
+    return Gradients(
+        dhidden if needs_hidden else None,
+        ddown_weight,
+        ddown_bias,
+        dup_weight if needs_up else None,
+        dup_bias if needs_up else None,
+        dgate if needs_gate else None,
+    )
+
+
+def _launch_hidden_gradient(
+    problem: Problem,
+    grad: Tensor,
+    hidden: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: FlatGate,
+    gate_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    constants = problem.constants("hidden_gradient", gate_gradient=gate_gradient)
+    dhidden = torch.empty_like(hidden)
+    dgate = None
+    if gate_gradient:
+        dgate = torch.empty(problem.rows, problem.experts, dtype=torch.float32, device=grad.device)
+    with on_device(grad):
+        hidden_gradient_kernel[(_cdiv(problem.rows, constants["BM"]), problem.experts // problem.group)](
+            grad, up_weight, up_bias, gate.gate, gate.ids, hidden, dhidden, dgate,
+            problem.rows, problem.channels_out, grad.stride(0), gate.rows_per_gate, **constants, **LAUNCH,
+        )  # fmt: skip
+    if dgate is not None:
+        dgate = dgate.view(-1, gate.rows_per_gate, problem.experts).sum(1).to(gate.gate.dtype)
+    return dhidden, dgate
+
+
+def _launch_up_gradient(
+    problem: Problem, grad: Tensor, hidden: Tensor, up_weight: Tensor, up_bias: Tensor | None, gate: FlatGate
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of up_weight and up_bias, and of a channel gate (else of no meaning)."""
+    tiles = problem.tiles("outer")
+    channel = gate.form == "channel"
+    channels, experts = problem.channels_out, problem.experts
+    groups, channel_tiles = experts // problem.group, _cdiv(channels, tiles["BN"])
+    # A program for each of an H200's multiprocessors, and at least four tiles of rows for each program.
+    splits = max(1, min(132 // (channel_tiles * groups), _cdiv(problem.rows, 4 * tiles["BT"])))
+    rows_per_split = tiles["BT"] * _cdiv(_cdiv(problem.rows, splits), tiles["BT"])
+    splits = _cdiv(problem.rows, rows_per_split)
+    parts = (splits, problem.tasks)
+    weights = torch.empty(*parts, experts, channels, problem.rank, dtype=torch.float32, device=grad.device)
+    biases = torch.empty(*parts, 1 if channel else experts, channels, dtype=torch.float32, device=grad.device)
+    dup_weight = torch.empty_like(up_weight)
+    dup_bias = None if up_bias is None else torch.empty_like(up_bias)
+    dgate = torch.empty_like(gate.gate) if channel else gate.gate
+    with on_device(grad):
+        outer_kernel[(channel_tiles, groups, splits)](
+            grad, hidden, gate.gate, gate.ids, weights, biases,
+            problem.rows, channels, grad.stride(0), gate.rows_per_gate, rows_per_split,
+            **problem.constants("outer"), **LAUNCH,
+        )  # fmt: skip
+        constants = problem.constants("up_gradient")
+        up_gradient_kernel[(_cdiv(channels, constants["BN"]), experts)](
+            weights, biases, gate.gate, up_weight, up_bias, dup_weight, dup_bias, dgate, channels, splits,
+            **constants, **LAUNCH,
+        )  # fmt: skip
+    return dup_weight, dup_bias, dgate
+
+
+def _problem(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: FlatGate,
+    has_residual: bool,
+    relu: bool,
+) -> Problem:
+    experts, rank, channels_in = down_weight.shape
+    return Problem(
+        rows=x.shape[0],
+        channels_in=channels_in,
+        channels_out=up_weight.shape[1],
+        experts=experts,
+        rank=rank,
+        form=gate.form,
+        dtype=x.dtype,
+        named=gate.ids.shape[-1] if gate.form == "sparse" and gate.ids is not None else 1,
+        tasks=gate.gate.shape[0] if gate.form == "channel" else 1,
+        relu=relu,
+        has_down_bias=down_bias is not None,
+        has_up_bias=up_bias is not None,
+        has_residual=has_residual,
+    )
+
+
+def _cdiv(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def _power_of_2(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def plain_forward(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: FlatGate,
+    residual: Tensor | None,
+    relu: bool,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What `forward` computes, in PyTorch."""
+    hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
+    if relu:
+        hidden = F.relu(hidden)
+    by_expert = hidden.unflatten(-1, down_weight.shape[:2])
+    factor = _plain_factor(gate, x.shape[0]).to(x.dtype)
+    if gate.form == "channel":
+        update = torch.einsum("ter,enr->ten", by_expert, up_weight)
+        update = update if up_bias is None else update + up_bias
+        out = (factor * update).sum(1)
+    else:
+        out = torch.einsum("ter,enr->tn", factor.unsqueeze(-1) * by_expert, up_weight)
+        out = out if up_bias is None else out + factor @ up_bias
+    return out if residual is None else residual + out, hidden if keep_hidden else None
+
+
+def plain_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: FlatGate,
+    relu: bool,
+    *,
+    needs_hidden: bool,
+    needs_down: bool,
+    needs_up: bool,
+    needs_gate: bool,
+) -> Gradients:
+    """What `backward` computes, in PyTorch."""
+    grad = grad.to(x.dtype)
+    factor = _plain_factor(gate, x.shape[0]).to(x.dtype)
+    by_expert = hidden.unflatten(-1, down_weight.shape[:2])
+    if gate.form == "channel":
+        assert gate.ids is not None
+        rows_of_task = F.one_hot(gate.ids.long(), gate.gate.shape[0]).repeat_interleave(gate.rows_per_gate, 0)
+        rows_of_task = rows_of_task.to(x.dtype)
+        product = torch.einsum("tq,tn,ter->qenr", rows_of_task, grad, by_expert)
+        total = torch.einsum("tq,tn->qn", rows_of_task, grad)
+        dhidden = torch.einsum("ten,tn,enr->ter", factor, grad, up_weight)
+        dup_weight = torch.einsum("qen,qenr->enr", gate.gate.to(x.dtype), product)
+        dup_bias = torch.einsum("qen,qn->en", gate.gate.to(x.dtype), total)
+        dgate = torch.einsum("qenr,enr->qen", product, up_weight)
+        dgate = dgate if up_bias is None else dgate + up_bias * total.unsqueeze(1)
+    else:
+        per_weight = torch.einsum("tn,enr->ter", grad, up_weight)
+        dhidden = per_weight * factor.unsqueeze(-1)
+        dup_weight = torch.einsum("tn,ter->enr", grad, by_expert * factor.unsqueeze(-1))
+        dup_bias = factor.t() @ grad
+        dgate = (per_weight * by_expert).sum(-1)
+        dgate = dgate if up_bias is None else dgate + grad @ up_bias.t()
+        dgate = dgate.view(-1, gate.rows_per_gate, dgate.shape[-1]).sum(1)
+    dhidden = dhidden.flatten(1)
+    if relu:
+        dhidden = dhidden * (hidden > 0)
+    return Gradients(
+        dhidden if needs_hidden else None,
+        (dhidden.t() @ x).view(down_weight.shape) if needs_down else None,
+        dhidden.sum(0).view(down_bias.shape) if needs_down and down_bias is not None else None,
+        dup_weight if needs_up else None,
+        dup_bias if needs_up and up_bias is not None else None,
+        dgate.to(gate.gate.dtype) if needs_gate else None,
+    )
+
+
+def _plain_factor(gate: FlatGate, rows: int) -> Tensor:
+    """[T, E, N] of a channel gate, else [T, E]."""
+    if gate.form == "channel":
+        assert gate.ids is not None
+        return gate.gate[gate.ids.long()].repeat_interleave(gate.rows_per_gate, 0)
+    return gate.gate.repeat_interleave(gate.rows_per_gate, 0)
+
+
+def takes(x: Tensor, backend: str, operator: str) -> bool:
+    """Whether the kernels compute `operator`; "auto" leaves to PyTorch what they do not take.
+
+    Raises:
+        ValueError: `backend` is "triton" and they do not take x.
+    """
+    if resolve_backend(backend, operator, x.device) == "torch" or x.numel() == 0:
+        return False
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if dtype in DTYPES:
+        return True
+    if backend == "triton":
+        raise ValueError(f"x: expected float32, float16 or bfloat16 with backend='triton', got {x.dtype}")
+    return False
+
+
+def check_placement(x: Tensor, weights: dict[str, Tensor | None], others: dict[str, Tensor | None]) -> None:
+    """Raises ValueError for an input on another device than x or, without autocast, weights of another dtype."""
+    for name, tensor in (*weights.items(), *others.items()):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device} (as x), got {tensor.device}")
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for name, tensor in weights.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: expected {x.dtype} (as x), got {tensor.dtype}")
+
+
+def cast_for_kernels(x: Tensor, weights: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """x as rows [T, D], and contiguous weights, in autocast's dtype where that is on."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = {name: None if value is None else value.to(dtype).contiguous() for name, value in weights.items()}
+    return as_rows(x.to(dtype)), cast
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[T, D] whose last dimension is contiguous; a view where the strides allow it."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def no_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a launch may go around the custom op: nothing asks for a gradient, and nobody traces."""
+    if torch.compiler.is_compiling() or any(type(t) not in (Tensor, Parameter, NoneType) for t in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+_ALL = ("hidden", "update", "hidden_gradient", "outer", "up_gradient")
+# LION with FlanT5-XL, a soft mixture of LoRA and a sparse one; a batch in training, a prompt and a decoding step.
+_TYPICAL: dict[str, tuple[Problem, tuple[str, ...]]] = {
+    "lion": (Problem(16384, 2048, 2048, 2, 64, "channel", _BF16, tasks=2), (*_ALL, "linear")),
+    "lion-fp32": (Problem(16384, 2048, 2048, 2, 64, "channel", _FP32, tasks=2), _ALL),
+    "lion-decode": (Problem(4, 2048, 2048, 2, 64, "channel", _BF16, tasks=2), ("hidden", "update", "linear")),
+    "many-tasks": (Problem(16384, 2048, 2048, 2, 64, "channel", _BF16, tasks=32), ("update", "hidden_gradient")),
+    "dense": (Problem(16384, 4096, 4096, 4, 8, "dense", _BF16, relu=False), (*_ALL, "linear")),
+    "sparse": (Problem(16384, 4096, 4096, 8, 64, "sparse", _BF16, named=2, relu=False), (*_ALL[:-1], "linear")),
+    "sparse-few": (
+        Problem(320, 4096, 4096, 8, 64, "sparse", _BF16, named=2, relu=False),
+        ("hidden", "update", "hidden_gradient"),
+    ),
+}
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """Every kernel at typical problems, with its default tiles and with those of every shipped table."""
+    specs = []
+    kernels = {
+        "hidden": hidden_kernel,
+        "update": update_kernel,
+        "hidden_gradient": hidden_gradient_kernel,
+        "outer": outer_kernel,
+        "up_gradient": up_gradient_kernel,
+        "linear": linear_kernel,
+    }
+    for problem_name, (problem, used) in _TYPICAL.items():
+        split = problem.rows_class == "decode"
+        for kernel_name in used:
+            kernel = kernels[kernel_name]
+            constants = problem.constants(kernel_name, split=split, gate_gradient=problem.form != "channel")
+            tables = [{}, *shipped(f"low_rank.{kernel_name}")]
+            for number, table in enumerate(tables):
+                name = f"low_rank.{kernel_name}[{problem_name}]" + (f"[table {number}]" if number else "")
+                specs.append(_spec(name, kernel, problem, kernel_name, {**constants, **table}, split))
+    return specs
+
+
+def _spec(
+    name: str, kernel: Any, problem: Problem, kernel_name: str, constants: dict[str, Any], split: bool
+) -> KernelSpec:
+    value = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[problem.dtype]
+    fp32 = {"p_weights", "p_biases"} if kernel_name in ("outer", "up_gradient") else set()
+    fp32 |= {"p_dgate"} if kernel_name == "hidden_gradient" else set()
+    fp32 |= {"p_hidden"} if split else set()
+    absent = {"p_ids"} & set(kernel.arg_names) if problem.form == "dense" else set()
+    absent |= {"p_dgate"} if kernel_name == "hidden_gradient" and problem.form == "channel" else set()
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument == "p_ids":
+            signature[argument] = "*i64"
+        elif argument.startswith("p_"):
+            signature[argument] = "*fp32" if argument in fp32 else value
+        else:
+            signature[argument] = "i32"
+    matrix = problem.dtype.itemsize == 2 and kernel_name != "up_gradient" and problem.rows_class == "many"
+    return KernelSpec(
+        name=name,
+        kernel=kernel,
+        signature=signature,
+        constexprs={key: entry for key, entry in constants.items() if key in kernel.arg_names} | dict.fromkeys(absent),
+        num_warps=constants["num_warps"],
+        num_stages=constants["num_stages"],
+        matrix=matrix,
+        divisible=(
+            "channels_in",
+            "channels",
+            "stride_x",
+            "stride_grad",
+            "stride_residual",
+            "channels_per_split",
+            "channels_per_program",
+        ),
+    )

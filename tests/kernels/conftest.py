@@ -1,0 +1,59 @@
+"""Kernels on the GPU where there is one, else in Triton's interpreter: chosen before lion_kernels is imported."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    imported = sys.modules.get("lion_kernels.backend")
+    if imported is not None and not imported.interpreting():
+        raise pytest.UsageError("lion_kernels was imported before tests/kernels chose the interpreter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[Tensor, Tensor], float]:
+    """||got - expected|| / ||expected||, in fp64; infinite where anything is NaN."""
+
+    def measure(got: Tensor, expected: Tensor) -> float:
+        got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+        assert got.shape == expected.shape
+        error = ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+        return error if error == error else float("inf")
+
+    return measure
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is handed out uninitialised holds NaN (integers: the largest), so that what nobody writes shows."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object, **kwargs: object) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if tensor.device.type == "meta" or tensor.dtype == torch.bool:
+                return tensor
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
