@@ -16,13 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
 from lion_kernels.configs import lookup, shipped
 from lion_kernels.cost import Cost
-from lion_kernels.rms_norm import DTYPES, as_rows, row_spec
+from lion_kernels.rms_norm import as_rows, row_spec, unsupported
 
-SQRT_HALF = tl.constexpr(0.7071067811865476)
-DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+@triton.jit
+def normal_distribution(x):
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # 1 / sqrt(2)
+
+
+@triton.jit
+def normal_density(x):
+    return 0.3989422804014327 * tl.exp(-0.5 * x * x)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
@@ -37,7 +44,7 @@ def gated_gelu_forward_kernel(
     # [BT, BD]
     b_gate = tl.load(p_gate + o_row * stride_gate + o_d, mask=mask, other=0.0).to(tl.float32)
     b_up = tl.load(p_up + o_row * stride_up + o_d, mask=mask, other=0.0).to(tl.float32)
-    b_out = b_gate * (0.5 + 0.5 * tl.erf(b_gate * SQRT_HALF)) * b_up
+    b_out = b_gate * normal_distribution(b_gate) * b_up
     tl.store(p_out + o_row * D + o_d, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
@@ -65,8 +72,8 @@ def gated_gelu_backward_kernel(
     b_grad = tl.load(p_grad + o_row * stride_grad + o_d, mask=mask, other=0.0).to(tl.float32)
     b_gate = tl.load(p_gate + o_row * stride_gate + o_d, mask=mask, other=0.0).to(tl.float32)
     b_up = tl.load(p_up + o_row * stride_up + o_d, mask=mask, other=0.0).to(tl.float32)
-    b_probability = 0.5 + 0.5 * tl.erf(b_gate * SQRT_HALF)
-    b_slope = b_probability + b_gate * DENSITY_AT_ZERO * tl.exp(-0.5 * b_gate * b_gate)
+    b_probability = normal_distribution(b_gate)
+    b_slope = b_probability + b_gate * normal_density(b_gate)
     b_dgate, b_dup = b_grad * b_up * b_slope, b_grad * b_gate * b_probability
     tl.store(p_dgate + o_row * D + o_d, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
     tl.store(p_dup + o_row * D + o_d, b_dup.to(p_dup.dtype.element_ty), mask=mask)
@@ -87,7 +94,7 @@ def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
     if out.numel():
         tile = _tile("gated_gelu_forward", channels)
         blocks = triton.cdiv(channels, tile["BD"])
-        with torch.cuda.device_of(gate):
+        with on_device(gate):
             gated_gelu_forward_kernel[(triton.cdiv(rows, tile["BT"]) * blocks,)](
                 gate_rows,
                 up_rows,
@@ -112,7 +119,7 @@ def launch_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     if dgate.numel():
         tile = _tile("gated_gelu_backward", channels)
         blocks = triton.cdiv(channels, tile["BD"])
-        with torch.cuda.device_of(gate):
+        with on_device(gate):
             gated_gelu_backward_kernel[(triton.cdiv(rows, tile["BT"]) * blocks,)](
                 grad_rows,
                 gate_rows,
@@ -190,12 +197,13 @@ def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """
     _check(gate, up)
     if resolve_backend(backend, "gated_gelu", gate.device) == "triton":
-        if gate.dtype in DTYPES:
+        reason = unsupported({"gate": gate})
+        if reason is None:
             if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
                 return _gated_gelu(gate, up)
             return launch_forward(gate, up)
         if backend == "triton":
-            raise ValueError(f"gate: expected float16, bfloat16 or float32 for backend 'triton', got {gate.dtype}")
+            raise ValueError(reason)
     return F.gelu(gate) * up
 
 
@@ -209,14 +217,14 @@ def _check(gate: Tensor, up: Tensor) -> None:
         )
 
 
-def cost(rows: int, channels: int, itemsize: int, *, backward: bool = False) -> Cost:
-    """Of one forward, or with `backward` of one backward; `itemsize` is the bytes of a value.
+def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """What forward and backward cannot avoid, for gate and up [rows, channels].
 
     Forward reads gate and up and writes out; backward reads the gradient, gate and up and writes dgate and dup. The
     error function and the exponential count as one operation each.
     """
     values = rows * channels
-    return Cost(5 * itemsize * values, 14 * values) if backward else Cost(3 * itemsize * values, 6 * values)
+    return Cost(3 * dtype.itemsize * values, 6 * values), Cost(5 * dtype.itemsize * values, 14 * values)
 
 
 def kernel_specs() -> list[KernelSpec]:

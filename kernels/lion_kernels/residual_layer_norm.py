@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
 from lion_kernels.cost import Cost
-from lion_kernels.rms_norm import DTYPES, WIDTHS, as_rows, norm_specs, partial_sums, row_tile
+from lion_kernels.rms_norm import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, unsupported
 
 MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
 RANDOM_BITS = 24  # of each 32-bit Philox word: dropout_p is rounded to a multiple of 2^-24
@@ -196,7 +196,7 @@ def launch_forward(
     saved = torch.empty(2, rows, dtype=torch.float32, device=x.device) if statistics else None
     if out.numel():
         tile = row_tile("residual_layer_norm_forward", channels)
-        with torch.cuda.device_of(x):
+        with on_device(x):
             residual_layer_norm_forward_kernel[(triton.cdiv(rows, tile["BT"]),)](
                 x_rows,
                 residual_rows,
@@ -246,7 +246,7 @@ def launch_backward(
     sums = 2 if x_bias is None else 3
     partial = torch.empty(programs, sums, channels, dtype=torch.float32, device=x.device)
     if programs:
-        with torch.cuda.device_of(x):
+        with on_device(x):
             residual_layer_norm_backward_kernel[(programs,)](
                 grad_rows,
                 x_rows,
@@ -509,8 +509,8 @@ def residual_layer_norm(
     dtype = torch.promote_types(x.dtype, residual.dtype)
     if resolve_backend(backend, "residual_layer_norm", x.device) == "triton":
         tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "x_bias": x_bias}
-        unsupported = _unsupported(tensors)
-        if unsupported is None:
+        reason = unsupported(tensors, MAX_CHANNELS)
+        if reason is None:
             draw = _seed_tensor(seed, x.device) if dropout_p > 0 else None
             arguments = (x, residual, weight, bias, x_bias, draw, dropout_p, eps)
             wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors.values())
@@ -518,7 +518,7 @@ def residual_layer_norm(
                 return _residual_layer_norm(*arguments)[0]
             return launch_forward(*arguments, statistics=False)[0]
         if backend == "triton":
-            raise ValueError(unsupported)
+            raise ValueError(reason)
     if dropout_p > 0 and seed is None:
         z = F.dropout(x if x_bias is None else x + x_bias, dropout_p) + residual
     else:
@@ -569,28 +569,18 @@ def _check(
         raise ValueError(f"seed: expected an int64, got {seed}")
 
 
-def _unsupported(tensors: dict[str, Tensor | None]) -> str | None:
-    """Why no kernel takes these, None where one does."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"{name}: expected float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
-    x = tensors["x"]
-    assert x is not None
-    if not 0 < x.shape[-1] <= MAX_CHANNELS:
-        return f"x: expected D from 1 to {MAX_CHANNELS} for backend 'triton', got {x.shape[-1]}"
-    return None
+def cost(rows: int, channels: int, dtype: torch.dtype, *, dropout: bool = False) -> tuple[Cost, Cost]:
+    """What forward and backward (of every input) cannot avoid, for x [rows, channels] with everything of one dtype.
 
-
-def cost(rows: int, channels: int, itemsize: int, *, dropout: bool = False, backward: bool = False) -> Cost:
-    """Of one forward, or with `backward` of one backward; `itemsize` is the bytes of every value but the statistics.
-
-    Forward reads x, residual, weight, bias and x_bias, and writes out. Backward reads the gradient, x, residual, weight
-    and x_bias, and writes dx and the parameters' gradients, and with dropout dresidual, which is otherwise dx.
+    Forward reads x, residual, weight, bias and x_bias, and writes out. Backward reads the gradient, x, residual,
+    weight, x_bias and the statistics, and writes dx and the parameters' gradients, and with dropout dresidual, which
+    is otherwise dx. Making the mask is not counted.
     """
     values = rows * channels
-    if backward:
-        return Cost(itemsize * ((5 if dropout else 4) * values + 5 * channels) + 8 * rows, 18 * values)
-    return Cost(itemsize * (3 * values + 3 * channels), 9 * values)
+    return (
+        Cost(dtype.itemsize * (3 * values + 3 * channels), 9 * values),
+        Cost(dtype.itemsize * ((5 if dropout else 4) * values + 5 * channels) + 8 * rows, 18 * values),
+    )
 
 
 def kernel_specs() -> list[KernelSpec]:

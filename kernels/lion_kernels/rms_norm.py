@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
 from lion_kernels.configs import lookup, shipped
 from lion_kernels.cost import Cost
 
@@ -101,6 +101,18 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def unsupported(tensors: dict[str, Tensor | None], max_channels: int | None = None) -> str | None:
+    """Why kernels over rows do not take these, None where they do. The first of `tensors` has the channels."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"{name}: expected float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
+    name, x = next(iter(tensors.items()))
+    assert x is not None
+    if max_channels is not None and not 0 < x.shape[-1] <= max_channels:
+        return f"{name}: expected D from 1 to {max_channels} for backend 'triton', got {x.shape[-1]}"
+    return None
+
+
 def row_tile(operator: str, channels: int) -> dict[str, int]:
     """What a launch is sized by: BT rows and BD >= D channels of a tile, 16 values of it a thread, and the warps."""
     block = max(16, triton.next_power_of_2(channels))
@@ -133,7 +145,7 @@ def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool) -
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device) if statistics else None
     if out.numel():
         tile = row_tile("rms_norm_forward", channels)
-        with torch.cuda.device_of(x):
+        with on_device(x):
             rms_norm_forward_kernel[(triton.cdiv(rows, tile["BT"]),)](
                 x_rows, weight.contiguous(), out, rstd, rows, x_rows.stride(0), eps, **tile, **LAUNCH
             )
@@ -157,7 +169,7 @@ def launch_backward(
         programs = partial_sums(tiles, tile["num_warps"], x.device, resident_warps=RESIDENT_WARPS)
     partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device) if weight_gradient else None
     if programs:
-        with torch.cuda.device_of(x):
+        with on_device(x):
             rms_norm_backward_kernel[(programs,)](
                 grad_rows,
                 x_rows,
@@ -264,13 +276,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
     """
     _check(x, weight)
     if resolve_backend(backend, "rms_norm", x.device) == "triton":
-        unsupported = _unsupported(x, weight)
-        if unsupported is None:
+        reason = unsupported({"x": x, "weight": weight}, MAX_CHANNELS)
+        if reason is None:
             if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
                 return _rms_norm(x, weight, eps)[0]
             return launch_forward(x, weight, eps, statistics=False)[0]
         if backend == "triton":
-            raise ValueError(unsupported)
+            raise ValueError(reason)
     return _plain(x, weight, eps)[0]
 
 
@@ -285,26 +297,17 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight: expected device {x.device} (from x), got {weight.device}")
 
 
-def _unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why no kernel takes these, None where one does."""
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in DTYPES:
-            return f"{name}: expected float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
-    if not 0 < x.shape[-1] <= MAX_CHANNELS:
-        return f"x: expected D from 1 to {MAX_CHANNELS} for backend 'triton', got {x.shape[-1]}"
-    return None
-
-
-def cost(rows: int, channels: int, itemsize: int, *, backward: bool = False) -> Cost:
-    """Of one forward, or with `backward` of one backward; `itemsize` is the bytes of a value of x and weight.
+def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """What forward and backward cannot avoid, for x [rows, channels] with x and weight of one dtype.
 
     Forward reads x and weight, and writes out. Backward reads the gradient, x, weight and rstd, and writes dx and
     dweight.
     """
     values = rows * channels
-    if backward:
-        return Cost(itemsize * (3 * values + 2 * channels) + 4 * rows, 10 * values)
-    return Cost(itemsize * (2 * values + channels), 4 * values)
+    return (
+        Cost(dtype.itemsize * (2 * values + channels), 4 * values),
+        Cost(dtype.itemsize * (3 * values + 2 * channels) + 4 * rows, 10 * values),
+    )
 
 
 def row_spec(
@@ -318,6 +321,7 @@ def row_spec(
     """
     names = [argument for argument in kernel.arg_names if argument not in constexprs]
     strides = tuple(argument for argument in names if argument.startswith("stride_"))
+    lengths = tuple(argument for argument in names if argument == "D")
     return KernelSpec(
         name=f"{kernel.__name__.removesuffix('_kernel')} {dtype} {name} warps={num_warps}",
         kernel=kernel,
@@ -326,7 +330,7 @@ def row_spec(
         num_warps=num_warps,
         num_stages=3,
         matrix=False,
-        divisible=(*strides, "D"),
+        divisible=strides + lengths,
     )
 
 

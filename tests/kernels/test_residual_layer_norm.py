@@ -383,9 +383,12 @@ def test_the_interpreter_refuses_bfloat16(device: torch.device) -> None:
 
 def test_cost_counts_what_moves() -> None:
     tensor, channels, statistics = 2 * 16384 * 1408, 2 * 1408, 2 * 4 * 16384
-    assert cost(16384, 1408, 2).bytes == 3 * tensor + 3 * channels
-    assert cost(16384, 1408, 2, backward=True).bytes == 4 * tensor + 5 * channels + statistics
-    assert cost(16384, 1408, 2, dropout=True, backward=True).bytes == 5 * tensor + 5 * channels + statistics
+    forward, backward = cost(16384, 1408, torch.bfloat16)
+    assert forward.bytes == 3 * tensor + 3 * channels
+    assert backward.bytes == 4 * tensor + 5 * channels + statistics
+    forward, backward = cost(16384, 1408, torch.bfloat16, dropout=True)
+    assert forward.bytes == 3 * tensor + 3 * channels
+    assert backward.bytes == 5 * tensor + 5 * channels + statistics
 
 
 @pytest.mark.gpu

@@ -310,7 +310,7 @@ def test_the_interpreter_refuses_bfloat16(device: torch.device) -> None:
 
 
 def test_cost_counts_what_moves() -> None:
-    forward, backward = cost(16384, 2048, 2), cost(16384, 2048, 2, backward=True)
+    forward, backward = cost(16384, 2048, torch.bfloat16)
     tensor, weight, rstd = 2 * 16384 * 2048, 2 * 2048, 4 * 16384
     assert forward.bytes == 2 * tensor + weight
     assert backward.bytes == 3 * tensor + 2 * weight + rstd
