@@ -70,7 +70,7 @@ def bench(benchmark, images: int, backward: bool, operator: str) -> None:
     out = OPERATORS[operator](**inputs)
     error, allowed = relative_error(out, inputs), max(1e-5, 2 * relative_error(eager(**inputs), inputs))
     assert error < allowed, f"wrong result (relative error {error:.1e}, allowed {allowed:.1e}), so no time"
-    costs = cost(images * TOKENS, CHANNELS, DTYPE)
+    costs = cost(images * TOKENS, CHANNELS, torch.bfloat16)
     floor = sum(floor_seconds(part, H200, torch.bfloat16) for part in costs[: 1 + backward])
     benchmark.extra_info["floor of an H200 in bf16, us"] = round(1e6 * floor, 2)
     direction = "forward+backward" if backward else "forward"

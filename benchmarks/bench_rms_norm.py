@@ -78,7 +78,7 @@ def bench(benchmark, rows: int, backward: bool, operator: str) -> None:
     out = OPERATORS[operator](**inputs)
     error, allowed = relative_error(out, inputs), max(1e-5, 2 * relative_error(eager(**inputs), inputs))
     assert error < allowed, f"wrong result (relative error {error:.1e}, allowed {allowed:.1e}), so no time"
-    costs = cost(rows, CHANNELS, DTYPE)
+    costs = cost(rows, CHANNELS, torch.bfloat16)
     floor = sum(floor_seconds(part, H200, torch.bfloat16) for part in costs[: 1 + backward])
     benchmark.extra_info["floor of an H200 in bf16, us"] = round(1e6 * floor, 2)
     direction = "forward+backward" if backward else "forward"

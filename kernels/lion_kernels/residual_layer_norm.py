@@ -236,15 +236,17 @@ def launch_backward(
     channels = x.shape[-1]
     grad_rows, x_rows, residual_rows = as_rows(grad), as_rows(x), as_rows(residual)
     rows = x_rows.shape[0]
-    dx, dresidual, _ = _empty_gradients(x, residual, x_bias, seed, parameter_gradients)
+    differ = _differ(x, residual, seed)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dresidual = torch.empty(x.shape if differ else (0,), dtype=residual.dtype, device=x.device)
     tile = row_tile("residual_layer_norm_backward", channels)
     tiles = triton.cdiv(rows, tile["BT"])
-    programs = tiles
+    programs, partial = tiles, None
     if parameter_gradients:
-        # Of at most 128 registers a thread, and with dropout 170.
+        # Without dropout 128 registers a thread or a little more, with it 170.
         programs = partial_sums(tiles, tile["num_warps"], x.device, resident_warps=16 if seed is None else 12)
-    sums = 2 if x_bias is None else 3
-    partial = torch.empty(programs, sums, channels, dtype=torch.float32, device=x.device)
+        sums = 2 if x_bias is None else 3
+        partial = torch.empty(programs, sums, channels, dtype=torch.float32, device=x.device)
     if programs:
         with on_device(x):
             residual_layer_norm_backward_kernel[(programs,)](
@@ -256,8 +258,8 @@ def launch_backward(
                 seed,
                 statistics,
                 dx,
-                dresidual if _differ(x, residual, seed) else None,
-                partial if parameter_gradients else None,
+                dresidual if differ else None,
+                partial,
                 rows,
                 grad_rows.stride(0),
                 x_rows.stride(0),
@@ -267,23 +269,12 @@ def launch_backward(
                 **tile,
                 **LAUNCH,
             )
-    return dx, dresidual, partial.sum(0) if parameter_gradients else partial.new_empty(0)
+    return dx, dresidual, x.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(0)
 
 
 def _differ(x: Tensor, residual: Tensor, seed: Tensor | None) -> bool:
     """Whether dx and dresidual differ."""
     return seed is not None or x.dtype != residual.dtype
-
-
-def _empty_gradients(
-    x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, parameter_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    sums = (2 if x_bias is None else 3, x.shape[-1]) if parameter_gradients else (0,)
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(x.shape if _differ(x, residual, seed) else (0,), dtype=residual.dtype, device=x.device),
-        torch.empty(sums, dtype=torch.float32, device=x.device),
-    )
 
 
 def dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, seed: int | Tensor) -> Tensor:
@@ -444,7 +435,12 @@ def _(
     dropout_p: float,
     parameter_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, residual, x_bias, seed, parameter_gradients)
+    sums = (2 if x_bias is None else 3, x.shape[-1]) if parameter_gradients else (0,)
+    return (
+        x.new_empty(x.shape),
+        residual.new_empty(x.shape if _differ(x, residual, seed) else (0,)),
+        x.new_empty(sums, dtype=torch.float32),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -484,7 +480,7 @@ def residual_layer_norm(
 ) -> Tensor:
     """`LayerNorm(dropout(x + x_bias) + residual)` over the last dimension.
 
-    Sum and statistics are taken in fp32, in both backends' own way: "torch" rounds the sum to the inputs' dtype.
+    The kernels keep the sum in fp32, where "torch" rounds it to the inputs' dtype before it normalises.
 
     Args:
         x: [..., D], any leading dimensions, floating; the product of a linear layer without its bias.
