@@ -47,9 +47,14 @@ def make_inputs(
     return {**inputs, "input_ids": input_ids.to(device), "soft_prompt_id": soft_prompt_id}
 
 
+def gradient_of(out: Tensor) -> Tensor:
+    """The same values in every dtype."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+
+
 def outputs_and_gradients(operator: Callable[..., Tensor], inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     out = operator(**inputs, **options)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grad = gradient_of(out)
     gradients = torch.autograd.grad(out, [inputs[name] for name in FLOATING], grad)
     return {"out": out, **dict(zip(FLOATING, gradients, strict=True))}
 
@@ -153,7 +158,7 @@ def test_what_is_frozen_has_no_gradient(
     for name in FLOATING:
         inputs[name].requires_grad_(name in trained)
     out = assemble_inputs(**inputs, backend=backend)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+    out.backward(gradient_of(out))
     for name in FLOATING:
         assert (inputs[name].grad is not None) == (name in trained)
         if name in trained:

@@ -27,9 +27,14 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
+def gradient_of(out: Tensor) -> Tensor:
+    """The same values in every dtype."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+
+
 def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Inputs:
     out = operator(**inputs, **options)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grad = gradient_of(out)
     return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
 
 

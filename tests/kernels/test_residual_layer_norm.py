@@ -36,9 +36,14 @@ def make_inputs(
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
+def gradient_of(out: Tensor) -> Tensor:
+    """The same values in every dtype."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+
+
 def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Inputs:
     out = operator(**inputs, eps=EPS, **options)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grad = gradient_of(out)
     return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
 
 
@@ -194,7 +199,7 @@ def test_what_is_frozen_has_no_gradient(
     for name, value in inputs.items():
         value.requires_grad_(name in trained)
     out = residual_layer_norm(**inputs, eps=EPS, **dropout, backend="triton")
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+    out.backward(gradient_of(out))
     for name, value in inputs.items():
         assert (value.grad is not None) == (name in trained)
         if value.grad is not None:

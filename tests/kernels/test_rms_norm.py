@@ -28,11 +28,16 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
+def gradient_of(out: Tensor) -> Tensor:
+    """The same values in every dtype."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+
+
 def outputs_and_gradients(
     operator: Callable[..., Tensor], inputs: dict[str, Tensor], **options: Any
 ) -> dict[str, Tensor]:
     out = operator(**inputs, eps=EPS, **options)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grad = gradient_of(out)
     return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
 
 
@@ -147,7 +152,7 @@ def test_what_is_frozen_has_no_gradient(frozen: str, device: torch.device, relat
     inputs[frozen].requires_grad_(False)
     (trained,) = set(inputs) - {frozen}
     out = rms_norm(**inputs, eps=EPS, backend="triton")
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+    out.backward(gradient_of(out))
     assert inputs[frozen].grad is None
     assert inputs[trained].grad is not None
     assert relative_error(inputs[trained].grad, expected[trained]) < 1e-5
