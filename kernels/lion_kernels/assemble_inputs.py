@@ -1,0 +1,345 @@
+"""The language model's input: visual prefix, then the text's embeddings, its soft prompt filled in.
+
+    out[b] = [prefix[b] | e(input_ids[b, 0]), e(input_ids[b, 1]), ...]
+    e(id) = soft_prompt where id = soft_prompt_id, else embedding[id]
+
+One pass writes the whole of it. Backward: dprefix is the gradient's first part; dsoft_prompt the sum of the gradient
+over the soft prompt's places, in partial sums of fixed order; dembedding, where the table is trained, the sum over each
+id's places by PyTorch's own embedding backward, which sorts the ids and is deterministic.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lion_kernels.aot import KernelSpec
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.configs import lookup, shipped
+from lion_kernels.cost import Cost
+from lion_kernels.rms_norm import partial_sums, row_spec, unsupported
+
+SUM_TILE = {"BT": 32, "BD": 128, "num_warps": 4}  # of ids and channels in the sum over the soft prompt's places
+
+
+@triton.jit
+def assemble_inputs_forward_kernel(
+    p_prefix,
+    p_ids,
+    p_embedding,
+    p_soft_prompt,
+    p_out,
+    prefix_length,
+    length,
+    vocabulary,
+    soft_prompt_id,
+    stride_prefix_batch,
+    stride_prefix_row,
+    stride_embedding,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """A program writes BD channels of one row of out."""
+    i_row = tl.program_id(0)
+    i_batch, i_place = i_row // (prefix_length + length), i_row % (prefix_length + length)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    p_to = p_out + i_row.to(tl.int64) * D + o_d
+    if i_place < prefix_length:
+        p_from = p_prefix + i_batch.to(tl.int64) * stride_prefix_batch + i_place.to(tl.int64) * stride_prefix_row
+        tl.store(p_to, tl.load(p_from + o_d, mask=m_d).to(p_out.dtype.element_ty), mask=m_d)
+    else:
+        i_id = tl.load(p_ids + i_batch.to(tl.int64) * length + i_place - prefix_length).to(tl.int64)
+        if i_id == soft_prompt_id:
+            tl.store(p_to, tl.load(p_soft_prompt + o_d, mask=m_d).to(p_out.dtype.element_ty), mask=m_d)
+        elif (i_id >= 0) & (i_id < vocabulary):
+            tl.store(p_to, tl.load(p_embedding + i_id * stride_embedding + o_d, mask=m_d), mask=m_d)
+        else:
+            # Beyond the table nothing may be read. NaN shows where the host would have to wait to complain.
+            tl.store(p_to, tl.full([BD], float("nan"), tl.float32).to(p_out.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def assemble_inputs_backward_kernel(
+    p_grad,
+    p_ids,
+    p_partial,
+    rows,
+    prefix_length,
+    length,
+    soft_prompt_id,
+    stride_batch,
+    stride_row,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Program i takes every num_programs-th tile of ids from the i-th on, and reads the gradient only where the id is
+    the soft prompt's."""
+    i_program = tl.program_id(0)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    # [BD]
+    b_sum = tl.zeros([BD], dtype=tl.float32)
+    for i_tile in range(i_program, tl.cdiv(rows, BT), tl.num_programs(0)):
+        # [BT]
+        o_row = i_tile * BT + tl.arange(0, BT)
+        m_row = o_row < rows
+        b_id = tl.load(p_ids + o_row, mask=m_row, other=0)
+        m_row &= b_id.to(tl.int64) == soft_prompt_id
+        i_batch, i_place = (o_row // length).to(tl.int64), (prefix_length + o_row % length).to(tl.int64)
+        o_from = i_batch * stride_batch + i_place * stride_row
+        # [BT, BD]
+        mask = m_row[:, None] & m_d[None, :]
+        b_grad = tl.load(p_grad + o_from[:, None] + o_d[None, :], mask=mask, other=0.0)
+        b_sum += tl.sum(b_grad.to(tl.float32), 0)
+    tl.store(p_partial + i_program.to(tl.int64) * D + o_d, b_sum, mask=m_d)
+
+
+def _tile(channels: int) -> dict[str, int]:
+    """BD channels of a program, 16 values a thread; never too few for 16-byte accesses."""
+    block = min(2048, max(256, triton.next_power_of_2(channels)))
+    tile = lookup("assemble_inputs_forward", f"D{block}", {"BD": block, "num_warps": max(1, block // 512)})
+    return {"D": channels, **tile}
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch_forward(
+    prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int
+) -> Tensor:
+    for name, tensor in (("prefix", prefix), ("embedding", embedding), ("soft_prompt", soft_prompt)):
+        refuse_uninterpretable(name, tensor)
+    batch, prefix_length, channels = prefix.shape
+    length = input_ids.shape[1]
+    out = torch.empty(batch, prefix_length + length, channels, dtype=embedding.dtype, device=embedding.device)
+    if out.numel():
+        prefix, embedding = _last_contiguous(prefix), _last_contiguous(embedding)
+        tile = _tile(channels)
+        with on_device(embedding):
+            assemble_inputs_forward_kernel[(batch * (prefix_length + length), triton.cdiv(channels, tile["BD"]))](
+                prefix,
+                input_ids.contiguous(),
+                embedding,
+                soft_prompt.contiguous(),
+                out,
+                prefix_length,
+                length,
+                embedding.shape[0],
+                soft_prompt_id,
+                prefix.stride(0),
+                prefix.stride(1),
+                embedding.stride(0),
+                **tile,
+                **LAUNCH,
+            )
+    return out
+
+
+def launch_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
+    """dsoft_prompt [D] in fp32, from the gradient [B, P + L, D] and the ids [B, L]."""
+    refuse_uninterpretable("grad", grad)
+    channels, (batch, length) = grad.shape[2], input_ids.shape
+    grad = _last_contiguous(grad)
+    tile = {"D": channels, **lookup("assemble_inputs_backward", "all", SUM_TILE)}
+    blocks = triton.cdiv(channels, tile["BD"])
+    tiles = triton.cdiv(batch * length, tile["BT"])
+    programs = partial_sums(tiles, tile["num_warps"] * blocks, grad.device, resident_warps=16)
+    partial = torch.empty(programs, channels, dtype=torch.float32, device=grad.device)
+    with on_device(grad):
+        assemble_inputs_backward_kernel[(programs, blocks)](
+            grad,
+            input_ids.contiguous(),
+            partial,
+            batch * length,
+            grad.shape[1] - length,
+            length,
+            soft_prompt_id,
+            grad.stride(0),
+            grad.stride(1),
+            **tile,
+            **LAUNCH,
+        )
+    return partial.sum(0)
+
+
+def _plain(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> Tensor:
+    """The same in PyTorch."""
+    is_soft_prompt = input_ids == soft_prompt_id
+    text = F.embedding(input_ids.masked_fill(is_soft_prompt, 0), embedding)
+    text = torch.where(is_soft_prompt.unsqueeze(-1), soft_prompt.to(text.dtype), text)
+    return torch.cat([prefix.to(text.dtype), text], dim=1)
+
+
+@torch.library.custom_op("lion_kernels::assemble_inputs", mutates_args=(), device_types="cuda")
+def _assemble_inputs(
+    prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int
+) -> Tensor:
+    return launch_forward(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
+
+
+@_assemble_inputs.register_kernel("cpu")
+def _(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> Tensor:
+    run = launch_forward if interpreting() else _plain
+    return run(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
+
+
+@_assemble_inputs.register_fake
+def _(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> Tensor:
+    batch, prefix_length, channels = prefix.shape
+    return embedding.new_empty(batch, prefix_length + input_ids.shape[1], channels)
+
+
+@torch.library.custom_op("lion_kernels::assemble_inputs_backward", mutates_args=(), device_types="cuda")
+def _assemble_inputs_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
+    return launch_backward(grad, input_ids, soft_prompt_id)
+
+
+@_assemble_inputs_backward.register_kernel("cpu")
+def _(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
+    if interpreting():
+        return launch_backward(grad, input_ids, soft_prompt_id)
+    return grad[:, grad.shape[1] - input_ids.shape[1] :][input_ids == soft_prompt_id].float().sum(0)
+
+
+@_assemble_inputs_backward.register_fake
+def _(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
+    return grad.new_empty(grad.shape[2], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    prefix, input_ids, embedding, soft_prompt, ctx.soft_prompt_id = inputs
+    ctx.save_for_backward(input_ids)
+    ctx.prefix_length, ctx.prefix_dtype = prefix.shape[1], prefix.dtype
+    ctx.vocabulary, ctx.soft_prompt_dtype = embedding.shape[0], soft_prompt.dtype
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+    (input_ids,) = ctx.saved_tensors
+    dprefix = dembedding = dsoft_prompt = None
+    if ctx.needs_input_grad[0]:
+        dprefix = grad[:, : ctx.prefix_length].to(ctx.prefix_dtype)
+    if ctx.needs_input_grad[2]:
+        known = (input_ids != ctx.soft_prompt_id) & (input_ids >= 0) & (input_ids < ctx.vocabulary)
+        rows = torch.where(known.unsqueeze(-1), grad[:, ctx.prefix_length :], 0.0)
+        ids = input_ids.masked_fill(~known, 0)
+        dembedding = torch.ops.aten.embedding_dense_backward(rows, ids, ctx.vocabulary, -1, False)
+    if ctx.needs_input_grad[3]:
+        dsoft_prompt = _assemble_inputs_backward(grad, input_ids, ctx.soft_prompt_id).to(ctx.soft_prompt_dtype)
+    return dprefix, None, dembedding, dsoft_prompt, None
+
+
+_assemble_inputs.register_autograd(_differentiate, setup_context=_save)
+
+
+def assemble_inputs(
+    prefix: Tensor,
+    input_ids: Tensor,
+    embedding: Tensor,
+    soft_prompt: Tensor,
+    soft_prompt_id: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """[prefix | embedding of the text], where the token `soft_prompt_id` embeds as `soft_prompt`.
+
+    Nothing waits for a GPU: there the kernel writes NaN for an id that the table does not have, and backward passes it
+    over.
+
+    Args:
+        prefix: [B, P, D], floating; its dtype may differ from the embedding's.
+        input_ids: [B, L], int32 or int64.
+        embedding: [vocabulary, D], floating; the language model's table.
+        soft_prompt: [D], floating; its dtype may differ from the embedding's.
+        soft_prompt_id: may lie beyond the table.
+        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32; for others "auto" is "torch".
+
+    Returns:
+        [B, P + L, D] in the embedding's dtype, which is the language model's.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit, or on a CPU an id that the table does not have;
+            the message names the argument.
+    """
+    _check(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
+    arguments = (prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
+    if resolve_backend(backend, "assemble_inputs", embedding.device) == "triton":
+        floating: dict[str, Tensor | None] = {"prefix": prefix, "embedding": embedding, "soft_prompt": soft_prompt}
+        reason = unsupported(floating)
+        if reason is None:
+            wanted = prefix.requires_grad or embedding.requires_grad or soft_prompt.requires_grad
+            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wanted):
+                return _assemble_inputs(*arguments)
+            return launch_forward(*arguments)
+        if backend == "triton":
+            raise ValueError(reason)
+    return _plain(*arguments)
+
+
+def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> None:
+    if embedding.dim() != 2 or not embedding.is_floating_point():
+        raise ValueError(f"embedding: expected floating [vocabulary, D], got {embedding.dtype} {list(embedding.shape)}")
+    vocabulary, channels = embedding.shape
+    if prefix.dim() != 3 or prefix.shape[2] != channels or not prefix.is_floating_point():
+        raise ValueError(
+            f"prefix: expected floating [B, P, {channels}] (D from embedding), got {prefix.dtype} {list(prefix.shape)}"
+        )
+    batch = prefix.shape[0]
+    if input_ids.dim() != 2 or input_ids.shape[0] != batch or input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"input_ids: expected int32 or int64 [{batch}, L] (B from prefix), "
+            f"got {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    if soft_prompt.shape != (channels,) or not soft_prompt.is_floating_point():
+        raise ValueError(
+            f"soft_prompt: expected floating [{channels}] (D from embedding), "
+            f"got {soft_prompt.dtype} {list(soft_prompt.shape)}"
+        )
+    for name, tensor in (("prefix", prefix), ("input_ids", input_ids), ("soft_prompt", soft_prompt)):
+        if tensor.device != embedding.device:
+            raise ValueError(f"{name}: expected device {embedding.device} (from embedding), got {tensor.device}")
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        strange = (input_ids != soft_prompt_id) & ((input_ids < 0) | (input_ids >= vocabulary))
+        if strange.any():
+            ids = input_ids[strange].unique().tolist()
+            raise ValueError(
+                f"input_ids: expected ids from 0 to {vocabulary - 1} (from embedding) or soft_prompt_id "
+                f"{soft_prompt_id}, got {ids}"
+            )
+
+
+def cost(batch: int, prefix_length: int, length: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """What forward and backward cannot avoid, with everything of one dtype, int64 ids and a frozen table.
+
+    Forward reads a row for each that it writes, and the ids. Backward reads the ids and, for one soft prompt a
+    sequence, the gradient there; dprefix is a view of the gradient.
+    """
+    ids, row = 8 * batch * length, dtype.itemsize * channels
+    return (
+        Cost(ids + 2 * batch * (prefix_length + length) * row, 0),
+        Cost(ids + (batch + 1) * row, batch * channels),
+    )
+
+
+def kernel_specs() -> list[KernelSpec]:
+    integers = ("prefix_length", "length", "vocabulary", "soft_prompt_id", "rows")
+    kinds = {**dict.fromkeys(integers, "i32"), "p_ids": "*i64", "p_partial": "*fp32"}
+    forward: Any = assemble_inputs_forward_kernel
+    backward: Any = assemble_inputs_backward_kernel
+    specs = []
+    for channels, dtype in itertools.product((64, 176, 2048, 4096), ("bf16", "fp32")):
+        default = _tile(channels)
+        measured = (tile for tile in shipped("assemble_inputs_forward") if tile["BD"] == default["BD"])
+        for tile in (default, *measured):
+            sizes = {"D": channels, "BD": tile["BD"]}
+            name = f"D={channels} BD={tile['BD']}"
+            specs.append(row_spec(name, forward, dtype, kinds, sizes, tile["num_warps"]))
+        for tile in (SUM_TILE, *shipped("assemble_inputs_backward")):
+            sizes = {"D": channels, "BT": tile["BT"], "BD": tile["BD"]}
+            name = f"D={channels} BT={tile['BT']} BD={tile['BD']}"
+            specs.append(row_spec(name, backward, dtype, kinds, sizes, tile["num_warps"]))
+    return specs

@@ -1,0 +1,241 @@
+"""The gated activation of T5 1.1's feed-forward layer (Shazeer, arXiv 2002.05202), with the exact GELU LION uses.
+
+    out = gate * Phi(gate) * up                         Phi the normal distribution function
+    dup = g * gate * Phi(gate)
+    dgate = g * up * (Phi(gate) + gate * phi(gate))     phi its density
+
+Saved for backward: gate and up, nothing else. The GELU and its slope are computed again from the gate, which costs less
+than reading them would; so there is no choice to offer.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lion_kernels.aot import KernelSpec
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.configs import lookup, shipped
+from lion_kernels.cost import Cost
+from lion_kernels.rms_norm import as_rows, row_spec, unsupported
+
+
+@triton.jit
+def normal_distribution(x):
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # 1 / sqrt(2)
+
+
+@triton.jit
+def normal_density(x):
+    return 0.3989422804014327 * tl.exp(-0.5 * x * x)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def gated_gelu_forward_kernel(
+    p_gate, p_up, p_out, rows, stride_gate, stride_up, D, blocks, BT: tl.constexpr, BD: tl.constexpr
+):
+    """Program i has the i % blocks-th block of BD channels of a tile of BT rows."""
+    i_program = tl.program_id(0)
+    o_row = (i_program // blocks * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    o_d = (i_program % blocks * BD + tl.arange(0, BD))[None, :]
+    mask = (o_row < rows) & (o_d < D)
+    # [BT, BD]
+    b_gate = tl.load(p_gate + o_row * stride_gate + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o_row * stride_up + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_out = b_gate * normal_distribution(b_gate) * b_up
+    tl.store(p_out + o_row * D + o_d, b_out.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_gelu_backward_kernel(
+    p_grad,
+    p_gate,
+    p_up,
+    p_dgate,
+    p_dup,
+    rows,
+    stride_grad,
+    stride_gate,
+    stride_up,
+    D,
+    blocks,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_program = tl.program_id(0)
+    o_row = (i_program // blocks * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    o_d = (i_program % blocks * BD + tl.arange(0, BD))[None, :]
+    mask = (o_row < rows) & (o_d < D)
+    # [BT, BD]
+    b_grad = tl.load(p_grad + o_row * stride_grad + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + o_row * stride_gate + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o_row * stride_up + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_probability = normal_distribution(b_gate)
+    b_slope = b_probability + b_gate * normal_density(b_gate)
+    b_dgate, b_dup = b_grad * b_up * b_slope, b_grad * b_gate * b_probability
+    tl.store(p_dgate + o_row * D + o_d, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
+    tl.store(p_dup + o_row * D + o_d, b_dup.to(p_dup.dtype.element_ty), mask=mask)
+
+
+def _tile(operator: str, channels: int) -> dict[str, int]:
+    """BT rows and BD channels of a tile of 1024 values, 8 a thread: one 16-byte load in half precision."""
+    block = min(1024, max(16, triton.next_power_of_2(channels)))
+    return lookup(operator, f"D{block}", {"BT": 1024 // block, "BD": block, "num_warps": 4})
+
+
+def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
+    refuse_uninterpretable("gate", gate)
+    channels = gate.shape[-1]
+    gate_rows, up_rows = as_rows(gate), as_rows(up)
+    rows = gate_rows.shape[0]
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        tile = _tile("gated_gelu_forward", channels)
+        blocks = triton.cdiv(channels, tile["BD"])
+        with on_device(gate):
+            gated_gelu_forward_kernel[(triton.cdiv(rows, tile["BT"]) * blocks,)](
+                gate_rows,
+                up_rows,
+                out,
+                rows,
+                gate_rows.stride(0),
+                up_rows.stride(0),
+                channels,
+                blocks,
+                **tile,
+                **LAUNCH,
+            )
+    return out
+
+
+def launch_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    refuse_uninterpretable("gate", gate)
+    channels = gate.shape[-1]
+    grad_rows, gate_rows, up_rows = as_rows(grad), as_rows(gate), as_rows(up)
+    rows = gate_rows.shape[0]
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    if dgate.numel():
+        tile = _tile("gated_gelu_backward", channels)
+        blocks = triton.cdiv(channels, tile["BD"])
+        with on_device(gate):
+            gated_gelu_backward_kernel[(triton.cdiv(rows, tile["BT"]) * blocks,)](
+                grad_rows,
+                gate_rows,
+                up_rows,
+                dgate,
+                dup,
+                rows,
+                grad_rows.stride(0),
+                gate_rows.stride(0),
+                up_rows.stride(0),
+                channels,
+                blocks,
+                **tile,
+                **LAUNCH,
+            )
+    return dgate, dup
+
+
+@torch.library.custom_op("lion_kernels::gated_gelu", mutates_args=(), device_types="cuda")
+def _gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    return launch_forward(gate, up)
+
+
+@_gated_gelu.register_kernel("cpu")
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return launch_forward(gate, up) if interpreting() else (F.gelu(gate) * up).contiguous()
+
+
+@_gated_gelu.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("lion_kernels::gated_gelu_backward", mutates_args=(), device_types="cuda")
+def _gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_backward(grad, gate, up)
+
+
+@_gated_gelu_backward.register_kernel("cpu")
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    if interpreting():
+        return launch_backward(grad, gate, up)
+    return torch.ops.aten.gelu_backward(grad * up, gate).contiguous(), (grad * F.gelu(gate)).contiguous()
+
+
+@_gated_gelu_backward.register_fake
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _gated_gelu_backward(grad, *ctx.saved_tensors)
+
+
+_gated_gelu.register_autograd(_differentiate, setup_context=_save)
+
+
+def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """`gate * Phi(gate) * up`, the exact GELU of the gate times up.
+
+    Args:
+        gate: [..., D], any leading dimensions, floating. It may be one half of a packed projection.
+        up: [..., D] in gate's dtype, the other half.
+        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32; for others "auto" is "torch".
+
+    Returns:
+        [..., D] in gate's dtype; the kernels compute in fp32 and round once.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
+    """
+    _check(gate, up)
+    if resolve_backend(backend, "gated_gelu", gate.device) == "triton":
+        reason = unsupported({"gate": gate})
+        if reason is None:
+            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
+                return _gated_gelu(gate, up)
+            return launch_forward(gate, up)
+        if backend == "triton":
+            raise ValueError(reason)
+    return F.gelu(gate) * up
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    if gate.dim() == 0 or not gate.is_floating_point():
+        raise ValueError(f"gate: expected floating [..., D], got {gate.dtype} {list(gate.shape)}")
+    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
+        raise ValueError(
+            f"up: expected {gate.dtype} {list(gate.shape)} on {gate.device} (from gate), "
+            f"got {up.dtype} {list(up.shape)} on {up.device}"
+        )
+
+
+def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """What forward and backward cannot avoid, for gate and up [rows, channels].
+
+    Forward reads gate and up and writes out; backward reads the gradient, gate and up and writes dgate and dup. The
+    error function and the exponential count as one operation each.
+    """
+    values = rows * channels
+    return Cost(3 * dtype.itemsize * values, 6 * values), Cost(5 * dtype.itemsize * values, 14 * values)
+
+
+def kernel_specs() -> list[KernelSpec]:
+    kinds = {"rows": "i32", "blocks": "i32", "D": "i32"}
+    specs = []
+    kernels: tuple[Any, ...] = (gated_gelu_forward_kernel, gated_gelu_backward_kernel)
+    for kernel, channels, dtype in itertools.product(kernels, (64, 176, 5120), ("bf16", "fp32")):
+        operator = kernel.__name__.removesuffix("_kernel")
+        default = _tile(operator, channels)
+        for tile in (default, *(tile for tile in shipped(operator) if tile["BD"] == default["BD"])):
+            sizes = {"BT": tile["BT"], "BD": tile["BD"]}
+            name = f"BT={tile['BT']} BD={tile['BD']}"
+            specs.append(row_spec(name, kernel, dtype, kinds, sizes, tile["num_warps"]))
+    return specs

@@ -1,0 +1,365 @@
+"""RMS norm, T5's layer norm: no mean, no bias (Zhang and Sennrich, arXiv 1910.07467).
+
+    n = x / sqrt(mean(x^2) + eps)                       in fp32
+    out = round(n) * weight                             in weight's dtype
+
+A half-precision weight rounds n to its own dtype before it multiplies. transformers' T5LayerNorm does so, and published
+T5 models were trained with it; `F.rms_norm` rounds only the product. Backward takes the rounding for the identity:
+
+    dn = g * weight,   dx = (dn - n * mean(dn * n)) / sqrt(mean(x^2) + eps),   dweight = sum over rows of g * round(n)
+
+Saved for backward: x and one number per row.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion_kernels.aot import KernelSpec
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.configs import lookup, shipped
+from lion_kernels.cost import Cost
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_CHANNELS = 8192  # a row lives in the registers of one program
+TILES_PER_PROGRAM = 4  # at least, where each program writes a partial sum of its own
+RESIDENT_WARPS = 16  # backward takes up to 118 registers a thread, and a multiprocessor has 65536
+WIDTHS = (64, 768, 1408, 2048, 4096, 8192)  # of the ahead-of-time report
+
+
+@triton.jit
+def rms_norm_forward_kernel(
+    p_x, p_weight, p_out, p_rstd, rows, stride_x, eps, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
+    o_row = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_d = tl.arange(0, BD)
+    m_row, m_d = o_row < rows, o_d < D
+    mask = m_row[:, None] & m_d[None, :]
+    o_row_wide = o_row.to(tl.int64)[:, None]
+    # [BT, BD]
+    b_x = tl.load(p_x + o_row_wide * stride_x + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    # [BT]
+    b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)
+    if p_rstd is not None:
+        tl.store(p_rstd + o_row, b_rstd, mask=m_row)
+    # [BD]
+    b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
+    b_rounded = (b_x * b_rstd[:, None]).to(b_weight.dtype).to(tl.float32)
+    b_out = b_rounded * b_weight.to(tl.float32)[None, :]
+    tl.store(p_out + o_row_wide * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    p_grad,
+    p_x,
+    p_weight,
+    p_rstd,
+    p_dx,
+    p_partial,
+    rows,
+    stride_grad,
+    stride_x,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Program i takes every num_programs-th tile of rows from the i-th on, and adds up its part of dweight."""
+    i_program = tl.program_id(0)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    # [BD]
+    b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
+    b_scale = b_weight.to(tl.float32)[None, :]
+    # [BT, BD]
+    b_sum = tl.zeros([BT, BD], dtype=tl.float32)
+    for i_tile in range(i_program, tl.cdiv(rows, BT), tl.num_programs(0)):
+        o_row = i_tile * BT + tl.arange(0, BT)
+        m_row = o_row < rows
+        mask = m_row[:, None] & m_d[None, :]
+        o_row_wide = o_row.to(tl.int64)[:, None]
+        b_x = tl.load(p_x + o_row_wide * stride_x + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_grad = tl.load(p_grad + o_row_wide * stride_grad + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        # [BT, 1]
+        b_rstd = tl.load(p_rstd + o_row, mask=m_row, other=0.0)[:, None]
+        # [BT, BD]
+        b_n = b_x * b_rstd
+        b_dn = b_grad * b_scale
+        b_dx = (b_dn - b_n * (tl.sum(b_dn * b_n, 1) / D)[:, None]) * b_rstd
+        tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dx.to(p_dx.dtype.element_ty), mask=mask)
+        if p_partial is not None:
+            b_sum += b_grad * b_n.to(b_weight.dtype).to(tl.float32)
+    if p_partial is not None:
+        tl.store(p_partial + i_program.to(tl.int64) * D + o_d, tl.sum(b_sum, 0), mask=m_d)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., D] as [rows, D], its last dimension contiguous; copied only where no view of it is that."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def unsupported(tensors: dict[str, Tensor | None], max_channels: int | None = None) -> str | None:
+    """Why kernels over rows do not take these, None where they do. The first of `tensors` has the channels."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"{name}: expected float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
+    name, x = next(iter(tensors.items()))
+    assert x is not None
+    if max_channels is not None and not 0 < x.shape[-1] <= max_channels:
+        return f"{name}: expected D from 1 to {max_channels} for backend 'triton', got {x.shape[-1]}"
+    return None
+
+
+def row_tile(operator: str, channels: int) -> dict[str, int]:
+    """What a launch is sized by: BT rows and BD >= D channels of a tile, 16 values of it a thread, and the warps."""
+    block = max(16, triton.next_power_of_2(channels))
+    rows = max(1, 2048 // block)
+    tile = lookup(operator, f"D{block}", {"BT": rows, "BD": block, "num_warps": rows * block // 512})
+    return {"D": channels, **tile}
+
+
+def partial_sums(tiles: int, num_warps: int, device: torch.device, *, resident_warps: int) -> int:
+    """How many programs share `tiles` where each keeps a partial sum: they all run at once, and are few enough that
+    adding up what they write costs little.
+
+    Args:
+        num_warps: of a program.
+        resident_warps: that a multiprocessor's registers have room for.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    resident = processors * max(1, resident_warps // num_warps)
+    return max(1, min(triton.cdiv(tiles, TILES_PER_PROGRAM), resident))
+
+
+def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool) -> tuple[Tensor, Tensor | None]:
+    """`out` like x in weight's dtype, and with `statistics` the rows' 1 / sqrt(mean(x^2) + eps), fp32."""
+    refuse_uninterpretable("x", x)
+    refuse_uninterpretable("weight", weight)
+    channels = x.shape[-1]
+    x_rows = as_rows(x)
+    rows = x_rows.shape[0]
+    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device) if statistics else None
+    if out.numel():
+        tile = row_tile("rms_norm_forward", channels)
+        with on_device(x):
+            rms_norm_forward_kernel[(triton.cdiv(rows, tile["BT"]),)](
+                x_rows, weight.contiguous(), out, rstd, rows, x_rows.stride(0), eps, **tile, **LAUNCH
+            )
+    return out, rstd
+
+
+def launch_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, weight_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """dx like x, and dweight [D] in fp32 (without `weight_gradient` an empty tensor)."""
+    refuse_uninterpretable("grad", grad)
+    refuse_uninterpretable("x", x)
+    channels = x.shape[-1]
+    grad_rows, x_rows = as_rows(grad), as_rows(x)
+    rows = x_rows.shape[0]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tile = row_tile("rms_norm_backward", channels)
+    tiles = triton.cdiv(rows, tile["BT"])
+    programs = tiles
+    if weight_gradient:
+        programs = partial_sums(tiles, tile["num_warps"], x.device, resident_warps=RESIDENT_WARPS)
+    partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device) if weight_gradient else None
+    if programs:
+        with on_device(x):
+            rms_norm_backward_kernel[(programs,)](
+                grad_rows,
+                x_rows,
+                weight.contiguous(),
+                rstd,
+                dx,
+                partial,
+                rows,
+                grad_rows.stride(0),
+                x_rows.stride(0),
+                **tile,
+                **LAUNCH,
+            )
+    return dx, x.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(0)
+
+
+def _plain(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The formula in PyTorch: `out`, and 1 / sqrt(mean(x^2) + eps) [..., 1]. Bit for bit T5LayerNorm below fp64."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (x * rstd).to(weight.dtype), rstd
+
+
+@torch.library.custom_op("lion_kernels::rms_norm", mutates_args=(), device_types="cuda")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, rstd = launch_forward(x, weight, eps, statistics=True)
+    assert rstd is not None
+    return out, rstd
+
+
+@_rms_norm.register_kernel("cpu")
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if interpreting():
+        out, rstd = launch_forward(x, weight, eps, statistics=True)
+        assert rstd is not None
+        return out, rstd
+    out, rstd = _plain(x, weight, eps)
+    return out.contiguous(), rstd.flatten().float()
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("lion_kernels::rms_norm_backward", mutates_args=(), device_types="cuda")
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return launch_backward(grad, x, weight, rstd, weight_gradient=weight_gradient)
+
+
+@_rms_norm_backward.register_kernel("cpu")
+def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool) -> tuple[Tensor, Tensor]:
+    if interpreting():
+        return launch_backward(grad, x, weight, rstd, weight_gradient=weight_gradient)
+    scale = rstd.view(*x.shape[:-1], 1)
+    n = x * scale
+    dn = grad * weight.to(n.dtype)
+    dx = (dn - n * (dn * n).mean(-1, keepdim=True)) * scale
+    dweight = (grad * n.to(weight.dtype).to(n.dtype)).flatten(0, -2).sum(0) if weight_gradient else n.new_empty(0)
+    return dx.to(x.dtype).contiguous(), dweight.float()
+
+
+@_rms_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if weight_gradient else 0, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad is None:
+        return None, None, None
+    x, weight, rstd = ctx.saved_tensors
+    dx, dweight = _rms_norm_backward(grad, x, weight, rstd, ctx.needs_input_grad[1])
+    return dx, dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+_rms_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, as transformers' T5LayerNorm rounds it.
+
+    Statistics are taken in fp32. A half-precision weight rounds the normalised x to its dtype before it multiplies.
+
+    Args:
+        x: [..., D], any leading dimensions, floating.
+        weight: [D], floating; its dtype may differ from x's.
+        eps: added to the mean of the squares.
+        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32, and D up to 8192; for others "auto"
+            is "torch", which keeps fp64 in fp64.
+
+    Returns:
+        [..., D] in weight's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
+    """
+    _check(x, weight)
+    if resolve_backend(backend, "rms_norm", x.device) == "triton":
+        reason = unsupported({"x": x, "weight": weight}, MAX_CHANNELS)
+        if reason is None:
+            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+                return _rms_norm(x, weight, eps)[0]
+            return launch_forward(x, weight, eps, statistics=False)[0]
+        if backend == "triton":
+            raise ValueError(reason)
+    return _plain(x, weight, eps)[0]
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
+    if weight.shape != x.shape[-1:] or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: expected floating [{x.shape[-1]}] (D from x), got {weight.dtype} {list(weight.shape)}"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected device {x.device} (from x), got {weight.device}")
+
+
+def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """What forward and backward cannot avoid, for x [rows, channels] with x and weight of one dtype.
+
+    Forward reads x and weight, and writes out. Backward reads the gradient, x, weight and rstd, and writes dx and
+    dweight.
+    """
+    values = rows * channels
+    return (
+        Cost(dtype.itemsize * (2 * values + channels), 4 * values),
+        Cost(dtype.itemsize * (3 * values + 2 * channels) + 4 * rows, 10 * values),
+    )
+
+
+def row_spec(
+    name: str, kernel: Any, dtype: str, kinds: dict[str, str], constexprs: dict[str, Any], num_warps: int
+) -> KernelSpec:
+    """`kernel` for rows whose length is a multiple of 16.
+
+    Args:
+        dtype: of the values that pointers left out of `kinds` point at.
+        kinds: types of the arguments, but for the strides, which are i64.
+    """
+    names = [argument for argument in kernel.arg_names if argument not in constexprs]
+    strides = tuple(argument for argument in names if argument.startswith("stride_"))
+    lengths = tuple(argument for argument in names if argument == "D")
+    return KernelSpec(
+        name=f"{kernel.__name__.removesuffix('_kernel')} {dtype} {name} warps={num_warps}",
+        kernel=kernel,
+        signature=dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(strides, "i64") | kinds,
+        constexprs={argument: value for argument, value in constexprs.items() if argument in kernel.arg_names},
+        num_warps=num_warps,
+        num_stages=3,
+        matrix=False,
+        divisible=strides + lengths,
+    )
+
+
+def norm_specs(
+    kernel: Any, widths: tuple[int, ...], kinds: dict[str, str], variants: dict[str, tuple[str, ...]]
+) -> list[KernelSpec]:
+    """`kernel` at these widths, in bf16 and fp32, with every tile it may be launched with.
+
+    Args:
+        kernel: its name less "_kernel" is what `row_tile` knows it by.
+        widths: values of D.
+        kinds: as for `row_spec`.
+        variants: name -> pointers that are None in it.
+    """
+    operator = kernel.__name__.removesuffix("_kernel")
+    specs = []
+    for channels, dtype in itertools.product(widths, ("bf16", "fp32")):
+        default = row_tile(operator, channels)
+        tiles = [default, *(tile for tile in shipped(operator) if tile["BD"] == default["BD"])]
+        for tile, (variant, absent) in itertools.product(tiles, variants.items()):
+            constexprs = {"D": channels, "BT": tile["BT"], "BD": tile["BD"], **dict.fromkeys(absent)}
+            name = f"{variant} D={channels} BT={tile['BT']}"
+            specs.append(row_spec(name, kernel, dtype, kinds, constexprs, tile["num_warps"]))
+    return specs
+
+
+def kernel_specs() -> list[KernelSpec]:
+    kinds = {"rows": "i32", "eps": "fp32", "p_rstd": "*fp32", "p_partial": "*fp32"}
+    return [
+        *norm_specs(rms_norm_forward_kernel, WIDTHS, kinds, {"training": (), "inference": ("p_rstd",)}),
+        *norm_specs(rms_norm_backward_kernel, WIDTHS, kinds, {"training": (), "frozen weight": ("p_partial",)}),
+    ]
