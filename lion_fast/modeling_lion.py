@@ -426,9 +426,8 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tens
     The mean over the targets' tokens, or their sum over `num_items_in_batch` where that is given.
     """
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.to(logits.device).flatten(), ignore_index=-100, reduction=reduction
-    )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    loss = F.cross_entropy(logits, labels.to(logits.device).flatten(), ignore_index=-100, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 

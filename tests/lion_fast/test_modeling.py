@@ -302,6 +302,14 @@ def test_loss_is_unshifted_cross_entropy() -> None:
     torch.testing.assert_close(token_cross_entropy(logits, labels), -torch.stack(picked).mean())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2]
+)
+def test_the_loss_is_never_less_precise_than_the_logits(dtype: torch.dtype, expected: torch.dtype) -> None:
+    logits = torch.randn(2, 3, 5, dtype=dtype)
+    assert token_cross_entropy(logits, torch.ones(2, 3, dtype=torch.long)).dtype == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_image_size_is_changed_by_interpolating_positions(
     make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
