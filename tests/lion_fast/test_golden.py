@@ -265,7 +265,9 @@ def _original_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return attention(*heads, mask).contiguous().flatten(2), None
 
     def adapters(self: MixtureOfAdapters, hidden_states: Tensor, task_ids: Tensor) -> Tensor:
-        updates = [a.scale * a.up_proj(F.relu(a.down_proj(hidden_states))) for a in self.adapters]
+        updates = []
+        for scale, *weights in (adapter() for adapter in self.adapters):
+            updates.append(scale * F.linear(F.relu(F.linear(hidden_states, *weights[:2])), *weights[2:]))
         ratios = [ratio[task_ids].unsqueeze(1) for ratio in (self.router_ratio1, self.router_ratio2)]
         return ratios[0] * updates[0] + ratios[1] * updates[1]
 

@@ -98,8 +98,8 @@ def test_adapters_read_the_residual_stream_before_the_norm(make_model: Make, fam
         rotary = model.language_model.model.rotary_emb(hidden, position)
         out = layer(hidden, position_embeddings=rotary, attention_mask=None)
         fed_forward = layer.mlp(layer.post_attention_layernorm(hidden))
-    adapter = layer.adapter.adapters[0]
-    adapted = adapter.scale * adapter.up_proj(torch.relu(adapter.down_proj(hidden)))
+    scale, down_weight, down_bias, up_weight, up_bias = layer.adapter.adapters[0]()
+    adapted = scale * (torch.relu(hidden @ down_weight.T + down_bias) @ up_weight.T + up_bias)
     torch.testing.assert_close(out, hidden + fed_forward + adapted)
 
 
@@ -281,6 +281,34 @@ def test_device_map(make_model: Make, make_batch: MakeBatch, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     loaded = LionForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_parts_are_there_when_used(
+    make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
+) -> None:
+    """As `device_map="auto"` does with what does not fit: parameters come from the disk for a module's own call."""
+    pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    model, batch = make_model(family), make_batch(labels=True)
+    model.save_pretrained(tmp_path)
+    parts = [name for name, _ in model.named_children()]
+    device_map = {"query_tokens": "cpu", "soft_prompt": "cpu"} | dict.fromkeys(parts, "disk")
+    loaded = LionForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "parts").eval()
+    assert {p.device.type for part in parts for p in loaded.get_submodule(part).parameters()} == {"meta"}
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    inputs = without_labels(batch)
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=3), model.generate(**inputs, max_new_tokens=3))
+
+
+def test_every_linear_layer_is_called(make_model: Make, make_batch: MakeBatch) -> None:
+    """LoRA and quantization put another forward in an `nn.Linear`'s place, which has to take effect."""
+    model, batch = make_model(), make_batch(labels=True)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    called = set()
+    for name in linears:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    model(**batch)
+    assert linears - called == set()
 
 
 def test_gradient_accumulation_is_exact(make_model: Make, make_batch: MakeBatch) -> None:
