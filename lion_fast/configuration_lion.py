@@ -86,6 +86,8 @@ class LionConfig(PreTrainedConfig):
     """
 
     model_type = "lion"
+    # What Trainer.predict is not to gather over batches: their cache and hidden states are of different lengths.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["visual_prefix", "language_model_outputs"]
     sub_configs: ClassVar[dict[str, Any]] = {
         "vision_config": LionVisionConfig,
         "qformer_config": InstructBlipQFormerConfig,

@@ -57,6 +57,8 @@ class Float32LayerNorm(nn.LayerNorm):
 class LionForCausalLM(PreTrainedModel, GenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
+    With PEFT leave `task_type` unset: the wrappers that it selects do not hand on `task_ids`.
+
     Example:
         >>> model = LionForCausalLM.from_pretrained("lion-flan-t5-xl", dtype=torch.bfloat16)
         >>> processor = LionProcessor.from_pretrained("lion-flan-t5-xl")
@@ -382,10 +384,10 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
                 vision_features: as for `forward`. With precomputed `encoder_outputs` none of them but
                 `attention_mask` and `task_ids` are needed.
             kwargs: everything that transformers' `generate` takes; `self.generation_config` holds the defaults
-                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens).
+                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens). `labels` is ignored:
+                `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
         """
-        if "labels" in kwargs:
-            raise ValueError("labels: expected none in generate; call the processor without text_target")
+        kwargs.pop("labels", None)
         self.language_model.generation_config = self.generation_config
         if "encoder_outputs" not in kwargs:
             if input_ids is None:
