@@ -205,6 +205,13 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         if qformer_attention_mask is None:
             qformer_attention_mask = torch.ones_like(qformer_input_ids)
         _expect_shape("qformer_attention_mask", qformer_attention_mask, tuple(qformer_input_ids.shape))
+        qformer = self.config.qformer_config
+        if qformer_input_ids.shape[1] > qformer.max_position_embeddings:
+            raise ValueError(
+                f"qformer_input_ids: expected at most {qformer.max_position_embeddings} tokens "
+                f"(qformer_config.max_position_embeddings), got {qformer_input_ids.shape[1]}"
+            )
+        _expect_ids("qformer_input_ids", qformer_input_ids, qformer.vocab_size)
         queries = self.query_tokens.expand(batch, -1, -1)
         attend_queries = qformer_attention_mask.new_ones(queries.shape[:2])
         hidden_states = self.qformer(
@@ -243,6 +250,8 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("pixel_values: expected either pixel_values or vision_features, got neither")
         batch = picture.shape[0]
         _expect_shape("input_ids", input_ids, (batch, None))
+        # The soft prompt's token may lie beyond the table.
+        _expect_ids("input_ids", input_ids, self.config.text_config.vocab_size, also=self.config.soft_prompt_token_id)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         _expect_shape("attention_mask", attention_mask, tuple(input_ids.shape))
@@ -261,10 +270,7 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("task_ids: expected int64 [B] (0 region_level, 1 image_level), got None")
             return
         _expect_shape("task_ids", task_ids, (batch,))
-        tasks = self.config.text_config.num_tasks
-        # On a GPU the comparison would wait for the device; there an index out of range fails in the gather.
-        if task_ids.device.type == "cpu" and not bool(((task_ids >= 0) & (task_ids < tasks)).all()):
-            raise ValueError(f"task_ids: expected ids in 0..{tasks - 1}, got {task_ids.tolist()}")
+        _expect_ids("task_ids", task_ids, self.config.text_config.num_tasks)
 
     def forward(
         self,
@@ -314,6 +320,9 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if labels is not None:
             _expect_shape("labels", labels, (inputs_embeds.shape[0], None))
+            if labels.shape[1] == 0:
+                raise ValueError(f"labels: expected one token or more per answer, got {list(labels.shape)}")
+            _expect_ids("labels", labels, self.config.text_config.vocab_size, also=-100)
         run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
         if self.config.is_encoder_decoder:
             kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
@@ -401,6 +410,8 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
                 task_ids,
                 vision_features,
             )
+        else:
+            self._check_task_ids(task_ids, kwargs["encoder_outputs"][0].shape[0])
         if self.config.has_router:
             kwargs["task_ids"] = task_ids
         return self.language_model.generate(attention_mask=attention_mask, **kwargs)
@@ -434,10 +445,22 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tens
 
 
 def _expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """Raise unless `tensor` has `shape`; None stands for any length."""
+    """Raise unless `tensor` is one of `shape`; None stands for any length."""
+    expected = ", ".join("L" if want is None else str(want) for want in shape)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor [{expected}], got {type(tensor).__name__}")
     fits = tensor.dim() == len(shape) and all(
         want in (None, got) for got, want in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
-        expected = ["L" if want is None else want for want in shape]
-        raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
+        raise ValueError(f"{name}: expected [{expected}], got {list(tensor.shape)}")
+
+
+def _expect_ids(name: str, ids: Tensor, rows: int, also: int | None = None) -> None:
+    """Raise unless all ids are in 0..rows - 1 or equal to `also`."""
+    # On a GPU the comparison would wait for the device, where an index out of range fails in the gather.
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return
+    outside = set(ids[(ids < 0) | (ids >= rows)].tolist()) - {also}
+    if outside:
+        raise ValueError(f"{name}: expected ids in 0..{rows - 1}, got {sorted(outside)}")

@@ -98,6 +98,10 @@ class LionVisionModel(PreTrainedModel):
         self.blocks = nn.ModuleList([LionVisionBlock(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.adapters import MixtureOfAdapters
@@ -229,6 +237,37 @@ def test_attention_implementation_per_part(make_model: Make, make_batch: MakeBat
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_implementation_of_a_model_in_use(make_model: Make, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch(labels=True)
+    called = []
+
+    def counted(module: torch.nn.Module, *args, **kwargs):
+        called.append(type(module).__name__)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("counted_attention", counted)
+    expected = model(**batch).logits
+    model.set_attn_implementation({"vision_config": "counted_attention", "aggregator_config": "counted_attention"})
+    assert torch.equal(model(**batch).logits, expected)
+    assert set(called) == {"LionVisionAttention", "LionAggregatorProjections"}
+
+
+def test_generate_checks_tasks_against_precomputed_encodings(make_model: Make, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch(labels=True)
+    outputs = model(**batch).language_model_outputs
+    encoded = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+    with pytest.raises(ValueError, match=r"task_ids: expected \[3\], got \[1\]"):
+        model.generate(encoder_outputs=encoded, task_ids=torch.tensor([1]))
+    given = {"max_new_tokens": 3, "task_ids": batch["task_ids"]}
+    assert torch.equal(model.generate(encoder_outputs=encoded, **given), model.generate(**{**batch, **given}))
+
+
+def test_the_whole_forward_pass_compiles(make_model: Make, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch(labels=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient(make_model: Make, make_batch: MakeBatch, family: str) -> None:
     model, batch = make_model(family).train(), make_batch(labels=True)
@@ -384,17 +423,23 @@ def test_interpolated_positions_keep_a_linear_field(make_model: Make) -> None:
         ({"pixel_values": None}, "pixel_values: expected either"),
         ({"vision_features": torch.zeros(3, 3, 5, 16)}, "pixel_values: expected either"),
         ({"pixel_values": torch.zeros(3, 3, 30, 30)}, r"pixel_values: expected \[B, 3, 28, 28\]"),
-        ({"pixel_values": torch.zeros(2, 3, 28, 28)}, r"input_ids: expected \[2, 'L'\], got \[3, 7\]"),
+        ({"pixel_values": torch.zeros(2, 3, 28, 28)}, r"input_ids: expected \[2, L\], got \[3, 7\]"),
         ({"input_ids": None}, "input_ids: expected"),
         ({"attention_mask": torch.ones(3, 6)}, r"attention_mask: expected \[3, 7\]"),
         ({"qformer_input_ids": None}, "qformer_input_ids: expected"),
-        ({"qformer_input_ids": torch.ones(2, 5).long()}, r"qformer_input_ids: expected \[3, 'L'\]"),
+        ({"qformer_input_ids": torch.ones(2, 5).long()}, r"qformer_input_ids: expected \[3, L\]"),
         ({"qformer_attention_mask": torch.ones(3, 4)}, r"qformer_attention_mask: expected \[3, 5\]"),
         ({"task_ids": None}, "task_ids: expected"),
         ({"task_ids": torch.tensor([0, 1])}, r"task_ids: expected \[3\]"),
-        ({"task_ids": torch.tensor([0, 1, 2])}, r"task_ids: expected ids in 0..1, got \[0, 1, 2\]"),
-        ({"task_ids": torch.tensor([0, -1, 1])}, r"task_ids: expected ids in 0..1, got \[0, -1, 1\]"),
-        ({"labels": torch.ones(2, 4).long()}, r"labels: expected \[3, 'L'\]"),
+        ({"task_ids": torch.tensor([0, 1, 2])}, r"task_ids: expected ids in 0..1, got \[2\]"),
+        ({"task_ids": [0, 1, 0]}, r"task_ids: expected a tensor \[3\], got list"),
+        ({"task_ids": torch.tensor([0, -1, 1])}, r"task_ids: expected ids in 0..1, got \[-1\]"),
+        ({"input_ids": torch.full((3, 7), 64)}, r"input_ids: expected ids in 0..63, got \[64\]"),
+        ({"qformer_input_ids": torch.full((3, 5), 70)}, r"qformer_input_ids: expected ids in 0..63, got \[70\]"),
+        ({"qformer_input_ids": torch.ones(3, 40).long()}, "qformer_input_ids: expected at most 32 tokens .* got 40"),
+        ({"labels": torch.full((3, 4), -7)}, r"labels: expected ids in 0..63, got \[-7\]"),
+        ({"labels": torch.ones(3, 0).long()}, r"labels: expected one token or more per answer, got \[3, 0\]"),
+        ({"labels": torch.ones(2, 4).long()}, r"labels: expected \[3, L\]"),
         ({"labels": None}, "labels: expected labels or decoder_input_ids"),
     ],
 )
