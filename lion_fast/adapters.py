@@ -68,7 +68,7 @@ class MixtureOfAdapters(nn.Module):
         self.num_tasks: int = config.num_tasks
         adapters = [LowRankAdapter(config.hidden_size, config.adapter_rank) for _ in range(config.num_adapters)]
         self.adapters = nn.ModuleList(adapters)  # type: ignore[assignment]
-        self.has_router = config.num_adapters > 1
+        self.has_router = config.num_adapters != 1
         if self.has_router:
             for index in range(config.num_adapters):
                 # Named from 1, as in the published checkpoints.

@@ -89,7 +89,7 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LionConfig):
         super().__init__(config)
-        config.share_adapter_settings()
+        config.share_adapter_settings()  # again: `from_pretrained(kernel_backend=...)` sets it on a finished one
         text = config.text_config
         self.vision_model = LionVisionModel._from_config(config.vision_config)
         width = config.vision_config.hidden_size
@@ -393,10 +393,12 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
                 vision_features: as for `forward`. With precomputed `encoder_outputs` none of them but
                 `attention_mask` and `task_ids` are needed.
             kwargs: everything that transformers' `generate` takes; `self.generation_config` holds the defaults
-                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens). `labels` is ignored:
-                `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
+                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens; top_p 0.9 with `do_sample`).
+                `labels` is ignored: `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
         """
         kwargs.pop("labels", None)
+        if kwargs.get("do_sample"):
+            kwargs.setdefault("top_p", 0.9)  # LION's; in the generation config, beam search would warn of it
         self.language_model.generation_config = self.generation_config
         if "encoder_outputs" not in kwargs:
             if input_ids is None:

@@ -252,6 +252,18 @@ def test_attention_implementation_of_a_model_in_use(make_model: Make, make_batch
     assert set(called) == {"LionVisionAttention", "LionAggregatorProjections"}
 
 
+def test_sampling_takes_lion_s_top_p(make_model: Make, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch()
+    given = {"do_sample": True, "num_beams": 1, "max_new_tokens": 6}
+
+    def sampled(**settings) -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(**batch, **given, **settings)
+
+    assert torch.equal(sampled(), sampled(top_p=0.9))
+    assert not torch.equal(sampled(), sampled(top_p=0.05))
+
+
 def test_generate_checks_tasks_against_precomputed_encodings(make_model: Make, make_batch: MakeBatch) -> None:
     model, batch = make_model(), make_batch(labels=True)
     outputs = model(**batch).language_model_outputs
@@ -456,6 +468,9 @@ def test_bad_input_is_named(make_model: Make, make_batch: MakeBatch, change: dic
         ({"kernel_backend": "cuda"}, "kernel_backend: expected one of"),
         ({"text_config": {"model_type": "gpt2"}}, "text_config.model_type: expected one of 't5'"),
         ({"text_config": {"d_model": 32}}, "text_config: expected a key 'model_type'"),
+        ({"text_config": "t5"}, "text_config: expected a dict or a configuration, got 't5'"),
+        ({"adapter_rank": 0}, "adapter_rank: expected 1 or more, got 0"),
+        ({"num_query_tokens": 0}, "num_query_tokens: expected 1 or more, got 0"),
         ({"num_adapters": 3}, "num_adapters: expected 1 or 2, got 3"),
         ({"soft_prompt_token_id": -1}, "soft_prompt_token_id: expected 0 or more"),
         (
