@@ -10,8 +10,24 @@ from transformers import initialization as init
 from lion_kernels import mixture_of_adapters
 
 
+class Projection(nn.Module):
+    """Weight [out_features, in_features] and bias [out_features] of an adapter; calling it returns them.
+
+    Where parameters are offloaded, the call is what brings them: reading the attributes would not. It is no
+    `nn.Linear`, because what replaces an `nn.Linear`'s forward, as LoRA and quantization do, would do so in vain.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+
 class LowRankAdapter(nn.Module):
-    """The parameters of scale * (up_proj ReLU(down_proj x)); `MixtureOfAdapters` computes it.
+    """The parameters of scale * (up_proj ReLU(down_proj x)); calling it returns them, `MixtureOfAdapters` computes it.
 
     A new adapter adds nothing: Kaiming-uniform down, zero up, scale one.
     """
@@ -19,14 +35,18 @@ class LowRankAdapter(nn.Module):
     def __init__(self, hidden_size: int, rank: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
-        self.down_proj = nn.Linear(hidden_size, rank)
-        self.up_proj = nn.Linear(rank, hidden_size)
+        self.down_proj = Projection(hidden_size, rank)
+        self.up_proj = Projection(rank, hidden_size)
 
     def reset_parameters(self) -> None:
         init.ones_(self.scale)
         init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
         for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             init.zeros_(zero)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Scale [1], down weight [r, D] and bias [r], up weight [D, r] and bias [D]."""
+        return self.scale, *self.down_proj(), *self.up_proj()
 
 
 class MixtureOfAdapters(nn.Module):
@@ -48,7 +68,7 @@ class MixtureOfAdapters(nn.Module):
         self.num_tasks: int = config.num_tasks
         adapters = [LowRankAdapter(config.hidden_size, config.adapter_rank) for _ in range(config.num_adapters)]
         self.adapters = nn.ModuleList(adapters)  # type: ignore[assignment]
-        self.has_router = config.num_adapters > 1
+        self.has_router = config.num_adapters != 1
         if self.has_router:
             for index in range(config.num_adapters):
                 # Named from 1, as in the published checkpoints.
@@ -62,9 +82,8 @@ class MixtureOfAdapters(nn.Module):
             own_task = torch.arange(self.num_tasks, device=ratio.device) == index
             init.copy_(ratio, own_task.to(ratio.dtype).unsqueeze(1).expand_as(ratio))
 
-    def gate(self) -> Tensor:
-        """Channel gates [R, E, D] with a router, one weight per adapter [E] without; the learned scales folded in."""
-        scales = torch.cat([adapter.scale for adapter in self.adapters])
+    def gate(self, scales: Tensor) -> Tensor:
+        """Channel gates [R, E, D] with a router, one weight per adapter [E] without; the scales [E] folded in."""
         if not self.has_router:
             return scales
         ratios = [getattr(self, f"router_ratio{index + 1}") for index in range(len(self.adapters))]
@@ -74,15 +93,15 @@ class MixtureOfAdapters(nn.Module):
         """Args: hidden_states and residual [B, L, D]; task_ids int64 [B], needed where there is a router."""
         if self.has_router and task_ids is None:
             raise ValueError("task_ids: expected one id per sequence for the adapters' router, got None")
-        down = [adapter.down_proj for adapter in self.adapters]
-        up = [adapter.up_proj for adapter in self.adapters]
+        parameters = zip(*(adapter() for adapter in self.adapters), strict=True)
+        scales, down_weights, down_biases, up_weights, up_biases = parameters
         return mixture_of_adapters(
             hidden_states,
-            torch.stack([layer.weight for layer in down]),
-            torch.stack([layer.bias for layer in down]),
-            torch.stack([layer.weight for layer in up]),
-            torch.stack([layer.bias for layer in up]),
-            self.gate(),
+            torch.stack(down_weights),
+            torch.stack(down_biases),
+            torch.stack(up_weights),
+            torch.stack(up_biases),
+            self.gate(torch.cat(scales)),
             task_ids=task_ids if self.has_router else None,
             residual=residual,
             backend=self.kernel_backend,

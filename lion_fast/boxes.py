@@ -33,8 +33,11 @@ def parse_boxes(text: str, image_size: tuple[float, float] = (1, 1)) -> list[lis
         One [x1, y1, x2, y2] per box; [] where there is none.
 
     Raises:
+        TypeError: for a text that is no string (answers are decoded one by one).
         ValueError: for an `image_size` that is not two positive numbers.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected a string, got {type(text).__name__}")
     width, height = _checked_size(image_size)
     boxes = []
     for match in _BOX_TEXT.finditer(text):
@@ -91,14 +94,21 @@ def draw_boxes(image: ImageLike, boxes: Sequence[Sequence[float]], labels: Seque
     Raises:
         ValueError: for boxes that are not four finite numbers with x1 <= x2 and y1 <= y2, or another number of labels
             than of boxes.
+        TypeError: for labels that are not strings.
     """
     picture = load_image(image)
     if labels is not None and len(labels) != len(boxes):
         raise ValueError(f"labels: expected one per box ({len(boxes)}), got {len(labels)}")
+    for i, label in enumerate(labels or ()):
+        if not isinstance(label, str):
+            raise TypeError(f"labels[{i}]: expected a string, got {type(label).__name__}")
     checked = [_checked_box(box, f"boxes[{i}]") for i, box in enumerate(boxes)]
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(boxes))]
     stroke = max(1, round(min(picture.size) / 160))
     draw = ImageDraw.Draw(picture)
+    # Far outside the picture nothing shows, and Pillow's coordinates overflow.
+    limits = [side + 8 * stroke for side in picture.size * 2]
+    checked = [tuple(min(max(v, -m), m) for v, m in zip(box, limits, strict=True)) for box in checked]
     for box, color in zip(checked, colors, strict=True):
         _draw_outline(draw, box, color, stroke)
     # Labels come last, so that no later box strikes through an earlier label.
@@ -139,13 +149,25 @@ def _draw_label(
 
 
 def _checked_size(image_size: tuple[float, float]) -> tuple[float, float]:
-    if len(image_size) != 2 or not all(0 < side < math.inf for side in image_size):
+    size = _numbers(image_size, 2)
+    if size is None or min(size) <= 0:
         raise ValueError(f"image_size: expected (width, height), both positive, got {image_size}")
-    return image_size
+    width, height = size
+    return width, height
 
 
 def _checked_box(box: Sequence[float], name: str) -> tuple[float, float, float, float]:
-    if len(box) != 4 or not all(math.isfinite(value) for value in box) or box[0] > box[2] or box[1] > box[3]:
+    numbers = _numbers(box, 4)
+    if numbers is None or numbers[0] > numbers[2] or numbers[1] > numbers[3]:
         raise ValueError(f"{name}: expected four numbers x1 <= x2, y1 <= y2, got {box}")
-    x1, y1, x2, y2 = (float(value) for value in box)
+    x1, y1, x2, y2 = numbers
     return x1, y1, x2, y2
+
+
+def _numbers(values: Sequence[float], count: int) -> list[float] | None:
+    """`values` as `count` finite numbers, or None where they are anything else."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None

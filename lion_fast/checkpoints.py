@@ -1,11 +1,12 @@
 """Reading untrusted checkpoint files lazily and safely, and writing sharded safetensors.
 
-A source is opened twice: once for names, shapes and dtypes, and once, file by file, for the values. Files are mapped
-into memory, so that no more than one file and one shard are in memory at a time.
+A source is opened twice: once for names, shapes and dtypes, and once, file by file, for the values, so that no more
+than one file and one shard are in memory at a time. Files are mapped, but for those of torch < 1.6, read whole.
 """
 
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,24 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 
 class CheckpointError(ValueError):
     """A checkpoint file that cannot be read, or does not hold what it should."""
+
+
+@contextmanager
+def naming(path: str | Path, what: str) -> Iterator[None]:
+    """Whatever fails inside is a `CheckpointError`: `path` is not `what`.
+
+    Only for calls into libraries that read files: on damaged ones they raise anything, up to bare `Exception`.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: not {what} ({_brief(error)})") from error
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -50,42 +69,46 @@ def scan(path: str | Path) -> dict[str, TensorInfo]:
     """
     infos: dict[str, TensorInfo] = {}
     for file in _files(Path(path)):
-        with open_tensors(file) as tensors:
-            for name in tensors:
-                tensor = tensors[name]
-                infos[name] = TensorInfo(file, name, tuple(tensor.shape), tensor.dtype)
+        infos |= _scan_file(file)  # in a function of its own, so that one file's tensors are gone before the next's
     return infos
+
+
+def _scan_file(file: Path) -> dict[str, TensorInfo]:
+    with open_tensors(file) as tensors:
+        return {name: TensorInfo(file, name, tuple(value.shape), value.dtype) for name, value in tensors.items()}
 
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Mapping[str, Tensor]]:
     """The tensors of one file, mapped: values are read when they are used."""
     if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as handle:
-                yield {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+        with naming(file, "a readable safetensors file"), safe_open(file, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     else:
-        yield _load_torch(file)
+        tensors = _load_torch(file)
+    yield tensors
 
 
 def _load_torch(file: Path) -> dict[str, Tensor]:
-    try:
-        loaded = _torch_load(file)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: refused, it is not a plain file of tensors and loading it could run code ({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not a readable PyTorch checkpoint ({_first_line(error)})") from error
+    with naming(file, "a readable PyTorch checkpoint"):
+        try:
+            loaded = _torch_load(file)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL \S+", str(error))
+            raise CheckpointError(
+                f"{file}: refused, it is not a plain file of tensors and loading it could run code "
+                f"({found.group() if found else _brief(error)})"
+            ) from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict):
         got = type(state).__name__
         raise CheckpointError(f"{file}: expected a state dict, or a dict with one under 'model', got {got}")
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{file}: expected a state dict of tensors, found none")
+        raise CheckpointError(f"{file}: expected a state dict of tensors, found none under the keys {list(state)[:6]}")
+    for name, value in tensors.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise CheckpointError(f"{file}: {name}: expected a plain dense tensor, got one that is sparse or quantized")
     return tensors
 
 
@@ -97,10 +120,6 @@ def _torch_load(file: Path) -> object:
             raise
         # Files of torch < 1.6 are no zip archives and cannot be mapped.
         return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _files(path: Path) -> list[Path]:
@@ -118,11 +137,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    try:
+    with naming(index, "a readable index of shards"):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a readable index of shards ({error})") from error
-    files = [index.parent / name for name in names]
+        files = [index.parent / name for name in names]
     for file in files:
         if file.parent != index.parent or not file.is_file():
             raise CheckpointError(f"{index}: names the shard {file.name!r}, which is not in {index.parent}")
@@ -147,10 +164,11 @@ def write_sharded(tensors: Mapping[str, TensorInfo], directory: Path, max_shard_
         "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
+    by_file: dict[Path, dict[str, dict[str, TensorInfo]]] = {}
     for name, shard in zip(names, shards, strict=True):
-        with open_tensors(next(iter(shard.values())).file) as source:
-            values = {new: _own_storage(source[info.name].to(info.dtype)) for new, info in shard.items()}
-            save_file(values, directory / name, metadata={"format": "pt"})
+        by_file.setdefault(next(iter(shard.values())).file, {})[name] = shard
+    for file, its_shards in by_file.items():
+        _copy_file(file, its_shards, directory)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
@@ -158,6 +176,18 @@ def write_sharded(tensors: Mapping[str, TensorInfo], directory: Path, max_shard_
         }
         (directory / SAFE_INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return [directory / name for name in names]
+
+
+def _copy_file(file: Path, shards: dict[str, dict[str, TensorInfo]], directory: Path) -> None:
+    """Write the shards that come from one file; nothing of them is in memory afterwards."""
+    with open_tensors(file) as source:
+        for name, shard in shards.items():
+            values = {new: _own_storage(source[info.name].to(info.dtype)) for new, info in shard.items()}
+            try:
+                save_file(values, directory / name, metadata={"format": "pt"})
+            except SafetensorError as error:  # also of a full disk
+                raise OSError(f"{directory / name}: cannot be written ({error})") from error
+            del values
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ class LionConfig(PreTrainedConfig):
     """
 
     model_type = "lion"
+    # What Trainer.predict is not to gather over batches: their cache and hidden states are of different lengths.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["visual_prefix", "language_model_outputs"]
     sub_configs: ClassVar[dict[str, Any]] = {
         "vision_config": LionVisionConfig,
         "qformer_config": InstructBlipQFormerConfig,
@@ -156,6 +158,10 @@ class LionConfig(PreTrainedConfig):
         vision, aggregator = self.vision_config, self.aggregator_config
         if self.num_adapters not in (1, len(TASKS)):
             raise ValueError(f"num_adapters: expected 1 or {len(TASKS)}, got {self.num_adapters}")
+        if self.adapter_rank < 1:
+            raise ValueError(f"adapter_rank: expected 1 or more, got {self.adapter_rank}")
+        if self.num_query_tokens < 1 and self.visual_input != "AGGREGATOR":
+            raise ValueError(f"num_query_tokens: expected 1 or more, got {self.num_query_tokens}")
         if self.soft_prompt_token_id is not None and self.soft_prompt_token_id < 0:
             raise ValueError(f"soft_prompt_token_id: expected 0 or more, or None, got {self.soft_prompt_token_id}")
         if self.visual_input != "QFORMER" and aggregator.hidden_size != vision.hidden_size:
@@ -199,6 +205,8 @@ def _part(name: str, value: dict | PreTrainedConfig | None, config_class: type[P
 def _text_part(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
         return value
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"text_config: expected a dict or a configuration, got {value!r}")
     fields = dict(value) if value is not None else dict(FLAN_T5_XL)
     model_type = fields.pop("model_type", None)
     if model_type is None:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from transformers import InstructBlipQFormerConfig, T5Config
+from transformers.activations import ACT2FN
 
-from lion_fast.checkpoints import CheckpointError, TensorInfo, scan, write_sharded
+from lion_fast.checkpoints import CheckpointError, TensorInfo, naming, scan, write_sharded
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.conversion_ram import convert_ram
 from lion_fast.modeling_lion import LionForCausalLM, lion_generation_config
@@ -51,7 +52,6 @@ class ConversionReport:
             ignored = self.ignored[source]
             names = f": {', '.join(_shorten(ignored))}" if ignored else ""
             lines.append(f"{source}: {count} tensors read, {len(ignored)} ignored{names}")
-        lines.append("missing: none")
         lines.append(f"written: {', '.join(str(file) for file in self.files)}")
         return "\n".join(lines)
 
@@ -71,8 +71,8 @@ def convert_checkpoint(
     """Convert original checkpoints to one directory for `LionForCausalLM` and `LionProcessor`.
 
     Tensors keep their values and dtypes, but for the language model's: as in the original, it is rounded to bfloat16,
-    whatever dtype the model is loaded in later. Files are read with `weights_only=True` and mapped; memory stays below
-    the largest file and one shard. `out` appears only when everything has been written.
+    whatever dtype the model is loaded in later. Files are read with `weights_only=True`; memory stays below the largest
+    file and one shard. `out` appears only when everything has been written.
 
     Args:
         vit: EVA's `eva_vit_g.pth`.
@@ -89,7 +89,7 @@ def convert_checkpoint(
             other shapes than the others imply; the message names them.
         FileExistsError: `out` exists and is not empty.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: expected a directory that is empty or does not exist yet, got {out}")
     ram_sources = {"ram": ram, "ram_tags": ram_tags, "ram_thresholds": ram_thresholds}
@@ -100,16 +100,11 @@ def convert_checkpoint(
 
     sources = {"vit": _Source(vit, scan(vit)), "llm": _Source(llm, scan(llm)), "lion": _Source(lion, scan(lion))}
     vision_config, text_config = _vision_config(sources["vit"]), _text_config(sources["llm"])
+    bert_settings = _bert_settings(Path(bert))
     soft_prompt_token = SOFT_PROMPT_TOKEN if "soft_prompt_hint" in sources["lion"].tensors else None
     processor = build_processor(llm, bert, vision_config.image_size, soft_prompt_token)
-    config = _lion_config(
-        vision_config,
-        text_config,
-        sources["lion"],
-        _bert_settings(Path(bert)),
-        processor,
-    )
-    _expect_vocabulary(bert, len(processor.qformer_tokenizer), config)
+    config = _lion_config(vision_config, text_config, sources["lion"], bert_settings, processor)
+    _expect_vocabularies(llm, bert, processor, config)
     tensors = _find_tensors(sources, config)
 
     report = ConversionReport(config)
@@ -132,18 +127,26 @@ def convert_checkpoint(
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that takes its place when all went well, and is gone otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    """A directory whose content is in `out` when all went well, and gone otherwise.
+
+    It lies on the same disk: in `out` where that exists, which may be the working directory or a mount, else beside it.
+    """
+    is_there = out.exists()
+    parent = out if is_there else out.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
     try:
         yield staging
         umask = os.umask(0)
         os.umask(umask)
         for path in (staging, *staging.rglob("*")):  # safetensors and mkdtemp leave them to the owner alone
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
+        if is_there:
+            for path in staging.iterdir():
+                path.rename(out / path.name)
+            staging.rmdir()
+        else:
+            staging.rename(out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -156,10 +159,13 @@ class _Source:
     path: str | Path
     tensors: dict[str, TensorInfo]
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, dims: int) -> tuple[int, ...]:
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path}: missing {name}")
-        return self.tensors[name].shape
+            raise CheckpointError(f"{self.path}: missing {name}; found {', '.join(_shorten(sorted(self.tensors), 4))}")
+        shape = self.tensors[name].shape
+        if len(shape) != dims or 0 in shape:
+            raise CheckpointError(f"{self.path}: {name}: expected {dims} dimensions, none of them 0, got {list(shape)}")
+        return shape
 
     def count(self, pattern: str) -> int:
         """How many different numbers stand at the group of `pattern` in the tensors' names."""
@@ -171,20 +177,20 @@ class _Source:
 
 
 def _vision_config(vit: _Source) -> LionVisionConfig:
-    width = vit.shape("cls_token")[-1]
-    patch_size = vit.shape("patch_embed.proj.weight")[-1]
-    patches = vit.shape("pos_embed")[1] - 1
+    width = vit.shape("cls_token", 3)[-1]
+    patch_size = vit.shape("patch_embed.proj.weight", 4)[-1]
+    patches = vit.shape("pos_embed", 3)[1] - 1
     grid = round(patches**0.5)
     if width % VISION_HEAD_DIM or grid * grid != patches:
         raise CheckpointError(
             f"{vit.path}: expected a width that is a multiple of {VISION_HEAD_DIM} and a square grid of patches, "
-            f"got cls_token {list(vit.shape('cls_token'))} and pos_embed {list(vit.shape('pos_embed'))}"
+            f"got cls_token {list(vit.shape('cls_token', 3))} and pos_embed {list(vit.shape('pos_embed', 3))}"
         )
     return LionVisionConfig(
         hidden_size=width,
         num_hidden_layers=1 + max(FEATURE_LAYERS),
         num_attention_heads=width // VISION_HEAD_DIM,
-        intermediate_size=vit.shape("blocks.0.mlp.fc1.weight")[0],
+        intermediate_size=vit.shape("blocks.0.mlp.fc1.weight", 2)[0],
         image_size=grid * patch_size,
         patch_size=patch_size,
     )
@@ -195,9 +201,14 @@ def _text_config(llm: _Source) -> T5Config:
     settings = _read_json(directory / "config.json")
     if settings.get("model_type") != "t5":
         raise CheckpointError(f"{directory}: expected a model of type 't5', got {settings.get('model_type')!r}")
-    config = T5Config(**settings)
+    with naming(directory / "config.json", "a configuration of T5"):
+        config = T5Config(**settings)
     config.dense_act_fn = "gelu"  # LION runs Flan-T5 with the exact GELU
-    config.vocab_size = llm.shape("shared.weight")[0]
+    config.vocab_size, _ = llm.shape("shared.weight", 2)
+    config.num_layers = llm.count(r"encoder\.block\.(\d+)\.")
+    config.num_decoder_layers = llm.count(r"decoder\.block\.(\d+)\.")
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id  # as every T5 does
     config.architectures = None
     return config
 
@@ -207,7 +218,12 @@ def _bert_settings(directory: Path) -> dict:
     settings = _read_json(directory / "config.json")
     if absent := [name for name in wanted if name not in settings]:
         raise CheckpointError(f"{directory / 'config.json'}: missing {', '.join(absent)}")
-    return {name: settings[name] for name in wanted} | {"layer_norm_eps": settings.get("layer_norm_eps", 1e-12)}
+    if settings["hidden_act"] not in ACT2FN:
+        raise CheckpointError(f"{directory / 'config.json'}: unknown hidden_act {settings['hidden_act']!r}")
+    used = {name: settings[name] for name in wanted} | {"layer_norm_eps": settings.get("layer_norm_eps", 1e-12)}
+    with naming(directory / "config.json", "a configuration of BERT"):
+        InstructBlipQFormerConfig(**used)
+    return used
 
 
 def _lion_config(
@@ -220,21 +236,27 @@ def _lion_config(
     has_qformer = "query_tokens" in lion.tensors
     has_aggregator = any(name.startswith("fusion_adapter.") for name in lion.tensors)
     if not has_qformer and not has_aggregator:
-        raise CheckpointError(f"{lion.path}: expected query_tokens or fusion_adapter.*, found neither")
+        found = ", ".join(_shorten(sorted(lion.tensors), 4))
+        raise CheckpointError(f"{lion.path}: expected query_tokens or fusion_adapter.*, found {found}")
     visual_input = "ALL" if has_qformer and has_aggregator else "QFORMER" if has_qformer else "AGGREGATOR"
     adapter = "t5_model.encoder.block.0.layer.1.adapter.adapters."
-    config = LionConfig(
-        vision_config=vision_config,
-        qformer_config=_qformer_config(lion, bert_settings) if has_qformer else None,
-        aggregator_config=_aggregator_config(lion, vision_config.hidden_size, has_aggregator),
-        text_config=text_config,
-        visual_input=visual_input,
-        num_query_tokens=lion.shape("query_tokens")[1] if has_qformer else 0,
-        num_adapters=lion.count(re.escape(adapter) + r"(\d+)\."),
-        adapter_rank=lion.shape(adapter + "0.down_proj.weight")[0],
-        soft_prompt_token=processor.soft_prompt_token,
-        soft_prompt_token_id=processor.soft_prompt_token_id,
-    )
+    try:
+        config = LionConfig(
+            vision_config=vision_config,
+            qformer_config=_qformer_config(lion, bert_settings) if has_qformer else None,
+            aggregator_config=_aggregator_config(lion, vision_config.hidden_size, has_aggregator),
+            text_config=text_config,
+            visual_input=visual_input,
+            num_query_tokens=lion.shape("query_tokens", 3)[1] if has_qformer else 0,
+            num_adapters=lion.count(re.escape(adapter) + r"(\d+)\."),
+            adapter_rank=lion.shape(adapter + "0.down_proj.weight", 2)[0],
+            soft_prompt_token=processor.soft_prompt_token,
+            soft_prompt_token_id=processor.soft_prompt_token_id,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{lion.path}: {error}") from error
     config.dtype = torch.float32
     config.architectures = [LionForCausalLM.__name__]
     return config
@@ -243,13 +265,13 @@ def _lion_config(
 def _qformer_config(lion: _Source, bert_settings: dict) -> InstructBlipQFormerConfig:
     layers = lion.count(r"Qformer\.bert\.encoder\.layer\.(\d+)\.")
     crossed = lion.indices(r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.")
-    vocabulary, width = lion.shape("Qformer.bert.embeddings.word_embeddings.weight")
+    vocabulary, width = lion.shape("Qformer.bert.embeddings.word_embeddings.weight", 2)
     return InstructBlipQFormerConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
-        intermediate_size=lion.shape("Qformer.bert.encoder.layer.0.intermediate_query.dense.weight")[0],
-        max_position_embeddings=lion.shape("Qformer.bert.embeddings.position_embeddings.weight")[0],
+        intermediate_size=lion.shape("Qformer.bert.encoder.layer.0.intermediate_query.dense.weight", 2)[0],
+        max_position_embeddings=lion.shape("Qformer.bert.embeddings.position_embeddings.weight", 2)[0],
         cross_attention_frequency=crossed[1] - crossed[0] if len(crossed) > 1 else layers,
         **bert_settings,
     )
@@ -261,16 +283,20 @@ def _aggregator_config(lion: _Source, width: int, has_aggregator: bool) -> LionA
     return LionAggregatorConfig(
         hidden_size=width,
         num_attention_heads=AGGREGATOR_HEADS,
-        intermediate_size=lion.shape("fusion_adapter.blocks.0.intermediate.dense.weight")[0],
+        intermediate_size=lion.shape("fusion_adapter.blocks.0.intermediate.dense.weight", 2)[0],
         feature_layers=list(FEATURE_LAYERS),
-        projection_size=lion.shape("adapter_proj.0.weight")[0],
+        projection_size=lion.shape("adapter_proj.0.weight", 2)[0],
     )
 
 
-def _expect_vocabulary(bert: str | Path, words: int, config: LionConfig) -> None:
-    rows = config.qformer_config.vocab_size
+def _expect_vocabularies(llm: str | Path, bert: str | Path, processor: LionProcessor, config: LionConfig) -> None:
+    rows, words = config.qformer_config.vocab_size, len(processor.qformer_tokenizer)
     if config.visual_input != "AGGREGATOR" and words != rows:
         raise CheckpointError(f"{bert}: expected a vocabulary of {rows} with [DEC] (the Q-Former's rows), got {words}")
+    # The soft prompt's token, if it had to be added, has no row.
+    rows, words = config.text_config.vocab_size, len(processor.tokenizer) - (config.soft_prompt_token_id is not None)
+    if words > rows:
+        raise CheckpointError(f"{llm}: expected a vocabulary of at most {rows} (rows of shared.weight), got {words}")
 
 
 _LION_NAMES = {
@@ -325,17 +351,23 @@ def _find_tensors(sources: dict[str, _Source], config: LionConfig) -> dict[str, 
         info = sources[key].tensors[theirs]
         if info.shape != tuple(parameter.shape):
             problems.append(f"{info.file}: {info.name}: expected {list(parameter.shape)}, got {list(info.shape)}")
+        if not info.dtype.is_floating_point:
+            problems.append(f"{info.file}: {info.name}: expected floating-point numbers, got {info.dtype}")
         tensors[name] = replace(info, dtype=torch.bfloat16) if key == "llm" else info
+    used = {info.name for info in tensors.values()}
+    for name in sorted(sources["lion"].tensors.keys() - used):
+        if ".adapter." in name:
+            problems.append(
+                f"{sources['lion'].path}: {name}: expected no adapter where the language model has no layer"
+            )
     if problems:
         raise CheckpointError("\n".join(_shorten(problems)))
     return tensors
 
 
 def _read_json(file: Path) -> dict:
-    try:
+    with naming(file, "a readable JSON file"):
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file ({error})") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(settings).__name__}")
     return settings

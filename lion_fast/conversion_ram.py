@@ -179,18 +179,24 @@ def _source_name(name: str) -> str:
 
 
 def _check(shapes: dict[str, tuple[int, ...]], infos: dict[str, TensorInfo], path: str) -> None:
-    missing, misshapen = [], []
+    missing, misshapen, inexact = [], [], []
     for name, shape in shapes.items():
         source = _source_name(name)
         expected = (3 * shape[0], *shape[1:]) if source.endswith(_FUSED) else shape
         if source not in infos:
             missing.append(source)
+        elif not infos[source].dtype.is_floating_point:
+            inexact.append(f"{source} (got {infos[source].dtype})")
         elif (got := infos[source].shape) != expected and not (
             source.endswith(_TABLE) and len(got) == 2 and got[1] == expected[1] and _window_size(got)
         ):
             misshapen.append(f"{source} (expected {list(expected)}, got {list(got)})")
-    problems = {"missing": missing, "of another shape than the others imply": misshapen}
-    if missing or misshapen:
+    problems = {
+        "missing": missing,
+        "of another shape than the others imply": misshapen,
+        "that are not floating-point": inexact,
+    }
+    if any(problems.values()):
         found = "; ".join(f"{what}: {', '.join(dict.fromkeys(names))}" for what, names in problems.items() if names)
         raise CheckpointError(f"{path}: tensors {found}")
 

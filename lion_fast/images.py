@@ -1,6 +1,7 @@
 """Pictures from anywhere, as upright 8-bit RGB."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,9 @@ ImageLike = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is read from a file, in pixels; a quarter of a GiB as RGB, and where Pillow begins to warn."""
+
+# What is opened: not EPS, for which Pillow would run Ghostscript on the file, and nothing else that is no photograph.
+_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
@@ -33,7 +37,8 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
     """One picture as RGB, turned the way up that its EXIF data says.
 
     Transparency is dropped, not blended, as the original model does (`convert("RGB")`). 16-bit grey is scaled to
-    8 bits. Of an animation, the first frame of a file is taken, and of a PIL image the current one.
+    8 bits; Pillow's 32-bit mode "I" counts as 8-bit where no value is above 255. Of an animation, the first frame of a
+    file is taken, and of a PIL image the current one.
 
     Args:
         image: a PIL image of any mode; the path of an image file; a numpy array or torch tensor of shape [H, W],
@@ -48,10 +53,14 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
         TypeError: for anything else.
     """
     if isinstance(image, str | os.PathLike):
-        return _read(Path(image), name)
+        return _read(os.fspath(image), name)
     if isinstance(image, Image.Image):
         return _convert(image, name)
     if isinstance(image, torch.Tensor):
+        if image.layout is not torch.strided or image.is_quantized or image.is_meta:
+            raise ValueError(
+                f"{name}: expected a plain dense tensor, got one that is sparse, quantized or without values"
+            )
         tensor = image.detach().cpu()
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         return _from_array(array, name, channels_first=True)
@@ -79,12 +88,19 @@ def load_images(images: ImageLike | Sequence[ImageLike], name: str = "images") -
     return [load_image(image, f"{name}[{i}]") for i, image in enumerate(images)]
 
 
-def _read(path: Path, name: str) -> Image.Image:
-    name = f"{name} ({path})"
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: expected an image file, got a directory or nothing at that path")
+def _read(path: str, name: str) -> Image.Image:
+    name = f"{name} ({path or 'an empty path'})"
     try:
-        file = Image.open(path)
+        found = path and Path(path).is_file()
+    except (OSError, ValueError):  # too long, or with a null character in it
+        found = False
+    if not found:
+        raise FileNotFoundError(f"{name}: expected an image file, got a directory or nothing at that path")
+    Image.init()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            file = Image.open(path, formats=[known for known in _FORMATS if known in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels: {error}") from error
     except _UNREADABLE as error:
@@ -111,7 +127,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
         # Pillow's 32-bit mode is where 16-bit files land that it has no narrower mode for.
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
             raise ValueError(f"{name}: expected values in 0..65535, got {pixels.min()}..{pixels.max()}")
-        pixels = pixels.astype(np.uint16)
+        pixels = pixels.astype(np.uint8 if pixels.max() <= 0xFF else np.uint16)  # converted from "L", or 16 bits
     return _from_array(pixels, name, channels_first=False)
 
 

@@ -106,6 +106,10 @@ class LionAggregator(PreTrainedModel):
         self.blocks = nn.ModuleList([LionAggregatorBlock(config) for _ in config.feature_layers[1:]])
         self.post_init()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroInitLinear):
             init.zeros_(module.weight)

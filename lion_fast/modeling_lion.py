@@ -57,6 +57,8 @@ class Float32LayerNorm(nn.LayerNorm):
 class LionForCausalLM(PreTrainedModel, GenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
+    With PEFT leave `task_type` unset: the wrappers that it selects do not hand on `task_ids`.
+
     Example:
         >>> model = LionForCausalLM.from_pretrained("lion-flan-t5-xl", dtype=torch.bfloat16)
         >>> processor = LionProcessor.from_pretrained("lion-flan-t5-xl")
@@ -87,7 +89,7 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LionConfig):
         super().__init__(config)
-        config.share_adapter_settings()
+        config.share_adapter_settings()  # again: `from_pretrained(kernel_backend=...)` sets it on a finished one
         text = config.text_config
         self.vision_model = LionVisionModel._from_config(config.vision_config)
         width = config.vision_config.hidden_size
@@ -203,6 +205,13 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         if qformer_attention_mask is None:
             qformer_attention_mask = torch.ones_like(qformer_input_ids)
         _expect_shape("qformer_attention_mask", qformer_attention_mask, tuple(qformer_input_ids.shape))
+        qformer = self.config.qformer_config
+        if qformer_input_ids.shape[1] > qformer.max_position_embeddings:
+            raise ValueError(
+                f"qformer_input_ids: expected at most {qformer.max_position_embeddings} tokens "
+                f"(qformer_config.max_position_embeddings), got {qformer_input_ids.shape[1]}"
+            )
+        _expect_ids("qformer_input_ids", qformer_input_ids, qformer.vocab_size)
         queries = self.query_tokens.expand(batch, -1, -1)
         attend_queries = qformer_attention_mask.new_ones(queries.shape[:2])
         hidden_states = self.qformer(
@@ -241,6 +250,8 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("pixel_values: expected either pixel_values or vision_features, got neither")
         batch = picture.shape[0]
         _expect_shape("input_ids", input_ids, (batch, None))
+        # The soft prompt's token may lie beyond the table.
+        _expect_ids("input_ids", input_ids, self.config.text_config.vocab_size, also=self.config.soft_prompt_token_id)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         _expect_shape("attention_mask", attention_mask, tuple(input_ids.shape))
@@ -259,10 +270,7 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("task_ids: expected int64 [B] (0 region_level, 1 image_level), got None")
             return
         _expect_shape("task_ids", task_ids, (batch,))
-        tasks = self.config.text_config.num_tasks
-        # On a GPU the comparison would wait for the device; there an index out of range fails in the gather.
-        if task_ids.device.type == "cpu" and not bool(((task_ids >= 0) & (task_ids < tasks)).all()):
-            raise ValueError(f"task_ids: expected ids in 0..{tasks - 1}, got {task_ids.tolist()}")
+        _expect_ids("task_ids", task_ids, self.config.text_config.num_tasks)
 
     def forward(
         self,
@@ -312,6 +320,9 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if labels is not None:
             _expect_shape("labels", labels, (inputs_embeds.shape[0], None))
+            if labels.shape[1] == 0:
+                raise ValueError(f"labels: expected one token or more per answer, got {list(labels.shape)}")
+            _expect_ids("labels", labels, self.config.text_config.vocab_size, also=-100)
         run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
         if self.config.is_encoder_decoder:
             kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
@@ -382,10 +393,12 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
                 vision_features: as for `forward`. With precomputed `encoder_outputs` none of them but
                 `attention_mask` and `task_ids` are needed.
             kwargs: everything that transformers' `generate` takes; `self.generation_config` holds the defaults
-                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens).
+                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens; top_p 0.9 with `do_sample`).
+                `labels` is ignored: `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
         """
-        if "labels" in kwargs:
-            raise ValueError("labels: expected none in generate; call the processor without text_target")
+        kwargs.pop("labels", None)
+        if kwargs.get("do_sample"):
+            kwargs.setdefault("top_p", 0.9)  # LION's; in the generation config, beam search would warn of it
         self.language_model.generation_config = self.generation_config
         if "encoder_outputs" not in kwargs:
             if input_ids is None:
@@ -399,6 +412,8 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
                 task_ids,
                 vision_features,
             )
+        else:
+            self._check_task_ids(task_ids, kwargs["encoder_outputs"][0].shape[0])
         if self.config.has_router:
             kwargs["task_ids"] = task_ids
         return self.language_model.generate(attention_mask=attention_mask, **kwargs)
@@ -426,17 +441,28 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tens
     The mean over the targets' tokens, or their sum over `num_items_in_batch` where that is given.
     """
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.to(logits.device).flatten(), ignore_index=-100, reduction=reduction
-    )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    loss = F.cross_entropy(logits, labels.to(logits.device).flatten(), ignore_index=-100, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def _expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """Raise unless `tensor` has `shape`; None stands for any length."""
+    """Raise unless `tensor` is one of `shape`; None stands for any length."""
+    expected = ", ".join("L" if want is None else str(want) for want in shape)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor [{expected}], got {type(tensor).__name__}")
     fits = tensor.dim() == len(shape) and all(
         want in (None, got) for got, want in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
-        expected = ["L" if want is None else want for want in shape]
-        raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
+        raise ValueError(f"{name}: expected [{expected}], got {list(tensor.shape)}")
+
+
+def _expect_ids(name: str, ids: Tensor, rows: int, also: int | None = None) -> None:
+    """Raise unless all ids are in 0..rows - 1 or equal to `also`."""
+    # On a GPU the comparison would wait for the device, where an index out of range fails in the gather.
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return
+    outside = set(ids[(ids < 0) | (ids >= rows)].tolist()) - {also}
+    if outside:
+        raise ValueError(f"{name}: expected ids in 0..{rows - 1}, got {sorted(outside)}")

@@ -160,6 +160,10 @@ class RamTagger(PreTrainedModel):
         self.tag_head = RamTagHead(config)
         self.post_init()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):

@@ -14,20 +14,30 @@ from lion_fast.attention import attend
 from lion_fast.configuration_lion import LionVisionConfig
 
 
+class FusedProjection(nn.Linear):
+    """Query, key and value in one product. Their bias comes with the call: keys have none.
+
+    Called like any linear layer, it works where its weight is offloaded or has LoRA beside it.
+    """
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
 class LionVisionAttention(nn.Module):
     def __init__(self, config: LionVisionConfig):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
         self.is_causal = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.qkv = FusedProjection(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # keys have none
-        qkv = F.linear(hidden_states, self.qkv.weight, bias)
+        qkv = self.qkv(hidden_states, bias)
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, Dh] each
         return self.proj(attend(self, query, key, value))
 
@@ -87,6 +97,10 @@ class LionVisionModel(PreTrainedModel):
         self.patch_embed = LionPatchEmbedding(config)
         self.blocks = nn.ModuleList([LionVisionBlock(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers guesses from the file's text, which does not show that `attend` is used
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range

@@ -14,11 +14,14 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lion_fast.boxes import parse_boxes
+from lion_fast.boxes import draw_boxes, parse_boxes
+from lion_fast.checkpoints import CheckpointError, naming
 from lion_fast.configuration_lion import TASKS
 from lion_fast.images import ImageLike, load_images
 
 TAG_SENTENCE = "According to {soft_prompt}, you are allowed to use or partially use the following tags: [{tags}]. "
+# A tokenizer that finds none of its files makes an empty vocabulary without a word.
+_VOCABULARY_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 IGNORED = -100  # label that the loss passes over
 
 Tags = str | Sequence[str] | None
@@ -46,11 +49,13 @@ class LionProcessor(ProcessorMixin):
         soft_prompt_token_id: id of `soft_prompt_token`, or None where the tokenizer has no such token.
 
     Raises:
-        ValueError: for a tokenizer without EOS, or a decoder-only model's that ends every prompt with it.
+        ValueError: for a tokenizer without EOS, or a decoder-only model's that ends every prompt with it, or a length
+            below 1.
     """
 
     qformer_tokenizer: PreTrainedTokenizerBase
     parse_boxes = staticmethod(parse_boxes)
+    draw_boxes = staticmethod(draw_boxes)
 
     def __init__(
         self,
@@ -69,6 +74,9 @@ class LionProcessor(ProcessorMixin):
             tokenizer,
             qformer_tokenizer,
         )
+        for name, length in (("max_txt_len", max_txt_len), ("max_target_len", max_target_len)):
+            if length < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {length}")
         if tokenizer.eos_token is None:
             raise ValueError("tokenizer: expected one with an EOS token, which ends the answers, got none")
         if not is_encoder_decoder and len(ids := tokenizer("a").input_ids) > 1 and ids[-1] == tokenizer.eos_token_id:
@@ -205,22 +213,32 @@ def build_processor(
 
     Raises:
         NotADirectoryError: for a path that leads to no directory.
+        CheckpointError: for a directory without a tokenizer's vocabulary, or with files that cannot be read.
     """
     for name, path in (("llm_dir", llm_dir), ("bert_dir", bert_dir)):
         if not Path(path).is_dir():
             raise NotADirectoryError(f"{name}: expected a directory with a tokenizer, got {path}")
-    tokenizer = AutoTokenizer.from_pretrained(llm_dir)
+    tokenizer = _tokenizer(Path(llm_dir))
     if soft_prompt_token is not None and _token_id(tokenizer, soft_prompt_token) is None:
         tokenizer.add_tokens([AddedToken(soft_prompt_token, normalized=False, special=True)], special_tokens=True)
-    qformer_tokenizer = AutoTokenizer.from_pretrained(bert_dir)
+    qformer_tokenizer = _tokenizer(Path(bert_dir))
     qformer_tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    with naming(Path(llm_dir) / "config.json", "a readable configuration"):
+        is_encoder_decoder = AutoConfig.from_pretrained(llm_dir).is_encoder_decoder
     return LionProcessor(
         BlipImageProcessorPil(size={"height": image_size, "width": image_size}),
         tokenizer,
         qformer_tokenizer,
-        is_encoder_decoder=AutoConfig.from_pretrained(llm_dir).is_encoder_decoder,
+        is_encoder_decoder=is_encoder_decoder,
         soft_prompt_token=soft_prompt_token,
     )
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
+        raise CheckpointError(f"{directory}: expected a tokenizer's {', '.join(_VOCABULARY_FILES)}, found none of them")
+    with naming(directory, "a readable tokenizer"):
+        return AutoTokenizer.from_pretrained(directory)
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
@@ -235,11 +253,13 @@ def _strings(value: object, name: str, count: int | None = None) -> list[str]:
     """`value` as a list, of `count` strings if that is given."""
     if isinstance(value, str):
         value = [value]
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
         raise TypeError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
     for i, string in enumerate(value):
         if not isinstance(string, str):
             raise TypeError(f"{name}[{i}]: expected a string, got {type(string).__name__}")
+        if any("\ud800" <= character <= "\udfff" for character in string):
+            raise ValueError(f"{name}[{i}]: expected text that UTF-8 can hold, got half a surrogate pair in {string!r}")
     if count is not None:
         _check_count(value, name, count)
     return list(value)

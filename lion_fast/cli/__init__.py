@@ -10,7 +10,11 @@ _COMMANDS = (quickstart, convert, ask)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; bad input is a line on stderr and exit status 2, never a traceback."""
+    """Run one command; input that cannot be used is a message on stderr and exit status 2.
+
+    The rest of the library says what is wrong with its input by ValueError and OSError. Anything else is a bug of ours
+    and shows as such, with its traceback.
+    """
     parser = argparse.ArgumentParser(prog="lion-fast", description="LION: caption, answer, ground, and train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:
@@ -18,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"lion-fast {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

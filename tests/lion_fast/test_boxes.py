@@ -110,6 +110,8 @@ def test_overlap_is_that_of_counted_cells(a, b):
         (lambda: format_box([5, 0, 1, 1]), "box: expected four numbers x1 <= x2"),
         (lambda: format_box([0, 0, 1, 1], (0, 5)), r"image_size: expected .* got \(0, 5\)"),
         (lambda: parse_boxes("[0,0,1,1]", (5, 5, 3)), r"image_size: expected .* got \(5, 5, 3\)"),
+        (lambda: parse_boxes("[0,0,1,1]", None), r"image_size: expected .* got None"),
+        (lambda: draw_boxes(Image.new("RGB", (9, 9)), [0, 0, 1, 1]), r"boxes\[0\]: expected four numbers .* got 0"),
         (lambda: draw_boxes(Image.new("RGB", (9, 9)), [[0, 0, 1]]), r"boxes\[0\]: expected four numbers"),
         (
             lambda: draw_boxes(Image.new("RGB", (9, 9)), [[0, 0, 1, 1]], []),
@@ -120,6 +122,13 @@ def test_overlap_is_that_of_counted_cells(a, b):
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_other_types_are_named():
+    with pytest.raises(TypeError, match="text: expected a string, got list"):
+        parse_boxes(["[0,0,1,1]"])
+    with pytest.raises(TypeError, match=r"labels\[0\]: expected a string, got int"):
+        draw_boxes(Image.new("RGB", (9, 9)), [[0, 0, 1, 1]], [3])
 
 
 @pytest.mark.parametrize("background", ["black", "white", "#d55e00", "#808080"])
@@ -139,7 +148,9 @@ def test_boxes_of_one_picture_differ_in_colour():
     assert len({drawn.getpixel((10 * i, 20)) for i in range(7)}) == 7
 
 
-@pytest.mark.parametrize("box", [[0, 0, 0, 0], [-50, -50, 500, 500], [59, 39, 60, 40], [0, 0, 60, 40]])
+@pytest.mark.parametrize(
+    "box", [[0, 0, 0, 0], [-50, -50, 500, 500], [0, 0, 1e308, 1e308], [59, 39, 60, 40], [0, 0, 60, 40]]
+)
 @pytest.mark.parametrize("label", ["", "dog", "a line of text that is longer than the picture is wide", "犬"])
 def test_boxes_anywhere_and_labels_of_any_length_keep_the_pictures_size(box, label):
     assert draw_boxes(np.zeros((40, 60), np.uint8), [box], [label]).size == (60, 40)

@@ -1,8 +1,10 @@
 """Reading foreign checkpoint files: lazily, completely, and never running what is in them."""
 
+import contextlib
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +87,26 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, writer: str) -> N
     assert not made.exists()
 
 
+def test_a_refusal_names_what_the_file_would_have_called(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2), "b": Payload(tmp_path / "made")}, tmp_path / "hostile.pth")
+    with pytest.raises(CheckpointError, match=r"could run code \(GLOBAL \w+\.mkdir\)$"):
+        scan(tmp_path / "hostile.pth")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_files_are_named(tmp_path: Path, state: dict[str, torch.Tensor], seed: int) -> None:
+    """torch.load raises anything on bytes that are not its own."""
+    file = tmp_path / "damaged.pth"
+    torch.save(state, file, _use_new_zipfile_serialization=seed % 2 == 0)
+    content = bytearray(file.read_bytes())
+    chance = random.Random(seed)
+    for _ in range(20):
+        content[chance.randrange(len(content) // 2)] = chance.randrange(256)
+    file.write_bytes(content)
+    with contextlib.suppress(CheckpointError):  # damage may fall where it does not show
+        scan(file)
+
+
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_truncated_files_are_named(tmp_path: Path, state: dict[str, torch.Tensor], suffix: str, keep: float) -> None:
@@ -101,7 +123,11 @@ def test_truncated_files_are_named(tmp_path: Path, state: dict[str, torch.Tensor
     [
         ([1, 2], "expected a state dict"),
         ({"model": [1, 2]}, "expected a state dict"),
-        ({"epoch": 3}, "expected a state dict of tensors, found none"),
+        ({"epoch": 3}, "expected a state dict of tensors, found none under the keys .'epoch'"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "found none under the keys .'state_dict'"),
+        ({0: torch.zeros(1)}, "found none under the keys .0"),
+        ({"a": torch.zeros(3).to_sparse()}, "a: expected a plain dense tensor"),
+        ({"a": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)}, "a: expected a plain dense tensor"),
     ],
 )
 def test_other_content_is_named(tmp_path: Path, content: object, message: str) -> None:
@@ -127,7 +153,7 @@ def test_an_index_cannot_lead_out_of_its_directory(tmp_path: Path, state: dict[s
         scan(directory)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / SAFE_INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="not a readable index"):
@@ -149,19 +175,53 @@ def test_shards_hold_everything_once(tmp_path: Path) -> None:
         assert torch.equal(load_file(out / index[name])[name], value)
 
 
-def test_memory_stays_below_the_file_and_one_shard(tmp_path: Path) -> None:
-    torch.save({f"w{i}": torch.zeros(4 * MIB) for i in range(12)}, tmp_path / "in.pth")  # 12 x 16 MiB
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from lion_fast.checkpoints import scan, write_sharded
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024**2, 1024**2))
+try:
+    write_sharded(scan(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=32 * 1024**2)
+except OSError as error:
+    print(error)
+"""
+    torch.save({"w": torch.zeros(MIB)}, tmp_path / "in.pth")
+    paths = [str(tmp_path / "in.pth"), str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert f"{tmp_path / 'model.safetensors'}: cannot be written" in done.stdout
+
+
+@pytest.mark.parametrize("form", ["mapped", "legacy", "several files"])
+def test_memory_stays_below_the_largest_file_and_one_shard(tmp_path: Path, form: str) -> None:
+    """12 x 16 MiB in one file or three; only values in memory count, not pages of files that are mapped."""
+    state = {f"w{i}": torch.zeros(4 * MIB) for i in range(12)}
+    source, largest = tmp_path / "in.pth", 12 * 16 if form != "several files" else 4 * 16
+    if form == "several files":
+        source = tmp_path / "in"
+        source.mkdir()
+        files = {name: f"model-{number % 3}.safetensors" for number, name in enumerate(state)}
+        for file in set(files.values()):
+            save_file({name: state[name] for name in state if files[name] == file}, source / file)
+        (source / SAFE_INDEX).write_text(json.dumps({"weight_map": files}))
+    else:
+        torch.save(state, source, _use_new_zipfile_serialization=form != "legacy")
+    del state
     (tmp_path / "out").mkdir()
     code = """
 import resource, sys
+from dataclasses import replace
 from pathlib import Path
+import torch
 from lion_fast.checkpoints import scan, write_sharded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_sharded(scan(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=32 * 1024**2)
+tensors = {name: replace(info, dtype=torch.bfloat16) for name, info in scan(sys.argv[1]).items()}
+write_sharded(tensors, Path(sys.argv[2]), max_shard_bytes=32 * 1024**2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    paths = [str(tmp_path / "in.pth"), str(tmp_path / "out")]
+    paths = [str(source), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
     grown = int(done.stdout) * 1024
-    assert grown < (12 * 16 + 32) * MIB
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 6
+    assert grown < (largest + 32 + 8) * MIB  # 8 for what the libraries load
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3

@@ -1,10 +1,13 @@
 """The command line as a person uses it."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.cli import main
@@ -91,6 +94,7 @@ def test_locate_says_when_there_is_no_box(
     ("argv", "message"),
     [
         (["caption", "absent.png"], "absent.png"),
+        (["caption", ""], "images (an empty path): expected an image file"),
         (["caption", "{picture}", "--model", "absent"], "--model: no directory absent"),
         (["ask", "{picture}", " "], "text[0]: expected a question"),
     ],
@@ -105,3 +109,71 @@ def test_bad_input_is_a_line(
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "foo", "no device 'foo' here"),
+        ("--num-beams", "0", "expected a whole number of 1 or more, got '0'"),
+        ("--max-new-tokens", "-1", "expected a whole number of 1 or more, got '-1'"),
+    ],
+)
+def test_options_are_checked_first(capsys: pytest.CaptureFixture[str], option: str, value: str, message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "caption", "absent.png", f"{option}={value}")
+    assert f"argument {option}: {message}" in capsys.readouterr().err
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def drop_a_tensor(file: Path) -> None:
+    save_file(dict(list(load_file(file).items())[1:]), file, metadata={"format": "pt"})
+
+
+def reshape_a_tensor(file: Path) -> None:
+    state = load_file(file)
+    name = next(iter(state))
+    save_file({**state, name: state[name].new_zeros(7)}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "message"),
+    [
+        ("model-00001*", cut, "not a checkpoint of LION that can be loaded"),
+        ("model-00001*", drop_a_tensor, "1 tensors are missing or of another shape, such as"),
+        ("model-00001*", reshape_a_tensor, "1 tensors are missing or of another shape, such as"),
+        ("config.json", cut, "not a directory with LION's processor"),
+        ("tokenizer.json", cut, "not a directory with LION's processor"),
+    ],
+)
+def test_a_damaged_checkpoint_is_a_line(
+    converted: Path,
+    picture: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    pattern: str,
+    change: Callable[[Path], None],
+    message: str,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(converted, model)
+    (file,) = model.glob(pattern)
+    change(file)
+    status, out, err = run(capfd, "caption", picture, "--model", model)
+    assert (status, out) == (2, "")
+    assert f"{model}: " in err
+    assert message in err.splitlines()[-1]
+
+
+def test_a_bug_is_not_taken_for_bad_input(
+    converted: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generate(self, **inputs):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(LionForCausalLM, "generate", generate)
+    with pytest.raises(TypeError, match="a bug"):
+        run(capsys, "caption", picture, "--model", converted)

@@ -183,6 +183,10 @@ def reshaped(name: str, shape: tuple[int, ...]) -> Callable[[State], State]:
     return lambda state: {**state, name: torch.zeros(shape)}
 
 
+def retyped(name: str, dtype: torch.dtype) -> Callable[[State], State]:
+    return lambda state: {**state, name: state[name].to(dtype)}
+
+
 ADAPTER = "t5_model.decoder.block.1.layer.2.adapter.adapters.1"
 
 
@@ -192,6 +196,27 @@ ADAPTER = "t5_model.decoder.block.1.layer.2.adapter.adapters.1"
         ("vit", without("blocks.7.norm1.bias"), r"vit\.pth: missing blocks\.7\.norm1\.bias"),
         ("vit", without("pos_embed"), r"vit\.pth: missing pos_embed"),
         ("vit", reshaped("blocks.3.attn.q_bias", (8,)), r"blocks\.3\.attn\.q_bias: expected \[176\], got \[8\]"),
+        ("vit", reshaped("cls_token", ()), "cls_token: expected 3 dimensions, none of them 0"),
+        ("vit", reshaped("cls_token", (1, 1, 0)), "cls_token: expected 3 dimensions, none of them 0"),
+        ("vit", lambda state: {f"module.{k}": v for k, v in state.items()}, r"missing cls_token; found module\.blocks"),
+        (
+            "vit",
+            retyped("blocks.3.norm1.bias", torch.int64),
+            r"norm1\.bias: expected floating-point numbers, got torch\.int",
+        ),
+        ("lion", reshaped("query_tokens", ()), "query_tokens: expected 3 dimensions"),
+        ("lion", retyped("ln_vision.weight", torch.bool), r"ln_vision\.weight: expected floating-point"),
+        ("lion", reshaped("Qformer.bert.embeddings.word_embeddings.weight", (9,)), "expected 2 dimensions"),
+        (
+            "lion",
+            lambda state: state | {k.replace("block.1.", "block.2."): v for k, v in state.items() if "block.1." in k},
+            r"lion\.pth: t5_model\.decoder\.block\.2\..*: expected no adapter where the language model has no layer",
+        ),
+        (
+            "lion",
+            lambda state: state | {k.replace(".adapters.1.", ".adapters.2."): v for k, v in state.items()},
+            r"lion\.pth: num_adapters: expected 1 or 2, got 3",
+        ),
         ("vit", reshaped("pos_embed", (1, 18, 176)), "expected a width that is a multiple of 88 and a square grid"),
         ("lion", without(f"{ADAPTER}.scale"), r"lion\.pth: missing t5_model\.decoder.*adapters\.1\.scale"),
         ("lion", reshaped(f"{ADAPTER}.up_proj.weight", (3, 3)), r"up_proj\.weight: expected \[64, 64\], got \[3, 3\]"),
@@ -226,26 +251,100 @@ def test_missing_and_misshapen_tensors_are_named(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.fixture
+def directory_with(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a source that is a directory, with other content in a file, or without files."""
+
+    def make(source: str, file: str = "", content: str = "", without: tuple[str, ...] = ()) -> Path:
+        copy = tmp_path / source
+        shutil.copytree(sources[source], copy, copy_function=shutil.copyfile)
+        copy.chmod(0o755)
+        if file:
+            (copy / file).write_text(content)
+        for name in without:
+            (copy / name).unlink(missing_ok=True)
+        return copy
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("file", "content", "message"),
+    ("source", "file", "content", "message"),
     [
-        ("config.json", '{"model_type": "llama"}', "expected a model of type 't5', got 'llama'"),
-        ("config.json", "{", "not a readable JSON file"),
-        ("config.json", "[]", "expected a JSON object"),
-        ("model.safetensors", "garbage", "not a readable safetensors file"),
+        ("llm", "config.json", '{"model_type": "llama"}', "expected a model of type 't5', got 'llama'"),
+        ("llm", "config.json", "{", "not a readable JSON file"),
+        ("llm", "config.json", "[]", "expected a JSON object"),
+        ("llm", "config.json", '{"model_type": "t5", "d_model": "x"}', r"llm/config\.json: not a configuration of T5"),
+        ("llm", "model.safetensors", "garbage", "not a readable safetensors file"),
+        ("llm", "tokenizer.json", "{", "llm: not a readable tokenizer"),
+        ("bert", "config.json", "{", r"bert/config\.json: not a readable JSON file"),
     ],
 )
-def test_a_broken_language_model_is_named(
-    sources: dict[str, Path], tmp_path: Path, file: str, content: str, message: str
+def test_a_broken_directory_is_named(
+    sources: dict[str, Path],
+    directory_with: Callable[..., Path],
+    tmp_path: Path,
+    source: str,
+    file: str,
+    content: str,
+    message: str,
 ) -> None:
-    llm = tmp_path / "llm"
-    shutil.copytree(sources["llm"], llm)
-    llm.chmod(0o755)
-    (llm / file).chmod(0o644)
-    (llm / file).write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        convert_checkpoint(**{**sources, "llm": llm}, out=tmp_path / "out")
+        convert_checkpoint(**{**sources, source: directory_with(source, file, content)}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "foo"}, r"config\.json: unknown hidden_act 'foo'"),
+        ({"num_attention_heads": "two"}, r"config\.json: not a configuration of BERT"),
+    ],
+)
+def test_settings_of_bert_that_cannot_be_are_named(
+    sources: dict[str, Path], directory_with: Callable[..., Path], tmp_path: Path, changes: dict, message: str
+) -> None:
+    settings = json.loads((sources["bert"] / "config.json").read_text()) | changes
+    sources["bert"] = directory_with("bert", "config.json", json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(**sources, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("source", "files"), [("llm", ("tokenizer.json", "spiece.model")), ("bert", ("vocab.txt",))])
+def test_a_directory_without_a_tokenizer_is_named(
+    sources: dict[str, Path], directory_with: Callable[..., Path], tmp_path: Path, source: str, files: tuple[str, ...]
+) -> None:
+    sources[source] = directory_with(source, without=files)
+    with pytest.raises(CheckpointError, match=f"{source}: expected a tokenizer's .*, found none of them"):
+        convert_checkpoint(**sources, out=tmp_path / "out")
+
+
+def test_layers_and_start_token_come_from_the_files(
+    sources: dict[str, Path], directory_with: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whatever a careless config.json says."""
+    settings = json.loads((sources["llm"] / "config.json").read_text()) | {"num_layers": -1, "num_decoder_layers": 1}
+    del settings["decoder_start_token_id"]
+    sources["llm"] = directory_with("llm", "config.json", json.dumps(settings))
+    text = convert_checkpoint(**sources, out=tmp_path / "out").config.text_config
+    assert (text.num_layers, text.num_decoder_layers, text.decoder_start_token_id) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("form", ["here", "link", "dangling link"])
+def test_outputs_that_are_no_plain_new_directory(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    target = tmp_path / "target"
+    if form != "dangling link":
+        target.mkdir()
+    if form == "here":
+        monkeypatch.chdir(target)
+    else:
+        (tmp_path / "link").symlink_to(target)
+    report = convert_checkpoint(**sources, out="." if form == "here" else tmp_path / "link")
+    assert {"config.json", "tokenizer.json"} <= {file.name for file in target.iterdir()}
+    assert all(file.is_file() and file.parent == target for file in report.files)
+    assert not [file for file in target.iterdir() if file.name.startswith(".")]
 
 
 def test_an_output_that_is_there_is_left_alone(sources: dict[str, Path], tmp_path: Path) -> None:

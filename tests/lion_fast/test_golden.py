@@ -1,21 +1,24 @@
 """LionForCausalLM, through `convert_checkpoint` and `from_pretrained`, against what the original model computed.
 
-The golden values are fp32 results with their own rounding, which the aggregator's softmax magnifies: they are 3.0e-5
-(aggregator) and 1.6e-5 (logits) away from the same computation in fp64. Eager attention, in the original's order of
-operations, agrees to 1e-5 everywhere; sdpa rounds otherwise, and is asked to be as close as the golden values are to
-fp64.
+The golden values are fp32 results of one CPU, with rounding that the aggregator's softmax magnifies: `OWN_DISTANCE`
+says how far they are from the same computation in fp64, that is from `lion_reference`. Another CPU, or another order of
+operations, rounds as much again in another direction. So everywhere twice that distance is allowed: from fp64, and of
+the gradients from the golden ones. Only eager attention, in the original's order of operations on a CPU that rounds as
+the original's, is also held to the golden values themselves: bit for bit in the vision tower, then to 1e-5, and to 1e-4
+for gradients.
 """
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerMultiHeadAttention
-from transformers.models.t5.modeling_t5 import T5LayerFF
+from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerNorm
 
 from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.adapters import MixtureOfAdapters
@@ -24,10 +27,53 @@ from lion_fast.images import load_image
 from lion_fast.modeling_aggregator import LionAggregator, LionAggregatorProjections
 from lion_fast.modeling_text import LionT5LayerFF
 from lion_fast.stages import parameter_groups
-from lion_reference import LION
+from lion_reference import LION, LIONOutput
 
 TASKS = ("region_level", "image_level")
+OWN_DISTANCE = {
+    "vision": 4.9e-7,
+    "aggregator": 3.0e-5,
+    "projected": 1.2e-5,
+    "prefix": 2.2e-6,
+    "encoder": 1.4e-5,
+    "logits": 1.6e-5,
+}
+OWN_GRADIENT_DISTANCE = 3.4e-4
 Batch = Callable[[str], dict[str, Tensor]]
+
+
+class Exact(NamedTuple):
+    """What the reference computes in fp64."""
+
+    vision: dict[int, Tensor]
+    aggregated: Tensor
+    projected: Tensor
+    outputs: dict[str, LIONOutput]
+
+
+def load_reference(golden) -> LION:
+    return LION.from_checkpoint_files(
+        vit=golden.directory / "eva_vit_tiny.pth",
+        llm=golden.directory / "flan-t5-tiny",
+        bert=golden.directory / "bert-tiny",
+        lion=golden.directory / "LION-tiny.pth",
+        dtype=torch.float64,
+    ).eval()
+
+
+def in_fp64(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "pixel_values": batch["pixel_values"].double()}
+
+
+@pytest.fixture(scope="module")
+def exact(golden, golden_batch: Batch) -> Exact:
+    reference = load_reference(golden)
+    with torch.no_grad():
+        vision = reference.visual_encoder(golden.expected["pixel_values"].double())
+        aggregated = reference.fusion_adapter(vision[38], [vision[28], vision[18]])
+        projected = reference.adapter_proj(reference.ln_adapter(aggregated))
+        outputs = {task: reference(**in_fp64(golden_batch(task))) for task in TASKS}
+    return Exact(vision, aggregated, projected, outputs)
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
@@ -35,13 +81,21 @@ def model(converted: Path, request: pytest.FixtureRequest) -> LionForCausalLM:
     return LionForCausalLM.from_pretrained(converted, attn_implementation=request.param).eval()
 
 
-def tolerance(model: LionForCausalLM, bound: float) -> float:
-    """`bound` for eager attention; the golden values' own distance from fp64, 3 times that, for others."""
-    return bound if model.config.vision_config._attn_implementation == "eager" else 3 * bound
+@pytest.fixture
+def as_golden(model: LionForCausalLM, request: pytest.FixtureRequest) -> bool:
+    """Whether the model computes in the original's order on a CPU that rounds alike."""
+    eager = model.config.vision_config._attn_implementation == "eager"
+    return eager and request.getfixturevalue("rounds_as_golden")
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def expect_close(name: str, got: Tensor, golden: Tensor, exact: Tensor, as_golden: bool) -> None:
+    assert relative_error(got, exact) < 2 * OWN_DISTANCE[name]
+    if as_golden:
+        assert relative_error(got, golden) < 1e-5
 
 
 def trim(ids: list[int], eos: int = 1) -> list[int]:
@@ -49,21 +103,33 @@ def trim(ids: list[int], eos: int = 1) -> list[int]:
     return ids[1 : ids.index(eos)] if eos in ids else ids[1:]
 
 
-def test_vision_layers(model: LionForCausalLM, golden) -> None:
+def test_golden_values_have_rounding_of_their_own(golden, exact: Exact) -> None:
+    expected, outputs = golden.expected, exact.outputs
+    distances = {
+        "vision": max(relative_error(expected[f"vit.layer{layer}"], exact.vision[layer]) for layer in (38, 28, 18)),
+        "aggregator": relative_error(expected["aggregator.out"], exact.aggregated),
+        "projected": relative_error(expected["aggregator.proj"], exact.projected),
+        "prefix": relative_error(expected["visual_prefix"], outputs["image_level"].visual_prefix),
+        "encoder": max(relative_error(expected[f"{task}.enc"], outputs[task].encoder_output) for task in TASKS),
+        "logits": max(relative_error(expected[f"{task}.logits"], outputs[task].logits) for task in TASKS),
+    }
+    assert distances == pytest.approx(OWN_DISTANCE, rel=0.05)
+
+
+def test_vision_layers(model: LionForCausalLM, golden, exact: Exact, as_golden: bool) -> None:
     features = model.get_vision_features(golden.expected["pixel_values"])
     for position, layer in enumerate(model.config.feature_layers):
         expected = golden.expected[f"vit.layer{layer}"]
-        assert relative_error(features[:, position], expected) < 1e-5
-        if model.config.vision_config._attn_implementation == "eager":
+        expect_close("vision", features[:, position], expected, exact.vision[layer], as_golden)
+        if as_golden:
             assert torch.equal(features[:, position], expected)
 
 
-def test_aggregator(model: LionForCausalLM, golden) -> None:
-    features = model.get_vision_features(golden.expected["pixel_values"])
-    aggregated = model.aggregator(features)
-    assert relative_error(aggregated, golden.expected["aggregator.out"]) < tolerance(model, 1e-5)
+def test_aggregator(model: LionForCausalLM, golden, exact: Exact, as_golden: bool) -> None:
+    aggregated = model.aggregator(model.get_vision_features(golden.expected["pixel_values"]))
+    expect_close("aggregator", aggregated, golden.expected["aggregator.out"], exact.aggregated, as_golden)
     projected = model.aggregator_projection(model.aggregator_layernorm(aggregated))
-    assert relative_error(projected, golden.expected["aggregator.proj"]) < 1e-5
+    expect_close("projected", projected, golden.expected["aggregator.proj"], exact.projected, as_golden)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -84,16 +150,17 @@ def test_processor_makes_the_original_pixels(converted: Path, golden, size: int)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_forward(model: LionForCausalLM, golden, golden_batch: Batch, task: str) -> None:
-    out, expected = model(**golden_batch(task)), golden.expected
-    assert relative_error(out.visual_prefix, expected["visual_prefix"]) < 1e-5
-    assert relative_error(out.language_model_outputs.encoder_last_hidden_state, expected[f"{task}.enc"]) < 1e-5
-    assert relative_error(out.logits, expected[f"{task}.logits"]) < 1e-5
+def test_forward(model: LionForCausalLM, golden, golden_batch: Batch, exact: Exact, as_golden: bool, task: str) -> None:
+    out, expected, reference = model(**golden_batch(task)), golden.expected, exact.outputs[task]
+    encoded = out.language_model_outputs.encoder_last_hidden_state
+    expect_close("prefix", out.visual_prefix, expected["visual_prefix"], reference.visual_prefix, as_golden)
+    expect_close("encoder", encoded, expected[f"{task}.enc"], reference.encoder_output, as_golden)
+    expect_close("logits", out.logits, expected[f"{task}.logits"], reference.logits, as_golden)
     assert out.loss.item() == pytest.approx(expected[f"{task}.loss"].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_gradients(model: LionForCausalLM, golden, golden_batch: Batch, task: str) -> None:
+def test_gradients(model: LionForCausalLM, golden, golden_batch: Batch, as_golden: bool, task: str) -> None:
     model.zero_grad()
     model(**golden_batch(task)).loss.backward()
     prefix = f"{task}.grad."
@@ -107,7 +174,7 @@ def test_gradients(model: LionForCausalLM, golden, golden_batch: Batch, task: st
     for name, grad in expected.items():
         # A key's bias has no influence on a softmax: what stands there is rounding, so there is a floor.
         scale = max(grad.norm(), 1e-3 * total)
-        assert (gradients[name] - grad).norm() / scale < tolerance(model, 1e-4), name
+        assert (gradients[name] - grad).norm() / scale < (1e-4 if as_golden else 2 * OWN_GRADIENT_DISTANCE), name
 
 
 @pytest.mark.parametrize("beams", [1, 5])
@@ -131,13 +198,16 @@ def test_generated_text(model: LionForCausalLM, converted: Path, golden, golden_
     assert texts == golden.meta["region_level.generate.beams5.rp1.5"]
 
 
-def test_a_mixed_batch_is_the_two_tasks_sample_by_sample(model: LionForCausalLM, golden, golden_batch: Batch) -> None:
+def test_a_mixed_batch_is_the_two_tasks_sample_by_sample(
+    model: LionForCausalLM, golden, golden_batch: Batch, exact: Exact, as_golden: bool
+) -> None:
     batch = golden_batch("image_level")
     batch["task_ids"] = torch.tensor([0, 1, 1, 0])
     logits = model(**batch).logits
     for sample, task_id in enumerate(batch["task_ids"].tolist()):
-        expected = golden.expected[f"{TASKS[task_id]}.logits"][sample]
-        assert relative_error(logits[sample], expected) < tolerance(model, 1e-5)
+        task = TASKS[task_id]
+        expected, reference = golden.expected[f"{task}.logits"][sample], exact.outputs[task].logits[sample]
+        expect_close("logits", logits[sample], expected, reference, as_golden)
     del batch["labels"]
     ids = model.generate(**batch, num_beams=5, repetition_penalty=1.0, max_new_tokens=20).tolist()
     for sample, task_id in enumerate(batch["task_ids"].tolist()):
@@ -145,21 +215,24 @@ def test_a_mixed_batch_is_the_two_tasks_sample_by_sample(model: LionForCausalLM,
         assert trim(ids[sample]) == trim(expected)
 
 
+@pytest.fixture
+def _fp64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' T5 squares for its norms in fp32, whatever the dtype."""
+
+    def norm(self: T5LayerNorm, hidden_states: Tensor) -> Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    monkeypatch.setattr(T5LayerNorm, "forward", norm)
+
+
+@pytest.mark.usefixtures("_fp64_throughout")
 def test_fp64_agrees_with_the_reference(converted: Path, golden, golden_batch: Batch) -> None:
-    """Two implementations, one mathematics; transformers' T5 computes softmax and norms in fp32, whatever the dtype."""
-    reference = LION.from_checkpoint_files(
-        vit=golden.directory / "eva_vit_tiny.pth",
-        llm=golden.directory / "flan-t5-tiny",
-        bert=golden.directory / "bert-tiny",
-        lion=golden.directory / "LION-tiny.pth",
-        dtype=torch.float64,
-    )
+    """Two implementations, one mathematics, and a batch that mixes tasks."""
     model = LionForCausalLM.from_pretrained(converted, dtype=torch.float64).eval()
-    batch = golden_batch("image_level")
-    batch |= {"pixel_values": batch["pixel_values"].double(), "task_ids": torch.tensor([0, 1, 1, 0])}
-    got, expected = model(**batch), reference.eval()(**batch)
-    assert relative_error(got.visual_prefix, expected.visual_prefix) < 1e-13
-    assert relative_error(got.logits, expected.logits) < 2e-6
+    batch = in_fp64(golden_batch("image_level")) | {"task_ids": torch.tensor([0, 1, 1, 0])}
+    got, expected = model(**batch), load_reference(golden)(**batch)
+    for name in ("visual_prefix", "logits", "loss"):
+        assert relative_error(getattr(got, name), getattr(expected, name)) < 1e-12, name
 
 
 @pytest.fixture
@@ -192,7 +265,9 @@ def _original_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return attention(*heads, mask).contiguous().flatten(2), None
 
     def adapters(self: MixtureOfAdapters, hidden_states: Tensor, task_ids: Tensor) -> Tensor:
-        updates = [a.scale * a.up_proj(F.relu(a.down_proj(hidden_states))) for a in self.adapters]
+        updates = []
+        for scale, *weights in (adapter() for adapter in self.adapters):
+            updates.append(scale * F.linear(F.relu(F.linear(hidden_states, *weights[:2])), *weights[2:]))
         ratios = [ratio[task_ids].unsqueeze(1) for ratio in (self.router_ratio1, self.router_ratio2)]
         return ratios[0] * updates[0] + ratios[1] * updates[1]
 
@@ -207,18 +282,17 @@ def _original_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LionT5LayerFF, "forward", feed_forward)
 
 
-def train_twelve_steps(model: LionForCausalLM, golden, golden_batch: Batch) -> list[float]:
+def train_twelve_steps(
+    model: nn.Module, groups: list[dict], golden, golden_batch: Batch, dtype: torch.dtype = torch.float32
+) -> list[float]:
     """The golden run: AdamW, tasks in turn, dropout off."""
-    trainable = set(golden.meta["trainable"])
-    for name, parameter in model.eval().named_parameters():
-        parameter.requires_grad_(original_name(name) in trainable)
     recipe = golden.meta["adamw"]
-    groups = parameter_groups(model, weight_decay=recipe["weight_decay"], lr=recipe["lr"])
     assert sorted(len(group["params"]) for group in groups) == sorted(golden.meta["group_sizes"])
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(groups, lr=recipe["lr"], betas=(0.9, 0.999))
     losses = []
     for step in range(len(recipe["losses"])):
-        loss = model(**golden_batch("image_level" if step % 2 == 0 else "region_level")).loss
+        batch = golden_batch("image_level" if step % 2 == 0 else "region_level")
+        loss = model(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)}).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -226,15 +300,47 @@ def train_twelve_steps(model: LionForCausalLM, golden, golden_batch: Batch) -> l
     return losses
 
 
+def lion_groups(model: LionForCausalLM, golden) -> list[dict]:
+    for name, parameter in model.eval().named_parameters():
+        parameter.requires_grad_(original_name(name) in golden.meta["trainable"])
+    recipe = golden.meta["adamw"]
+    return parameter_groups(model, weight_decay=recipe["weight_decay"], lr=recipe["lr"])
+
+
+def reference_groups(reference: LION, golden) -> list[dict]:
+    """The original's groups, put together without `parameter_groups`: the aggregator apart, no decay of vectors."""
+    trained = [(name, reference.get_parameter(name)) for name in golden.meta["trainable"]]
+    return [
+        {
+            "params": [p for n, p in trained if n.startswith("fusion_adapter.") == apart and (p.ndim >= 2) == decays],
+            "weight_decay": golden.meta["adamw"]["weight_decay"] if decays else 0.0,
+        }
+        for apart in (False, True)
+        for decays in (False, True)
+    ]
+
+
+@pytest.mark.usefixtures("_fp64_throughout")
+def test_twelve_training_steps_in_fp64_are_the_reference_s(converted: Path, golden, golden_batch: Batch) -> None:
+    """The curve is chaotic: a difference grows by 1e5 in 12 steps. From fp64's 1e-15 that leaves 1e-10 on any CPU."""
+    model = LionForCausalLM.from_pretrained(converted, dtype=torch.float64)
+    reference = load_reference(golden)
+    losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch, torch.float64)
+    expected = train_twelve_steps(reference, reference_groups(reference, golden), golden, golden_batch, torch.float64)
+    assert losses == pytest.approx(expected, rel=1e-8)
+    # The golden curve started from fp32's 1e-7, and is 1.1e-2 away at the most.
+    assert losses == pytest.approx(golden.meta["adamw"]["losses"], rel=2e-2)
+
+
 @pytest.mark.usefixtures("_original_order")
 def test_twelve_training_steps_in_the_original_order(
     converted: Path, golden, golden_batch: Batch, rounds_as_golden: bool
 ) -> None:
-    """The curve is chaotic: rounding of 1e-7 grows to 1e-2 in 12 steps. So it is asked of equal rounding only."""
+    """Equal operations in equal order on a CPU that rounds alike: the golden curve itself."""
     if not rounds_as_golden:
         pytest.skip("this CPU or build of torch rounds otherwise than the golden data's")
     model = LionForCausalLM.from_pretrained(converted, attn_implementation="eager")
-    losses = train_twelve_steps(model, golden, golden_batch)
+    losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch)
     assert losses == pytest.approx(golden.meta["adamw"]["losses"], rel=1e-4)
 
 
@@ -245,6 +351,7 @@ def test_twelve_training_steps(converted: Path, golden, golden_batch: Batch, att
     A wrong learning rate, optimizer group or order of tasks is farther off than 2e-2.
     """
     model = LionForCausalLM.from_pretrained(converted, attn_implementation=attention)
-    losses, expected = train_twelve_steps(model, golden, golden_batch), golden.meta["adamw"]["losses"]
+    losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch)
+    expected = golden.meta["adamw"]["losses"]
     assert losses[:2] == pytest.approx(expected[:2], rel=3e-5)
     assert losses == pytest.approx(expected, rel=2e-2)

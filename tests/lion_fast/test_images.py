@@ -98,6 +98,11 @@ def test_sixteen_bit_grey_keeps_its_tones(mode, tmp_path):
     assert pixels_of(image)[0, :, 0].tolist() == [0, 0, 1, 0x12, 0x80, 0xFF]
 
 
+def test_thirty_two_bit_grey_may_hold_eight_bits():
+    values = np.array([[0, 128, 255]], np.int32)
+    assert pixels_of(Image.fromarray(values))[0, :, 0].tolist() == [0, 128, 255]
+
+
 def test_sixteen_bit_png_is_scaled_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 0x4000, 0xFFFF]], np.uint16)).save(tmp_path / "deep.png")
     assert pixels_of(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 0x40, 0xFF]
@@ -195,7 +200,7 @@ def png_of_claimed_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("side", [9460, 10_000, 60_000], ids=["above the limit", "warning", "error"])
 def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png_of_claimed_size(side, side))
@@ -203,7 +208,19 @@ def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path, side):
         load_image(tmp_path / "bomb.png")
 
 
-@pytest.mark.parametrize("path", ["nowhere.png", "."])
+def test_a_program_is_no_picture(tmp_path):
+    """PostScript, which Pillow would have Ghostscript run."""
+    Image.fromarray(PIXELS).save(tmp_path / "picture.eps")
+    with pytest.raises(ValueError, match=r"picture\.eps\): expected an image file"):
+        load_image(tmp_path / "picture.eps")
+
+
+def test_an_empty_path_is_named():
+    with pytest.raises(FileNotFoundError, match=r"image \(an empty path\): expected an image file"):
+        load_image("")
+
+
+@pytest.mark.parametrize("path", ["nowhere.png", ".", "a" * 5000, "a\0b"])
 def test_a_path_to_no_file_is_named(tmp_path, path):
     with pytest.raises(FileNotFoundError, match="expected an image file"):
         load_image(tmp_path / path)
@@ -224,6 +241,8 @@ def test_a_path_to_no_file_is_named(tmp_path, path):
         (np.array([[-1, 3]]), r"int64 values in 0\.\.255, got -1\.\.3"),
         (np.array([[0, 300]]), r"int64 values in 0\.\.255, got 0\.\.300"),
         (np.array([[1j]]), "complex128"),
+        (torch.eye(3).to_sparse(), "a plain dense tensor"),
+        (torch.zeros(3, 4, 4, device="meta"), "a plain dense tensor"),
         (np.array([["a"]]), "<U1"),
         (Image.fromarray(np.array([[70_000]], np.int32)), r"0\.\.65535, got 70000"),
     ],

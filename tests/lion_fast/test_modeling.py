@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.adapters import MixtureOfAdapters
@@ -98,8 +106,8 @@ def test_adapters_read_the_residual_stream_before_the_norm(make_model: Make, fam
         rotary = model.language_model.model.rotary_emb(hidden, position)
         out = layer(hidden, position_embeddings=rotary, attention_mask=None)
         fed_forward = layer.mlp(layer.post_attention_layernorm(hidden))
-    adapter = layer.adapter.adapters[0]
-    adapted = adapter.scale * adapter.up_proj(torch.relu(adapter.down_proj(hidden)))
+    scale, down_weight, down_bias, up_weight, up_bias = layer.adapter.adapters[0]()
+    adapted = scale * (torch.relu(hidden @ down_weight.T + down_bias) @ up_weight.T + up_bias)
     torch.testing.assert_close(out, hidden + fed_forward + adapted)
 
 
@@ -229,6 +237,49 @@ def test_attention_implementation_per_part(make_model: Make, make_batch: MakeBat
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_implementation_of_a_model_in_use(make_model: Make, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch(labels=True)
+    called = []
+
+    def counted(module: torch.nn.Module, *args, **kwargs):
+        called.append(type(module).__name__)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("counted_attention", counted)
+    expected = model(**batch).logits
+    model.set_attn_implementation({"vision_config": "counted_attention", "aggregator_config": "counted_attention"})
+    assert torch.equal(model(**batch).logits, expected)
+    assert set(called) == {"LionVisionAttention", "LionAggregatorProjections"}
+
+
+def test_sampling_takes_lion_s_top_p(make_model: Make, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch()
+    given = {"do_sample": True, "num_beams": 1, "max_new_tokens": 6}
+
+    def sampled(**settings) -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(**batch, **given, **settings)
+
+    assert torch.equal(sampled(), sampled(top_p=0.9))
+    assert not torch.equal(sampled(), sampled(top_p=0.05))
+
+
+def test_generate_checks_tasks_against_precomputed_encodings(make_model: Make, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch(labels=True)
+    outputs = model(**batch).language_model_outputs
+    encoded = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+    with pytest.raises(ValueError, match=r"task_ids: expected \[3\], got \[1\]"):
+        model.generate(encoder_outputs=encoded, task_ids=torch.tensor([1]))
+    given = {"max_new_tokens": 3, "task_ids": batch["task_ids"]}
+    assert torch.equal(model.generate(encoder_outputs=encoded, **given), model.generate(**{**batch, **given}))
+
+
+def test_the_whole_forward_pass_compiles(make_model: Make, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch(labels=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient(make_model: Make, make_batch: MakeBatch, family: str) -> None:
     model, batch = make_model(family).train(), make_batch(labels=True)
@@ -283,6 +334,34 @@ def test_device_map(make_model: Make, make_batch: MakeBatch, tmp_path: Path) -> 
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_parts_are_there_when_used(
+    make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
+) -> None:
+    """As `device_map="auto"` does with what does not fit: parameters come from the disk for a module's own call."""
+    pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    model, batch = make_model(family), make_batch(labels=True)
+    model.save_pretrained(tmp_path)
+    parts = [name for name, _ in model.named_children()]
+    device_map = {"query_tokens": "cpu", "soft_prompt": "cpu"} | dict.fromkeys(parts, "disk")
+    loaded = LionForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "parts").eval()
+    assert {p.device.type for part in parts for p in loaded.get_submodule(part).parameters()} == {"meta"}
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    inputs = without_labels(batch)
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=3), model.generate(**inputs, max_new_tokens=3))
+
+
+def test_every_linear_layer_is_called(make_model: Make, make_batch: MakeBatch) -> None:
+    """LoRA and quantization put another forward in an `nn.Linear`'s place, which has to take effect."""
+    model, batch = make_model(), make_batch(labels=True)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    called = set()
+    for name in linears:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    model(**batch)
+    assert linears - called == set()
+
+
 def test_gradient_accumulation_is_exact(make_model: Make, make_batch: MakeBatch) -> None:
     """Losses of unequal pieces, each over the whole's number of targets, add up to the whole's mean loss."""
     model, batch = make_model(), make_batch(batch=4, labels=True)
@@ -300,6 +379,14 @@ def test_loss_is_unshifted_cross_entropy() -> None:
     log_probabilities = logits.log_softmax(-1)
     picked = [log_probabilities[0, 0, 1], log_probabilities[0, 1, 2], log_probabilities[1, 0, 4]]
     torch.testing.assert_close(token_cross_entropy(logits, labels), -torch.stack(picked).mean())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2]
+)
+def test_the_loss_is_never_less_precise_than_the_logits(dtype: torch.dtype, expected: torch.dtype) -> None:
+    logits = torch.randn(2, 3, 5, dtype=dtype)
+    assert token_cross_entropy(logits, torch.ones(2, 3, dtype=torch.long)).dtype == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -348,17 +435,23 @@ def test_interpolated_positions_keep_a_linear_field(make_model: Make) -> None:
         ({"pixel_values": None}, "pixel_values: expected either"),
         ({"vision_features": torch.zeros(3, 3, 5, 16)}, "pixel_values: expected either"),
         ({"pixel_values": torch.zeros(3, 3, 30, 30)}, r"pixel_values: expected \[B, 3, 28, 28\]"),
-        ({"pixel_values": torch.zeros(2, 3, 28, 28)}, r"input_ids: expected \[2, 'L'\], got \[3, 7\]"),
+        ({"pixel_values": torch.zeros(2, 3, 28, 28)}, r"input_ids: expected \[2, L\], got \[3, 7\]"),
         ({"input_ids": None}, "input_ids: expected"),
         ({"attention_mask": torch.ones(3, 6)}, r"attention_mask: expected \[3, 7\]"),
         ({"qformer_input_ids": None}, "qformer_input_ids: expected"),
-        ({"qformer_input_ids": torch.ones(2, 5).long()}, r"qformer_input_ids: expected \[3, 'L'\]"),
+        ({"qformer_input_ids": torch.ones(2, 5).long()}, r"qformer_input_ids: expected \[3, L\]"),
         ({"qformer_attention_mask": torch.ones(3, 4)}, r"qformer_attention_mask: expected \[3, 5\]"),
         ({"task_ids": None}, "task_ids: expected"),
         ({"task_ids": torch.tensor([0, 1])}, r"task_ids: expected \[3\]"),
-        ({"task_ids": torch.tensor([0, 1, 2])}, r"task_ids: expected ids in 0..1, got \[0, 1, 2\]"),
-        ({"task_ids": torch.tensor([0, -1, 1])}, r"task_ids: expected ids in 0..1, got \[0, -1, 1\]"),
-        ({"labels": torch.ones(2, 4).long()}, r"labels: expected \[3, 'L'\]"),
+        ({"task_ids": torch.tensor([0, 1, 2])}, r"task_ids: expected ids in 0..1, got \[2\]"),
+        ({"task_ids": [0, 1, 0]}, r"task_ids: expected a tensor \[3\], got list"),
+        ({"task_ids": torch.tensor([0, -1, 1])}, r"task_ids: expected ids in 0..1, got \[-1\]"),
+        ({"input_ids": torch.full((3, 7), 64)}, r"input_ids: expected ids in 0..63, got \[64\]"),
+        ({"qformer_input_ids": torch.full((3, 5), 70)}, r"qformer_input_ids: expected ids in 0..63, got \[70\]"),
+        ({"qformer_input_ids": torch.ones(3, 40).long()}, "qformer_input_ids: expected at most 32 tokens .* got 40"),
+        ({"labels": torch.full((3, 4), -7)}, r"labels: expected ids in 0..63, got \[-7\]"),
+        ({"labels": torch.ones(3, 0).long()}, r"labels: expected one token or more per answer, got \[3, 0\]"),
+        ({"labels": torch.ones(2, 4).long()}, r"labels: expected \[3, L\]"),
         ({"labels": None}, "labels: expected labels or decoder_input_ids"),
     ],
 )
@@ -375,6 +468,9 @@ def test_bad_input_is_named(make_model: Make, make_batch: MakeBatch, change: dic
         ({"kernel_backend": "cuda"}, "kernel_backend: expected one of"),
         ({"text_config": {"model_type": "gpt2"}}, "text_config.model_type: expected one of 't5'"),
         ({"text_config": {"d_model": 32}}, "text_config: expected a key 'model_type'"),
+        ({"text_config": "t5"}, "text_config: expected a dict or a configuration, got 't5'"),
+        ({"adapter_rank": 0}, "adapter_rank: expected 1 or more, got 0"),
+        ({"num_query_tokens": 0}, "num_query_tokens: expected 1 or more, got 0"),
         ({"num_adapters": 3}, "num_adapters: expected 1 or 2, got 3"),
         ({"soft_prompt_token_id": -1}, "soft_prompt_token_id: expected 0 or more"),
         (

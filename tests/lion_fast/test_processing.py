@@ -256,6 +256,8 @@ def test_a_tokenizer_without_eos_is_refused():
         ({"images": [PICTURE, "no.png"], "text": ["a", "b"]}, FileNotFoundError, r"images\[1\] \(no\.png\)"),
         ({"images": [], "text": []}, ValueError, "images: expected at least one picture"),
         ({"text": None}, TypeError, "text: expected a string or a list of strings, got NoneType"),
+        ({"text": b"Why?"}, TypeError, "text: expected a string or a list of strings, got bytes"),
+        ({"text": "Why \ud83d?"}, ValueError, r"text\[0\]: expected text that UTF-8 can hold"),
         ({"text": [None]}, TypeError, r"text\[0\]: expected a string, got NoneType"),
         ({"text": " \n"}, ValueError, r"text\[0\]: expected a question"),
         ({"text": "Is <extra_id_0> here?"}, ValueError, r"text\[0\]: expected text without '<extra_id_0>'"),
@@ -273,6 +275,17 @@ def test_a_tokenizer_without_eos_is_refused():
 def test_errors_name_the_argument(processor, call, error, message):
     with pytest.raises(error, match=message):
         processor(**{"images": PICTURE, "text": QUESTION, **call})
+
+
+@pytest.mark.parametrize("name", ["max_txt_len", "max_target_len"])
+def test_lengths_leave_room_for_a_token(name):
+    with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
+        make_processor(**{name: 0})
+
+
+def test_boxes_are_read_and_drawn_by_the_processor(processor):
+    boxes = processor.parse_boxes("[0.250,0.250,0.750,0.750]", image_size=(40, 40))
+    assert processor.draw_boxes(Image.new("RGB", (40, 40)), boxes).getpixel((10, 20)) != (0, 0, 0)
 
 
 @pytest.mark.parametrize("token", ["<hint>", None])

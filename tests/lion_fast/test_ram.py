@@ -322,6 +322,14 @@ def test_buffers_may_be_absent_and_tell_the_image_size_where_present(edited, tmp
     assert edited(lambda state: state.update(mask)).config.vision_config.image_size == 768
 
 
+def test_tensors_of_other_numbers_are_named(edited):
+    def round_off(state):
+        state["wordvec_proj.weight"] = state["wordvec_proj.weight"].long()
+
+    with pytest.raises(CheckpointError, match=r"not floating-point: wordvec_proj\.weight \(got torch\.int64\)"):
+        edited(round_off)
+
+
 def test_missing_and_misshapen_tensors_are_named(edited, tmp_path):
     def damage(state):
         del state["visual_encoder.layers.2.blocks.0.attn.qkv.bias"]

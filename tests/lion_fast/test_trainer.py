@@ -1,0 +1,92 @@
+"""transformers' own Trainer with LION: exact accumulation, metrics, and answers generated for evaluation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from lion_fast import LionForCausalLM
+
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+
+Make = Callable[..., LionForCausalLM]
+Samples = list[dict[str, Tensor]]
+
+
+@pytest.fixture
+def samples(make_batch: Callable[..., dict[str, Tensor]]) -> Samples:
+    """Four samples whose answers have 1, 4, 4 and 2 tokens."""
+    batch = make_batch(batch=4, labels=True)
+    batch["labels"][0, 1:] = batch["labels"][3, 2:] = -100
+    return [{name: value[sample] for name, value in batch.items()} for sample in range(4)]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, samples: Samples) -> Callable[..., Seq2SeqTrainer]:
+    def make(model: LionForCausalLM, compute_metrics: Any = None, **settings: Any) -> Seq2SeqTrainer:
+        arguments = Seq2SeqTrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", **settings
+        )
+        return Seq2SeqTrainer(
+            model, arguments, train_dataset=samples, eval_dataset=samples, compute_metrics=compute_metrics
+        )  # type: ignore[arg-type]
+
+    return make
+
+
+def test_accumulated_steps_are_one_step(make_model: Make, make_trainer: Callable[..., Seq2SeqTrainer]) -> None:
+    """One step of SGD on four samples, and on twice two whose answers have different lengths."""
+    trained = []
+    for accumulation in (1, 2):
+        model = make_model()
+        settings = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+        make_trainer(
+            model,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            max_grad_norm=0,
+            **settings,
+        ).train()
+        trained.append(model.state_dict())
+    before = make_model().state_dict()
+    name = "language_model.decoder.block.0.layer.2.adapter.adapters.0.up_proj.weight"
+    assert not torch.equal(trained[0][name], before[name])
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, msg=name)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_answers_are_generated_for_evaluation(
+    make_model: Make, make_trainer: Callable[..., Seq2SeqTrainer], samples: Samples, family: str
+) -> None:
+    model = make_model(family)
+    trainer = make_trainer(
+        model, predict_with_generate=True, generation_num_beams=1, generation_max_length=6, per_device_eval_batch_size=2
+    )
+    result = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    expected = model.generate(**batch, num_beams=1, max_new_tokens=5 if family == "t5" else 6)
+    assert np.array_equal(result.predictions[:, : expected.shape[1]], expected)  # type: ignore[index]
+    assert result.metrics is not None
+    assert result.metrics["test_loss"] > 0
+
+
+def test_metrics_are_computed_from_logits(
+    make_model: Make, make_trainer: Callable[..., Seq2SeqTrainer], samples: Samples
+) -> None:
+    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+        counts = prediction.label_ids != -100
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[counts].mean())}  # type: ignore[union-attr]
+
+    model = make_model()
+    metrics = make_trainer(model, accuracy, per_device_eval_batch_size=2).evaluate()
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    hits = model(**batch).logits.argmax(-1) == batch["labels"]
+    assert metrics["eval_accuracy"] == pytest.approx(hits[batch["labels"] != -100].float().mean().item())
