@@ -1,7 +1,20 @@
 """LION's operators, usable on their own: they need torch and, for the Triton backend, triton."""
 
+from lion_kernels.assemble_inputs import assemble_inputs
 from lion_kernels.backend import BACKENDS, resolve_backend
+from lion_kernels.gated_gelu import gated_gelu
 from lion_kernels.mixture_of_adapters import mixture_of_adapters
 from lion_kernels.mixture_of_lora_linear import mixture_of_lora_linear
+from lion_kernels.residual_layer_norm import residual_layer_norm
+from lion_kernels.rms_norm import rms_norm
 
-__all__ = ["BACKENDS", "mixture_of_adapters", "mixture_of_lora_linear", "resolve_backend"]
+__all__ = [
+    "BACKENDS",
+    "assemble_inputs",
+    "gated_gelu",
+    "mixture_of_adapters",
+    "mixture_of_lora_linear",
+    "residual_layer_norm",
+    "resolve_backend",
+    "rms_norm",
+]

@@ -1,26 +1,10 @@
-"""Kernels on the GPU where there is one, else in Triton's interpreter: chosen before lion_kernels is imported."""
+"""Fixtures for kernels, on the GPU where there is one, else in Triton's interpreter (see tests/conftest.py)."""
 
-import os
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    imported = sys.modules.get("lion_kernels.backend")
-    if imported is not None and not imported.interpreting():
-        raise pytest.UsageError("lion_kernels was imported before tests/kernels chose the interpreter")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
