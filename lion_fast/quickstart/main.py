@@ -38,7 +38,7 @@ class Settings:
     vision_batch_size: int = 32
     language_steps: int = 1900
     language_batch_size: int = 64
-    stage_steps: tuple[int, int, int] = (600, 550, 400)
+    stage_steps: tuple[int, int, int] = (600, 650, 450)
     batch_size: int = 64
 
     def scaled(self, factor: float) -> "Settings":
