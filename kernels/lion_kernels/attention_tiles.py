@@ -17,14 +17,16 @@ A head dimension is at most two pieces, powers of two: 88 = 64 + 32 pads 8 colum
 slightly above a multiple of the tile gets a narrow last tile: 257 = 4 * 64 + 16, of which 15 are masked.
 """
 
-from collections.abc import Sequence
+# A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, dot_precision, interpreting, tl, triton
+from lion_kernels.backend import LAUNCH, dot_precision, on_device, tl, triton
 from lion_kernels.configs import lookup
 
 NARROW = 16  # the least rows or columns that a matrix product takes
@@ -55,10 +57,7 @@ def _piece(p_x, stride, m_row, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: t
 def load_rows(p_x, stride, m_row, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Both pieces of ROWS rows; the second stands for nothing where D2 is 0."""
     b_1 = _piece(p_x, stride, m_row, ROWS, 0, D1, HEAD_DIM)
-    if D2 > 0:
-        b_2 = _piece(p_x, stride, m_row, ROWS, D1, D2, HEAD_DIM)
-    else:
-        b_2 = b_1
+    b_2 = _piece(p_x, stride, m_row, ROWS, D1, D2, HEAD_DIM) if D2 > 0 else b_1
     return b_1, b_2
 
 
@@ -115,10 +114,7 @@ def _bias(
 
     p_bias holds the distances -reach .. reach of one head; beyond, the bias stays what it is there.
     """
-    if TRANSPOSED:
-        b_bias = tl.zeros([BN, BM], tl.float32)
-    else:
-        b_bias = tl.zeros([BM, BN], tl.float32)
+    b_bias = tl.zeros([BN, BM], tl.float32) if TRANSPOSED else tl.zeros([BM, BN], tl.float32)
     if i_column - (i_position + BM - 1) >= reach:
         b_bias += tl.load(p_bias + 2 * reach).to(tl.float32)
     elif i_position - (i_column + BN - 1) >= reach:
@@ -126,10 +122,7 @@ def _bias(
     else:
         o_position = i_position + tl.arange(0, BM)
         o_column = i_column + tl.arange(0, BN)
-        if TRANSPOSED:
-            o_distance = o_column[:, None] - o_position[None, :]
-        else:
-            o_distance = o_column[None, :] - o_position[:, None]
+        o_distance = o_column[:, None] - o_position[None, :] if TRANSPOSED else o_column[None, :] - o_position[:, None]
         o_distance = tl.minimum(tl.maximum(o_distance, -reach), reach) + reach
         b_bias += tl.load(p_bias + o_distance).to(tl.float32)
     return b_bias
@@ -156,10 +149,7 @@ def dropout_keep(
     b_2 = ((b_2 >> 8).to(tl.int32) >= threshold).to(tl.int8)
     b_3 = ((b_3 >> 8).to(tl.int32) >= threshold).to(tl.int8)
     b_keep = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
-    if TRANSPOSED:
-        b_keep = tl.reshape(tl.permute(b_keep, (0, 2, 3, 1)), [BN, BM])
-    else:
-        b_keep = tl.reshape(b_keep, [BM, BN])
+    b_keep = tl.reshape(tl.permute(b_keep, (0, 2, 3, 1)), [BN, BM]) if TRANSPOSED else tl.reshape(b_keep, [BM, BN])
     return b_keep != 0
 
 
@@ -184,7 +174,7 @@ def attention_scores(
     PRECISION: tl.constexpr,
 ):
     """log2(e) times the scores [BM, BN]; -inf where a key may not be attended or, with CHECK, does not exist."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    LOG2E = 1.4426950408889634
     o_column = i_column + tl.arange(0, BN)
     b_s = inner_product(b_q1, b_q2, b_k1, b_k2, D2, PRECISION) * (scale * LOG2E)
     if p_bias is not None:
@@ -239,20 +229,20 @@ def _forward_step(
     i_first = tl.cast(i_column, tl.int64)
     m_column = (i_column + tl.arange(0, BN) < keys) if CHECK else None
     b_k1, b_k2 = load_rows(p_k + i_first * stride_k, stride_k, m_column, BN, D1, D2, HEAD_DIM)
+    if DROPOUT:
+        b_keep = dropout_keep(seed, threshold, i_bh, i_map, i_row, i_column, BM, BN, False)
     b_s = attention_scores(
         b_q1, b_q2, b_k1, b_k2, p_mask, p_bias, reach, i_position, i_column, keys, scale, BM, BN, D2, CAUSAL, CHECK,
         PRECISION,
     )  # fmt: skip
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    if p_mask is not None:  # a row may have met no key yet
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-    else:
-        b_shift = b_new
+    # With a mask a row may have met no key yet.
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if p_mask is not None else b_new
     b_p = tl.math.exp2(b_s - b_shift[:, None])
     b_decay = tl.math.exp2(b_max - b_shift)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
     if DROPOUT:
-        b_p = tl.where(dropout_keep(seed, threshold, i_bh, i_map, i_row, i_column, BM, BN, False), b_p, 0.0)
+        b_p = tl.where(b_keep, b_p, 0.0)
     b_acc1 *= b_decay[:, None]
     if D2 > 0:
         b_acc2 *= b_decay[:, None]
@@ -329,9 +319,7 @@ def _forward_rows(
     m_any = b_sum > 0.0
     b_sum = tl.where(m_any, b_sum, 1.0)
     b_factor = tl.where(m_any, rescale / b_sum, 0.0)[:, None]
-    _store(
-        p_out + i_first * stride_out, stride_out, b_acc1 * b_factor, b_acc2 * b_factor, m_row, BM, D1, D2, HEAD_DIM
-    )
+    _store(p_out + i_first * stride_out, stride_out, b_acc1 * b_factor, b_acc2 * b_factor, m_row, BM, D1, D2, HEAD_DIM)
     if p_lse is not None:
         b_lse = tl.where(m_any, b_max + tl.math.log2(b_sum), float("inf"))
         tl.store(p_lse + o_row, b_lse, mask=m_row)
@@ -397,13 +385,7 @@ def attention_forward(
         p_bias += i_h * (2 * reach + 1)
     if p_lse is not None:
         p_lse += i_bh.to(tl.int64) * queries
-    if ROW_TAIL == 0:
-        _forward_rows(
-            p_q, p_k, p_v, p_mask, p_bias, p_out, p_lse, stride_q, stride_k, stride_v, stride_out, reach, i_m * BM,
-            i_bh, i_map, queries, keys, scale, seed, threshold, rescale, HEAD_DIM, D1, D2, BM, BN, COLUMN_TAIL, CAUSAL,
-            DROPOUT, PRECISION,
-        )  # fmt: skip
-    elif i_m < tiles - 1:
+    if ROW_TAIL == 0 or i_m < tiles - 1:
         _forward_rows(
             p_q, p_k, p_v, p_mask, p_bias, p_out, p_lse, stride_q, stride_k, stride_v, stride_out, reach, i_m * BM,
             i_bh, i_map, queries, keys, scale, seed, threshold, rescale, HEAD_DIM, D1, D2, BM, BN, COLUMN_TAIL, CAUSAL,
@@ -458,6 +440,8 @@ def _query_step(
     i_first = tl.cast(i_column, tl.int64)
     m_column = (i_column + tl.arange(0, BN) < keys) if CHECK else None
     b_k1, b_k2 = load_rows(p_k + i_first * stride_k, stride_k, m_column, BN, D1, D2, HEAD_DIM)
+    if DROPOUT:
+        b_keep = dropout_keep(seed, threshold, i_bh, i_map, i_row, i_column, BM, BN, False)
     b_s = attention_scores(
         b_q1, b_q2, b_k1, b_k2, p_mask, p_bias, reach, i_position, i_column, keys, scale, BM, BN, D2, CAUSAL, CHECK,
         PRECISION,
@@ -466,7 +450,7 @@ def _query_step(
     b_v1, b_v2 = load_rows(p_v + i_first * stride_v, stride_v, m_column, BN, D1, D2, HEAD_DIM)
     b_dp = inner_product(b_g1, b_g2, b_v1, b_v2, D2, PRECISION)
     if DROPOUT:
-        b_dp = tl.where(dropout_keep(seed, threshold, i_bh, i_map, i_row, i_column, BM, BN, False), b_dp * rescale, 0.0)
+        b_dp = tl.where(b_keep, b_dp * rescale, 0.0)
     b_ds = b_p * (b_dp - b_delta[:, None])
     return _outer(b_dq1, b_dq2, b_ds, b_k1, b_k2, D2, PRECISION)
 
@@ -630,13 +614,7 @@ def attention_backward_queries(
         p_bias += i_h * (2 * reach + 1)
     if p_previous is not None:
         p_previous += i_b * queries * stride_dq + i_h * HEAD_DIM
-    if ROW_TAIL == 0:
-        _query_rows(
-            p_q, p_k, p_v, p_mask, p_bias, p_gate, p_out, p_grad, p_lse, p_delta, p_previous, p_dq, stride_q, stride_k,
-            stride_v, stride_out, stride_grad, stride_dq, reach, i_m * BM, i_bh, i_map, queries, keys, scale, seed,
-            threshold, rescale, HEAD_DIM, D1, D2, BM, BN, COLUMN_TAIL, CAUSAL, DROPOUT, PRECISION,
-        )  # fmt: skip
-    elif i_m < tiles - 1:
+    if ROW_TAIL == 0 or i_m < tiles - 1:
         _query_rows(
             p_q, p_k, p_v, p_mask, p_bias, p_gate, p_out, p_grad, p_lse, p_delta, p_previous, p_dq, stride_q, stride_k,
             stride_v, stride_out, stride_grad, stride_dq, reach, i_m * BM, i_bh, i_map, queries, keys, scale, seed,
@@ -690,7 +668,7 @@ def _key_step(
     PRECISION: tl.constexpr,
 ):
     """One tile of queries more in ds^T q and (r p)^T g. Scores are transposed here: they are the left factors."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    LOG2E = 1.4426950408889634
     i_first = tl.cast(i_row, tl.int64)
     o_row = i_row + tl.arange(0, BM)
     i_position = keys - queries + i_row
@@ -703,6 +681,8 @@ def _key_step(
         b_lse = tl.load(p_lse + o_row)
         b_delta = tl.load(p_delta + o_row)
     b_q1, b_q2 = load_rows(p_q + i_first * stride_q, stride_q, m_row, BM, D1, D2, HEAD_DIM)
+    if DROPOUT:
+        b_keep = dropout_keep(seed, threshold, i_bh, i_map, i_row, i_column, BM, BN, True)
     # [BN, BM]
     b_s = inner_product(b_k1, b_k2, b_q1, b_q2, D2, PRECISION) * (scale * LOG2E)
     if p_bias is not None:
@@ -717,7 +697,6 @@ def _key_step(
     b_g1, b_g2 = load_rows(p_grad + i_first * stride_grad, stride_grad, m_row, BM, D1, D2, HEAD_DIM)
     b_dp = inner_product(b_v1, b_v2, b_g1, b_g2, D2, PRECISION)
     if DROPOUT:
-        b_keep = dropout_keep(seed, threshold, i_bh, i_map, i_row, i_column, BM, BN, True)
         b_dp = tl.where(b_keep, b_dp * rescale, 0.0)
         b_weights = tl.where(b_keep, b_p, 0.0)
     else:
@@ -882,13 +861,7 @@ def attention_backward_keys(
         p_mask += i_b * keys
     if p_bias is not None:
         p_bias += i_h * (2 * reach + 1)
-    if COLUMN_TAIL == 0:
-        _key_rows(
-            p_q, p_k, p_v, p_mask, p_bias, p_gate, p_grad, p_lse, p_delta, p_dk, p_dv, stride_q, stride_k, stride_v,
-            stride_grad, stride_dk, reach, i_n * BN, i_bh, i_map, queries, keys, scale, seed, threshold, rescale,
-            HEAD_DIM, D1, D2, BM, BN, ROW_TAIL, CAUSAL, DROPOUT, PRECISION,
-        )  # fmt: skip
-    elif i_n < tiles - 1:
+    if COLUMN_TAIL == 0 or i_n < tiles - 1:
         _key_rows(
             p_q, p_k, p_v, p_mask, p_bias, p_gate, p_grad, p_lse, p_delta, p_dk, p_dv, stride_q, stride_k, stride_v,
             stride_grad, stride_dk, reach, i_n * BN, i_bh, i_map, queries, keys, scale, seed, threshold, rescale,
@@ -933,7 +906,7 @@ def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """At most two powers of two, none under 16, whose sum is the least that holds `head_dim`; one where that is no more.
+    """At most two powers of two, none under 16, of the least sum that holds `head_dim`; one where it is no more.
 
     88 -> (64, 32), 64 -> (64, 0), 40 -> (32, 16), 128 -> (128, 0).
     """
@@ -951,7 +924,9 @@ def tail(length: int, tile: int) -> int:
     return 0 if rest == 0 else NARROW if rest <= NARROW else tile
 
 
-def tile_sizes(kernel: str, dtype: torch.dtype, head_dim: int, length: int) -> dict[str, int]:
+def tile_sizes(
+    kernel: str, dtype: torch.dtype, head_dim: int, length: int, *, bias: bool, dropout: bool
+) -> dict[str, int]:
     """The tiles, warps and stages of a kernel ("forward", "backward_queries" or "backward_keys").
 
     Args:
@@ -959,21 +934,41 @@ def tile_sizes(kernel: str, dtype: torch.dtype, head_dim: int, length: int) -> d
     """
     width = sum(split_head_dim(head_dim))
     rows = "few" if length <= 16 else "some" if length <= 64 else "many"
-    shape_class = f"{kernel} {8 * dtype.itemsize}-bit head_dim<={64 if width <= 64 else 128} {rows}"
-    return lookup("attention", shape_class, default_sizes(kernel, dtype, width, rows))
+    features = f"{' bias' if bias else ''}{' dropout' if dropout else ''}"
+    shape_class = f"{kernel} {8 * dtype.itemsize}-bit width={width} {rows}{features}"
+    return lookup("attention", shape_class, default_sizes(kernel, dtype, width, rows, bias=bias, dropout=dropout))
 
 
-def default_sizes(kernel: str, dtype: torch.dtype, width: int, rows: str) -> dict[str, int]:
-    """Sizes for a GPU that nobody measured: those that keep everything in registers on sm_90."""
+def default_sizes(
+    kernel: str, dtype: torch.dtype, width: int, rows: str, *, bias: bool, dropout: bool
+) -> dict[str, int]:
+    """Sizes for a GPU that nobody measured: the largest tiles that stay in registers on sm_90.
+
+    A gathered bias and dropout's generator want registers of their own.
+    """
     if dtype == torch.float32:
-        return {"BM": 16 if rows == "few" else 32, "BN": 32, "num_warps": 4, "num_stages": 2}
-    if kernel == "backward_keys":
-        return {"BM": 64, "BN": 16 if rows == "few" else 64, "num_warps": 4, "num_stages": 2}
-    if kernel == "backward_queries":
-        return {"BM": 16 if rows == "few" else 64, "BN": 64, "num_warps": 4, "num_stages": 2}
-    if rows == "many":
-        return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
-    return {"BM": 16 if rows == "few" else 64, "BN": 64, "num_warps": 4, "num_stages": 2}
+        tile = (16 if rows == "few" or kernel == "backward_keys" else 32, 32, 4)
+    elif kernel == "backward_keys":
+        tile = _key_tile(width, rows, bias, dropout)
+    elif rows == "few":
+        tile = (16, 64, 4)
+    elif rows == "some":
+        tile = (64, 32 if dropout else 64, 8 if kernel == "backward_queries" or dropout else 4)
+    else:
+        narrow = width > 96 and dropout and (bias or kernel == "backward_queries")
+        tile = (128, 32 if narrow else 64, 8)
+    return {"BM": tile[0], "BN": tile[1], "num_warps": tile[2], "num_stages": 2}
+
+
+def _key_tile(width: int, rows: str, bias: bool, dropout: bool) -> tuple[int, int, int]:
+    """Queries, keys and warps of "backward_keys" in 16 bits, whose accumulators are two."""
+    if rows == "few":
+        return 64, 16, 4
+    if bias:
+        return (32 if dropout else 64, 64, 8) if width <= 64 else (16, 64, 8)
+    if dropout:
+        return (32, 128 if width <= 96 and rows == "many" else 64, 8)
+    return 64, 128 if width <= 96 and rows == "many" else 64, 8
 
 
 def attend(
@@ -1005,17 +1000,19 @@ def attend(
     """
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
-    sizes = tile_sizes("forward", q.dtype, head_dim, queries)
+    features = {"bias": bias is not None, "dropout": dropout_p > 0.0}
+    sizes = tile_sizes("forward", q.dtype, head_dim, queries, **features)
     common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     row_tail = tail(queries, sizes["BM"])
-    attention_forward[(triton.cdiv(queries, sizes["BM"]) * batch * heads,)](
-        p_out=out,
-        p_lse=lse,
-        stride_out_row=out.stride(1) // 8,
-        ROW_TAIL=row_tail if row_tail == NARROW and sizes["BM"] > NARROW else 0,
-        COLUMN_TAIL=tail(keys, sizes["BN"]),
-        **common,
-    )
+    with on_device(q):
+        attention_forward[(triton.cdiv(queries, sizes["BM"]) * batch * heads,)](
+            p_out=out,
+            p_lse=lse,
+            stride_out_row=out.stride(1) // 8,
+            ROW_TAIL=row_tail if row_tail == NARROW and sizes["BM"] > NARROW else 0,
+            COLUMN_TAIL=tail(keys, sizes["BN"]),
+            **common,
+        )
 
 
 def attend_backward(
@@ -1045,38 +1042,41 @@ def attend_backward(
     it), dk and dv [B, M, H, Dh]. `grad` is laid out as `out` may be; the rest is as `attend` had it."""
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
-    sizes = tile_sizes("backward_queries", q.dtype, head_dim, queries)
+    features = {"bias": bias is not None, "dropout": dropout_p > 0.0}
+    sizes = tile_sizes("backward_queries", q.dtype, head_dim, queries, **features)
     common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     row_tail = tail(queries, sizes["BM"])
-    attention_backward_queries[(triton.cdiv(queries, sizes["BM"]) * batch * heads,)](
-        p_gate=gate,
-        p_out=out,
-        p_grad=grad,
-        p_lse=lse,
-        p_delta=delta,
-        p_previous=previous,
-        p_dq=dq,
-        stride_out_row=out.stride(1) // 8,
-        stride_grad_row=grad.stride(1) // 8,
-        ROW_TAIL=row_tail if row_tail == NARROW and sizes["BM"] > NARROW else 0,
-        COLUMN_TAIL=tail(keys, sizes["BN"]),
-        **common,
-    )
-    sizes = tile_sizes("backward_keys", q.dtype, head_dim, keys)
+    with on_device(q):
+        attention_backward_queries[(triton.cdiv(queries, sizes["BM"]) * batch * heads,)](
+            p_gate=gate,
+            p_out=out,
+            p_grad=grad,
+            p_lse=lse,
+            p_delta=delta,
+            p_previous=previous,
+            p_dq=dq,
+            stride_out_row=out.stride(1) // 8,
+            stride_grad_row=grad.stride(1) // 8,
+            ROW_TAIL=row_tail if row_tail == NARROW and sizes["BM"] > NARROW else 0,
+            COLUMN_TAIL=tail(keys, sizes["BN"]),
+            **common,
+        )
+    sizes = tile_sizes("backward_keys", q.dtype, head_dim, keys, **features)
     common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     column_tail = tail(keys, sizes["BN"])
-    attention_backward_keys[(triton.cdiv(keys, sizes["BN"]) * batch * heads,)](
-        p_gate=gate,
-        p_grad=grad,
-        p_lse=lse,
-        p_delta=delta,
-        p_dk=dk,
-        p_dv=dv,
-        stride_grad_row=grad.stride(1) // 8,
-        ROW_TAIL=tail(queries, sizes["BM"]),
-        COLUMN_TAIL=column_tail if column_tail == NARROW and sizes["BN"] > NARROW else 0,
-        **common,
-    )
+    with on_device(q):
+        attention_backward_keys[(triton.cdiv(keys, sizes["BN"]) * batch * heads,)](
+            p_gate=gate,
+            p_grad=grad,
+            p_lse=lse,
+            p_delta=delta,
+            p_dk=dk,
+            p_dv=dv,
+            stride_grad_row=grad.stride(1) // 8,
+            ROW_TAIL=tail(queries, sizes["BM"]),
+            COLUMN_TAIL=column_tail if column_tail == NARROW and sizes["BN"] > NARROW else 0,
+            **common,
+        )
 
 
 def _common(
@@ -1298,7 +1298,7 @@ def specs(
     }
     out = []
     for kernel, function in kernels.items():
-        sizes = default_sizes(kernel, dtype, piece1 + piece2, rows)
+        sizes = default_sizes(kernel, dtype, piece1 + piece2, rows, bias=bias, dropout=dropout)
         tile_m, tile_n = sizes["BM"], sizes["BN"]
         constexprs = {
             **{name: None for name, used in unused.items() if not used and name in function.arg_names},

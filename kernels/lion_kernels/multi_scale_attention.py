@@ -11,6 +11,9 @@ Without a gate every map has a gradient g_s of its own, and gate_s = 1. `lion_ke
 that one map takes; what is here mixes maps. One map with q, k and v from the same source is self-attention.
 """
 
+# A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from lion_kernels import attention_tiles
 from lion_kernels.aot import KernelSpec
 from lion_kernels.attention_tiles import dropout_mask, plain_attention, plain_attention_backward, rows_contiguous
-from lion_kernels.backend import LAUNCH, interpreting, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
 from lion_kernels.cost import Cost
 
 
@@ -78,9 +81,10 @@ def _launch_forward(
         return maps, maps, lse
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows, channels, block = batch * length, heads * head_dim, 1024
-    _mix[(triton.cdiv(rows * channels, block),)](
-        maps, scale_gate, out, rows, MAPS=len(keys), CHANNELS=channels, BLOCK=block, num_warps=4, **LAUNCH
-    )
+    with on_device(q):
+        _mix[(triton.cdiv(rows * channels, block),)](
+            maps, scale_gate, out, rows, MAPS=len(keys), CHANNELS=channels, BLOCK=block, num_warps=4, **LAUNCH
+        )
     return out, maps, lse
 
 
@@ -260,17 +264,15 @@ def _(
     return q.new_empty(q.shape), [k.new_empty(k.shape) for k in keys], [v.new_empty(v.shape) for v in values], dgate
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx, inputs, output) -> None:
     q, keys, values, masks, scale_gate, seed, ctx.scale, ctx.dropout_p = inputs
     out, maps, lse = output
-    ctx.save_for_backward(
-        q, *keys, *values, *masks, scale_gate, seed, out if scale_gate is None else maps, lse
-    )
+    ctx.save_for_backward(q, *keys, *values, *masks, scale_gate, seed, out if scale_gate is None else maps, lse)
     ctx.mark_non_differentiable(maps, lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad: Tensor | None, *_: Tensor | None):  # noqa: ANN001, ANN202
+def _backward(ctx, grad: Tensor | None, *_: Tensor | None):
     q, *maps_of, scale_gate, seed, maps, lse = ctx.saved_tensors
     number = len(maps_of) // 3
     keys, values, masks = maps_of[:number], maps_of[number : 2 * number], maps_of[2 * number :]
@@ -323,8 +325,7 @@ def multi_scale_attention(
         ValueError: a shape, a dtype, a device, dropout_p, seed or backend that does not fit; the message names it.
     """
     masks = _check(q, keys, values, key_padding_mask, scale_gate)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
@@ -333,10 +334,10 @@ def multi_scale_attention(
     if chosen == "triton" and backend == "triton":
         attention_tiles.check_supported(q)
     if chosen == "torch" or not attention_tiles.supported(q):
-        out = _compose(q, keys, values, masks, scale_gate, seed_tensor, scale, dropout_p)
+        out = _compose(q, keys, values, masks, scale_gate, seed_tensor, factor, dropout_p)
     else:
         refuse_uninterpretable("q", q)
-        arguments = (q, list(keys), list(values), masks, scale_gate, seed_tensor, scale, dropout_p)
+        arguments = (q, list(keys), list(values), masks, scale_gate, seed_tensor, factor, dropout_p)
         differentiable = (q, *keys, *values, *([] if scale_gate is None else [scale_gate]))
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
         if learns or torch.compiler.is_compiling():
@@ -390,9 +391,7 @@ def _keep(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float, map_index
     if seed is None:
         return None
     batch, length, heads, _ = q.shape
-    return dropout_mask(
-        batch, heads, length, k.shape[1], dropout_p, seed, map_index=map_index, device=q.device
-    )
+    return dropout_mask(batch, heads, length, k.shape[1], dropout_p, seed, map_index=map_index, device=q.device)
 
 
 def _check(
@@ -431,9 +430,7 @@ def _check(
     return masks
 
 
-def cost(
-    q: Tensor, keys: Sequence[Tensor], *, scale_gate: bool = False, mask: bool = False
-) -> tuple[Cost, Cost]:
+def cost(q: Tensor, keys: Sequence[Tensor], *, scale_gate: bool = False, mask: bool = False) -> tuple[Cost, Cost]:
     """What forward and backward cannot avoid moving and computing, from the shapes and the dtype.
 
     Forward reads q, keys and values and writes the result: the sum over the maps with a `scale_gate`, else every map's

@@ -12,6 +12,9 @@ registers, and only then sorts the one sum into buckets. The second stage adds u
 O(L + M) of them.
 """
 
+# A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import functools
 import math
 
@@ -35,6 +38,7 @@ from lion_kernels.backend import (
     LAUNCH,
     dot_precision,
     interpreting,
+    on_device,
     refuse_uninterpretable,
     resolve_backend,
     tl,
@@ -226,45 +230,46 @@ def _launch_backward(
         last = min(last, (block - 1 + keys - queries) // block)
     diagonals = triton.cdiv(queries, block) + last
     # Enough programs for any GPU, from the shape alone: the order of the sum must not depend on where it runs.
-    chunk = triton.cdiv(batch, min(batch, triton.cdiv(1024, heads * diagonals)))
-    parts = triton.cdiv(batch, chunk) * diagonals
+    chunk = triton.cdiv(batch, triton.cdiv(1024, heads * diagonals))
+    parts = triton.cdiv(batch, max(chunk, 1)) * diagonals
     partial = q.new_empty(parts, heads, num_buckets, dtype=torch.float32)
     unit = attention_tiles.stride_unit(q, k, v)
     strides = [x.stride(i) // unit for x in (q, k, v) for i in range(3)]
     piece1, piece2 = attention_tiles.split_head_dim(head_dim)
-    _bias_gradient[(parts * heads,)](
-        q,
-        k,
-        v,
-        None if mask is None else mask.view(torch.uint8),
-        bias,
-        bucket_by_distance(num_buckets, max_distance, bidirectional, q.device),
-        grad,
-        lse,
-        delta,
-        partial,
-        *strides,
-        batch,
-        queries,
-        keys,
-        heads,
-        max_distance,
-        num_buckets,
-        diagonals,
-        chunk,
-        number,
-        attention_tiles.dropout_threshold(dropout_p),
-        1.0 / (1.0 - dropout_p),
-        HEAD_DIM=head_dim,
-        D1=piece1,
-        D2=piece2,
-        UNIT=unit,
-        CAUSAL=causal,
-        DROPOUT=dropout_p > 0.0,
-        PRECISION=dot_precision(q.dtype),
-        **sizes,
-        **LAUNCH,
-    )
+    with on_device(q):
+        _bias_gradient[(parts * heads,)](
+            q,
+            k,
+            v,
+            None if mask is None else mask.view(torch.uint8),
+            bias,
+            bucket_by_distance(num_buckets, max_distance, bidirectional, q.device),
+            grad,
+            lse,
+            delta,
+            partial,
+            *strides,
+            batch,
+            queries,
+            keys,
+            heads,
+            max_distance,
+            num_buckets,
+            diagonals,
+            chunk,
+            number,
+            attention_tiles.dropout_threshold(dropout_p),
+            1.0 / (1.0 - dropout_p),
+            HEAD_DIM=head_dim,
+            D1=piece1,
+            D2=piece2,
+            UNIT=unit,
+            CAUSAL=causal,
+            DROPOUT=dropout_p > 0.0,
+            PRECISION=dot_precision(q.dtype),
+            **sizes,
+            **LAUNCH,
+        )
     return dq, dk, dv, partial.sum(0).t().to(bias_table.dtype).contiguous()
 
 
@@ -448,7 +453,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dtable
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx, inputs, output) -> None:
     q, k, v, bias_table, mask, seed, *ctx.options = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, bias_table, mask, seed, out, lse)
@@ -456,7 +461,7 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad: Tensor | None, _: Tensor | None):  # noqa: ANN001, ANN202
+def _backward(ctx, grad: Tensor | None, _: Tensor | None):
     if grad is None:
         return (None,) * 10
     learn_bias = ctx.needs_input_grad[3]
@@ -611,7 +616,7 @@ def _check(
     num_exact = bias_table.shape[0] // (4 if bidirectional else 2)
     if num_exact < 1:
         least = 4 if bidirectional else 2
-        raise ValueError(f"bias_table: expected [num_buckets, H] with num_buckets >= {least}, got {bias_table.shape[0]}")
+        raise ValueError(f"bias_table: expected num_buckets >= {least}, got {bias_table.shape[0]}")
     if max_distance <= num_exact:
         raise ValueError(f"max_distance: expected more than {num_exact} (from bias_table), got {max_distance}")
     attention_tiles.check_alike(q, {"k": k, "v": v})
