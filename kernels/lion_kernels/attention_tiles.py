@@ -20,6 +20,7 @@ slightly above a multiple of the tile gets a narrow last tile: 257 = 4 * 64 + 16
 # A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+import functools
 from typing import Any
 
 import torch
@@ -891,11 +892,18 @@ def check_supported(q: Tensor) -> None:
 def check_alike(q: Tensor, others: dict[str, Tensor]) -> None:
     """Raises ValueError for a tensor on another device, or outside autocast of another dtype, than q's."""
     check_device(q, dict(others))
-    if torch.is_autocast_enabled(q.device.type):
+    if autocast_dtype(q) is not None:
         return
     for name, x in others.items():
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected {q.dtype} (from q), got {x.dtype}")
+
+
+def autocast_dtype(q: Tensor) -> torch.dtype | None:
+    """What an active autocast casts the inputs to."""
+    kind = q.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:
@@ -924,40 +932,43 @@ def tail(length: int, tile: int) -> int:
     return 0 if rest == 0 else NARROW if rest <= NARROW else tile
 
 
-def tile_sizes(
-    kernel: str, dtype: torch.dtype, head_dim: int, length: int, *, bias: bool, dropout: bool
-) -> dict[str, int]:
+def tile_sizes(kernel: str, q: Tensor, length: int, *, bias: bool, dropout: bool) -> dict[str, int]:
     """The tiles, warps and stages of a kernel ("forward", "backward_queries" or "backward_keys").
 
     Args:
         length: the queries, or in "backward_keys" the keys: what the programs share out.
     """
-    width = sum(split_head_dim(head_dim))
+    width = sum(split_head_dim(q.shape[-1]))
     rows = "few" if length <= 16 else "some" if length <= 64 else "many"
     features = f"{' bias' if bias else ''}{' dropout' if dropout else ''}"
-    shape_class = f"{kernel} {8 * dtype.itemsize}-bit width={width} {rows}{features}"
-    return lookup("attention", shape_class, default_sizes(kernel, dtype, width, rows, bias=bias, dropout=dropout))
+    shape_class = f"{kernel} {8 * q.dtype.itemsize}-bit width={width} {rows}{features}"
+    default = default_sizes(kernel, q.dtype, width, rows, bias=bias, dropout=dropout, compact=is_compact(q.device))
+    return lookup("attention", shape_class, default)
 
 
 def default_sizes(
-    kernel: str, dtype: torch.dtype, width: int, rows: str, *, bias: bool, dropout: bool
+    kernel: str, dtype: torch.dtype, width: int, rows: str, *, bias: bool, dropout: bool, compact: bool
 ) -> dict[str, int]:
     """Sizes for a GPU that nobody measured: the largest tiles that stay in registers on sm_90.
 
-    A gathered bias and dropout's generator want registers of their own.
+    A gathered bias and dropout's generator want registers of their own. `compact` ones fit 64 KiB of shared memory.
     """
+    stages = 1 if compact else 2
+    wide = 8 if width > 64 else 4
     if dtype == torch.float32:
-        tile = (16 if rows == "few" or kernel == "backward_keys" else 32, 32, 4)
+        tile = (16 if rows == "few" or kernel == "backward_keys" else 32, 16 if compact else 32, 4)
     elif kernel == "backward_keys":
-        tile = _key_tile(width, rows, bias, dropout)
+        tile = (32, 64, wide) if compact else _key_tile(width, rows, bias, dropout)
     elif rows == "few":
-        tile = (16, 64, 4)
+        tile = (16, 32 if compact else 64, 4)
+    elif compact:
+        tile = (64, 32, wide)
     elif rows == "some":
         tile = (64, 32 if dropout else 64, 8 if kernel == "backward_queries" or dropout else 4)
     else:
         narrow = width > 96 and dropout and (bias or kernel == "backward_queries")
         tile = (128, 32 if narrow else 64, 8)
-    return {"BM": tile[0], "BN": tile[1], "num_warps": tile[2], "num_stages": 2}
+    return {"BM": tile[0], "BN": tile[1], "num_warps": tile[2], "num_stages": stages}
 
 
 def _key_tile(width: int, rows: str, bias: bool, dropout: bool) -> tuple[int, int, int]:
@@ -966,9 +977,19 @@ def _key_tile(width: int, rows: str, bias: bool, dropout: bool) -> tuple[int, in
         return 64, 16, 4
     if bias:
         return (32 if dropout else 64, 64, 8) if width <= 64 else (16, 64, 8)
-    if dropout:
-        return (32, 128 if width <= 96 and rows == "many" else 64, 8)
-    return 64, 128 if width <= 96 and rows == "many" else 64, 8
+    keys = 128 if rows == "many" and width <= 96 and width != 80 else 64
+    return (32 if dropout else 64), keys, 8
+
+
+def is_compact(device: torch.device) -> bool:
+    """Whether a program has less shared memory on `device` than on data-center GPUs since the A100."""
+    return device.type == "cuda" and _shared_memory(device) < 160 * 1024
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    # PyTorch tells for NVIDIA's; AMD's have 64 KiB, or more.
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
 
 
 def attend(
@@ -998,10 +1019,10 @@ def attend(
         bias: [H, 2 * reach + 1], contiguous; what is added to a score by distance.
         i_map: the map's number, which counts in its dropout.
     """
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     features = {"bias": bias is not None, "dropout": dropout_p > 0.0}
-    sizes = tile_sizes("forward", q.dtype, head_dim, queries, **features)
+    sizes = tile_sizes("forward", q, queries, **features)
     common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     row_tail = tail(queries, sizes["BM"])
     with on_device(q):
@@ -1040,10 +1061,10 @@ def attend_backward(
 ) -> None:
     """Writes `delta` [B, H, L] in fp32, and the gradients, contiguous: dq [B, L, H, Dh] (plus `previous`, which is like
     it), dk and dv [B, M, H, Dh]. `grad` is laid out as `out` may be; the rest is as `attend` had it."""
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     features = {"bias": bias is not None, "dropout": dropout_p > 0.0}
-    sizes = tile_sizes("backward_queries", q.dtype, head_dim, queries, **features)
+    sizes = tile_sizes("backward_queries", q, queries, **features)
     common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     row_tail = tail(queries, sizes["BM"])
     with on_device(q):
@@ -1061,7 +1082,7 @@ def attend_backward(
             COLUMN_TAIL=tail(keys, sizes["BN"]),
             **common,
         )
-    sizes = tile_sizes("backward_keys", q.dtype, head_dim, keys, **features)
+    sizes = tile_sizes("backward_keys", q, keys, **features)
     common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     column_tail = tail(keys, sizes["BN"])
     with on_device(q):
@@ -1281,6 +1302,7 @@ def specs(
     gate: bool = False,
     causal: bool = False,
     dropout: bool = False,
+    compact: bool = False,
 ) -> list[KernelSpec]:
     """The three kernels as `attend` and `attend_backward` launch them, for the ahead-of-time report."""
     piece1, piece2 = split_head_dim(head_dim)
@@ -1289,7 +1311,7 @@ def specs(
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_grad", "p_bias", "p_gate", "p_dk", "p_dv"), f"*{kind}")
     pointers |= {"p_mask": "*u8", **dict.fromkeys(("p_lse", "p_delta", "p_previous"), "*fp32")}
     pointers["p_dq"] = "*fp32" if gate else f"*{kind}"
-    features = {"mask": mask, "bias": bias, "gate": gate, "causal": causal, "dropout": dropout}
+    features = {"mask": mask, "bias": bias, "gate": gate, "causal": causal, "dropout": dropout, "compact": compact}
     suffix = "".join(f" {name}" for name, on in features.items() if on)
     kernels = {
         "forward": attention_forward,
@@ -1298,7 +1320,7 @@ def specs(
     }
     out = []
     for kernel, function in kernels.items():
-        sizes = default_sizes(kernel, dtype, piece1 + piece2, rows, bias=bias, dropout=dropout)
+        sizes = default_sizes(kernel, dtype, piece1 + piece2, rows, bias=bias, dropout=dropout, compact=compact)
         tile_m, tile_n = sizes["BM"], sizes["BN"]
         constexprs = {
             **{name: None for name, used in unused.items() if not used and name in function.arg_names},

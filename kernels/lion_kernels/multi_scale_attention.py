@@ -326,8 +326,8 @@ def multi_scale_attention(
     """
     masks = _check(q, keys, values, key_padding_mask, scale_gate)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = attention_tiles.autocast_dtype(q)
+    if dtype is not None:
         q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
     chosen = resolve_backend(backend, "multi_scale_attention", q.device)
     seed_tensor = attention_tiles.draw_seed(seed, dropout_p)
@@ -460,6 +460,8 @@ def kernel_specs() -> list[KernelSpec]:
         specs += attention_tiles.specs(name, head_dim, torch.float32, mask=True, gate=True, dropout=True)
         for rows in ("few", "some"):
             specs += attention_tiles.specs(name, head_dim, rows=rows, mask=True)
+    specs += attention_tiles.specs(name, 128, mask=True, gate=True, dropout=True, compact=True)
+    specs += attention_tiles.specs(name, 128, torch.float32, mask=True, gate=True, dropout=True, compact=True)
     specs.append(
         KernelSpec(
             name=f"{name} mix bf16 3x1408",

@@ -223,7 +223,7 @@ def _launch_backward(
         return dq, dk, dv, q.new_empty(0)
     batch, queries, heads, head_dim = q.shape
     keys, num_buckets = k.shape[1], bias_table.shape[0]
-    sizes = bias_gradient_sizes(q.dtype)
+    sizes = bias_gradient_sizes(q.dtype, attention_tiles.is_compact(q.device))
     block = sizes["BLOCK"]
     last = triton.cdiv(keys, block) - 1
     if causal:
@@ -273,10 +273,10 @@ def _launch_backward(
     return dq, dk, dv, partial.sum(0).t().to(bias_table.dtype).contiguous()
 
 
-def bias_gradient_sizes(dtype: torch.dtype) -> dict[str, int]:
+def bias_gradient_sizes(dtype: torch.dtype, compact: bool) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK": 16 if compact else 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK": 32 if compact else 64, "num_warps": 4 if compact else 8, "num_stages": 1}
 
 
 def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
@@ -512,8 +512,8 @@ def relative_bias_attention(
             names it.
     """
     _check(q, k, v, bias_table, key_padding_mask, bidirectional, max_distance)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = attention_tiles.autocast_dtype(q)
+    if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     mask = None if key_padding_mask is None else key_padding_mask.bool().contiguous()
     chosen = resolve_backend(backend, "relative_bias_attention", q.device)
@@ -650,17 +650,22 @@ def kernel_specs() -> list[KernelSpec]:
         specs += attention_tiles.specs(name, head_dim, rows="few", bias=True, mask=True)
         for dropout in (False, True):
             specs += [_bias_gradient_spec(name, head_dim, dtype, dropout) for dtype in (torch.bfloat16, torch.float32)]
+    specs += attention_tiles.specs(name, 128, bias=True, mask=True, causal=True, dropout=True, compact=True)
+    specs.append(_bias_gradient_spec(name, 128, torch.bfloat16, True, compact=True))
     return specs
 
 
-def _bias_gradient_spec(name: str, head_dim: int, dtype: torch.dtype, dropout: bool) -> KernelSpec:
+def _bias_gradient_spec(
+    name: str, head_dim: int, dtype: torch.dtype, dropout: bool, compact: bool = False
+) -> KernelSpec:
     piece1, piece2 = attention_tiles.split_head_dim(head_dim)
     kind = "fp32" if dtype == torch.float32 else "bf16"
-    sizes = bias_gradient_sizes(dtype)
+    sizes = bias_gradient_sizes(dtype, compact)
+    suffix = f"{' dropout' if dropout else ''}{' compact' if compact else ''}"
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_bias", "p_grad"), f"*{kind}")
     pointers |= dict.fromkeys(("p_lse", "p_delta", "p_out"), "*fp32") | {"p_mask": "*u8", "p_bucket": "*i64"}
     return KernelSpec(
-        name=f"{name} bias_gradient {kind} Dh={head_dim} {sizes['BLOCK']}{' dropout' if dropout else ''}",
+        name=f"{name} bias_gradient {kind} Dh={head_dim} {sizes['BLOCK']}{suffix}",
         kernel=_bias_gradient,
         signature={x: pointers.get(x, "fp32" if x == "rescale" else "i32") for x in _bias_gradient.arg_names},
         constexprs={
@@ -675,5 +680,5 @@ def _bias_gradient_spec(name: str, head_dim: int, dtype: torch.dtype, dropout: b
         },
         num_warps=sizes["num_warps"],
         num_stages=sizes["num_stages"],
-        matrix=dtype != torch.float32,
+        matrix=dtype != torch.float32 and sizes["BLOCK"] >= 64,
     )
