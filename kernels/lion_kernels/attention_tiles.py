@@ -913,16 +913,18 @@ def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{name}: expected on {q.device} (from q), got {x.device}")
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
+def split_head_dim(head_dim: int, kernel: str = "forward") -> tuple[int, int]:
     """At most two powers of two, none under 16, of the least sum that holds `head_dim`; one where it is no more.
 
-    88 -> (64, 32), 64 -> (64, 0), 40 -> (32, 16), 128 -> (128, 0).
+    88 -> (64, 32), 64 -> (64, 0), 40 -> (32, 16), 128 -> (128, 0). In "backward_keys" 80 is (64, 32) too: there a piece
+    of 16 beside one of 64 spills registers on sm_90, whatever the tile.
     """
     whole = max(16, triton.next_power_of_2(head_dim))
     first = whole // 2
     if head_dim <= first or first < 16:
         return whole, 0
-    second = max(16, triton.next_power_of_2(head_dim - first))
+    least = 32 if kernel == "backward_keys" and first == 64 else 16
+    second = max(least, triton.next_power_of_2(head_dim - first))
     return (first, second) if first + second < whole else (whole, 0)
 
 
@@ -938,7 +940,7 @@ def tile_sizes(kernel: str, q: Tensor, length: int, *, bias: bool, dropout: bool
     Args:
         length: the queries, or in "backward_keys" the keys: what the programs share out.
     """
-    width = sum(split_head_dim(q.shape[-1]))
+    width = sum(split_head_dim(q.shape[-1], kernel))
     rows = "few" if length <= 16 else "some" if length <= 64 else "many"
     features = f"{' bias' if bias else ''}{' dropout' if dropout else ''}"
     shape_class = f"{kernel} {8 * q.dtype.itemsize}-bit width={width} {rows}{features}"
@@ -953,10 +955,11 @@ def default_sizes(
 
     A gathered bias and dropout's generator want registers of their own. `compact` ones fit 64 KiB of shared memory.
     """
-    stages = 1 if compact else 2
+    # A third stage frees the registers of what the second holds back.
+    stages = 1 if compact else 3 if kernel == "backward_keys" and bias and dropout and width > 64 else 2
     wide = 8 if width > 64 else 4
     if dtype == torch.float32:
-        tile = (16 if rows == "few" or kernel == "backward_keys" else 32, 16 if compact else 32, 4)
+        tile = (32, 16, 8) if kernel == "backward_keys" else (16, 16 if compact or (bias and width > 96) else 32, 8)
     elif kernel == "backward_keys":
         tile = (32, 64, wide) if compact else _key_tile(width, rows, bias, dropout)
     elif rows == "few":
@@ -977,7 +980,7 @@ def _key_tile(width: int, rows: str, bias: bool, dropout: bool) -> tuple[int, in
         return 64, 16, 4
     if bias:
         return (32 if dropout else 64, 64, 8) if width <= 64 else (16, 64, 8)
-    keys = 128 if rows == "many" and width <= 96 and width != 80 else 64
+    keys = 128 if rows == "many" and width <= 96 else 64
     return (32 if dropout else 64), keys, 8
 
 
@@ -1023,7 +1026,7 @@ def attend(
     keys = k.shape[1]
     features = {"bias": bias is not None, "dropout": dropout_p > 0.0}
     sizes = tile_sizes("forward", q, queries, **features)
-    common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
+    common = _common("forward", q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     row_tail = tail(queries, sizes["BM"])
     with on_device(q):
         attention_forward[(triton.cdiv(queries, sizes["BM"]) * batch * heads,)](
@@ -1065,7 +1068,7 @@ def attend_backward(
     keys = k.shape[1]
     features = {"bias": bias is not None, "dropout": dropout_p > 0.0}
     sizes = tile_sizes("backward_queries", q, queries, **features)
-    common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
+    common = _common("backward_queries", q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     row_tail = tail(queries, sizes["BM"])
     with on_device(q):
         attention_backward_queries[(triton.cdiv(queries, sizes["BM"]) * batch * heads,)](
@@ -1083,7 +1086,7 @@ def attend_backward(
             **common,
         )
     sizes = tile_sizes("backward_keys", q, keys, **features)
-    common = _common(q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
+    common = _common("backward_keys", q, k, v, sizes, scale, mask, bias, reach, causal, dropout_p, seed, i_map)
     column_tail = tail(keys, sizes["BN"])
     with on_device(q):
         attention_backward_keys[(triton.cdiv(keys, sizes["BN"]) * batch * heads,)](
@@ -1101,6 +1104,7 @@ def attend_backward(
 
 
 def _common(
+    kernel: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -1121,7 +1125,7 @@ def _common(
         for name, x in (("q", q), ("k", k), ("v", v))
         for i, dim in enumerate(("batch", "row", "head"))
     }
-    piece1, piece2 = split_head_dim(q.shape[-1])
+    piece1, piece2 = split_head_dim(q.shape[-1], kernel)
     return {
         "p_q": q,
         "p_k": k,
@@ -1305,7 +1309,6 @@ def specs(
     compact: bool = False,
 ) -> list[KernelSpec]:
     """The three kernels as `attend` and `attend_backward` launch them, for the ahead-of-time report."""
-    piece1, piece2 = split_head_dim(head_dim)
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     unused = {"p_mask": mask, "p_bias": bias, "p_gate": gate, "p_previous": gate}
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_grad", "p_bias", "p_gate", "p_dk", "p_dv"), f"*{kind}")
@@ -1320,6 +1323,7 @@ def specs(
     }
     out = []
     for kernel, function in kernels.items():
+        piece1, piece2 = split_head_dim(head_dim, kernel)
         sizes = default_sizes(kernel, dtype, piece1 + piece2, rows, bias=bias, dropout=dropout, compact=compact)
         tile_m, tile_n = sizes["BM"], sizes["BN"]
         constexprs = {

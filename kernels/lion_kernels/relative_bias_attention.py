@@ -223,7 +223,9 @@ def _launch_backward(
         return dq, dk, dv, q.new_empty(0)
     batch, queries, heads, head_dim = q.shape
     keys, num_buckets = k.shape[1], bias_table.shape[0]
-    sizes = bias_gradient_sizes(q.dtype, attention_tiles.is_compact(q.device))
+    piece1, piece2 = attention_tiles.split_head_dim(head_dim)
+    compact = attention_tiles.is_compact(q.device)
+    sizes = bias_gradient_sizes(q.dtype, piece1 + piece2, dropout=dropout_p > 0.0, compact=compact)
     block = sizes["BLOCK"]
     last = triton.cdiv(keys, block) - 1
     if causal:
@@ -235,7 +237,6 @@ def _launch_backward(
     partial = q.new_empty(parts, heads, num_buckets, dtype=torch.float32)
     unit = attention_tiles.stride_unit(q, k, v)
     strides = [x.stride(i) // unit for x in (q, k, v) for i in range(3)]
-    piece1, piece2 = attention_tiles.split_head_dim(head_dim)
     with on_device(q):
         _bias_gradient[(parts * heads,)](
             q,
@@ -273,10 +274,11 @@ def _launch_backward(
     return dq, dk, dv, partial.sum(0).t().to(bias_table.dtype).contiguous()
 
 
-def bias_gradient_sizes(dtype: torch.dtype, compact: bool) -> dict[str, int]:
+def bias_gradient_sizes(dtype: torch.dtype, width: int, *, dropout: bool, compact: bool) -> dict[str, int]:
+    """The largest tiles that stay in registers on sm_90; `compact` ones fit 64 KiB of shared memory."""
     if dtype == torch.float32:
-        return {"BLOCK": 16 if compact else 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK": 32 if compact else 64, "num_warps": 4 if compact else 8, "num_stages": 1}
+        return {"BLOCK": 16 if compact else 32, "num_warps": 8, "num_stages": 1 if compact else 2}
+    return {"BLOCK": 32 if compact or (dropout and width > 64) else 64, "num_warps": 8, "num_stages": 1}
 
 
 def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
@@ -660,7 +662,7 @@ def _bias_gradient_spec(
 ) -> KernelSpec:
     piece1, piece2 = attention_tiles.split_head_dim(head_dim)
     kind = "fp32" if dtype == torch.float32 else "bf16"
-    sizes = bias_gradient_sizes(dtype, compact)
+    sizes = bias_gradient_sizes(dtype, piece1 + piece2, dropout=dropout, compact=compact)
     suffix = f"{' dropout' if dropout else ''}{' compact' if compact else ''}"
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_bias", "p_grad"), f"*{kind}")
     pointers |= dict.fromkeys(("p_lse", "p_delta", "p_out"), "*fp32") | {"p_mask": "*u8", "p_bucket": "*i64"}
