@@ -1,0 +1,686 @@
+"""T5's attention: no scale, and a learned bias by head and bucketed distance (Raffel et al., arXiv 1910.10683).
+
+    out = softmax(s) v,   s_ij = q_i k_j^T + bias_table[bucket(j - i)]          i, j the positions of query and key
+
+The buckets of the distances -max_distance .. max_distance are a small table made once; from max_distance on they are
+all the same. So a head's bias is a vector of 2 max_distance + 1 values, which `lion_kernels.attention_tiles` reads by
+distance, and nothing is as large as the scores. Backward there gives dq, dk, dv from ds = p * (g v^T - delta).
+
+The table's gradient sums ds over the pairs of a bucket, in two stages of fixed order. A program goes along one
+diagonal of tiles, where an element of the tile always has the same distance: it forms ds again, adds the tiles up in
+registers, and only then sorts the one sum into buckets. The second stage adds up the programs' buckets; there are
+O(L + M) of them.
+"""
+
+# A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lion_kernels import attention_tiles
+from lion_kernels.aot import KernelSpec
+from lion_kernels.attention_tiles import (
+    attention_scores,
+    dropout_keep,
+    dropout_mask,
+    inner_product,
+    load_rows,
+    plain_attention,
+    plain_attention_backward,
+    rows_contiguous,
+)
+from lion_kernels.backend import (
+    LAUNCH,
+    dot_precision,
+    interpreting,
+    on_device,
+    refuse_uninterpretable,
+    resolve_backend,
+    tl,
+    triton,
+)
+from lion_kernels.cost import Cost
+
+_NOT_SPECIALIZED = [
+    *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v") for dim in ("batch", "row", "head")),
+    *("batch", "queries", "keys", "heads", "reach", "num_buckets", "diagonals", "chunk", "seed", "threshold"),
+]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _bias_gradient(
+    p_q,  # [B, L, H, Dh]
+    p_k,  # [B, M, H, Dh]
+    p_v,  # [B, M, H, Dh]
+    p_mask,  # [B, M] bytes, or None
+    p_bias,  # [H, 2 * reach + 1]
+    p_bucket,  # [2 * reach + 1]
+    p_grad,  # [B, L, H, Dh]
+    p_lse,  # [B, H, L]
+    p_delta,  # [B, H, L]
+    p_out,  # [chunks * diagonals, H, num_buckets]
+    stride_q_batch,
+    stride_q_row,
+    stride_q_head,
+    stride_k_batch,
+    stride_k_row,
+    stride_k_head,
+    stride_v_batch,
+    stride_v_row,
+    stride_v_head,
+    batch,
+    queries,
+    keys,
+    heads,
+    reach,
+    num_buckets,
+    diagonals,
+    chunk,
+    seed,
+    threshold,
+    rescale,
+    HEAD_DIM: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One diagonal of tiles [BLOCK, BLOCK] of one head, over `chunk` elements of the batch: ds by bucket."""
+    i_h = tl.program_id(0) % heads
+    i_out = tl.program_id(0) // heads
+    i_diagonal = i_out % diagonals - (tl.cdiv(queries, BLOCK) - 1)
+    i_chunk = i_out // diagonals
+    begin = tl.maximum(-i_diagonal, 0)
+    length = tl.minimum(tl.cdiv(queries, BLOCK), tl.cdiv(keys, BLOCK) - i_diagonal) - begin
+    count = tl.minimum(batch - i_chunk * chunk, chunk)
+    p_bias += i_h * (2 * reach + 1)
+    stride_q = stride_q_row.to(tl.int64) * UNIT
+    stride_k = stride_k_row.to(tl.int64) * UNIT
+    stride_v = stride_v_row.to(tl.int64) * UNIT
+    stride_grad = heads.to(tl.int64) * HEAD_DIM
+
+    o_tile = tl.arange(0, BLOCK)
+    b_total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i in range(0, count * length):
+        i_b = (i_chunk * chunk + i // length).to(tl.int64)
+        i_bh = i_b * heads + i_h
+        i_row = (begin + i % length) * BLOCK
+        i_column = i_row + i_diagonal * BLOCK
+        m_row = i_row + o_tile < queries
+        m_column = i_column + o_tile < keys
+        p_q_tile = p_q + (i_b * stride_q_batch + i_h.to(tl.int64) * stride_q_head) * UNIT + i_row * stride_q
+        p_k_tile = p_k + (i_b * stride_k_batch + i_h.to(tl.int64) * stride_k_head) * UNIT + i_column * stride_k
+        p_v_tile = p_v + (i_b * stride_v_batch + i_h.to(tl.int64) * stride_v_head) * UNIT + i_column * stride_v
+        p_grad_tile = p_grad + (i_b * queries + i_row) * stride_grad + i_h * HEAD_DIM
+        b_q1, b_q2 = load_rows(p_q_tile, stride_q, m_row, BLOCK, D1, D2, HEAD_DIM)
+        b_k1, b_k2 = load_rows(p_k_tile, stride_k, m_column, BLOCK, D1, D2, HEAD_DIM)
+        b_lse = tl.load(p_lse + i_bh * queries + i_row + o_tile, mask=m_row, other=float("inf"))
+        b_delta = tl.load(p_delta + i_bh * queries + i_row + o_tile, mask=m_row, other=0.0)
+        # [BLOCK, BLOCK], queries by keys
+        b_s = attention_scores(
+            b_q1, b_q2, b_k1, b_k2, p_mask + i_b * keys if p_mask is not None else None, p_bias, reach,
+            keys - queries + i_row, i_column, keys, 1.0, BLOCK, BLOCK, D2, CAUSAL, True, PRECISION,
+        )  # fmt: skip
+        b_p = tl.math.exp2(b_s - b_lse[:, None])
+        b_g1, b_g2 = load_rows(p_grad_tile, stride_grad, m_row, BLOCK, D1, D2, HEAD_DIM)
+        b_v1, b_v2 = load_rows(p_v_tile, stride_v, m_column, BLOCK, D1, D2, HEAD_DIM)
+        b_dp = inner_product(b_g1, b_g2, b_v1, b_v2, D2, PRECISION)
+        if DROPOUT:
+            b_keep = dropout_keep(seed, threshold, i_bh.to(tl.int32), 0, i_row, i_column, BLOCK, BLOCK, False)
+            b_dp = tl.where(b_keep, b_dp * rescale, 0.0)
+        b_total += b_p * (b_dp - b_delta[:, None])
+
+    o_distance = i_diagonal * BLOCK + o_tile[None, :] - (keys - queries + o_tile)[:, None]
+    b_bucket = tl.load(p_bucket + tl.minimum(tl.maximum(o_distance, -reach), reach) + reach)
+    p_out += (i_out.to(tl.int64) * heads + i_h) * num_buckets
+    for i in range(0, num_buckets):
+        tl.store(p_out + i, tl.sum(tl.where(b_bucket == i, b_total, 0.0)))
+
+
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output and, to `save`, lse."""
+    batch, length, heads, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, heads, length, dtype=torch.float32) if save else None
+    attention_tiles.attend(
+        rows_contiguous(q),
+        rows_contiguous(k),
+        rows_contiguous(v),
+        out,
+        lse,
+        scale=1.0,
+        mask=mask,
+        bias=_bias_by_distance(bias_table, max_distance, bidirectional),
+        reach=max_distance,
+        causal=causal,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed),
+    )
+    return out, lse
+
+
+def _launch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+    learn_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, q, k, v = grad.contiguous(), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    bias = _bias_by_distance(bias_table, max_distance, bidirectional)
+    delta = torch.empty_like(lse)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    number = 0 if seed is None else int(seed)
+    attention_tiles.attend_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        delta,
+        dq,
+        dk,
+        dv,
+        scale=1.0,
+        mask=mask,
+        bias=bias,
+        reach=max_distance,
+        causal=causal,
+        dropout_p=dropout_p,
+        seed=number,
+    )
+    if not learn_bias:
+        return dq, dk, dv, q.new_empty(0)
+    batch, queries, heads, head_dim = q.shape
+    keys, num_buckets = k.shape[1], bias_table.shape[0]
+    piece1, piece2 = attention_tiles.split_head_dim(head_dim)
+    compact = attention_tiles.is_compact(q.device)
+    sizes = bias_gradient_sizes(q.dtype, piece1 + piece2, dropout=dropout_p > 0.0, compact=compact)
+    block = sizes["BLOCK"]
+    last = triton.cdiv(keys, block) - 1
+    if causal:
+        last = min(last, (block - 1 + keys - queries) // block)
+    diagonals = triton.cdiv(queries, block) + last
+    # Enough programs for any GPU, from the shape alone: the order of the sum must not depend on where it runs.
+    chunk = triton.cdiv(batch, triton.cdiv(1024, heads * diagonals))
+    parts = triton.cdiv(batch, max(chunk, 1)) * diagonals
+    partial = q.new_empty(parts, heads, num_buckets, dtype=torch.float32)
+    unit = attention_tiles.stride_unit(q, k, v)
+    strides = [x.stride(i) // unit for x in (q, k, v) for i in range(3)]
+    with on_device(q):
+        _bias_gradient[(parts * heads,)](
+            q,
+            k,
+            v,
+            None if mask is None else mask.view(torch.uint8),
+            bias,
+            bucket_by_distance(num_buckets, max_distance, bidirectional, q.device),
+            grad,
+            lse,
+            delta,
+            partial,
+            *strides,
+            batch,
+            queries,
+            keys,
+            heads,
+            max_distance,
+            num_buckets,
+            diagonals,
+            chunk,
+            number,
+            attention_tiles.dropout_threshold(dropout_p),
+            1.0 / (1.0 - dropout_p),
+            HEAD_DIM=head_dim,
+            D1=piece1,
+            D2=piece2,
+            UNIT=unit,
+            CAUSAL=causal,
+            DROPOUT=dropout_p > 0.0,
+            PRECISION=dot_precision(q.dtype),
+            **sizes,
+            **LAUNCH,
+        )
+    return dq, dk, dv, partial.sum(0).t().to(bias_table.dtype).contiguous()
+
+
+def bias_gradient_sizes(dtype: torch.dtype, width: int, *, dropout: bool, compact: bool) -> dict[str, int]:
+    """The largest tiles that stay in registers on sm_90; `compact` ones fit 64 KiB of shared memory."""
+    if dtype == torch.float32:
+        return {"BLOCK": 16 if compact else 32, "num_warps": 8, "num_stages": 1 if compact else 2}
+    return {"BLOCK": 32 if compact or (dropout and width > 64) else 64, "num_warps": 8, "num_stages": 1}
+
+
+def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+    """The bucket of each distance (key position - query position, integers of any shape).
+
+    Half of the buckets hold one distance each; the other half divides the distances up to `max_distance` evenly on a
+    logarithmic scale, and its last bucket holds everything beyond. Bidirectional: one such series for keys at or
+    before the query, another for keys after it. Otherwise keys after the query fall into bucket 0.
+    """
+    if bidirectional:
+        num_buckets //= 2
+        first = (distance > 0) * num_buckets
+        distance = distance.abs()
+    else:
+        first = torch.zeros_like(distance)
+        distance = (-distance).clamp(min=0)
+    num_exact = num_buckets // 2
+    # fp32 whatever the model's dtype: that is where the published weights have their bucket boundaries.
+    position = torch.log(distance.clamp(min=1).float() / num_exact) / math.log(max_distance / num_exact)
+    logarithmic = num_exact + (position * (num_buckets - num_exact)).long()
+    return first + torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
+
+
+@functools.cache
+def bucket_by_distance(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
+    """The buckets of the distances -max_distance .. max_distance, computed on the CPU whose logarithm is the reference.
+
+    At max_distance the last bucket has begun, whichever way the logarithm is rounded: it begins a whole step earlier.
+    """
+    distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
+    return relative_position_bucket(distance, num_buckets, max_distance, bidirectional).to(device)
+
+
+def _bias_by_distance(bias_table: Tensor, max_distance: int, bidirectional: bool) -> Tensor:
+    """[H, 2 * max_distance + 1]"""
+    buckets = bucket_by_distance(bias_table.shape[0], max_distance, bidirectional, bias_table.device)
+    return bias_table.t().index_select(1, buckets)
+
+
+@torch.library.custom_op("lion_kernels::relative_bias_attention", mutates_args=(), device_types="cuda")
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """The output and lse [B, H, L]."""
+    out, lse = _launch_forward(
+        q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p, save=True
+    )
+    assert lse is not None
+    return out, lse
+
+
+@_forward_op.register_kernel("cpu")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    if interpreting():
+        out, lse = _launch_forward(
+            q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p, save=True
+        )
+        assert lse is not None
+        return out, lse
+    bias, _ = _dense_bias(q, k, bias_table, bidirectional, max_distance)
+    return plain_attention(q, k, v, bias, _visible(q, k, mask, causal), _keep(q, k, seed, dropout_p), 1.0)
+
+
+@_forward_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=lse_dtype)
+
+
+@torch.library.custom_op("lion_kernels::relative_bias_attention_backward", mutates_args=(), device_types="cuda")
+def _backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+    learn_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and bias_table (no elements unless `learn_bias`)."""
+    return _launch_backward(
+        grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, learn_bias
+    )
+
+
+@_backward_op.register_kernel("cpu")
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+    learn_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if interpreting():
+        return _launch_backward(
+            grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, learn_bias
+        )
+    bias, buckets = _dense_bias(q, k, bias_table, bidirectional, max_distance)
+    visible, keep = _visible(q, k, mask, causal), _keep(q, k, seed, dropout_p)
+    dq, dk, dv, ds, _ = plain_attention_backward(grad, q, k, v, out, lse, bias, visible, keep, 1.0)
+    if not learn_bias:
+        return dq, dk, dv, q.new_empty(0)
+    by_pair = ds.sum(0).flatten(1).t()  # [L * M, H]
+    dtable = torch.zeros_like(bias_table, dtype=ds.dtype, memory_format=torch.contiguous_format)
+    return dq, dk, dv, dtable.index_add_(0, buckets.flatten(), by_pair).to(bias_table.dtype)
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+    learn_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtable = bias_table.new_empty(bias_table.shape) if learn_bias else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dtable
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, bias_table, mask, seed, *ctx.options = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, bias_table, mask, seed, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad: Tensor | None, _: Tensor | None):
+    if grad is None:
+        return (None,) * 10
+    learn_bias = ctx.needs_input_grad[3]
+    dq, dk, dv, dtable = _backward_op(grad, *ctx.saved_tensors, *ctx.options, learn_bias)
+    return dq, dk, dv, dtable if learn_bias else None, None, None, None, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def relative_bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    bidirectional: bool = True,
+    max_distance: int = 128,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multi-head self-attention with T5's relative position bias and without a scale.
+
+    Differentiable in q, k, v and bias_table. q, k and v have one dtype and any strides, such as those of slices of a
+    packed projection; under autocast they are cast to its dtype. The table may have another dtype.
+
+    Args:
+        q: [B, L, H, Dh], the last L of the M positions of k.
+        k, v: [B, M, H, Dh], M >= L.
+        bias_table: [num_buckets, H].
+        key_padding_mask: [B, M], nonzero where a key may be attended.
+        bidirectional: whether keys before and after the query have buckets of their own.
+        max_distance: the distance from which on all share a bucket.
+        causal: whether a query may attend only keys up to its own position.
+        dropout_p: the share of the probabilities that dropout zeroes; 0 outside training.
+        seed: of dropout, 0 <= seed < 2^63; drawn from torch's default generator on the CPU where None. See
+            `dropout_mask` for the mask that belongs to it, which is the same in both backends.
+        backend: "auto", "triton" (fp16, bf16 or fp32, Dh a multiple of 8 up to 128) or "torch" (any).
+
+    Returns:
+        [B, L, H, Dh]. A query that may attend no key gets zeros.
+
+    Raises:
+        ValueError: a shape, a dtype, a device, max_distance, dropout_p, seed or backend that does not fit; the message
+            names it.
+    """
+    _check(q, k, v, bias_table, key_padding_mask, bidirectional, max_distance)
+    dtype = attention_tiles.autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    mask = None if key_padding_mask is None else key_padding_mask.bool().contiguous()
+    chosen = resolve_backend(backend, "relative_bias_attention", q.device)
+    seed_tensor = attention_tiles.draw_seed(seed, dropout_p)
+    if chosen == "triton" and backend == "triton":
+        attention_tiles.check_supported(q)
+    arguments = (q, k, v, bias_table, mask, seed_tensor, bidirectional, max_distance, causal, dropout_p)
+    if chosen == "torch" or not attention_tiles.supported(q):
+        return _compose(*arguments)
+    refuse_uninterpretable("q", q)
+    refuse_uninterpretable("bias_table", bias_table)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias_table))
+    if learns or torch.compiler.is_compiling():
+        return _forward_op(*arguments)[0]
+    return _launch_forward(*arguments, save=False)[0]
+
+
+def _compose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    dropout_p: float,
+) -> Tensor:
+    """The operator in PyTorch."""
+    bias, _ = _dense_bias(q, k, bias_table, bidirectional, max_distance)
+    visible = _visible(q, k, mask, causal)
+    if seed is not None:
+        return plain_attention(q, k, v, bias, visible, _keep(q, k, seed, dropout_p), 1.0)[0]
+    # SDPA leaves open what a row gives that attends nothing: it attends everything here, and then counts nothing.
+    attends = None if mask is None or visible is None else visible.any(-1, keepdim=True)
+    bias = bias.to(q.dtype).unsqueeze(0)
+    if visible is not None:
+        bias = bias.masked_fill(~visible if attends is None else ~visible & attends, float("-inf"))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=1.0
+    )
+    return (out if attends is None else out.masked_fill(~attends, 0.0)).transpose(1, 2)
+
+
+def _distances(q: Tensor, k: Tensor) -> Tensor:
+    """Key position - query position, [L, M]."""
+    positions = torch.arange(k.shape[1], device=q.device)
+    return positions[None, :] - positions[k.shape[1] - q.shape[1] :, None]
+
+
+def _dense_bias(
+    q: Tensor, k: Tensor, bias_table: Tensor, bidirectional: bool, max_distance: int
+) -> tuple[Tensor, Tensor]:
+    """The bias of every pair [H, L, M], and its bucket [L, M]."""
+    buckets = relative_position_bucket(_distances(q, k), bias_table.shape[0], max_distance, bidirectional)
+    return bias_table[buckets].movedim(-1, 0), buckets
+
+
+def _visible(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """Which scores count, broadcasting to [B, H, L, M]."""
+    visible = (_distances(q, k) <= 0)[None, None] if causal else None
+    if mask is not None:
+        mask = mask[:, None, None, :]
+        visible = mask if visible is None else visible & mask
+    return visible
+
+
+def _keep(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
+    if seed is None:
+        return None
+    batch, length, heads, _ = q.shape
+    return dropout_mask(batch, heads, length, k.shape[1], dropout_p, seed, device=q.device)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    key_padding_mask: Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q: expected [B, L, H, Dh], got {list(q.shape)}")
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
+    batch, length, heads, head_dim = q.shape
+    if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, head_dim) or k.shape[1] < length:
+        raise ValueError(f"k: expected {[batch, f'M >= {length}', heads, head_dim]} (from q), got {list(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected {list(k.shape)} (from k), got {list(v.shape)}")
+    if bias_table.dim() != 2 or bias_table.shape[1] != heads:
+        raise ValueError(f"bias_table: expected [num_buckets, {heads}] (H from q), got {list(bias_table.shape)}")
+    if not bias_table.is_floating_point():
+        raise ValueError(f"bias_table: expected a floating dtype, got {bias_table.dtype}")
+    if key_padding_mask is not None and key_padding_mask.shape != k.shape[:2]:
+        raise ValueError(f"key_padding_mask: expected {list(k.shape[:2])} (from k), got {list(key_padding_mask.shape)}")
+    num_exact = bias_table.shape[0] // (4 if bidirectional else 2)
+    if num_exact < 1:
+        least = 4 if bidirectional else 2
+        raise ValueError(f"bias_table: expected num_buckets >= {least}, got {bias_table.shape[0]}")
+    if max_distance <= num_exact:
+        raise ValueError(f"max_distance: expected more than {num_exact} (from bias_table), got {max_distance}")
+    attention_tiles.check_alike(q, {"k": k, "v": v})
+    attention_tiles.check_device(q, {"bias_table": bias_table, "key_padding_mask": key_padding_mask})
+
+
+def cost(q: Tensor, k: Tensor, *, causal: bool = False, learn_bias: bool = False) -> tuple[Cost, Cost]:
+    """What forward and backward cannot avoid moving and computing, from the shapes and the dtype; the table is nothing.
+
+    Backward forms the scores again and has four products more, and reuses them for the table.
+    """
+    batch, length, heads, head_dim = q.shape
+    keys = k.shape[1]
+    pairs = batch * heads * (length * (keys - length) + length * (length + 1) // 2 if causal else length * keys)
+    values = (2 * q.numel() + 2 * k.numel()) * q.element_size()  # q, k and v read, out written
+    lse = 4 * batch * heads * length
+    table = 4 * batch * heads * length if learn_bias else 0
+    return Cost(values, 4 * pairs * head_dim), Cost(
+        2 * values + lse + table, (10 * head_dim + (1 if learn_bias else 0)) * pairs
+    )
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """Every kernel as it ships, for the ahead-of-time report."""
+    name = "relative_bias_attention"
+    specs: list[KernelSpec] = []
+    for head_dim in (64, 128):
+        specs += attention_tiles.specs(name, head_dim, bias=True, mask=True)
+        specs += attention_tiles.specs(name, head_dim, bias=True, mask=True, causal=True, dropout=True)
+        specs += attention_tiles.specs(name, head_dim, torch.float32, bias=True, mask=True, dropout=True)
+        specs += attention_tiles.specs(name, head_dim, rows="few", bias=True, mask=True)
+        for dropout in (False, True):
+            specs += [_bias_gradient_spec(name, head_dim, dtype, dropout) for dtype in (torch.bfloat16, torch.float32)]
+    specs += attention_tiles.specs(name, 128, bias=True, mask=True, causal=True, dropout=True, compact=True)
+    specs.append(_bias_gradient_spec(name, 128, torch.bfloat16, True, compact=True))
+    return specs
+
+
+def _bias_gradient_spec(
+    name: str, head_dim: int, dtype: torch.dtype, dropout: bool, compact: bool = False
+) -> KernelSpec:
+    piece1, piece2 = attention_tiles.split_head_dim(head_dim)
+    kind = "fp32" if dtype == torch.float32 else "bf16"
+    sizes = bias_gradient_sizes(dtype, piece1 + piece2, dropout=dropout, compact=compact)
+    suffix = f"{' dropout' if dropout else ''}{' compact' if compact else ''}"
+    pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_bias", "p_grad"), f"*{kind}")
+    pointers |= dict.fromkeys(("p_lse", "p_delta", "p_out"), "*fp32") | {"p_mask": "*u8", "p_bucket": "*i64"}
+    return KernelSpec(
+        name=f"{name} bias_gradient {kind} Dh={head_dim} {sizes['BLOCK']}{suffix}",
+        kernel=_bias_gradient,
+        signature={x: pointers.get(x, "fp32" if x == "rescale" else "i32") for x in _bias_gradient.arg_names},
+        constexprs={
+            "HEAD_DIM": head_dim,
+            "D1": piece1,
+            "D2": piece2,
+            "UNIT": 16 // dtype.itemsize,
+            "BLOCK": sizes["BLOCK"],
+            "CAUSAL": False,
+            "DROPOUT": dropout,
+            "PRECISION": "ieee",
+        },
+        num_warps=sizes["num_warps"],
+        num_stages=sizes["num_stages"],
+        matrix=dtype != torch.float32 and sizes["BLOCK"] >= 64,
+    )
