@@ -5,6 +5,8 @@ from lion_kernels.backend import BACKENDS, resolve_backend
 from lion_kernels.gated_gelu import gated_gelu
 from lion_kernels.mixture_of_adapters import mixture_of_adapters
 from lion_kernels.mixture_of_lora_linear import mixture_of_lora_linear
+from lion_kernels.multi_scale_attention import multi_scale_attention
+from lion_kernels.relative_bias_attention import relative_bias_attention
 from lion_kernels.residual_layer_norm import residual_layer_norm
 from lion_kernels.rms_norm import rms_norm
 
@@ -14,6 +16,8 @@ __all__ = [
     "gated_gelu",
     "mixture_of_adapters",
     "mixture_of_lora_linear",
+    "multi_scale_attention",
+    "relative_bias_attention",
     "residual_layer_norm",
     "resolve_backend",
     "rms_norm",
