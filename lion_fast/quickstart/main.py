@@ -24,7 +24,7 @@ from lion_fast.scenes import SceneGenerator
 from lion_fast.stages import STAGES, Stage, carry_over, freeze_for_stage
 
 _KINDS = {1: ("caption", "vqa"), 2: ("rec",), 3: ("caption", "rec", "vqa", "rec")}
-_MUON_LR, _ADAMW_LR = {1: 0.01, 2: 0.006, 3: 0.005}, {1: 1.5e-3, 2: 3e-3, 3: 1.5e-3}
+_MUON_LR, _ADAMW_LR = {1: 0.01, 2: 0.006, 3: 0.004}, {1: 1.5e-3, 2: 3e-3, 3: 1.5e-3}
 _SHOWN, _SHOWN_SIZE = 8, 384
 
 
@@ -38,7 +38,7 @@ class Settings:
     vision_batch_size: int = 32
     language_steps: int = 1900
     language_batch_size: int = 64
-    stage_steps: tuple[int, int, int] = (600, 650, 580)
+    stage_steps: tuple[int, int, int] = (600, 650, 450)
     batch_size: int = 64
 
     def scaled(self, factor: float) -> "Settings":
