@@ -14,8 +14,8 @@ import torch
 def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
     """The results of both functions; `second` runs in a forked process, where there are two cores to share.
 
-    Small models gain little from more threads: two pieces of training on one core each take two thirds of the time that
-    they take one after the other on both. Where processes cannot be forked they do run one after the other.
+    Small models gain little from a second thread, so the cores are better spent on two of them at a time. Where
+    processes cannot be forked, they run one after the other.
 
     Args:
         first: runs in this process.

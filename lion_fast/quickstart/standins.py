@@ -194,8 +194,7 @@ def _init_language(model: Any) -> None:
     """Start with attention to what is alike, and with copying what is attended to into the output.
 
     In the encoder a token is not the first to attend to itself. The decoder's first block looks at everything alike, so
-    that the second, which looks for what is like that, prefers the object that the question speaks of. From T5's own
-    initialisation most of the training passes before questions are looked at, if they ever are.
+    that the second, which looks for what is like that, prefers the object that the question speaks of.
     """
     for name, module in _linears(model):
         attention: Any = model.get_submodule(name.rpartition(".")[0])
