@@ -959,11 +959,11 @@ def default_sizes(
     stages = 1 if compact else 3 if kernel == "backward_keys" and bias and dropout and width > 64 else 2
     wide = 8 if width > 64 else 4
     if dtype == torch.float32:
-        tile = (32, 16, 8) if kernel == "backward_keys" else (16, 16 if compact or (bias and width > 96) else 32, 8)
+        tile = (32, 16, 8) if kernel == "backward_keys" else (16, 16 if compact else 32, 8)
     elif kernel == "backward_keys":
         tile = (32, 64, wide) if compact else _key_tile(width, rows, bias, dropout)
     elif rows == "few":
-        tile = (16, 32 if compact else 64, 4)
+        tile = (16, 32 if compact or width > 96 else 64, 4)
     elif compact:
         tile = (64, 32, wide)
     elif rows == "some":
@@ -979,7 +979,7 @@ def _key_tile(width: int, rows: str, bias: bool, dropout: bool) -> tuple[int, in
     if rows == "few":
         return 64, 16, 4
     if bias:
-        return (32 if dropout else 64, 64, 8) if width <= 64 else (16, 64, 8)
+        return (32 if width <= 64 else 16), 64, 8
     keys = 128 if rows == "many" and width <= 96 else 64
     return (32 if dropout else 64), keys, 8
 

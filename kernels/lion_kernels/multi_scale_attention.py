@@ -460,8 +460,6 @@ def kernel_specs() -> list[KernelSpec]:
         specs += attention_tiles.specs(name, head_dim, torch.float32, mask=True, gate=True, dropout=True)
         for rows in ("few", "some"):
             specs += attention_tiles.specs(name, head_dim, rows=rows, mask=True)
-    specs += attention_tiles.specs(name, 128, mask=True, gate=True, dropout=True, compact=True)
-    specs += attention_tiles.specs(name, 128, torch.float32, mask=True, gate=True, dropout=True, compact=True)
     specs.append(
         KernelSpec(
             name=f"{name} mix bf16 3x1408",
