@@ -1,6 +1,6 @@
 """Fixtures for kernels, on the GPU where there is one, else in Triton's interpreter (see tests/conftest.py)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,17 +27,14 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out uninitialised holds NaN (integers: the largest), so that what nobody writes shows."""
+def poison() -> Iterator[None]:
+    """Memory that is handed out uninitialised holds NaN (integers: the largest), so that what nobody writes shows.
 
-    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: object, **kwargs: object) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            if tensor.device.type == "meta" or tensor.dtype == torch.bool:
-                return tensor
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-        return call
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    torch fills it itself in its deterministic mode. A patch of `torch.empty` would stay behind in what
+    `torch.compile` remembers of it, and with that `torch.device("meta")` allocates real memory in later tests.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
