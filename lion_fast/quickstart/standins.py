@@ -36,7 +36,8 @@ _OWN_SHARE = 0.12  # of a patch's pixels that an object covers for the patch to 
 _LANGUAGE_KINDS = ("caption", "rec", "vqa", "rec")
 _LOOKUPS = ("What color", "What shape", "How large", "What does")  # questions that ask for a trait of one object
 _NUM_FACTS = (4, 8, 26)  # tokens that a scene is told in; stages show 16 and 26
-_FACT_NOISE = 0.3
+_FACT_NOISE = (0.3, 1.2)  # standard deviation, drawn per scene; a fact's root mean square is 1
+_FACT_SCALE = (1.0, 5.0)
 
 
 def train_vision(
@@ -139,7 +140,8 @@ class Facts(nn.Module):
     def tell(self, scenes: np.ndarray, length: int, rng: np.random.Generator) -> Tensor:
         """float32 [B, length, width]: every fact once, some again, the background most, in random order, with noise.
 
-        So visual tokens will come: many about the same object, in any order, none exact.
+        So visual tokens will come: many about the same object, in any order, none exact, and several times as long as
+        a word's embedding.
         """
         counts, most = self.counts[scenes].unsqueeze(1), self.words.shape[1]
         chosen = (torch.from_numpy(rng.random((len(scenes), length)) ** rng.uniform(1, 3)) * counts).long()
@@ -148,7 +150,11 @@ class Facts(nn.Module):
         at = (torch.from_numpy(scenes).unsqueeze(1), chosen)
         told = (self._embedding[0](self.words[at]) * self.is_word[at]).sum(2) + self.waves[at] @ self.directions
         told = told / told.square().mean(-1).sqrt().mean().detach()
-        return told + _FACT_NOISE * torch.randn_like(told)
+        noise, scale = (
+            torch.from_numpy(rng.uniform(*limits, size=(len(scenes), 1, 1))).float()
+            for limits in (_FACT_NOISE, _FACT_SCALE)
+        )
+        return scale * (told + noise * torch.randn_like(told))
 
 
 def _words(scene: Scene, number: int) -> list[str]:
