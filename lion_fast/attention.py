@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lion_kernels import multi_scale_attention, relative_bias_attention, resolve_backend
@@ -187,13 +192,24 @@ def kernel_attention_mask(
     """The mask that goes with `kernel_attention`: padding alone, bool [B, 1, 1, kv_length], or None for no padding.
 
     The kernels need no more, as they know causality by themselves, and nobody waits for a GPU to look for padding.
-    Elsewhere, and with a static cache, whose length only the device knows, it is sdpa's.
+    What they do not know is sdpa's: other patterns, and queries that are not the last positions, as in a static cache.
     """
-    if config is None or isinstance(q_offset, Tensor) or not attends_on_kernels(config, device):
+    plain = mask_function is bidirectional_mask_function or (
+        mask_function is causal_mask_function and are_last(q_offset, q_length, kv_offset + kv_length)
+    )
+    if config is None or not plain or not attends_on_kernels(config, device):
         given: dict[str, Any] = {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **given, **kwargs)  # type: ignore[arg-type]
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     return None if padding is None else padding[:, None, None, kv_offset : kv_offset + kv_length]
+
+
+def are_last(offset: int | Tensor, queries: int, keys: int) -> bool:
+    """Whether the queries from position `offset` on are the last of the keys' positions.
+
+    A static cache has room for more keys, and its offset is known on the device only.
+    """
+    return not isinstance(offset, Tensor) and offset + queries == keys
 
 
 AttentionInterface.register(KERNEL_ATTENTION, kernel_attention)

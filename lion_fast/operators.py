@@ -23,7 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
 
-from lion_fast.attention import attends_on_kernels, on_kernels
+from lion_fast.attention import are_last, attends_on_kernels, on_kernels
 from lion_fast.modeling_aggregator import LionAggregatorOutput
 from lion_kernels import assemble_inputs, gated_gelu, residual_layer_norm, rms_norm
 
@@ -126,15 +126,17 @@ class LionAggregatorOutputOnKernels(ResidualOutputOnKernels, LionAggregatorOutpu
 
 
 class LionT5Attention(T5Attention):
-    """T5's attention that hands the kernels the table of biases, not the biases of all pairs."""
+    """T5's attention that hands the kernels the table of biases, not the biases of all pairs.
+
+    With a static cache sdpa computes the decoder's self-attention: the kernels' queries are the last positions.
+    """
 
     kernel_backend: str
 
-    def compute_bias(self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0) -> Tensor:
-        # A static cache has its queries at a place that only the device knows: there sdpa attends.
+    def compute_bias(self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0) -> Tensor:
         table = self.relative_attention_bias
-        static: bool = isinstance(past_seen_tokens, Tensor)
-        if static or not attends_on_kernels(self.config, device or table.weight.device):
+        on_table = attends_on_kernels(self.config, device or table.weight.device)
+        if not on_table or not are_last(past_seen_tokens, query_length, key_length):
             return super().compute_bias(query_length, key_length, device, past_seen_tokens)
         return table(torch.arange(self.relative_attention_num_buckets, device=device))
 
@@ -159,8 +161,8 @@ class PrefixEmbedding(nn.Embedding):
 
     @property
     def assembles(self) -> bool:
-        """Whether it may be called with a prefix: the gradient of a row for padding is nothing the operator knows."""
-        return self.padding_idx is None or not self.weight.requires_grad
+        """Whether it may be called with a prefix: the operator would teach the row for padding, too."""
+        return self.padding_idx is None or not (torch.is_grad_enabled() and self.weight.requires_grad)
 
     def forward(
         self,
