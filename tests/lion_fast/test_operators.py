@@ -1,4 +1,7 @@
-"""The whole model on lion_kernels: what PyTorch gives, with every operator in a kernel and none left out in silence."""
+"""The whole model on lion_kernels: what PyTorch gives, with every operator in a kernel and none left out in silence.
+
+On the GPU where there is one, else in Triton's interpreter.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
 Calls = dict[str, int]
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPERATORS = {
     lion_fast.attention: ("multi_scale_attention", "relative_bias_attention"),
     lion_fast.operators: ("assemble_inputs", "gated_gelu", "residual_layer_norm", "rms_norm"),
@@ -37,6 +41,16 @@ EXPECTED: dict[str, Calls] = {
     "qwen3": VISION | {"rms_norm": 2 * 4 + 1, "mixture_of_adapters": 2},
 }
 FAMILIES = tuple(EXPECTED)
+
+
+@pytest.fixture
+def make_model(make_model: Make) -> Make:
+    return lambda *args, **settings: make_model(*args, **settings).to(DEVICE)
+
+
+@pytest.fixture
+def make_batch(make_batch: MakeBatch) -> MakeBatch:
+    return lambda **settings: {name: value.to(DEVICE) for name, value in make_batch(**settings).items()}
 
 
 @pytest.fixture
@@ -130,6 +144,8 @@ def test_pytorch_launches_no_kernel_and_attends_as_under_its_own_name(
     make_model: Make, padded_batch, launches: list[str], family: str, backend: str
 ) -> None:
     """On a CPU `auto` is PyTorch: loss, gradients and tokens have the bits that sdpa asked for by name gives."""
+    if backend == "auto" and DEVICE.type == "cuda":
+        pytest.skip("on a GPU `auto` is Triton")
     batch, results = padded_batch(family), []
     for settings in ({"kernel_backend": backend}, {"kernel_backend": "torch", "attn_implementation": "sdpa"}):
         model = make_model(family, **settings)
@@ -198,7 +214,7 @@ def test_decoding_runs_in_the_kernels(make_model: Make, make_batch: MakeBatch, c
 
 def test_dropout_is_that_of_a_seed(make_model: Make, make_batch: MakeBatch) -> None:
     """Recomputed blocks drop what they dropped before; another seed drops other values."""
-    model, batch = make_model(kernel_backend="triton").train(), make_batch(labels=True)
+    model, batch = make_model(kernel_backend="triton").train(), make_batch(batch=1, labels=True)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.2
@@ -221,7 +237,7 @@ def test_an_attention_that_is_asked_for_stays(
 ) -> None:
     model, batch = make_model(kernel_backend="triton"), make_batch(labels=True)
     model.save_pretrained(tmp_path)
-    asked = LionForCausalLM.from_pretrained(tmp_path, attn_implementation=choice).eval()
+    asked = LionForCausalLM.from_pretrained(tmp_path, attn_implementation=choice).eval().to(DEVICE)
     assert asked.config.kernel_backend == "triton"
     logits = asked(**batch).logits
     others = {name for name in EXPECTED["t5"] if "attention" not in name}
@@ -232,7 +248,7 @@ def test_an_attention_that_is_asked_for_stays(
 def test_attention_part_by_part(make_model: Make, make_batch: MakeBatch, tmp_path: Path, calls: Calls) -> None:
     make_model(kernel_backend="triton").save_pretrained(tmp_path)
     choice = {"vision_config": "eager", "qformer_config": "sdpa"}
-    model = LionForCausalLM.from_pretrained(tmp_path, attn_implementation=choice).eval()
+    model = LionForCausalLM.from_pretrained(tmp_path, attn_implementation=choice).eval().to(DEVICE)
     parts = ("vision_config", "qformer_config", "aggregator_config", "text_config")
     chosen = [getattr(model.config, part)._attn_implementation for part in parts]
     assert chosen == ["eager", "sdpa", KERNEL_ATTENTION, KERNEL_ATTENTION]
@@ -261,6 +277,7 @@ def test_other_activations_are_left_to_transformers(make_model: Make, make_batch
 
 
 @torch.no_grad()
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the modules are brought to the CPU, where only the interpreter runs")
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_offloaded_parts_are_there_when_used(
     make_model: Make, make_batch: MakeBatch, tmp_path: Path, calls: Calls, family: str
@@ -332,7 +349,7 @@ def test_half_precision(make_model: Make, make_batch: MakeBatch, tmp_path: Path,
     expected = exact(**batch).logits
     error = {}
     for backend in ("torch", "triton"):
-        model = LionForCausalLM.from_pretrained(tmp_path, dtype=torch.float16, kernel_backend=backend).eval()
+        model = LionForCausalLM.from_pretrained(tmp_path, dtype=torch.float16, kernel_backend=backend).eval().to(DEVICE)
         error[backend] = (model(**batch).logits.float() - expected).norm() / expected.norm()
     assert error["triton"] < 2 * error["torch"] < 0.1
 
@@ -342,15 +359,16 @@ def test_thirty_two_training_steps(make_model: Make, make_batch: MakeBatch) -> N
 
     AdamW's epsilon lies above rounding, or what has no gradient but rounding, as a key's bias, would go its own way.
     """
+    narrow = {"hidden_size": 16, "num_attention_heads": 1, "intermediate_size": 24}
+    undropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    t5 = make_model().config.text_config.to_dict()
     smallest: dict[str, Any] = {
-        "vision_config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-        | {"image_size": 28, "patch_size": 14},
-        "aggregator_config": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
-        | {"feature_layers": [1, 0], "projection_size": 24, "hidden_dropout_prob": 0.0}
-        | {"attention_probs_dropout_prob": 0.0},
-        "text_config": {**make_model().config.text_config.to_dict(), "num_layers": 1, "num_decoder_layers": 1},
+        "vision_config": {**narrow, "num_hidden_layers": 2, "image_size": 14, "patch_size": 14},
+        "qformer_config": {**narrow, **undropped, "num_hidden_layers": 1, "vocab_size": 64},
+        "aggregator_config": {**narrow, **undropped, "feature_layers": [1, 0], "projection_size": 24},
+        "text_config": {**t5, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2},
     }
-    batch, results = make_batch(batch=2, labels=True), []
+    batch, results = make_batch(batch=2, image_size=14, labels=True), []
     for backend in ("torch", "triton"):
         model = make_model(**smallest, kernel_backend=backend)
         freeze_for_stage(model, STAGES[2])
