@@ -59,7 +59,9 @@ class Float32LayerNorm(nn.LayerNorm):
 class LionForCausalLM(PreTrainedModel, GenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
-    With PEFT leave `task_type` unset: the wrappers that it selects do not hand on `task_ids`.
+    `kernel_backend` (see `LionConfig`) chooses between lion_kernels and PyTorch, for this model alone: its modules have
+    both (`lion_fast.operators`), and its parts attend by transformers' `attn_implementation="lion_kernels"` where no
+    other was asked for. With PEFT leave `task_type` unset: the wrappers that it selects do not hand on `task_ids`.
 
     Example:
         >>> model = LionForCausalLM.from_pretrained("lion-flan-t5-xl", dtype=torch.bfloat16)
