@@ -57,7 +57,7 @@ class MixtureOfAdapters(nn.Module):
 
     Args:
         config: a language model's configuration with `num_adapters`, `adapter_rank`, `num_tasks` and
-            `kernel_backend`, as `LionConfig.share_adapter_settings` writes them.
+            `kernel_backend`, as `LionConfig.share_settings` writes them.
     """
 
     adapters: list[LowRankAdapter]

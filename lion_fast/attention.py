@@ -1,9 +1,63 @@
-"""Attention through transformers' table of implementations (eager, sdpa, flash_attention_2, ...)."""
+"""Attention through transformers' table of implementations (eager, sdpa, ...), and the kernels as one of them.
 
+Importing this registers `KERNEL_ATTENTION`. A part whose configuration names it runs `multi_scale_attention` or, where
+T5's biases are wanted, `relative_bias_attention`, if `kernel_backend` resolves to Triton where the tensors are, and
+PyTorch's sdpa otherwise: the same masks, the same call, the same bits as under the name "sdpa".
+"""
+
+from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lion_kernels import multi_scale_attention, relative_bias_attention, resolve_backend
+
+KERNEL_ATTENTION = "lion_kernels"
+# Model types whose attention the kernels compute; that of the decoder-only families, causal and rotary, they do not.
+_ON_KERNELS = ("lion_vision", "lion_aggregator", "instructblip_qformer", "t5")
+
+
+def on_kernels(kernel_backend: str, device: torch.device) -> bool:
+    """Whether a module of `LionForCausalLM` computes with lion_kernels on `device`.
+
+    Raises:
+        ValueError: `kernel_backend` is "triton" where no kernel can run.
+    """
+    return resolve_backend(kernel_backend, "LionForCausalLM", device) == "triton"
+
+
+def attends_on_kernels(config: PreTrainedConfig, device: torch.device | str) -> bool:
+    """Whether attention of a part with this configuration runs on the kernels."""
+    return (
+        config._attn_implementation == KERNEL_ATTENTION
+        and config.model_type in _ON_KERNELS
+        and on_kernels(getattr(config, "kernel_backend", "torch"), torch.device(device))
+    )
+
+
+def prefer_kernel_attention(config: PreTrainedConfig) -> None:
+    """Let the kernels attend in the parts of a composed configuration for which no implementation was asked.
+
+    The whole is one of them: parts of parts, as T5's encoder, follow it in `set_attn_implementation`.
+    """
+    parts = {"": config} | {name: getattr(config, name) for name in config.sub_configs}
+    composed: Any = config
+    composed._attn_implementation = {
+        name: KERNEL_ATTENTION
+        for name, part in parts.items()
+        if part._attn_implementation is None and part.model_type in ("lion", *_ON_KERNELS)
+    }
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
@@ -45,3 +99,118 @@ def _eager(
     weights = (query * scaling @ key.transpose(-1, -2)).softmax(-1)
     dropped = nn.functional.dropout(weights, p=dropout)
     return (dropped @ value).transpose(1, 2), weights
+
+
+def kernel_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention implementation of transformers.
+
+    Args:
+        module: has `config`; T5's also `is_decoder` and `relative_attention_max_distance`.
+        query: [B, H, L, Dh].
+        key, value: [B, H, Lk, Dh]; with T5's biases the queries are the last L of the Lk positions.
+        attention_mask: bool [B, 1, 1, Lk] from `kernel_attention_mask`, True where a key may be attended, or None.
+        dropout: probability of dropping an attention weight; the caller passes 0 outside training.
+        scaling: factor of the scores, Dh^-0.5 by default.
+        position_bias: None, or from `LionT5Attention` the table of biases [num_buckets, H], or no elements for none. A
+            dense one [1, H, L, Lk] is sdpa's.
+
+    Returns:
+        [B, L, H, Dh], and None for the weights, which the kernels do not keep.
+
+    Raises:
+        ValueError: a mask that is more than padding.
+    """
+    config: Any = module.config
+    dense_bias = position_bias is not None and position_bias.dim() == 4
+    if dense_bias or not attends_on_kernels(config, query.device):
+        bias = {} if position_bias is None else {"position_bias": position_bias}
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **bias, **kwargs
+        )
+    padding = None if attention_mask is None else _padding(attention_mask)
+    head_dim = query.shape[-1]
+    q, k, v = (_in_whole_eights(x.transpose(1, 2)) for x in (query, key, value))
+    if position_bias is None or position_bias.numel() == 0:
+        scale = head_dim**-0.5 if scaling is None else scaling
+        out = multi_scale_attention(
+            q, [k], [v], scale=scale, key_padding_mask=padding, dropout_p=dropout, backend=config.kernel_backend
+        )
+    else:
+        t5: Any = module
+        out = relative_bias_attention(
+            q,
+            k,
+            v,
+            position_bias,
+            key_padding_mask=padding,
+            bidirectional=not t5.is_decoder,
+            max_distance=t5.relative_attention_max_distance,
+            causal=t5.is_decoder,
+            dropout_p=dropout,
+            backend=config.kernel_backend,
+        )
+    return out[..., :head_dim], None
+
+
+def _in_whole_eights(x: Tensor) -> Tensor:
+    """The head dimension filled up to a multiple of 8 with zeros, which add nothing to any product."""
+    missing = -x.shape[-1] % 8
+    return F.pad(x, (0, missing)) if missing else x
+
+
+def _padding(attention_mask: Tensor) -> Tensor:
+    if attention_mask.dtype != torch.bool or attention_mask.shape[1:3] != (1, 1):
+        raise ValueError(
+            f"attention_mask: expected padding, bool [B, 1, 1, Lk], for attention {KERNEL_ATTENTION!r}, got "
+            f"{attention_mask.dtype} {list(attention_mask.shape)}; attn_implementation='sdpa' takes any mask"
+        )
+    return attention_mask[:, 0, 0]
+
+
+def kernel_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that goes with `kernel_attention`: padding alone, bool [B, 1, 1, kv_length], or None for no padding.
+
+    The kernels need no more, as they know causality by themselves, and nobody waits for a GPU to look for padding.
+    What they do not know is sdpa's: other patterns, and queries that are not the last positions, as in a static cache.
+    """
+    plain = mask_function is bidirectional_mask_function or (
+        mask_function is causal_mask_function and are_last(q_offset, q_length, kv_offset + kv_length)
+    )
+    if config is None or not plain or not attends_on_kernels(config, device):
+        given: dict[str, Any] = {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **given, **kwargs)  # type: ignore[arg-type]
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    return None if padding is None else padding[:, None, None, kv_offset : kv_offset + kv_length]
+
+
+def are_last(offset: int | Tensor, queries: int, keys: int) -> bool:
+    """Whether the queries from position `offset` on are the last of the keys' positions.
+
+    A static cache has room for more keys, and its offset is known on the device only.
+    """
+    return not isinstance(offset, Tensor) and offset + queries == keys
+
+
+AttentionInterface.register(KERNEL_ATTENTION, kernel_attention)
+AttentionMaskInterface.register(KERNEL_ATTENTION, kernel_attention_mask)

@@ -79,7 +79,9 @@ class LionConfig(PreTrainedConfig):
         adapter_rank: inner width of an adapter.
         soft_prompt_token: token whose embedding the learned soft prompt replaces; None for no tags.
         soft_prompt_token_id: its id, which may lie beyond the language model's embedding table.
-        kernel_backend: `"auto"`, `"triton"` or `"torch"`.
+        kernel_backend: what computes attention, norms, the gated feed-forward, the adapters and the language model's
+            input: `"triton"` (lion_kernels, on CUDA or in Triton's interpreter), `"torch"`, or `"auto"`, which is
+            `"triton"` for tensors on CUDA and `"torch"` for others. An `attn_implementation` that is asked for stays.
 
     Raises:
         ValueError: for an unknown `visual_input` or `kernel_backend`, or parts whose widths do not fit.
@@ -121,7 +123,7 @@ class LionConfig(PreTrainedConfig):
         self.pad_token_id = getattr(self.text_config, "pad_token_id", None)
         self.eos_token_id = getattr(self.text_config, "eos_token_id", None)
         self._check_parts()
-        self.share_adapter_settings()
+        self.share_settings()
         super().__post_init__(**kwargs)
 
     @property
@@ -146,13 +148,14 @@ class LionConfig(PreTrainedConfig):
         """The language model's configuration, where transformers looks for layers, heads and vocabulary."""
         return self.text_config.get_text_config(*args, **kwargs)
 
-    def share_adapter_settings(self) -> None:
-        """Write the adapters' settings where the language model's own layers find them."""
+    def share_settings(self) -> None:
+        """Write the adapters' and the kernels' settings where the parts' own layers find them."""
         _expect_one_of("kernel_backend", self.kernel_backend, KERNEL_BACKENDS)
         self.text_config.num_adapters = self.num_adapters
         self.text_config.adapter_rank = self.adapter_rank
         self.text_config.num_tasks = len(TASKS)
-        self.text_config.kernel_backend = self.kernel_backend
+        for part in self.sub_configs:
+            getattr(self, part).kernel_backend = self.kernel_backend
 
     def _check_parts(self) -> None:
         vision, aggregator = self.vision_config, self.aggregator_config

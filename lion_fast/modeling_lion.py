@@ -21,10 +21,12 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
+from lion_fast.attention import prefer_kernel_attention
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.modeling_aggregator import LionAggregator
 from lion_fast.modeling_text import language_model_class
 from lion_fast.modeling_vision import LionVisionModel
+from lion_fast.operators import PrefixEmbedding, run_on_kernels
 
 
 @dataclass
@@ -57,7 +59,9 @@ class Float32LayerNorm(nn.LayerNorm):
 class LionForCausalLM(PreTrainedModel, GenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
-    With PEFT leave `task_type` unset: the wrappers that it selects do not hand on `task_ids`.
+    `kernel_backend` (see `LionConfig`) chooses between lion_kernels and PyTorch, for this model alone: its modules have
+    both (`lion_fast.operators`), and its parts attend by transformers' `attn_implementation="lion_kernels"` where no
+    other was asked for. With PEFT leave `task_type` unset: the wrappers that it selects do not hand on `task_ids`.
 
     Example:
         >>> model = LionForCausalLM.from_pretrained("lion-flan-t5-xl", dtype=torch.bfloat16)
@@ -88,8 +92,10 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
     ]
 
     def __init__(self, config: LionConfig):
+        config.share_settings()  # again: `from_pretrained(kernel_backend=...)` sets it on a finished one
+        if config.kernel_backend != "torch":
+            prefer_kernel_attention(config)
         super().__init__(config)
-        config.share_adapter_settings()  # again: `from_pretrained(kernel_backend=...)` sets it on a finished one
         text = config.text_config
         self.vision_model = LionVisionModel._from_config(config.vision_config)
         width = config.vision_config.hidden_size
@@ -109,6 +115,8 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         if config.soft_prompt_token_id is not None:
             self.soft_prompt = nn.Parameter(torch.zeros(text.hidden_size))
         self.language_model = language_model_class(text)._from_config(text)
+        if config.kernel_backend != "torch":
+            run_on_kernels(self, config.kernel_backend)
         self.post_init()
         self.generation_config = lion_generation_config(config)
 
@@ -232,6 +240,15 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         soft_prompt = self.soft_prompt.to(embeddings.device, embeddings.dtype)
         return torch.where(is_soft_prompt.unsqueeze(-1).to(embeddings.device), soft_prompt, embeddings)
 
+    def _embed(self, prefix: Tensor, input_ids: Tensor) -> Tensor:
+        """[visual | text] of the language model's input."""
+        embedding, soft_prompt_id = self.get_input_embeddings(), self.config.soft_prompt_token_id
+        # What replaced the embedding, as LoRA does, knows of no prefix.
+        if isinstance(embedding, PrefixEmbedding) and embedding.assembles and soft_prompt_id is not None:
+            return embedding(input_ids, prefix, self.soft_prompt, soft_prompt_id)
+        text = self.embed_text(input_ids)
+        return torch.cat([prefix.to(text.device, text.dtype), text], dim=1)
+
     def _assemble_inputs(
         self,
         pixel_values: Tensor | None,
@@ -259,8 +276,7 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         if vision_features is None:
             vision_features = self.get_vision_features(picture)
         prefix = self.get_visual_prefix(vision_features, qformer_input_ids, qformer_attention_mask)
-        text = self.embed_text(input_ids)
-        inputs_embeds = torch.cat([prefix.to(text.device, text.dtype), text], dim=1)
+        inputs_embeds = self._embed(prefix, input_ids)
         attend_prefix = attention_mask.new_ones(prefix.shape[:2])
         return prefix, inputs_embeds, torch.cat([attend_prefix, attention_mask], dim=1)
 

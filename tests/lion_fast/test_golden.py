@@ -9,6 +9,7 @@ for gradients.
 """
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from lion_fast.images import load_image
 from lion_fast.modeling_aggregator import LionAggregator, LionAggregatorProjections
 from lion_fast.modeling_text import LionT5LayerFF
 from lion_fast.stages import parameter_groups
+from lion_kernels.backend import interpreting
 from lion_reference import LION, LIONOutput
 
 TASKS = ("region_level", "image_level")
@@ -76,9 +78,24 @@ def exact(golden, golden_batch: Batch) -> Exact:
     return Exact(vision, aggregated, projected, outputs)
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+SETTINGS = {
+    "sdpa": {"attn_implementation": "sdpa"},
+    "eager": {"attn_implementation": "eager"},
+    "kernels": {"kernel_backend": "triton"},
+}
+SLOW = pytest.mark.skipif(
+    not (os.environ.get("LION_SLOW_TESTS") and interpreting()),
+    reason="minutes in Triton's interpreter: set LION_SLOW_TESTS where there is no GPU",
+)
+ON_PYTORCH = pytest.mark.parametrize("model", ["sdpa", "eager"], indirect=True)
+ON_KERNELS = pytest.mark.parametrize("model", ["kernels"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
 def model(converted: Path, request: pytest.FixtureRequest) -> LionForCausalLM:
-    return LionForCausalLM.from_pretrained(converted, attn_implementation=request.param).eval()
+    if request.param == "kernels" and not interpreting():
+        pytest.skip("these models are on the CPU, where kernels run in Triton's interpreter only")
+    return LionForCausalLM.from_pretrained(converted, **SETTINGS[request.param]).eval()
 
 
 @pytest.fixture
@@ -177,6 +194,7 @@ def test_gradients(model: LionForCausalLM, golden, golden_batch: Batch, as_golde
         assert (gradients[name] - grad).norm() / scale < (1e-4 if as_golden else 2 * OWN_GRADIENT_DISTANCE), name
 
 
+@ON_PYTORCH
 @pytest.mark.parametrize("beams", [1, 5])
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.5])
 @pytest.mark.parametrize("task", TASKS)
@@ -190,6 +208,31 @@ def test_generated_tokens(
     assert [trim(row) for row in ids.tolist()] == [trim(row) for row in expected.tolist()]
 
 
+@ON_KERNELS
+@pytest.mark.parametrize(
+    ("task", "sample", "repetition_penalty", "beams"),
+    [
+        ("region_level", 0, 1.0, 1),
+        pytest.param("region_level", 0, 1.0, 5, marks=SLOW),
+        pytest.param("region_level", 1, 1.5, 1, marks=SLOW),
+        pytest.param("region_level", 1, 1.5, 5, marks=SLOW),
+        pytest.param("image_level", 2, 1.0, 1, marks=SLOW),
+        pytest.param("image_level", 2, 1.0, 5, marks=SLOW),
+        pytest.param("image_level", 3, 1.5, 1, marks=SLOW),
+        ("image_level", 3, 1.5, 5),
+    ],
+)
+def test_generated_tokens_of_one_sample(
+    model: LionForCausalLM, golden, golden_batch: Batch, task: str, sample: int, repetition_penalty: float, beams: int
+) -> None:
+    batch = {name: value[sample : sample + 1] for name, value in golden_batch(task).items()}
+    del batch["labels"]
+    ids = model.generate(**batch, num_beams=beams, repetition_penalty=repetition_penalty, max_new_tokens=20)
+    expected = golden.expected[f"{task}.generate.beams{beams}.rp{repetition_penalty}"]
+    assert trim(ids[0].tolist()) == trim(expected[sample].tolist())
+
+
+@ON_PYTORCH
 def test_generated_text(model: LionForCausalLM, converted: Path, golden, golden_batch: Batch) -> None:
     batch = golden_batch("region_level")
     del batch["labels"]
@@ -198,6 +241,7 @@ def test_generated_text(model: LionForCausalLM, converted: Path, golden, golden_
     assert texts == golden.meta["region_level.generate.beams5.rp1.5"]
 
 
+@ON_PYTORCH
 def test_a_mixed_batch_is_the_two_tasks_sample_by_sample(
     model: LionForCausalLM, golden, golden_batch: Batch, exact: Exact, as_golden: bool
 ) -> None:
@@ -344,13 +388,13 @@ def test_twelve_training_steps_in_the_original_order(
     assert losses == pytest.approx(golden.meta["adamw"]["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_twelve_training_steps(converted: Path, golden, golden_batch: Batch, attention: str) -> None:
+@pytest.mark.parametrize("setting", ["sdpa", "eager", pytest.param("kernels", marks=SLOW)])
+def test_twelve_training_steps(converted: Path, golden, golden_batch: Batch, setting: str) -> None:
     """The model as users have it, with rounding of its own: close at first, and within what chaos leaves later.
 
     A wrong learning rate, optimizer group or order of tasks is farther off than 2e-2.
     """
-    model = LionForCausalLM.from_pretrained(converted, attn_implementation=attention)
+    model = LionForCausalLM.from_pretrained(converted, **SETTINGS[setting])
     losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch)
     expected = golden.meta["adamw"]["losses"]
     assert losses[:2] == pytest.approx(expected[:2], rel=3e-5)

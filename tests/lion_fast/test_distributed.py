@@ -1,0 +1,50 @@
+"""Two processes with half a batch each, on the kernels, against one process with the whole."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_fast import LionForCausalLM
+from lion_fast.stages import STAGES, freeze_for_stage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_give_what_one_gives(
+    make_model: Callable[..., LionForCausalLM], make_batch: Callable[..., dict[str, Tensor]], tmp_path: Path, kind: str
+) -> None:
+    """Loss and gradients, under `DistributedDataParallel` and under `fully_shard` (FSDP2), with gloo."""
+    model, batch = make_model(kernel_backend="torch"), make_batch(batch=4, labels=True)
+    batch["labels"][0, 1:] = -100
+    model.save_pretrained(tmp_path)
+    torch.save(batch, tmp_path / "batch.pt")
+    freeze_for_stage(model, STAGES[2])
+    loss = model(**batch).loss
+    loss.backward()
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = Path(__file__).with_name("distributed_worker.py")
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "reference"))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # gloo, on the CPU, in the interpreter, whatever the machine has
+    run = subprocess.run(
+        [*command, worker, kind, tmp_path], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+
+    result = torch.load(tmp_path / f"{kind}.pt")
+    torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=0)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert result["gradients"].keys() == expected.keys()
+    floor = 1e-2 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        error = (result["gradients"][name] - gradient).norm()
+        assert error < 1e-4 * gradient.norm().clamp(min=floor), name

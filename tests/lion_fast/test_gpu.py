@@ -1,0 +1,206 @@
+"""The whole model on a GPU: the kernels against PyTorch, compiled, in a CUDA graph, and again and again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_fast import LionForCausalLM
+from lion_fast.stages import STAGES, freeze_for_stage
+
+pytestmark = pytest.mark.gpu
+
+Make = Callable[..., LionForCausalLM]
+MakeBatch = Callable[..., dict[str, Tensor]]
+Build = Callable[..., LionForCausalLM]
+FAMILIES = ("t5", "llama", "qwen3")
+
+# LION's own head dimensions (88 and 64), rank and number of patches, in few and narrow layers.
+PARTS: dict[str, Any] = {
+    "vision_config": {"hidden_size": 176, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 768},
+    "qformer_config": {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "vocab_size": 64,
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "aggregator_config": {
+        "hidden_size": 176,
+        "num_attention_heads": 2,
+        "intermediate_size": 384,
+        "feature_layers": [2, 1, 0],
+        "projection_size": 704,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "num_query_tokens": 32,
+    "adapter_rank": 64,
+}
+DECODER = {"hidden_size": 256, "intermediate_size": 640, "head_dim": 64, "num_attention_heads": 4}
+TEXT: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 256, "d_kv": 64, "d_ff": 640, "num_heads": 4},
+    "llama": DECODER,
+    "qwen3": DECODER,
+}
+
+
+@pytest.fixture
+def build(make_model: Make, tmp_path: Path) -> Build:
+    """A family's model on the GPU, the same weights for every dtype and backend."""
+
+    def make(family: str, dtype: torch.dtype, kernel_backend: str) -> LionForCausalLM:
+        path = tmp_path / family
+        if not path.exists():
+            text = {**make_model(family).config.text_config.to_dict(), **TEXT[family]}
+            make_model(text_config=text, **PARTS).save_pretrained(path)
+        model = LionForCausalLM.from_pretrained(path, dtype=dtype, kernel_backend=kernel_backend).eval().to("cuda")
+        freeze_for_stage(model, STAGES[2])
+        return model
+
+    return make
+
+
+@pytest.fixture
+def batch(make_batch: MakeBatch) -> dict[str, Tensor]:
+    """Three samples of mixed tasks with padding, on the GPU."""
+    made = make_batch(image_size=224, labels=True)
+    made["qformer_attention_mask"] = torch.ones_like(made["qformer_input_ids"])
+    made["qformer_attention_mask"][1, 3:] = 0
+    made["labels"][1, 2:] = -100
+    return {name: value.to("cuda") for name, value in made.items()}
+
+
+def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def outputs(model: LionForCausalLM, batch: dict[str, Tensor], forward: Any = None) -> dict[str, Tensor]:
+    """Logits, loss, and the gradients of each part as one vector."""
+    model.zero_grad()
+    out = (forward or model)(**batch)
+    out.loss.backward()
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parts.setdefault(name.split(".")[0], []).append(parameter.grad.flatten())
+    gradients = {f"gradient of {part}": torch.cat(values) for part, values in parts.items()}
+    return {"logits": out.logits.detach(), "loss": out.loss.detach(), **gradients}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_near_to_fp32_as_pytorch_s(build: Build, batch: dict[str, Tensor], family: str) -> None:
+    expected = outputs(build(family, torch.float32, "torch"), batch)
+    plain = outputs(build(family, torch.bfloat16, "torch"), batch)
+    got = outputs(build(family, torch.bfloat16, "triton"), batch)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        # One number, as the loss is, may come out right by chance.
+        bound = 2 * relative_error(plain[name], value) + 2**-8
+        assert relative_error(got[name], value) < bound, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_is_pytorch_s(build: Build, batch: dict[str, Tensor], family: str) -> None:
+    models = {backend: build(family, torch.float32, backend) for backend in ("torch", "triton")}
+    expected, got = (outputs(model, batch) for model in models.values())
+    for name, value in expected.items():
+        assert relative_error(got[name], value) < 1e-4, name
+    tokens = [
+        model.generate(**without_labels(batch), num_beams=3, max_new_tokens=8, min_new_tokens=8)
+        for model in models.values()
+    ]
+    assert torch.equal(tokens[0], tokens[1])
+
+
+def test_auto_is_triton_on_a_gpu(build: Build, batch: dict[str, Tensor]) -> None:
+    logits = [build("t5", torch.bfloat16, backend)(**batch).logits for backend in ("auto", "triton")]
+    assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_decoding_is_as_near_to_fp32_as_pytorch_s(build: Build, batch: dict[str, Tensor], family: str) -> None:
+    """The logits of every step with a cache, along the tokens that fp32 chooses."""
+    inputs = without_labels(batch)
+    once = {"num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 8, "min_new_tokens": 8}
+    exact = build(family, torch.float32, "torch")
+    path = exact.generate(**inputs, **once)
+
+    def along_the_path(sample: int, ids: Tensor) -> list[int]:
+        return [int(path[sample, ids.shape[-1]])]
+
+    def steps(model: LionForCausalLM) -> Tensor:
+        out = model.generate(
+            **inputs,
+            **once,
+            prefix_allowed_tokens_fn=along_the_path,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(out.sequences, path)
+        return torch.stack(out.logits)
+
+    expected = steps(exact)
+    plain, got = (steps(build(family, torch.bfloat16, backend)) for backend in ("torch", "triton"))
+    assert relative_error(got, expected) < 2 * relative_error(plain, expected) + 2**-8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(build: Build, batch: dict[str, Tensor], family: str) -> None:
+    """fp32 weights with products in bf16, as they are trained."""
+    expected = outputs(build(family, torch.float32, "torch"), batch)
+    errors = {}
+    for backend in ("torch", "triton"):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            got = outputs(build(family, torch.float32, backend), batch)
+        errors[backend] = {name: relative_error(got[name], value) for name, value in expected.items()}
+    for name, error in errors["triton"].items():
+        assert error < 2 * errors["torch"][name] + 2**-8, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled(build: Build, batch: dict[str, Tensor], family: str) -> None:
+    model = build(family, torch.float32, "triton")
+    expected = outputs(model, batch)
+    for name, value in outputs(model, batch, torch.compile(model.forward, fullgraph=True)).items():
+        assert relative_error(value, expected[name]) < 1e-4, name
+
+
+@torch.no_grad()
+def test_a_pass_in_a_cuda_graph(build: Build, batch: dict[str, Tensor], make_batch: MakeBatch) -> None:
+    """Vision, prefix, encoder and the decoder's first step, captured once and replayed for another batch."""
+    model = build("t5", torch.bfloat16, "triton")
+    given = without_labels(batch)
+    given["decoder_input_ids"] = torch.zeros(3, 1, dtype=torch.long, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles the kernels and fills what is cached
+        for _ in range(3):
+            model(**given, use_cache=False)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(**given, use_cache=False).logits
+    for seed in (1, 2):
+        for name, value in make_batch(image_size=224, seed=seed).items():
+            given[name].copy_(value)
+        graph.replay()
+        assert torch.equal(logits, model(**given, use_cache=False).logits)
+
+
+def test_two_hundred_times_the_same_bits(build: Build, batch: dict[str, Tensor]) -> None:
+    model = build("t5", torch.bfloat16, "triton")
+    first = outputs(model, batch)
+    for _ in range(200):
+        for name, value in outputs(model, batch).items():
+            assert torch.equal(value, first[name]), name
