@@ -221,6 +221,13 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
+def to_json(found: dict[str, Any]) -> str:
+    """`found` with a line for each kernel, so that a change of one is a change of one line."""
+    kernels = ",\n".join(json.dumps(kernel) for kernel in found["kernels"])
+    rest = {name: json.dumps(value) for name, value in found.items()} | {"kernels": f"[\n{kernels}\n]"}
+    return "{" + ",\n".join(f'"{name}": {value}' for name, value in rest.items()) + "}\n"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What chooses the report's part."""
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules to compile (default: all)")
@@ -275,7 +282,7 @@ def print_report(options: argparse.Namespace) -> int:
         print(complaint, file=sys.stderr)
     found = {"triton": version("triton"), "kernels": entries, "complaints": complaints}
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(to_json(found), encoding="utf-8")
     if options.page:
         from lion_kernels.aot_page import page
 

@@ -21,6 +21,7 @@ from lion_kernels.aot import (
     count_accesses,
     one_each,
     selected_specs,
+    to_json,
 )
 from lion_kernels.aot_page import page
 from lion_kernels.backend import interpreting
@@ -137,6 +138,13 @@ def test_the_page_says_what_is_wrong() -> None:
     text = page({"triton": "3.9.0", "kernels": [spilt], "complaints": ["k on sm_90: registers spill"]})
     assert "| k | 4, 3 | 120 registers, **64 stack**, 96 KiB, 4 matrix, 8 + 2 |" in text
     assert "- k on sm_90: registers spill" in text
+
+
+def test_a_line_of_the_json_is_a_kernel() -> None:
+    found = {"triton": "3.9.0", "kernels": [{"name": "a"}, {"name": "b"}], "complaints": []}
+    text = to_json(found)
+    assert json.loads(text) == found
+    assert {'{"name": "a"},', '{"name": "b"}'} <= set(text.splitlines())
 
 
 def test_unknown_module() -> None:
