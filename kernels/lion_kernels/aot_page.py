@@ -8,7 +8,8 @@ _HEAD = """\
 # What the compiler makes of the kernels
 
 Made by `lion-fast kernels --json docs/kernels.json --page docs/kernels.md` with Triton {triton}, without a GPU: a time
-has not been measured yet. {count} kernels and configurations, compiled: {coverage}; {complaints}.
+has not been measured yet. {count} kernels and configurations. Compiled (of these, with spills):
+{coverage}. {complaints}.
 
 A cell holds registers a thread, bytes of stack where registers spill, KiB of shared memory, instructions on the matrix
 units, and accesses to global memory: of 16 bytes a thread and more, then of fewer. Instructions are counted where they
@@ -22,14 +23,13 @@ def page(found: dict[str, Any]) -> str:
     """The page in Markdown; `found` as the JSON file holds it: `triton`, `kernels` and `complaints`."""
     kernels = found["kernels"]
     targets = [target for target in TARGETS if any(target in kernel["targets"] for kernel in kernels)]
-    counts = {target: sum(target in kernel["targets"] for kernel in kernels) for target in targets}
     complaints = found["complaints"]
     parts = [
         _HEAD.format(
             triton=found["triton"],
             count=len(kernels),
-            coverage=", ".join(f"{count} for {target}" for target, count in counts.items()),
-            complaints="no complaints" if not complaints else f"{len(complaints)} complaints, at the end",
+            coverage=", ".join(_coverage(kernels, target) for target in targets),
+            complaints="No complaints" if not complaints else f"{len(complaints)} complaints, at the end",
             limit=SHARED_LIMITS["sm_90"] / 1024,
         )
     ]
@@ -45,6 +45,12 @@ def page(found: dict[str, Any]) -> str:
     if complaints:
         parts += ["## Complaints\n", *(f"- {complaint}" for complaint in complaints), ""]
     return "\n".join(parts)
+
+
+def _coverage(kernels: list[dict[str, Any]], target: str) -> str:
+    reports = [kernel["targets"][target] for kernel in kernels if target in kernel["targets"]]
+    spilling = sum(report["stack_bytes"] > 0 for report in reports)
+    return f"{target} {len(reports)} ({spilling})"
 
 
 def _cell(report: dict[str, int] | None) -> str:
