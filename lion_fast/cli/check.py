@@ -57,7 +57,8 @@ def _run(args: argparse.Namespace) -> int:
     if interpret:
         print(INTERPRETED)
     else:
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         print(f"The kernels run compiled, on {torch.cuda.get_device_name(device)}.")
     names = args.dtypes or [name for name in DTYPES if not (interpret and name == "bfloat16")]
     check = run_check(args.operators or OPERATORS, [getattr(torch, name) for name in names], device, args.json)
