@@ -293,7 +293,7 @@ def _row_cost(operator: str, rows_of: str) -> Callable[[Tensors], tuple[Cost, Co
 # Small enough for the interpreter; odd rows, widths that no tile divides, every form of gate.
 CASES: tuple[Case, ...] = (
     _adapters("channel", (3, 17), 64, 2, 64),
-    _adapters("channel", (1, 5), 352, 1, 64),
+    _adapters("channel", (1, 5), 2048, 1, 4),
     _adapters("channel by row", (257,), 40, 2, 8),
     _adapters("dense", (417,), 24, 3, 4, activation="identity"),
     _adapters("dense by sequence", (2, 9), 1408, 1, 8, biases=False),
@@ -304,7 +304,7 @@ CASES: tuple[Case, ...] = (
     _lora("dense", (17,), 1408, 176, 2, 4),
     _lora("dense for all", (1, 1), 176, 64, 1, 16),
     _lora("sparse", (2, 17), 176, 64, 8, 16),
-    _maps_attention(129, (65,), 88, batch=1, heads=1),
+    _maps_attention(257, (257,), 88, batch=1, heads=1),
     _maps_attention(17, (17, 40, 9), 40, mixed=True),
     _maps_attention(17, (33, 17), 88, heads=1, dropout=True),
     _maps_attention(1, (257,), 64, heads=1),
