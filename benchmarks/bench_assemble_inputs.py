@@ -12,18 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.side_by_side import DEVICE, DTYPE, Inputs, Operator, leaf, measure
 from lion_kernels.assemble_inputs import assemble_inputs, cost
-from lion_kernels.cost import H200, floor_seconds
 from lion_reference import assemble_inputs as reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 CHANNELS = 2048
 VOCABULARY = 32128
 PREFIX_LENGTH = 289
 LENGTH = 64
 SOFT_PROMPT_ID = 32099
-Inputs = dict[str, Tensor]
 
 
 def make_inputs(batch: int) -> Inputs:
@@ -33,7 +30,7 @@ def make_inputs(batch: int) -> Inputs:
     input_ids = torch.randint(0, SOFT_PROMPT_ID, (batch, LENGTH), generator=generator)
     input_ids[:, 3] = SOFT_PROMPT_ID
     return {
-        **{name: value.to(DEVICE, DTYPE).requires_grad_() for name, value in trained.items()},
+        **{name: leaf(value) for name, value in trained.items()},
         "embedding": torch.randn(VOCABULARY, CHANNELS, generator=generator).to(DEVICE, DTYPE),
         "input_ids": input_ids.to(DEVICE),
     }
@@ -44,7 +41,7 @@ def eager(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Ten
     return torch.cat([prefix, text], dim=1)
 
 
-OPERATORS: dict[str, Callable[..., Tensor]] = {
+OPERATORS: dict[str, Operator] = {
     "eager": eager,
     "lion_kernels-torch": partial(assemble_inputs, soft_prompt_id=SOFT_PROMPT_ID, backend="torch"),
 }
@@ -53,38 +50,17 @@ if DEVICE.type == "cuda":
     OPERATORS["lion_kernels-triton"] = partial(assemble_inputs, soft_prompt_id=SOFT_PROMPT_ID, backend="triton")
 
 
-def run(operator: Callable[..., Tensor], inputs: Inputs, grad: Tensor | None) -> None:
-    """Forward, and with `grad` backward too, until the device is done."""
-    if grad is None:
-        with torch.no_grad():
-            operator(**inputs)
-    else:
-        torch.autograd.grad(operator(**inputs), [value for value in inputs.values() if value.requires_grad], grad)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def relative_error(out: Tensor, inputs: Inputs) -> float:
-    exact = reference(
-        **{name: v.double() if v.is_floating_point() else v for name, v in inputs.items()},
-        soft_prompt_id=SOFT_PROMPT_ID,
-    )
-    return ((out - exact).norm() / exact.norm()).item()
-
-
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("batch", [1, 16])
-def bench(benchmark, batch: int, backward: bool, operator: str) -> None:
-    inputs = make_inputs(batch)
-    out = OPERATORS[operator](**inputs)
-    error, allowed = relative_error(out, inputs), max(1e-5, 2 * relative_error(eager(**inputs), inputs))
-    assert error < allowed, f"wrong result (relative error {error:.1e}, allowed {allowed:.1e}), so no time"
-    costs = cost(batch, PREFIX_LENGTH, LENGTH, CHANNELS, torch.bfloat16)
-    floor = sum(floor_seconds(part, H200, torch.bfloat16) for part in costs[: 1 + backward])
-    benchmark.extra_info["floor of an H200 in bf16, us"] = round(1e6 * floor, 2)
-    direction = "forward+backward" if backward else "forward"
-    benchmark.group = (
-        f"assemble_inputs, {direction}, {batch} x ({PREFIX_LENGTH} + {LENGTH}) rows of {CHANNELS}, {DTYPE}, {DEVICE}"
+def bench(benchmark: Callable, batch: int, backward: bool, operator: str) -> None:
+    measure(
+        benchmark,
+        OPERATORS[operator],
+        make_inputs(batch),
+        plain=eager,
+        reference=partial(reference, soft_prompt_id=SOFT_PROMPT_ID),
+        costs=cost(batch, PREFIX_LENGTH, LENGTH, CHANNELS, torch.bfloat16),
+        backward=backward,
+        title=f"assemble_inputs, {batch} x ({PREFIX_LENGTH} + {LENGTH}) x {CHANNELS}",
     )
-    benchmark(run, OPERATORS[operator], inputs, torch.randn_like(out) if backward else None)

@@ -3,8 +3,9 @@
     python -m lion_kernels
 
 prints, for every kernel and shipped configuration of every module with `kernel_specs()`, its registers, stack, shared
-memory, matrix instructions and 16-byte accesses on each target, and fails on what `check` finds. The interpreter
-accepts code that the compiler does not; this needs no GPU either, but a process without `TRITON_INTERPRET`.
+memory, matrix instructions and the widths of its accesses to global memory on each target, and fails on what `check`
+finds. The interpreter accepts code that the compiler does not; this needs no GPU either, but a process without
+`TRITON_INTERPRET`.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,15 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 }
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 _MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"v_mfma"}
-_WIDE = {"cuda": r"\b(?:LDG|STG|LDGSTS)\.\S*128|\bUBLKCP|\bUTMA", "hip": r"(?:global|buffer)_(?:load|store)_dwordx4"}
+# 16 bytes a thread and more, or whole tiles; and fewer. (A cache hint, LTC128B, is no width.)
+_WIDE = {
+    "cuda": r"\b(?:LDG|STG|LDGSTS)(?:\.\w+)*\.(?:128|256)\b|\bUBLKCP|\bUTMA(?:LDG|STG|RED)",
+    "hip": r"(?:global|buffer)_(?:load|store)_dwordx4",
+}
+_NARROW = {
+    "cuda": r"\b(?:LDG|STG|LDGSTS)\b(?!(?:\.\w+)*\.(?:128|256)\b)",
+    "hip": r"(?:global|buffer)_(?:load|store)_(?!dwordx4)\w",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,10 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a kernel. Instructions are counted where they stand, not as often as they run."""
+    """What the compiler made of a kernel. Instructions are counted where they stand, not as often as they run.
+
+    `wide_accesses` to global memory move 16 bytes a thread or more, `narrow_accesses` fewer.
+    """
 
     name: str
     target: str
@@ -73,6 +85,7 @@ class Report:
     shared_bytes: int
     matrix_instructions: int
     wide_accesses: int
+    narrow_accesses: int
 
 
 def compile_kernel(spec: KernelSpec, target: str) -> Report:
@@ -102,6 +115,7 @@ def compile_kernel(spec: KernelSpec, target: str) -> Report:
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **LAUNCH}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     registers, stack_bytes, code = _disassemble(compiled.asm, target)
+    wide, narrow = count_accesses(code, TARGETS[target][0])
     return Report(
         name=spec.name,
         target=target,
@@ -109,12 +123,13 @@ def compile_kernel(spec: KernelSpec, target: str) -> Report:
         stack_bytes=stack_bytes,
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=len(re.findall(_MATRIX[target], code)),
-        wide_accesses=len(re.findall(_WIDE[TARGETS[target][0]], code)),
+        wide_accesses=wide,
+        narrow_accesses=narrow,
     )
 
 
-def check(report: Report, spec: KernelSpec) -> list[str]:
-    """What is wrong with `report`, a sentence each.
+def check(report: Report, spec: KernelSpec, *, may_spill: bool = False) -> list[str]:
+    """What is wrong with `report`, a sentence each; with `may_spill` bytes of stack are not.
 
     Shared memory has to fit on every NVIDIA target. Spills, matrix units and wide accesses are asked for on sm_90, the
     target that the configurations are made for; elsewhere it is enough to compile.
@@ -124,7 +139,7 @@ def check(report: Report, spec: KernelSpec) -> list[str]:
     if limit is not None and report.shared_bytes > limit:
         complaints.append(f"{report.shared_bytes} bytes of shared memory, at most {limit} fit")
     if report.target == "sm_90":
-        if report.stack_bytes:
+        if report.stack_bytes and not may_spill:
             complaints.append(f"{report.stack_bytes} bytes of stack: registers spill")
         if spec.matrix and not report.matrix_instructions:
             complaints.append("no matrix instruction (HGMMA)")
@@ -140,6 +155,40 @@ def all_specs() -> Iterator[tuple[str, KernelSpec]]:
         module = importlib.import_module(f"lion_kernels.{info.name}")
         for spec in getattr(module, "kernel_specs", list)():
             yield info.name, spec
+
+
+def one_each(specs: Iterable[tuple[str, KernelSpec]]) -> Iterator[tuple[str, KernelSpec]]:
+    """The first spec of each kernel, module and type of values: enough to see whether a compiler takes the kernels."""
+    seen = set()
+    for module, spec in specs:
+        key = module, spec.kernel, frozenset(spec.signature.values())
+        if key not in seen:
+            seen.add(key)
+            yield module, spec
+
+
+def selected_specs(modules: list[str] | None, *, only_one_each: bool) -> list[tuple[str, KernelSpec]]:
+    """The specs of `modules`, all where None.
+
+    Raises:
+        ValueError: a module has no kernels.
+    """
+    specs = list(all_specs())
+    unknown = sorted(set(modules or ()) - {module for module, _ in specs})
+    if unknown:
+        raise ValueError(f"modules: expected some with kernels, got {', '.join(unknown)}")
+    specs = [(module, spec) for module, spec in specs if modules is None or module in modules]
+    return list(one_each(specs)) if only_one_each else specs
+
+
+def count_accesses(code: str, vendor: str) -> tuple[int, int]:
+    """Accesses to global memory in machine code ("cuda" or "hip"): of 16 bytes a thread and more, and of fewer."""
+    return len(re.findall(_WIDE[vendor], code)), len(re.findall(_NARROW[vendor], code))
+
+
+def configuration(spec: KernelSpec) -> dict[str, Any]:
+    """What `spec` fixes, as JSON holds it."""
+    return {"constexprs": spec.constexprs, "num_warps": spec.num_warps, "num_stages": spec.num_stages}
 
 
 def _disassemble(asm: Any, target: str) -> tuple[int, int, str]:
@@ -172,19 +221,49 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
+def to_json(found: dict[str, Any]) -> str:
+    """`found` with a line for each kernel, so that a change of one is a change of one line."""
+    kernels = ",\n".join(json.dumps(kernel) for kernel in found["kernels"])
+    rest = {name: json.dumps(value) for name, value in found.items()} | {"kernels": f"[\n{kernels}\n]"}
+    return "{" + ",\n".join(f'"{name}": {value}' for name, value in rest.items()) + "}\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What chooses the report's part."""
+    parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules to compile (default: all)")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
+    parser.add_argument("--one-each", action="store_true", help="one configuration of each kernel and type only")
+    parser.add_argument(
+        "--may-spill",
+        action="store_true",
+        help="let registers spill: configurations are made for the newest Triton, and others allot otherwise",
+    )
+    parser.add_argument("--json", type=Path, metavar="F", help="write configurations, reports and complaints here too")
+    parser.add_argument("--page", type=Path, metavar="F", help="write the report as a page of Markdown")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the report; returns the number of complaints."""
+    """`python -m lion_kernels`: prints the report; returns the number of complaints."""
     parser = argparse.ArgumentParser(prog="python -m lion_kernels", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--modules", nargs="*", help="operators to compile; all by default")
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS), help="targets to compile for; all by default")
-    parser.add_argument("--json", type=Path, help="write reports and complaints here as well")
-    options = parser.parse_args(arguments)
-    reports, complaints = [], []
+    add_arguments(parser)
+    return print_report(parser.parse_args(arguments))
+
+
+def print_report(options: argparse.Namespace) -> int:
+    """Compiles what `options` (of `add_arguments`) name, and prints the report; returns the number of complaints.
+
+    Raises:
+        ValueError: no kernel is in one of the modules.
+        RuntimeError: in a process that interprets its kernels.
+    """
+    if interpreting():
+        raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
+    specs = selected_specs(options.modules, only_one_each=options.one_each)
+    entries, complaints = [], []
     print(f"triton {version('triton')}")
-    print(f"{'kernel':<72} {'target':<7} {'regs':>4} {'stack':>5} {'shared':>7} {'matrix':>6} {'wide':>5}")
-    for module, spec in all_specs():
-        if options.modules and module not in options.modules:
-            continue
+    print(f"{'kernel':<72} {'target':<7} regs stack  shared matrix  wide narrow")
+    for module, spec in specs:
+        reports = {}
         for target in options.targets:
             try:
                 report = compile_kernel(spec, target)
@@ -193,13 +272,19 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             print(
                 f"{spec.name:<72} {target:<7} {report.registers:>4} {report.stack_bytes:>5} {report.shared_bytes:>7} "
-                f"{report.matrix_instructions:>6} {report.wide_accesses:>5}",
+                f"{report.matrix_instructions:>6} {report.wide_accesses:>5} {report.narrow_accesses:>6}",
                 flush=True,
             )
-            reports.append({"module": module, **asdict(report)})
-            complaints += check(report, spec)
+            reports[target] = {name: value for name, value in asdict(report).items() if name not in ("name", "target")}
+            complaints += check(report, spec, may_spill=options.may_spill)
+        entries.append({"module": module, "name": spec.name, **configuration(spec), "targets": reports})
     for complaint in complaints:
         print(complaint, file=sys.stderr)
+    found = {"triton": version("triton"), "kernels": entries, "complaints": complaints}
     if options.json:
-        options.json.write_text(json.dumps({"reports": reports, "complaints": complaints}, indent=1), encoding="utf-8")
+        options.json.write_text(to_json(found), encoding="utf-8")
+    if options.page:
+        from lion_kernels.aot_page import page
+
+        options.page.write_text(page(found), encoding="utf-8")
     return len(complaints)

@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, convert, quickstart
+from lion_fast.cli import ask, check, convert, kernels, quickstart
 
-_COMMANDS = (quickstart, convert, ask)
+_COMMANDS = (quickstart, convert, ask, check, kernels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; input that cannot be used is a message on stderr and exit status 2.
+    """Run one command, whose exit status is 0 unless it returns another; input that cannot be used is a message on
+    stderr and exit status 2.
 
     The rest of the library says what is wrong with its input by ValueError and OSError. Anything else is a bug of ours
     and shows as such, with its traceback.
@@ -21,10 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_parsers(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"lion-fast {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0

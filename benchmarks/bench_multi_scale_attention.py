@@ -1,0 +1,116 @@
+"""Attention to feature maps, forward and backward, beside SDPA's backends, FlexAttention and flash-attn.
+
+`pytest benchmarks` prints the table. Shapes are EVA's self-attention (257 tokens, 16 heads of 88), the vision
+aggregator's two maps, one softmax each, and the Q-Former's 32 queries (12 heads of 64). Peers that know one softmax
+run once a map.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.side_by_side import DEVICE, Inputs, Operator, leaf, measure
+from lion_kernels import multi_scale_attention
+from lion_kernels.multi_scale_attention import cost
+from lion_reference import multi_scale_attention as reference
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+BATCH = 1 if DEVICE.type == "cpu" else 64
+# queries, maps of 257 keys, heads, head_dim
+SHAPES = {"EVA": (257, 1, 16, 88), "aggregator": (257, 2, 16, 88), "Q-Former": (32, 1, 12, 64)}
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def make_inputs(queries: int, maps: int, heads: int, head_dim: int) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(length: int) -> Tensor:
+        return leaf(torch.randn(BATCH, length, heads, head_dim, generator=generator))
+
+    return {"q": randn(queries), **{f"{name}{s}": randn(257) for s in range(maps) for name in ("k", "v")}}
+
+
+def gathered(operator: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Operator:
+    """An operator on lists of maps as one on k0, v0, k1, v1 ..."""
+
+    def call(q: Tensor, **maps: Tensor) -> Tensor:
+        number = len(maps) // 2
+        return operator(q, [maps[f"k{s}"] for s in range(number)], [maps[f"v{s}"] for s in range(number)])
+
+    return call
+
+
+def map_by_map(attention: Attention) -> Operator:
+    def call(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        outputs = [attention(q, k, v) for k, v in zip(keys, values, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs, dim=2)
+
+    return gathered(call)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def sdpa_by(backend: SDPBackend) -> Attention:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v)
+
+    return call
+
+
+OPERATORS: dict[str, Operator] = {
+    "eager": gathered(reference),
+    "SDPA": map_by_map(sdpa),
+    "lion_kernels-torch": gathered(partial(multi_scale_attention, backend="torch")),
+}
+if DEVICE.type == "cuda":
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled_flex = torch.compile(flex_attention)
+    OPERATORS |= {
+        "SDPA-flash": map_by_map(sdpa_by(SDPBackend.FLASH_ATTENTION)),
+        "SDPA-cuDNN": map_by_map(sdpa_by(SDPBackend.CUDNN_ATTENTION)),
+        "SDPA-efficient": map_by_map(sdpa_by(SDPBackend.EFFICIENT_ATTENTION)),
+        "FlexAttention": map_by_map(
+            lambda q, k, v: compiled_flex(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        ),
+        "torch.compile": torch.compile(gathered(reference)),
+        "lion_kernels-triton": gathered(partial(multi_scale_attention, backend="triton")),
+    }
+    if flash_attn_func is not None:
+        OPERATORS["flash-attn"] = map_by_map(flash_attn_func)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+def bench(benchmark: Callable, shape: str, backward: bool, operator: str) -> None:
+    queries, maps, heads, head_dim = SHAPES[shape]
+    inputs = make_inputs(queries, maps, heads, head_dim)
+    if operator.startswith("SDPA-"):
+        try:
+            OPERATORS[operator](**inputs)
+        except RuntimeError as error:
+            pytest.skip(f"this GPU's {operator} does not take the shape: {error}")
+    half = {name: value.detach().bfloat16() for name, value in inputs.items()}
+    measure(
+        benchmark,
+        OPERATORS[operator],
+        inputs,
+        plain=gathered(reference),
+        reference=gathered(reference),
+        costs=cost(half["q"], [half[f"k{s}"] for s in range(maps)]),
+        backward=backward,
+        title=f"multi_scale_attention, {shape}, {BATCH} x {queries} to {maps} x 257, {heads} heads of {head_dim}",
+    )

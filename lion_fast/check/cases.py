@@ -1,0 +1,358 @@
+"""What `lion-fast check` runs: every operator on shapes of all kinds, and on the model's own where time is measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lion_kernels
+import lion_reference
+from lion_kernels.cost import Cost
+from lion_kernels.multi_scale_attention import dropout_mask as attention_dropout_mask
+from lion_kernels.residual_layer_norm import dropout_mask as row_dropout_mask
+
+DROPOUT_P = 0.25
+SEED = 2**40 + 12345
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    Attributes:
+        operator: name of the function in lion_kernels and in lion_reference.
+        label: the shapes in words, for the table.
+        make: the arguments that are tensors, from a generator: floating ones in fp64, which get gradients, and others.
+        options: the other arguments, the same in both packages.
+        dropout: whether with dropout, whose mask the reference gets as a tensor.
+        cost: forward's and backward's from the tensors as they are given; set where time is measured.
+    """
+
+    operator: str
+    label: str
+    make: Callable[[torch.Generator], Tensors]
+    options: dict[str, Any] = field(default_factory=dict)
+    dropout: bool = False
+    cost: Callable[[Tensors], tuple[Cost, Cost]] | None = None
+
+    def run(self, tensors: Tensors) -> Tensor:
+        """The Triton kernels; raises ValueError where they cannot run, instead of computing elsewhere."""
+        dropout = {"dropout_p": DROPOUT_P, "seed": SEED} if self.dropout else {}
+        function = getattr(lion_kernels, self.operator)
+        return function(**_arguments(tensors), **self.options, **dropout, backend="triton")
+
+    def reference(self, tensors: Tensors) -> Tensor:
+        masks = {"dropout_mask": self._dropout_masks(tensors)} if self.dropout else {}
+        return getattr(lion_reference, self.operator)(**_arguments(tensors), **self.options, **masks)
+
+    def _dropout_masks(self, tensors: Tensors) -> Any:
+        if self.operator == "residual_layer_norm":
+            x = tensors["x"]
+            return row_dropout_mask(x.shape, DROPOUT_P, SEED).to(x)
+        q = tensors["q"]
+        batch, queries, heads, _ = q.shape
+        keys = _maps(tensors, "keys") or [tensors["k"]]
+        masks = [
+            attention_dropout_mask(batch, heads, queries, k.shape[1], DROPOUT_P, SEED, map_index=s).to(q)
+            for s, k in enumerate(keys)
+        ]
+        return masks if "k" not in tensors else masks[0]
+
+
+def _arguments(tensors: Tensors) -> dict[str, Any]:
+    """`tensors` with "keys.0", "keys.1" ... gathered in a list, as the operators take feature maps."""
+    plain: dict[str, Any] = {name: value for name, value in tensors.items() if "." not in name}
+    gathered = {name: _maps(tensors, name) for name in ("keys", "values", "key_padding_mask")}
+    return {**plain, **{name: values for name, values in gathered.items() if values}}
+
+
+def _maps(tensors: Tensors, name: str) -> list[Tensor]:
+    return [value for key, value in tensors.items() if key.startswith(f"{name}.")]
+
+
+def _randn(generator: torch.Generator, *size: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+
+
+def _gate(generator: torch.Generator, form: str, shape: tuple[int, ...], experts: int, channels: int) -> Tensors:
+    """A gate of `form` for x [*shape, D]; channel: for three tasks, sparse: two experts a row or none."""
+    if form in ("channel", "channel by row"):
+        rows = shape[:1] if form == "channel" else shape
+        ids = torch.randint(0, 3, rows, generator=generator)
+        return {"gate": _randn(generator, 3, experts, channels), "task_ids": ids}
+    if form == "sparse":
+        ids = torch.randint(-1, experts, (*shape, 2), generator=generator)
+        return {"gate": _randn(generator, *ids.shape), "expert_ids": ids}
+    leading = {"dense": shape, "dense by sequence": shape[:1], "dense for all": ()}[form]
+    return {"gate": _randn(generator, *leading, experts)}
+
+
+def _adapters(
+    form: str,
+    shape: tuple[int, ...],
+    channels: int,
+    experts: int,
+    rank: int,
+    *,
+    biases: bool = True,
+    timed: bool = False,
+    **options: Any,
+) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        randn = partial(_randn, generator)
+        tensors = {
+            "x": randn(*shape, channels),
+            "down_weight": randn(experts, rank, channels, scale=channels**-0.5),
+            "up_weight": randn(experts, channels, rank, scale=rank**-0.5),
+            "residual": randn(*shape, channels),
+        }
+        if biases:
+            tensors |= {"down_bias": randn(experts, rank), "up_bias": randn(experts, channels)}
+        return {**tensors, **_gate(generator, form, shape, experts, channels)}
+
+    def cost(tensors: Tensors) -> tuple[Cost, Cost]:
+        rows = tensors["x"].numel() // channels
+        return _cost("mixture_of_adapters", rows, channels, experts, rank, tensors["x"].dtype)
+
+    if not biases:
+        options |= {"down_bias": None, "up_bias": None}
+    label = f"{form} gate, x {_size(shape, channels)}, E {experts}, r {rank}{'' if biases else ', no biases'}"
+    label += f", {options['activation']}" if "activation" in options else ""
+    return Case("mixture_of_adapters", label, make, options, cost=cost if timed else None)
+
+
+def _lora(
+    form: str,
+    shape: tuple[int, ...],
+    channels_in: int,
+    channels_out: int,
+    experts: int,
+    rank: int,
+    *,
+    timed: bool = False,
+) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        randn = partial(_randn, generator)
+        return {
+            "x": randn(*shape, channels_in),
+            "weight": randn(channels_out, channels_in, scale=channels_in**-0.5),
+            "bias": randn(channels_out),
+            "lora_a": randn(experts, rank, channels_in, scale=channels_in**-0.5),
+            "lora_b": randn(experts, channels_out, rank, scale=rank**-0.5),
+            **_gate(generator, form, shape, experts, channels_out),
+        }
+
+    def cost(tensors: Tensors) -> tuple[Cost, Cost]:
+        x = tensors["x"]
+        rows = x.numel() // channels_in
+        return _cost("mixture_of_lora_linear", rows, channels_in, channels_out, experts, rank, x.dtype, frozen=False)
+
+    label = f"{form} gate, x {_size(shape, channels_in)} to {channels_out}, E {experts}, r {rank}"
+    return Case("mixture_of_lora_linear", label, make, {"scaling": 0.5}, cost=cost if timed else None)
+
+
+def _maps_attention(
+    queries: int,
+    lengths: tuple[int, ...],
+    head_dim: int,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    mixed: bool = False,
+    dropout: bool = False,
+    timed: bool = False,
+) -> Case:
+    """`mixed`: with a padding mask, by which the first element attends nothing of the first map, and a scale gate."""
+
+    def make(generator: torch.Generator) -> Tensors:
+        tensors = {"q": _randn(generator, batch, queries, heads, head_dim)}
+        for name in ("keys", "values"):
+            for s, length in enumerate(lengths):
+                tensors[f"{name}.{s}"] = _randn(generator, batch, length, heads, head_dim)
+        if mixed:
+            tensors["scale_gate"] = _randn(generator, len(lengths))
+            for s, length in enumerate(lengths):
+                mask = torch.rand(batch, length, generator=generator) > 0.3
+                mask[0] &= s > 0
+                tensors[f"key_padding_mask.{s}"] = mask
+        return tensors
+
+    def cost(tensors: Tensors) -> tuple[Cost, Cost]:
+        return _cost("multi_scale_attention", tensors["q"], _maps(tensors, "keys"))
+
+    keys = "+".join(map(str, lengths))
+    label = f"{batch} x {queries} queries, {keys} keys, {heads} heads of {head_dim}"
+    label += f"{', mask and gate' if mixed else ''}{', dropout' if dropout else ''}"
+    return Case("multi_scale_attention", label, make, dropout=dropout, cost=cost if timed else None)
+
+
+def _biased_attention(
+    queries: int,
+    keys: int,
+    head_dim: int,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    mask: bool = False,
+    decoder: bool = False,
+    dropout: bool = False,
+    timed: bool = False,
+) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        tensors = {
+            "q": _randn(generator, batch, queries, heads, head_dim, scale=head_dim**-0.5),
+            "k": _randn(generator, batch, keys, heads, head_dim),
+            "v": _randn(generator, batch, keys, heads, head_dim),
+            "bias_table": _randn(generator, 32, heads),
+        }
+        if mask:
+            tensors["key_padding_mask"] = torch.rand(batch, keys, generator=generator) > 0.3
+            tensors["key_padding_mask"][0] = False
+        return tensors
+
+    def cost(tensors: Tensors) -> tuple[Cost, Cost]:
+        return _cost("relative_bias_attention", tensors["q"], tensors["k"], causal=decoder, learn_bias=True)
+
+    label = f"{batch} x {queries} queries, {keys} keys, {heads} heads of {head_dim}"
+    label += "".join(f", {name}" for name, on in (("causal", decoder), ("mask", mask), ("dropout", dropout)) if on)
+    options = {"causal": decoder, "bidirectional": not decoder}
+    return Case("relative_bias_attention", label, make, options, dropout, cost if timed else None)
+
+
+def _layer_norm(
+    shape: tuple[int, ...], channels: int, *, x_bias: bool = True, dropout: bool = False, timed: bool = False
+) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        tensors = {name: _randn(generator, *shape, channels) for name in ("x", "residual")}
+        tensors |= {name: _randn(generator, channels) for name in ("weight", "bias")}
+        return {**tensors, "x_bias": _randn(generator, channels)} if x_bias else tensors
+
+    label = f"{_size(shape, channels)}{'' if x_bias else ', no x_bias'}{', dropout' if dropout else ''}"
+    cost = _row_cost("residual_layer_norm", "x") if timed else None
+    return Case("residual_layer_norm", label, make, {"eps": 1e-12}, dropout, cost)
+
+
+def _rms_norm(shape: tuple[int, ...], channels: int, *, timed: bool = False) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        return {"x": _randn(generator, *shape, channels), "weight": _randn(generator, channels)}
+
+    cost = _row_cost("rms_norm", "x") if timed else None
+    return Case("rms_norm", _size(shape, channels), make, {"eps": 1e-6}, cost=cost)
+
+
+def _gated_gelu(shape: tuple[int, ...], channels: int, *, timed: bool = False) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        return {name: _randn(generator, *shape, channels) for name in ("gate", "up")}
+
+    cost = _row_cost("gated_gelu", "gate") if timed else None
+    return Case("gated_gelu", _size(shape, channels), make, cost=cost)
+
+
+def _assemble(
+    batch: int, prefix_length: int, length: int, channels: int, vocabulary: int, *, timed: bool = False
+) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        input_ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+        input_ids[:, length // 2] = vocabulary  # the soft prompt's, beyond the table
+        input_ids[-1, -1] = vocabulary
+        return {
+            "prefix": _randn(generator, batch, prefix_length, channels),
+            "input_ids": input_ids,
+            "embedding": _randn(generator, vocabulary + 1, channels),
+            "soft_prompt": _randn(generator, channels),
+        }
+
+    def cost(tensors: Tensors) -> tuple[Cost, Cost]:
+        return _cost("assemble_inputs", batch, prefix_length, length, channels, tensors["prefix"].dtype)
+
+    label = f"{batch} x ({prefix_length} + {length}) x {channels}"
+    return Case("assemble_inputs", label, make, {"soft_prompt_id": vocabulary}, cost=cost if timed else None)
+
+
+def _size(shape: tuple[int, ...], channels: int) -> str:
+    return " x ".join(map(str, (*shape, channels)))
+
+
+def _cost(operator: str, *arguments: Any, **options: Any) -> tuple[Cost, Cost]:
+    return import_module(f"lion_kernels.{operator}").cost(*arguments, **options)
+
+
+def _row_cost(operator: str, rows_of: str) -> Callable[[Tensors], tuple[Cost, Cost]]:
+    def cost(tensors: Tensors) -> tuple[Cost, Cost]:
+        x = tensors[rows_of]
+        return _cost(operator, x.numel() // x.shape[-1], x.shape[-1], x.dtype)
+
+    return cost
+
+
+# Small enough for the interpreter; odd rows, widths that no tile divides, every form of gate.
+CASES: tuple[Case, ...] = (
+    _adapters("channel", (3, 17), 64, 2, 64),
+    _adapters("channel", (1, 5), 2048, 1, 4),
+    _adapters("channel by row", (257,), 40, 2, 8),
+    _adapters("dense", (417,), 24, 3, 4, activation="identity"),
+    _adapters("dense by sequence", (2, 9), 1408, 1, 8, biases=False),
+    _adapters("dense for all", (1, 1), 176, 3, 16),
+    _adapters("sparse", (3, 5), 72, 8, 16),
+    _lora("channel", (3, 17), 64, 72, 2, 64),
+    _lora("channel by row", (129,), 64, 48, 3, 8),
+    _lora("dense", (17,), 1408, 176, 2, 4),
+    _lora("dense for all", (1, 1), 176, 64, 1, 16),
+    _lora("sparse", (2, 17), 176, 64, 8, 16),
+    _maps_attention(257, (257,), 88, batch=1, heads=1),
+    _maps_attention(17, (17, 40, 9), 40, mixed=True),
+    _maps_attention(17, (33, 17), 88, heads=1, dropout=True),
+    _maps_attention(1, (257,), 64, heads=1),
+    _maps_attention(33, (33,), 8),
+    _maps_attention(17, (33,), 80, heads=1),
+    _maps_attention(17, (33,), 96, heads=1, mixed=True, dropout=True),
+    _maps_attention(5, (65,), 128, heads=1),
+    _biased_attention(97, 97, 64, batch=1, heads=1),
+    _biased_attention(33, 33, 40, mask=True),
+    _biased_attention(65, 65, 24, heads=1, decoder=True),
+    _biased_attention(1, 257, 64, heads=1, decoder=True),
+    _biased_attention(17, 50, 88, heads=1, decoder=True, mask=True, dropout=True),
+    _biased_attention(17, 17, 128, dropout=True),
+    _layer_norm((1,), 64),
+    _layer_norm((17,), 176, dropout=True),
+    _layer_norm((17,), 1408, dropout=True),
+    _layer_norm((417,), 64, x_bias=False),
+    _layer_norm((2, 3), 4096),
+    _rms_norm((1,), 64),
+    _rms_norm((257,), 176),
+    _rms_norm((417,), 64),
+    _rms_norm((2, 17), 2048),
+    _rms_norm((3,), 4096),
+    _gated_gelu((1,), 64),
+    _gated_gelu((257,), 176),
+    _gated_gelu((417,), 8),
+    _gated_gelu((2, 5), 5120),
+    _assemble(1, 1, 3, 64, 7),
+    _assemble(3, 17, 33, 176, 50),
+    _assemble(2, 40, 17, 2048, 20),
+)
+
+# LION-FlanT5-XL's in training (64 pictures, 16 x 1024 tokens) and in decoding, in bf16.
+TIMED: tuple[Case, ...] = (
+    _adapters("channel", (16, 1024), 2048, 2, 64, timed=True),
+    _adapters("channel", (4, 1), 2048, 2, 64, timed=True),
+    _adapters("dense", (16, 1024), 4096, 4, 8, timed=True),
+    _adapters("sparse", (16, 1024), 4096, 8, 64, timed=True),
+    _lora("channel", (16, 1024), 2048, 2048, 2, 64, timed=True),
+    _lora("sparse", (4, 1), 4096, 4096, 8, 64, timed=True),
+    _maps_attention(257, (257,), 88, batch=64, heads=16, timed=True),
+    _maps_attention(257, (257, 257), 88, batch=64, heads=16, timed=True),
+    _maps_attention(32, (257,), 64, batch=64, heads=12, timed=True),
+    _biased_attention(417, 417, 64, batch=16, heads=32, timed=True),
+    _biased_attention(1, 417, 64, batch=16, heads=32, decoder=True, timed=True),
+    _layer_norm((64, 257), 1408, timed=True),
+    _rms_norm((16, 1024), 2048, timed=True),
+    _gated_gelu((16, 1024), 5120, timed=True),
+    _assemble(16, 289, 128, 2048, 32128, timed=True),
+)
+OPERATORS = tuple(dict.fromkeys(case.operator for case in CASES))

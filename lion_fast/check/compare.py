@@ -1,0 +1,169 @@
+"""One case in one dtype: the kernels' output and gradients against the fp64 reference, and against themselves."""
+
+import functools
+import importlib
+import pkgutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import lion_kernels
+from lion_fast.check.cases import Case, Tensors
+
+FP32_BOUND = 1e-5
+INFERENCE = "out without gradients"
+
+
+@dataclass
+class Outcome:
+    """What a case came to.
+
+    Attributes:
+        errors: by tensor ("out", or the argument whose gradient it is), `||got - exact|| / ||exact||` and its bound.
+        kernels: how often each Triton kernel was launched in a forward and backward and a forward without gradients.
+        problems: what is wrong, a sentence each; empty where all is well.
+    """
+
+    operator: str
+    case: str
+    dtype: str
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def compare(case: Case, dtype: torch.dtype, device: torch.device, *, repeats: int) -> Outcome:
+    """Runs `case` on the kernels with poisoned memory, holds every tensor that comes out to its bound, and repeats it.
+
+    The reference computes in fp64 from the inputs as `dtype` holds them: on the CPU, and for cases that measure time,
+    which are too large for it, on `device`. The bound is 1e-5 in fp32; in half precision twice the error of the
+    reference computed in that dtype on `device`, but no less than the rounding of the result itself.
+    """
+    outcome = Outcome(case.operator, case.label, name_of(dtype))
+    tensors = make_tensors(case, dtype, device)
+    oracle = device if case.cost else torch.device("cpu")
+    exact = results_of(case.reference, leaves(tensors, torch.float64, oracle))
+    plain = results_of(case.reference, leaves(tensors)) if dtype.itemsize < 4 else None
+    try:
+        with poisoned_memory(), counted_launches() as launches:
+            got = _kernel_results(case, tensors)
+        # On a GPU not in deterministic mode, which would hide what else of torch's an operator uses.
+        first = got if device.type == "cpu" else _kernel_results(case, tensors)
+        others = (_kernel_results(case, tensors) for _ in range(repeats - 1))
+        differing = {name for other in others for name in first if not torch.equal(first[name], other[name])}
+    except Exception as error:  # whatever a kernel dies of is a finding, and the other cases still count
+        outcome.problems.append(f"{type(error).__name__}: {error}")
+        return outcome
+    outcome.kernels = dict(launches)
+    if not outcome.kernels:
+        outcome.problems.append("no Triton kernel ran")
+    for name, value in got.items():
+        like = "out" if name == INFERENCE else name
+        error, bound = relative_error(value, exact[like]), FP32_BOUND
+        if plain is not None:
+            bound = max(2 * relative_error(plain[like], exact[like]), torch.finfo(dtype).eps / 2)
+        outcome.errors[name] = error, bound
+        if value.dtype != dtype:
+            outcome.problems.append(f"{name}: expected {name_of(dtype)}, got {name_of(value.dtype)}")
+        if not error <= bound:
+            outcome.problems.append(f"{name}: error {error:.1e} above its bound {bound:.1e}")
+    outcome.problems += [f"{name}: {repeats} equal calls gave different bits" for name in sorted(differing)]
+    return outcome
+
+
+def _kernel_results(case: Case, tensors: Tensors) -> Tensors:
+    """As in training, and the output as it is computed where nothing asks for a gradient."""
+    results = results_of(case.run, leaves(tensors))
+    with torch.no_grad():
+        return {**results, INFERENCE: case.run(tensors)}
+
+
+def make_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """The same values for every dtype, as far as it holds them."""
+    tensors = case.make(torch.Generator().manual_seed(0))
+    return {name: value.to(device, _kind(value, dtype)) for name, value in tensors.items()}
+
+
+def _kind(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def leaves(tensors: Tensors, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensors:
+    """`tensors`, the floating ones asking for gradients, and in `dtype`."""
+    return {
+        name: value.detach().to(device, _kind(value, dtype or value.dtype)).requires_grad_(value.is_floating_point())
+        for name, value in tensors.items()
+    }
+
+
+def results_of(operator: Callable[[Tensors], Tensor], tensors: Tensors) -> Tensors:
+    """The output, and the gradient of every leaf for a random gradient of the output that every dtype holds."""
+    out = operator(tensors)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half().bfloat16().to(out)
+    wanted = [name for name, value in tensors.items() if value.requires_grad]
+    gradients = torch.autograd.grad(out, [tensors[name] for name in wanted], grad)
+    return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """`||got - exact|| / ||exact||` in fp64; infinite where anything is NaN or the shapes differ."""
+    if got.shape != exact.shape:
+        return float("inf")
+    got = got.to(exact.device, torch.float64)
+    error = ((got - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+    return error if error == error else float("inf")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that is handed out uninitialised holds NaN (integers: the largest), so that what nobody writes shows.
+
+    torch fills it itself in its deterministic mode, in which some of its operators choose other algorithms.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of operators that have no deterministic algorithm
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """How often each kernel of lion_kernels is launched within, compiled or interpreted."""
+    counter: Counter[str] = Counter()
+    hooks = []
+    for kernel in _kernels():
+        hook = functools.partial(_count, counter, kernel.__name__)
+        kernel.add_pre_run_hook(hook)
+        hooks.append((kernel, hook))
+    try:
+        yield counter
+    finally:
+        for kernel, hook in hooks:
+            kernel.pre_run_hooks.remove(hook)
+
+
+def _count(counter: Counter[str], kernel: str, /, *args: object, **kwargs: object) -> None:
+    counter[kernel] += 1
+
+
+@functools.cache
+def _kernels() -> tuple:
+    from triton import KernelInterface
+
+    names = (info.name for info in pkgutil.walk_packages(lion_kernels.__path__, "lion_kernels."))
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    found = (value for module in modules for value in vars(module).values() if isinstance(value, KernelInterface))
+    return tuple({id(kernel): kernel for kernel in found}.values())

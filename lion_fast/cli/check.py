@@ -1,0 +1,65 @@
+"""`lion-fast check`: the kernels against the reference, on this machine."""
+
+import argparse
+from pathlib import Path
+
+from lion_fast.cli.arguments import device
+
+DTYPES = ("float32", "float16", "bfloat16")
+INTERPRETED = """\
+The kernels run in Triton's interpreter, on the CPU. What they compute is checked; times there mean nothing, so none are
+printed. bfloat16 is not run: the interpreter computes something else with it."""
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "check",
+        help="hold the kernels to the reference on this machine",
+        description="Hold every operator's Triton kernels, forward and every gradient, to the reference in fp64, and "
+        "on a GPU put their time beside its floor. Without a GPU they run in Triton's interpreter. The exit status is "
+        "1 where anything is out of bounds.",
+    )
+    parser.add_argument("--operators", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)} (default: all that run)"
+    )
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument("--json", type=Path, metavar="F", help="write everything that was found here")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from lion_fast.check.cases import OPERATORS
+    from lion_fast.check.report import run_check
+    from lion_fast.cli.processes import run_again
+    from lion_kernels.backend import HAS_TRITON, interpreting
+
+    unknown = sorted(set(args.operators or ()) - set(OPERATORS))
+    if unknown:
+        raise ValueError(f"--operators: expected some of {', '.join(OPERATORS)}, got {', '.join(unknown)}")
+    if not HAS_TRITON:
+        raise ValueError("triton cannot be imported here, so no kernel runs")
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device}")
+    interpret = device.type == "cpu"
+    if interpret and "bfloat16" in (args.dtypes or ()):
+        raise ValueError("--dtypes: bfloat16 needs a GPU, Triton's interpreter computes something else with it")
+    if interpret != interpreting():
+        argv: list[object] = ["check", "--device", device]
+        argv += ["--operators", *args.operators] if args.operators else []
+        argv += ["--dtypes", *args.dtypes] if args.dtypes else []
+        argv += ["--json", args.json] if args.json else []
+        return run_again(argv, interpret=interpret)
+
+    if interpret:
+        print(INTERPRETED)
+    else:
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        print(f"The kernels run compiled, on {torch.cuda.get_device_name(device)}.")
+    names = args.dtypes or [name for name in DTYPES if not (interpret and name == "bfloat16")]
+    check = run_check(args.operators or OPERATORS, [getattr(torch, name) for name in names], device, args.json)
+    return 1 if check.problems else 0

@@ -1,0 +1,247 @@
+"""`lion-fast check`: that it finds what is wrong with an operator, and what it says of one that is right."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lion_fast
+import lion_kernels
+from lion_fast.check import report
+from lion_fast.check.cases import CASES, OPERATORS, TIMED, Case
+from lion_fast.check.compare import compare, make_tensors, poisoned_memory
+from lion_fast.check.timing import Seconds, measure, measure_rates, quantiles
+from lion_fast.cli import main
+from lion_kernels.cost import H200, Cost, Device, floor_seconds
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RIGHT = lion_kernels.rms_norm
+Operator = Callable[..., Tensor]
+
+
+def smallest(operator: str) -> Case:
+    def values(case: Case) -> int:
+        return sum(tensor.numel() for tensor in make_tensors(case, torch.float32, torch.device("cpu")).values())
+
+    return min((case for case in CASES if case.operator == operator), key=values)
+
+
+@pytest.fixture
+def _smallest_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "CASES", [smallest(operator) for operator in OPERATORS])
+    monkeypatch.setattr(report, "TIMED", [])
+
+
+def test_every_operator_is_checked_and_timed() -> None:
+    public = set(lion_kernels.__all__) - {"BACKENDS", "resolve_backend"}
+    assert set(OPERATORS) == public
+    assert {case.operator for case in TIMED} == public
+    assert all(case.cost for case in TIMED)
+
+
+@pytest.mark.usefixtures("_smallest_cases")
+def test_what_is_right_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "check.json"
+    assert main(["check", "--dtypes", "float32", "--json", str(found)]) == 0
+    out = capsys.readouterr().out
+    assert ("The kernels run in Triton's interpreter" in out) == (DEVICE.type == "cpu")
+    assert f"{len(OPERATORS)} of {len(OPERATORS)} within bounds" in out
+    saved = json.loads(found.read_text(encoding="utf-8"))
+    assert saved["problems"] == []
+    assert saved["environment"]["torch"] == torch.__version__
+    for outcome in saved["outcomes"]:
+        assert outcome["kernels"], outcome
+        assert len(outcome["errors"]) >= 4  # the output with and without gradients, and two gradients at least
+        assert all(error <= bound <= 1e-5 for error, bound in outcome["errors"].values())
+
+
+def _slightly_off(*args: Any, **options: Any) -> Tensor:
+    return RIGHT(*args, **options) * (1 + 1e-4)
+
+
+def _gradient_lost(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+    return RIGHT(x, weight.detach(), *args, **options) + 0 * weight
+
+
+def _part_unwritten(*args: Any, **options: Any) -> Tensor:
+    out = RIGHT(*args, **options)
+    return torch.where(torch.arange(out.shape[-1], device=out.device) < 5, torch.empty_like(out), out)
+
+
+def _elsewhere(*args: Any, **options: Any) -> Tensor:
+    return RIGHT(*args, **{**options, "backend": "torch"})
+
+
+def _never_the_same() -> Operator:
+    calls = iter(range(10**6))
+    return lambda *args, **options: RIGHT(*args, **options) * (1 + 1e-6 * next(calls))
+
+
+def _dies(*args: Any, **options: Any) -> Tensor:
+    raise RuntimeError("illegal memory access")
+
+
+@pytest.mark.usefixtures("_smallest_cases")
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (_slightly_off, "out: error 1.0e-04 above its bound 1.0e-05"),
+        (_gradient_lost, "weight: error 1.0e+00 above its bound 1.0e-05"),
+        (_part_unwritten, "out: error inf above its bound 1.0e-05"),
+        (_elsewhere, "no Triton kernel ran"),
+        (_never_the_same(), "out: 2 equal calls gave different bits"),
+        (_dies, "RuntimeError: illegal memory access"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_fails_by_name(
+    wrong: Operator,
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(lion_kernels, "rms_norm", wrong)
+    monkeypatch.setattr(report, "REPEATS", 2)
+    found = tmp_path / "check.json"
+    options = ["--operators", "rms_norm", "gated_gelu", "--dtypes", "float32", "--json", str(found)]
+    assert main(["check", *options]) == 1
+    out = capsys.readouterr().out
+    assert f"FAIL rms_norm, {smallest('rms_norm').label}, float32: {problem}" in out
+    assert "FAIL gated_gelu" not in out
+    assert "1 of 2 within bounds" in out
+    assert any(problem in entry for entry in json.loads(found.read_text(encoding="utf-8"))["problems"])
+
+
+@pytest.mark.usefixtures("_smallest_cases")
+def test_what_was_found_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*args: Any, **options: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lion_kernels, "rms_norm", interrupted)
+    found = tmp_path / "check.json"
+    assert main(["check", "--operators", "gated_gelu", "rms_norm", "--dtypes", "float32", "--json", str(found)]) == 130
+    (outcome,) = json.loads(found.read_text(encoding="utf-8"))["outcomes"]
+    assert outcome["operator"] == "gated_gelu"
+
+
+def test_half_precision_is_held_to_twice_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = smallest("gated_gelu")
+    plain = compare(case, torch.float16, DEVICE, repeats=1)
+    assert not plain.problems
+    right = lion_kernels.gated_gelu
+    monkeypatch.setattr(lion_kernels, "gated_gelu", lambda *args, **options: right(*args, **options) * 1.002)
+    (problem, *_) = compare(case, torch.float16, DEVICE, repeats=1).problems
+    assert re.fullmatch(r"out: error [12]\.\de-03 above its bound \d\.\de-04", problem)
+
+
+def test_poison_reaches_every_allocation() -> None:
+    with poisoned_memory():
+        for tensor in (torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(1).new_empty(3)):
+            assert tensor.isnan().all()
+        assert (torch.empty(3, dtype=torch.int32) == 2**31 - 1).all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernels are compiled here")
+def test_the_interpreter_is_chosen_before_triton_is_imported() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-m", "lion_fast", "check", "--operators", "rms_norm", "--dtypes", "float32"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "in Triton's interpreter" in run.stdout
+    assert "5 of 5 within bounds" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--operators", "rms_norm", "layer_norm"],
+            "--operators: expected some of mixture_of_adapters, .*, got layer_norm",
+        ),
+        (["--device", "meta"], "no device 'meta' here|expected cpu or cuda, got meta"),
+        (["--dtypes", "bfloat16", "--device", "cpu"], "--dtypes: bfloat16 needs a GPU"),
+        (["--dtypes", "float64"], "invalid choice: 'float64'"),
+    ],
+)
+def test_bad_options_are_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["check", *options])
+    except SystemExit as exit_of_argparse:
+        status = exit_of_argparse.code
+    assert status == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_quantiles() -> None:
+    assert quantiles([float(n) for n in range(11)]) == Seconds(5.0, 2.0, 8.0)
+
+
+@pytest.mark.parametrize("case", TIMED, ids=lambda case: f"{case.operator}, {case.label}")
+def test_the_floor_of_every_timed_case(case: Case) -> None:
+    """From tensors that hold nothing, so that the model's own shapes cost no time here."""
+    assert case.cost is not None
+    with torch.device("meta"):
+        made = case.make(None)
+    tensors = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in made.items()}
+    for cost in case.cost(tensors):
+        assert 1e-8 < floor_seconds(cost, H200, torch.bfloat16) < 1e-2
+
+
+def test_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of a GPU on any machine, with a clock that gives ten times the floor."""
+    cost = Cost(bytes=1000, flops=10)
+    case = replace(smallest("gated_gelu"), cost=lambda _: (cost, cost))
+    rates = Device("a GPU", bytes_per_second=1e9, flops_per_second={"float16": 1e12})
+    monkeypatch.setattr(report, "TIMED", [case])
+    monkeypatch.setattr(report, "TIMED_DTYPE", torch.float16)
+    monkeypatch.setattr(report, "measure", lambda function, device: (function(), Seconds(1e-5, 9e-6, 2e-5))[1])
+    check = report.Check("compiled", rates=rates)
+    report._time(check, ["gated_gelu"], DEVICE)
+    assert [timing.direction for timing in check.timings] == ["forward", "backward"]
+    out = capsys.readouterr().out
+    assert "a GPU: copies 0.00 TB/s, multiplies float16 1 TFLOP/s" in out
+    assert len(re.findall(r"10\.0 +9\.0 +20\.0 +1\.0 +10%", out)) == 2
+
+
+def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(report, "TIMED", [replace(smallest("rms_norm"), cost=lambda _: (Cost(1, 1), Cost(1, 1)))])
+    monkeypatch.setattr(report, "TIMED_DTYPE", torch.float16)
+    monkeypatch.setattr(lion_kernels, "rms_norm", lambda *args, **options: RIGHT(*args, **options) * 2)
+    check = report.Check("compiled", rates=Device("a GPU", 1e9, {"float16": 1e12}))
+    report._time(check, ["rms_norm"], DEVICE)
+    assert check.timings == []
+    assert check.problems
+    assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_measured_on_a_gpu() -> None:
+    rates = measure_rates(DEVICE, (torch.float32, torch.bfloat16))
+    assert rates.bytes_per_second > 1e11
+    assert rates.flops_per_second["bfloat16"] > 1e12
+    seconds = measure(lambda: torch.cuda._sleep(10**6), DEVICE)
+    assert 1e-4 < seconds.low <= seconds.median <= seconds.high < 1e-1
+
+
+def test_runs_uninstalled() -> None:
+    """With PYTHONPATH alone, as on a machine that cannot install anything."""
+    root = Path(lion_fast.__file__).parents[1]
+    folders = [str(root), str(root / "kernels"), str(root / "reference")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, "-m", "lion_fast", "check", "--help"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "--operators" in run.stdout
