@@ -1,0 +1,21 @@
+
+from lion_fast.data.dataset import JsonlDataset, SampleDataset
+from lion_fast.data.loader import make_loader
+from lion_fast.data.mixture import MixtureDataset
+from lion_fast.data.records import DataError, Record, parse_record, write_jsonl
+from lion_fast.data.sampler import LengthGroupedBatchSampler
+from lion_fast.data.transforms import RandomCrop, RandomHorizontalFlip
+
+__all__ = [
+    "DataError",
+    "JsonlDataset",
+    "LengthGroupedBatchSampler",
+    "MixtureDataset",
+    "RandomCrop",
+    "RandomHorizontalFlip",
+    "Record",
+    "SampleDataset",
+    "make_loader",
+    "parse_record",
+    "write_jsonl",
+]
