@@ -1,4 +1,6 @@
+"""Data to train on: one format on disk, converters to it, and everything between the files and a batch."""
 
+from lion_fast.data.converters import FORMATS, Conversion
 from lion_fast.data.dataset import JsonlDataset, SampleDataset
 from lion_fast.data.loader import make_loader
 from lion_fast.data.mixture import MixtureDataset
@@ -7,6 +9,8 @@ from lion_fast.data.sampler import LengthGroupedBatchSampler
 from lion_fast.data.transforms import RandomCrop, RandomHorizontalFlip
 
 __all__ = [
+    "FORMATS",
+    "Conversion",
     "DataError",
     "JsonlDataset",
     "LengthGroupedBatchSampler",
