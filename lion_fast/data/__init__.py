@@ -6,6 +6,8 @@ from lion_fast.data.loader import make_loader
 from lion_fast.data.mixture import MixtureDataset
 from lion_fast.data.records import DataError, Record, parse_record, write_jsonl
 from lion_fast.data.sampler import LengthGroupedBatchSampler
+from lion_fast.data.shards import ShardDataset, write_shards
+from lion_fast.data.tagging import add_tags
 from lion_fast.data.transforms import RandomCrop, RandomHorizontalFlip
 
 __all__ = [
@@ -19,7 +21,10 @@ __all__ = [
     "RandomHorizontalFlip",
     "Record",
     "SampleDataset",
+    "ShardDataset",
+    "add_tags",
     "make_loader",
     "parse_record",
     "write_jsonl",
+    "write_shards",
 ]
