@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, convert, quickstart
+from lion_fast.cli import ask, convert, data, quickstart
 
-_COMMANDS = (quickstart, convert, ask)
+_COMMANDS = (quickstart, convert, ask, data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
