@@ -9,8 +9,6 @@ from torch.utils.data import DataLoader
 
 from lion_fast.data.sampler import LengthGroupedBatchSampler
 
-_BATCHES_AHEAD = 4  # of each worker
-
 
 def make_loader(
     sampler: LengthGroupedBatchSampler,
@@ -27,13 +25,15 @@ def make_loader(
         sampler: says which samples; `sampler.set_epoch(epoch, start)` says where the next iteration begins.
         collate_fn: makes a batch of samples, such as `lambda samples: samples`. It runs in the workers, and is pickled
             where Python starts them afresh.
-        num_workers: processes; by default one fewer than this machine's cores, and 0 reads in this one.
+        num_workers: processes; 0 reads in this one. By default one fewer than the cores that this process may use, or
+            than its share of them where torchrun started several.
 
     Raises:
         ValueError: for a negative number of workers.
     """
     if num_workers is None:
-        num_workers = max(1, (os.cpu_count() or 1) - 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
     if num_workers < 0:
         raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
     return DataLoader(
@@ -41,7 +41,6 @@ def make_loader(
         batch_sampler=sampler,
         collate_fn=collate_fn,
         num_workers=num_workers,
-        prefetch_factor=_BATCHES_AHEAD if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(sampler.seed),

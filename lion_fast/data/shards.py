@@ -100,7 +100,7 @@ class ShardDataset(SampleDataset):
     """The samples of a directory that `write_shards` wrote.
 
     Args:
-        directory: with shards and their index, which is held in memory, 64 bytes a sample.
+        directory: with shards and their index, which is held in memory, 70 bytes a sample.
         transforms, tagger, strict, seed: see `SampleDataset`.
 
     Raises:

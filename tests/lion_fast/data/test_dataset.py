@@ -168,6 +168,9 @@ def test_workers_see_the_same_and_report_what_they_skip(pictures: Path, write_li
             dataset._bad.zero_()
     assert places == alone
     assert dataset.num_bad_images == 2
+    strict = make_loader(LengthGroupedBatchSampler(JsonlDataset(path), batch_size=2), as_they_are, 1)
+    with pytest.raises(DataError, match=r"train.jsonl:[25]: image"):
+        list(strict)
     again = pickle.loads(pickle.dumps(dataset))
     assert np.array_equal(np.asarray(again[5]["image"]), np.asarray(dataset[5]["image"]))
 

@@ -61,10 +61,12 @@ def test_one_to_one_alternates_and_data_sets_of_one_length_are_shuffled_apart(ma
 
 def test_a_mixture_s_samples_are_those_of_its_parts(pictures, write_lines) -> None:
     images = JsonlDataset(write_lines({}, {"image": "b.png"}))
-    regions = JsonlDataset(write_lines(REGION, name="regions.jsonl"), seed=5)
+    noted = [lambda sample, rng: sample | {"drawn": rng.random()}]
+    regions = JsonlDataset(write_lines(REGION, name="regions.jsonl"), transforms=noted)
     mixture = MixtureDataset([images, regions])
     assert [mixture[i]["place"] for i in range(3)] == [images.place(0), images.place(1), regions.place(0)]
     assert mixture[4, 2]["task"] == "region_level"
+    assert mixture[4, 2]["drawn"] == regions[4, 0]["drawn"] != regions[5, 0]["drawn"]
     assert mixture.place(-1) == regions.place(0)
     assert mixture.tasks.tolist() == [1, 1, 0]
     with pytest.raises(IndexError):
@@ -89,7 +91,8 @@ def test_batches_hold_every_sample_once_and_samples_of_alike_length(make_dataset
     shuffled = dataset.epoch_order(0, 0).reshape(-1, 8)
     assert padding(batches) < 0.2 * padding(list(shuffled))
     mean_lengths = [dataset.lengths[batch].mean() for batch in batches]
-    assert np.corrcoef(mean_lengths, range(125))[0, 1] < 0.5  # batches come in no order of length
+    # Within a group of 32, batches come in no order of length.
+    assert abs(np.corrcoef(mean_lengths[:32], range(32))[0, 1]) < 0.6
 
 
 def test_processes_share_the_batches_of_one(make_dataset) -> None:

@@ -69,6 +69,7 @@ def test_an_epoch_keeps_to_a_few_shards_at_a_time(shards: Path) -> None:
     assert not np.array_equal(order, dataset.epoch_order(0, 1))
     of_shard = dataset._rows[order, 0]
     first_eight = {int(shard) for shard in of_shard[:40]}
+    assert np.count_nonzero(np.diff(of_shard[:40])) > 20  # and mixes them
     last_of_first = max(np.flatnonzero(np.isin(of_shard, list(first_eight))))
     assert len(first_eight) <= 8
     assert last_of_first < len(order) - 1

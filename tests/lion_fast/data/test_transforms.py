@@ -80,6 +80,18 @@ def test_a_crop_keeps_at_least_the_scale(seed: int, scale: float) -> None:
         assert scale * whole <= side + 1e-9 <= whole + 1e-9
 
 
+@given(st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_a_crop_keeps_boxes_whole_that_end_between_pixels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    image = picture_with_boxes(rng)[0]
+    (x1, x2), (y1, y2) = np.sort(rng.random((2, 2)), axis=1).tolist()
+    sample = RandomCrop(1.0, 0.1)(region_sample(image, [[x1, y1, x2, y2]]), rng)
+    (box,) = sample["boxes"]
+    pixels = np.multiply(np.subtract(box[2:], box[:2]), sample["image"].size)
+    assert pixels == pytest.approx(np.multiply([x2 - x1, y2 - y1], image.size), abs=1e-9)
+
+
 def test_a_crop_does_cut_and_a_flip_does_flip() -> None:
     rng = np.random.default_rng(0)
     image, boxes = picture_with_boxes(rng)
@@ -96,7 +108,9 @@ def test_a_crop_does_cut_and_a_flip_does_flip() -> None:
         ("the man on the left", False, False),
         ("LEFTMOST guy", False, False),
         ("lft man", False, False),
-        ("2nd from r", False, False),
+        ("2nd from the back", False, False),
+        ("guy on r", False, False),
+        ("L person", False, False),
         ("a boy's right hand", False, False),
         ("the sign saying STOP", False, True),
         ("a clock", False, True),
