@@ -159,13 +159,15 @@ class JsonlDataset(SampleDataset):
     Args:
         path: the file.
         image_root: what relative paths of pictures start from; the file's own folder if None.
+        task: take only the samples of this task; of both if None.
         tagger, transforms, seed: see `SampleDataset`.
         strict: whether a bad line, and later a bad picture, is an error. Otherwise bad lines are left out; the first
             ten are logged, all are counted in `num_bad_lines`.
 
     Raises:
+        ValueError: for an unknown task.
         FileNotFoundError: no such file.
-        DataError: for a line that is no record, and for a file without any.
+        DataError: for a line that is no record, and for a file without a sample.
     """
 
     def __init__(
@@ -174,10 +176,12 @@ class JsonlDataset(SampleDataset):
         image_root: str | os.PathLike | None = None,
         transforms: Sequence[Transform] | None = None,
         *,
+        task: str | None = None,
         tagger: Tagger | None = None,
         strict: bool = True,
         seed: int = 0,
     ):
+        check_task(task)
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"path: expected a file of JSON lines, got a directory or nothing at {self.path}")
@@ -199,6 +203,8 @@ class JsonlDataset(SampleDataset):
                     if self.num_bad_lines <= _SHOWN:
                         logger.warning("skipped %s", error)
                     continue
+                if task is not None and record.task != task:
+                    continue
                 offsets.append(offset)
                 numbers.append(number)
                 tasks.append(TASKS.index(record.task))
@@ -207,7 +213,9 @@ class JsonlDataset(SampleDataset):
             logger.warning("%s: %d lines skipped in all", self.path, self.num_bad_lines)
         if not offsets:
             raise DataError(
-                f"{self.path}: holds no sample" + (f"; the first error: {first_error}" if first_error else "")
+                f"{self.path}: holds no sample"
+                + (f" of task {task}" if task else "")
+                + (f"; the first error: {first_error}" if first_error else "")
             )
         self._offsets, self._numbers = np.array(offsets), np.array(numbers)
         super().__init__(
@@ -228,6 +236,11 @@ class JsonlDataset(SampleDataset):
         if line is None:
             raise DataError(f"{place}: expected at most {MAX_LINE_BYTES} bytes in a line")
         return parse_record(line, place)
+
+
+def check_task(task: str | None) -> None:
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task: expected {' or '.join(map(repr, TASKS))}, or None for both, got {task!r}")
 
 
 def text_length(record: Record) -> int:

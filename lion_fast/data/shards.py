@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lion_fast.configuration_lion import TASKS
-from lion_fast.data.dataset import JsonlDataset, SampleDataset, Tagger, Transform, text_length
+from lion_fast.data.dataset import JsonlDataset, SampleDataset, Tagger, Transform, check_task, text_length
 from lion_fast.data.records import DataError, Record, record_from_fields
 from lion_fast.images import load_image
 
@@ -101,11 +101,14 @@ class ShardDataset(SampleDataset):
 
     Args:
         directory: with shards and their index, which is held in memory, 70 bytes a sample.
+        task: take only the samples of this task; of both if None.
         transforms, tagger, strict, seed: see `SampleDataset`.
 
     Raises:
+        ValueError: for an unknown task.
         FileNotFoundError: no index there.
-        DataError: for an index that cannot be read, or a shard that is missing or of another size than it was.
+        DataError: for an index that cannot be read or holds no sample of the task, or a shard that is missing or of
+            another size than it was.
     """
 
     def __init__(
@@ -113,10 +116,12 @@ class ShardDataset(SampleDataset):
         directory: str | os.PathLike,
         transforms: Sequence[Transform] | None = None,
         *,
+        task: str | None = None,
         tagger: Tagger | None = None,
         strict: bool = True,
         seed: int = 0,
     ):
+        check_task(task)
         self.directory = Path(directory)
         path = self.directory / INDEX
         if not path.is_file():
@@ -134,6 +139,10 @@ class ShardDataset(SampleDataset):
             found = shard.stat().st_size if shard.is_file() else 0
             if found != size:
                 raise DataError(f"{shard}: expected {size} bytes, as were written, got {found}")
+        if task is not None:
+            rows = rows[rows[:, 6] == TASKS.index(task)]
+        if not len(rows):
+            raise DataError(f"{path}: holds no sample" + (f" of task {task}" if task else ""))
         self._rows = rows[:, :6]
         super().__init__(
             rows[:, 6].astype(np.uint8),

@@ -103,7 +103,7 @@ class Conversion:
             source=format,
             image_template=image_name or self.format.image_template,
             splits=frozenset(splits),
-            kinds=tuple(kinds) or ("rec", "reg"),
+            kinds=tuple(dict.fromkeys(kinds)) or ("rec", "reg"),
             seed=seed,
         )
 

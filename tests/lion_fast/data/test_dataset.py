@@ -56,6 +56,17 @@ def test_pictures_are_found_beside_the_file_or_under_the_root(pictures: Path, wr
     assert [dataset[i]["image"].getpixel((0, 0)) for i in range(2)] == [(255, 0, 0), (0, 128, 0)]
 
 
+def test_one_task_may_be_taken(pictures: Path, write_lines) -> None:
+    path = write_lines({}, {"image": "b.png"} | REGION, {"image": "c.png"})
+    assert [JsonlDataset(path, task="image_level").place(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
+    regions = JsonlDataset(path, task="region_level")
+    assert (len(regions), regions[0]["place"], regions.tasks.tolist()) == (1, f"{path}:2", [0])
+    with pytest.raises(ValueError, match="task: expected 'region_level' or 'image_level', or None for both, got 'rec'"):
+        JsonlDataset(path, task="rec")
+    with pytest.raises(DataError, match=r"images.jsonl: holds no sample of task region_level$"):
+        JsonlDataset(write_lines({}, name="images.jsonl"), task="region_level")
+
+
 def test_the_tagger_is_asked_where_a_record_has_no_tags(pictures: Path, write_lines) -> None:
     path = write_lines({"tags": ["wall"]}, {"image": "b.png"}, {"image": "c.png", "tags": []})
     dataset = JsonlDataset(path, tagger=lambda image: (str(image.getpixel((0, 0))),))

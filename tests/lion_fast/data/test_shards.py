@@ -45,6 +45,16 @@ def test_shards_hold_the_same_samples(scenes: JsonlDataset, shards: Path) -> Non
     assert dataset.place(0) == f"{dataset.shards[0]}:byte 512, record 0"
 
 
+def test_one_task_may_be_taken(shards: Path) -> None:
+    both = ShardDataset(shards)
+    regions = ShardDataset(shards, task="region_level")
+    assert len(regions) == np.count_nonzero(both.tasks == 0) < len(both)
+    assert {regions.record(i).task for i in range(len(regions))} == {"region_level"}
+    assert sorted(regions.epoch_order(0, 0)) == list(range(len(regions)))
+    with pytest.raises(ValueError, match="task: expected"):
+        ShardDataset(shards, task="rec")
+
+
 def test_anyone_can_read_the_tar_files(scenes: JsonlDataset, shards: Path) -> None:
     """WebDataset's convention: members of one sample are neighbours, alike up to the first dot."""
     images = set()
