@@ -1,5 +1,6 @@
 """Pictures from anywhere, as upright 8-bit RGB."""
 
+import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-ImageLike = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
+ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray | torch.Tensor
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is read from a file, in pixels; a quarter of a GiB as RGB, and where Pillow begins to warn."""
@@ -41,9 +42,9 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
     file is taken, and of a PIL image the current one.
 
     Args:
-        image: a PIL image of any mode; the path of an image file; a numpy array or torch tensor of shape [H, W],
-            [H, W, C] or [C, H, W] with C of 1, 3 or 4 (where both fit, an array is [H, W, C] and a tensor [C, H, W]).
-            Values of arrays: integers 0..255, `uint16` 0..65535, booleans, or floats 0..1.
+        image: a PIL image of any mode; the path of an image file, or its content as bytes; a numpy array or torch
+            tensor of shape [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4 (where both fit, an array is [H, W, C]
+            and a tensor [C, H, W]). Values of arrays: integers 0..255, `uint16` 0..65535, booleans, or floats 0..1.
         name: what errors call the picture.
 
     Raises:
@@ -54,6 +55,8 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
     """
     if isinstance(image, str | os.PathLike):
         return _read(os.fspath(image), name)
+    if isinstance(image, bytes):
+        return _decode(io.BytesIO(image), name)
     if isinstance(image, Image.Image):
         return _convert(image, name)
     if isinstance(image, torch.Tensor):
@@ -67,7 +70,7 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image, name, channels_first=False)
     raise TypeError(
-        f"{name}: expected a PIL image, a path, a numpy array or a torch tensor, got {type(image).__name__}"
+        f"{name}: expected a PIL image, a path, bytes, a numpy array or a torch tensor, got {type(image).__name__}"
     )
 
 
@@ -96,11 +99,15 @@ def _read(path: str, name: str) -> Image.Image:
         found = False
     if not found:
         raise FileNotFoundError(f"{name}: expected an image file, got a directory or nothing at that path")
+    return _decode(path, name)
+
+
+def _decode(source: str | io.BytesIO, name: str) -> Image.Image:
     Image.init()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
-            file = Image.open(path, formats=[known for known in _FORMATS if known in Image.OPEN])
+            file = Image.open(source, formats=[known for known in _FORMATS if known in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels: {error}") from error
     except _UNREADABLE as error:

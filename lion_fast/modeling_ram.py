@@ -217,7 +217,7 @@ class RamTagger(PreTrainedModel):
         tags, tag_thresholds = self.tags, self.tag_thresholds
         if tags is None or tag_thresholds is None:
             raise ValueError("tags, tag_thresholds: expected both when the model was made, got none")
-        if isinstance(images, str) or not isinstance(images, Sequence):
+        if isinstance(images, str | bytes) or not isinstance(images, Sequence):
             images = [images]
         thresholds = torch.tensor(tag_thresholds)
         strings = []

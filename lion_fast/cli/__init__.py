@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, check, convert, kernels, quickstart
+from lion_fast.cli import ask, check, convert, data, kernels, quickstart
 
-_COMMANDS = (quickstart, convert, ask, check, kernels)
+_COMMANDS = (quickstart, convert, ask, data, check, kernels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """Small pictures with known truth: coloured shapes and signs, what they show, and where."""
 
+from lion_fast.prompts import REGION_INSTRUCTION
 from lion_fast.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, SIGN, SIZES, WORDS
 from lion_fast.scenes.scene import (
     MIN_CENTER_GAP,
-    REGION_INSTRUCTION,
     TAGS,
     Expression,
     Question,
@@ -13,6 +13,7 @@ from lion_fast.scenes.scene import (
     SceneObject,
     corrupt_tags,
 )
+from lion_fast.scenes.writing import write_scenes
 
 __all__ = [
     "BACKGROUNDS",
@@ -31,4 +32,5 @@ __all__ = [
     "SceneGenerator",
     "SceneObject",
     "corrupt_tags",
+    "write_scenes",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lion_fast.boxes import format_box
-from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION, REGION_INSTRUCTION
 from lion_fast.scenes.drawing import (
     BACKGROUNDS,
     COLORS,
@@ -29,8 +29,6 @@ from lion_fast.scenes.drawing import (
 
 Box = tuple[float, float, float, float]
 TaskName = Literal["image_level", "region_level"]
-
-REGION_INSTRUCTION = "In the image <image>, what is the object at {box}?"
 
 TAGS = tuple(sorted((*COLORS, *SHAPES, SIGN, *BACKGROUNDS)))
 

@@ -252,7 +252,18 @@ def test_what_is_no_picture_is_refused(value, message):
         load_image(value, "picture")
 
 
-@pytest.mark.parametrize("value", [None, 3, b"bytes", {"path": "a.png"}])
+def test_the_content_of_a_file_is_read_as_the_file_is(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (5, 3), "red").save(path)
+    content = path.read_bytes()
+    assert load_image(content).tobytes() == load_image(path).tobytes()
+    assert [image.size for image in load_images([content, path])] == [(5, 3), (5, 3)]
+    assert load_images(content)[0].size == (5, 3)
+    with pytest.raises(ValueError, match=r"images\[1\]: expected a whole image|images\[1\]: expected an image file"):
+        load_images([content, content[:-20]])
+
+
+@pytest.mark.parametrize("value", [None, 3, bytearray(b"bytes"), {"path": "a.png"}])
 def test_other_types_are_refused(value):
     with pytest.raises(TypeError, match=f"image: expected a PIL image, .* got {type(value).__name__}"):
         load_image(value)

@@ -1,0 +1,141 @@
+"""`lion-fast data`: make, convert, check, tag and pack files of training data."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lion_fast.cli.arguments import device, positive_int
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("data", help="make, convert, check, tag and pack training data")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_scenes(actions)
+    _add_convert(actions)
+    check = actions.add_parser("check", help="check every line and every picture of a file")
+    check.set_defaults(run=_check)
+    shards = actions.add_parser("shards", help="pack a file and its pictures into tar files")
+    shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    shards.add_argument(
+        "--shard-mb", type=positive_int, default=512, metavar="N", help="MiB of a shard at most (default: %(default)s)"
+    )
+    shards.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    shards.set_defaults(run=_shards)
+    tag = actions.add_parser("tag", help="write a file's records with tags of their pictures")
+    tag.add_argument("--ram", type=Path, required=True, metavar="DIR", help="RamTagger's directory")
+    tag.add_argument("--out", type=Path, required=True, metavar="JSONL", help="file to write")
+    tag.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
+    tag.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    tag.set_defaults(run=_tag)
+    for action in (check, shards, tag):
+        action.add_argument("file", metavar="JSONL", help="file of training data")
+        action.add_argument("--image-root", type=Path, metavar="DIR", help="of pictures (default: the file's folder)")
+        _add_skip_bad(action, "lines and pictures that cannot be used")
+
+
+def _add_scenes(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = actions.add_parser("scenes", help="draw scenes, to try training with nothing downloaded")
+    parser.add_argument("--count", type=positive_int, required=True, metavar="N", help="scenes")
+    parser.add_argument("--seed", type=int, default=0, help="names the set of scenes (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=positive_int, default=96, metavar="N", help="pixels (default: %(default)s)"
+    )
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="some of caption, vqa, rec, reg (default: all)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
+    parser.set_defaults(run=_scenes)
+
+
+def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from lion_fast.data.converters import FORMATS
+
+    listing = "\n".join(f"  {name:14} {known.description}: {' '.join(known.files)}" for name, known in FORMATS.items())
+    parser = actions.add_parser(
+        "convert",
+        help="convert a public data set's annotations",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Convert a public data set's annotations. Formats and their files:\n{listing}",
+    )
+    parser.add_argument("format", choices=FORMATS, metavar="FORMAT")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="the format's files, in the order above")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSONL", help="file to write")
+    parser.add_argument("--images", default="", metavar="DIR", help="put before the pictures' names")
+    parser.add_argument(
+        "--image-name", metavar="TEMPLATE", help="such as '{image_id:012d}.jpg' (default: the format's)"
+    )
+    parser.add_argument("--split", action="append", default=[], help="split to take, may be repeated (default: all)")
+    parser.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help="of regions: rec, reg (default: both)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of instructions (default: %(default)s)")
+    _add_skip_bad(parser, "entries that make no record")
+    parser.set_defaults(run=_convert)
+
+
+def _add_skip_bad(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--skip-bad", action="store_true", help=f"leave out and count {what}, instead of stopping")
+
+
+def _scenes(args: argparse.Namespace) -> None:
+    from lion_fast.scenes import write_scenes
+
+    print(write_scenes(args.out, args.count, args.seed, image_size=args.image_size, kinds=args.kinds))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from lion_fast.data import Conversion, write_jsonl
+
+    conversion = Conversion(
+        args.format,
+        args.files,
+        images=args.images,
+        image_name=args.image_name,
+        splits=args.split,
+        kinds=args.kinds,
+        strict=not args.skip_bad,
+        seed=args.seed,
+    )
+    count = write_jsonl(conversion, args.out)
+    print(f"{args.out}: {count} samples; {conversion.num_bad} entries left out")
+
+
+def _check(args: argparse.Namespace) -> None:
+    from lion_fast.configuration_lion import TASKS
+
+    dataset = _open(args)
+    for index in range(len(dataset)):
+        dataset[index]
+    counts = [int((dataset.tasks == task).sum()) for task in range(len(TASKS))]
+    print(
+        f"{args.file}: {len(dataset)} samples, "
+        + ", ".join(f"{count} {name}" for name, count in zip(TASKS, counts, strict=True))
+        + f"; {dataset.num_bad_lines} bad lines, {dataset.num_bad_images} samples with a bad picture"
+    )
+
+
+def _shards(args: argparse.Namespace) -> None:
+    from lion_fast.data import ShardDataset, write_shards
+
+    dataset = _open(args)
+    shards = write_shards(dataset, args.out, shard_bytes=args.shard_mb << 20, seed=args.seed)
+    written = len(ShardDataset(args.out))
+    print(
+        f"{args.out}: {written} samples in {len(shards)} shards; {dataset.num_bad_lines} bad lines and "
+        f"{len(dataset) - written} samples with a bad picture left out"
+    )
+
+
+def _tag(args: argparse.Namespace) -> None:
+    import torch
+
+    from lion_fast.data import add_tags
+    from lion_fast.modeling_ram import RamTagger
+
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tagger: Any = RamTagger.from_pretrained(args.ram)
+    dataset = _open(args)
+    tagged, bad = add_tags(dataset, args.out, tagger.to(device), batch_size=args.batch_size)
+    print(f"{args.out}: {tagged} pictures tagged; {dataset.num_bad_lines} bad lines and {bad} bad pictures left out")
+
+
+def _open(args: argparse.Namespace):
+    from lion_fast.data import JsonlDataset
+
+    return JsonlDataset(args.file, args.image_root, strict=not args.skip_bad)

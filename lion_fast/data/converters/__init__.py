@@ -1,0 +1,133 @@
+"""From the formats in which people have their data to records."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lion_fast.data.converters.captions import coco_captions, flickr30k, karpathy, textcaps
+from lion_fast.data.converters.entries import load_json, load_lines
+from lion_fast.data.converters.questions import aokvqa, gqa, ocr_vqa, vqa
+from lion_fast.data.converters.regions import mdetr, refcoco, visual_genome
+from lion_fast.data.converters.table import Format, Options
+from lion_fast.data.records import DataError, Record
+
+__all__ = ["FORMATS", "Conversion", "Format"]
+
+logger = logging.getLogger(__name__)
+
+_COCO = "COCO_{subset}_{image_id:012d}.jpg"
+
+FORMATS = {
+    "coco-captions": Format("COCO's captions", ("captions_train2017.json",), coco_captions),
+    "karpathy": Format("Karpathy's splits of COCO or Flickr30k", ("dataset_coco.json",), karpathy, has_splits=True),
+    "textcaps": Format("TextCaps", ("TextCaps_0.1_train.json",), textcaps, "{image_id}.jpg", has_splits=True),
+    "flickr30k": Format("Flickr30k's own list of captions", ("results_20130124.token",), flickr30k, is_text=True),
+    "vqav2": Format("VQAv2", ("questions.json", "annotations.json"), vqa, _COCO),
+    "okvqa": Format("OK-VQA", ("questions.json", "annotations.json"), vqa, _COCO),
+    "aokvqa": Format("A-OKVQA", ("aokvqa_v1p0_train.json",), aokvqa, "{image_id:012d}.jpg", has_splits=True),
+    "gqa": Format("GQA", ("train_balanced_questions.json",), gqa, "{image_id}.jpg"),
+    "ocr-vqa": Format("OCR-VQA", ("dataset.json",), ocr_vqa, "{image_id}{suffix}", has_splits=True),
+    "refcoco": Format(
+        "RefCOCO, RefCOCO+ or RefCOCOg, refs as JSON",
+        ("refs.json", "instances.json"),
+        refcoco,
+        has_splits=True,
+        has_regions=True,
+    ),
+    "mdetr": Format(
+        "RefCOCO, RefCOCO+ or RefCOCOg by MDETR", ("finetune_refcoco_train.json",), mdetr, has_regions=True
+    ),
+    "visual-genome": Format(
+        "Visual Genome's regions", ("region_descriptions.json", "image_data.json"), visual_genome, has_regions=True
+    ),
+}
+
+
+class Conversion:
+    """Records of a data set in one of `FORMATS`, made as they are iterated over.
+
+    Args:
+        format: its name in `FORMATS`.
+        files: the format's files, in its order.
+        images: put before each picture's name, such as the folder that holds them.
+        image_name: the name of a picture's file, for formats that give only its number: a template such as
+            `{image_id:012d}.jpg`. Each such format has one of its own.
+        splits: which splits to take, for formats that hold several in a file; all if empty.
+        kinds: `rec`, `reg` or both, for formats with regions; both if empty.
+        strict: whether an entry that makes no record is an error. Otherwise it is left out, the first ten are logged,
+            and all are counted in `num_bad`.
+        seed: of the choice of instructions (`lion_fast.data.templates`).
+
+    Attributes:
+        num_bad: entries left out so far.
+
+    Raises:
+        ValueError: for an unknown format, another number of files, or an option that the format has no use for.
+        DataError: while iterating, naming file, entry and field; also where no record comes of it at all.
+        OSError: for a file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        files: Sequence[str | os.PathLike],
+        *,
+        images: str = "",
+        image_name: str | None = None,
+        splits: Sequence[str] = (),
+        kinds: Sequence[str] = (),
+        strict: bool = True,
+        seed: int = 0,
+    ):
+        if format not in FORMATS:
+            raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        self.format = FORMATS[format]
+        self.files = [Path(file) for file in files]
+        if len(self.files) != len(self.format.files):
+            raise ValueError(f"files: expected {' and '.join(self.format.files)} for {format}, got {len(files)} files")
+        if image_name is not None and not self.format.image_template:
+            raise ValueError(
+                f"image_name: expected none, as {format} gives the names of its pictures, got {image_name!r}"
+            )
+        if splits and not self.format.has_splits:
+            raise ValueError(f"splits: expected none, as {format} has a file for each, got {', '.join(splits)}")
+        if (kinds and not self.format.has_regions) or set(kinds) - {"rec", "reg"}:
+            expected = "rec, reg or both" if self.format.has_regions else f"none, as {format} has no regions"
+            raise ValueError(f"kinds: expected {expected}, got {', '.join(kinds)}")
+        self.images = images
+        self.strict = strict
+        self.num_bad = 0
+        self.options = Options(
+            source=format,
+            image_template=image_name or self.format.image_template,
+            splits=frozenset(splits),
+            kinds=tuple(dict.fromkeys(kinds)) or ("rec", "reg"),
+            seed=seed,
+        )
+
+    def __iter__(self) -> Iterator[Record]:
+        self.num_bad = 0
+        any_record = False
+        load = load_lines if self.format.is_text else load_json
+        entries, records = self.format.parts(*map(load, self.files), self.options)
+        for entry in entries:
+            try:
+                made = [self._placed(record) for record in records(entry)]
+            except ValueError as error:
+                message = str(error) if isinstance(error, DataError) else f"{entry.place}: {error}"
+                if self.strict:
+                    raise DataError(message) from error
+                self.num_bad += 1
+                if self.num_bad <= 10:
+                    logger.warning("skipped %s", message)
+                continue
+            any_record = any_record or bool(made)
+            yield from made
+        if not any_record:
+            chosen = f" in {', '.join(sorted(self.options.splits))}" if self.options.splits else ""
+            raise DataError(f"{self.files[0]}: makes no record{chosen}")
+
+    def _placed(self, record: Record) -> Record:
+        return replace(record, image=os.path.join(self.images, record.image)) if self.images else record

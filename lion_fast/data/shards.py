@@ -1,0 +1,216 @@
+"""Samples in few large files, for disks on which a million small ones are slow.
+
+Shards are plain tar files in WebDataset's layout, `000000017.jpg` beside `000000017.json`, the latter a list of the
+records of that picture, so a picture with fifty records is stored once. `index.npz` beside them says where everything
+lies. So shards are read by position, like a file of JSON lines: grouped by length, shared out to any number of
+processes and resumed in the same way, while their order keeps to a few shards at a time.
+"""
+
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lion_fast.configuration_lion import TASKS
+from lion_fast.data.dataset import JsonlDataset, SampleDataset, Tagger, Transform, check_task, text_length
+from lion_fast.data.records import DataError, Record, record_from_fields
+from lion_fast.images import load_image
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.npz"
+_VERSION = 1
+_SHARDS_AT_A_TIME = 8
+
+
+def write_shards(
+    dataset: JsonlDataset, out: str | os.PathLike, *, shard_bytes: int = 512 << 20, seed: int = 0
+) -> list[Path]:
+    """Write a data set's records and pictures to shards.
+
+    Pictures are copied as they are, in an order drawn from `seed`, so that each shard is a sample of the whole; every
+    picture is decoded once to see that it can be. The index comes last: without it, what is there is unfinished.
+
+    Args:
+        dataset: is asked for records only: transforms and tagger do not run. Unless it is strict, a picture that cannot
+            be read is left out with its records, and logged.
+        out: directory, new or empty.
+        shard_bytes: a shard is closed before it grows past this (one larger picture makes its own shard).
+        seed: of the order.
+
+    Returns:
+        The shards.
+
+    Raises:
+        ValueError: for a directory with something in it, or a size below 1.
+        DataError: for a picture that cannot be read, naming file and line; if all of them cannot.
+        OSError: where nothing can be written.
+    """
+    out = Path(out)
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes: expected 1 or more, got {shard_bytes}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: expected a directory that is empty or not there yet, got {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    by_image: dict[str, list[int]] = {}
+    for index in range(len(dataset)):
+        by_image.setdefault(dataset.record(index).image, []).append(index)
+    images = list(by_image)
+    writer = _ShardWriter(out, shard_bytes)
+    rows: list[tuple[int, ...]] = []
+    try:
+        for number, i in enumerate(np.random.default_rng(seed).permutation(len(images))):
+            records = [dataset.record(index) for index in by_image[images[i]]]
+            path = dataset.image_root / images[i]
+            try:
+                load_image(path)
+                content = path.read_bytes()
+            except (OSError, ValueError) as error:
+                message = f"{dataset.place(by_image[images[i]][0])}: {error}"
+                if dataset.strict:
+                    raise DataError(message) from error
+                logger.warning("skipped %d records: %s", len(records), message)
+                continue
+            text = ("[" + ",\n".join(record.to_json() for record in records) + "]").encode()
+            spans = writer.add(f"{number:09d}", {(path.suffix.lower() or ".img"): content, ".json": text})
+            rows += [
+                (*spans, place, TASKS.index(record.task), text_length(record)) for place, record in enumerate(records)
+            ]
+    finally:
+        writer.close()
+    if not rows:
+        raise DataError(f"{dataset.path}: none of its pictures can be read")
+    sizes = [shard.stat().st_size for shard in writer.shards]
+    unfinished = out / (INDEX + ".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez(
+            file, version=_VERSION, names=[s.name for s in writer.shards], sizes=sizes, rows=np.array(rows, np.int64)
+        )
+    unfinished.replace(out / INDEX)
+    return writer.shards
+
+
+class ShardDataset(SampleDataset):
+    """The samples of a directory that `write_shards` wrote.
+
+    Args:
+        directory: with shards and their index, which is held in memory, 70 bytes a sample.
+        task: take only the samples of this task; of both if None.
+        transforms, tagger, strict, seed: see `SampleDataset`.
+
+    Raises:
+        ValueError: for an unknown task.
+        FileNotFoundError: no index there.
+        DataError: for an index that cannot be read or holds no sample of the task, or a shard that is missing or of
+            another size than it was.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        transforms: Sequence[Transform] | None = None,
+        *,
+        task: str | None = None,
+        tagger: Tagger | None = None,
+        strict: bool = True,
+        seed: int = 0,
+    ):
+        check_task(task)
+        self.directory = Path(directory)
+        path = self.directory / INDEX
+        if not path.is_file():
+            raise FileNotFoundError(f"directory: expected shards and their {INDEX}, found none in {self.directory}")
+        try:
+            with np.load(path, allow_pickle=False) as index:
+                version = int(index["version"])
+                names, sizes, rows = index["names"].tolist(), index["sizes"].tolist(), index["rows"]
+        except Exception as error:  # of a damaged archive NumPy raises nearly anything
+            raise DataError(f"{path}: not an index of shards ({error})") from error
+        if version != _VERSION or rows.ndim != 2 or rows.shape[1] != 8:
+            raise DataError(f"{path}: expected an index of version {_VERSION}, got version {version}")
+        self.shards = [self.directory / name for name in names]
+        for shard, size in zip(self.shards, sizes, strict=True):
+            found = shard.stat().st_size if shard.is_file() else 0
+            if found != size:
+                raise DataError(f"{shard}: expected {size} bytes, as were written, got {found}")
+        if task is not None:
+            rows = rows[rows[:, 6] == TASKS.index(task)]
+        if not len(rows):
+            raise DataError(f"{path}: holds no sample" + (f" of task {task}" if task else ""))
+        self._rows = rows[:, :6]
+        super().__init__(
+            rows[:, 6].astype(np.uint8),
+            rows[:, 7].astype(np.int32),
+            tagger=tagger,
+            transforms=transforms,
+            strict=strict,
+            seed=seed,
+        )
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """All samples in the order of an epoch, int64 [n]: shards shuffled, and samples within each eight shards."""
+        rng = np.random.default_rng([seed, epoch])
+        firsts = np.searchsorted(self._rows[:, 0], np.arange(len(self.shards) + 1)).tolist()
+        shards = rng.permutation(len(self.shards))
+        order = []
+        for begin in range(0, len(shards), _SHARDS_AT_A_TIME):
+            parts = [np.arange(firsts[s], firsts[s + 1]) for s in shards[begin : begin + _SHARDS_AT_A_TIME]]
+            order.append(rng.permutation(np.concatenate(parts)))
+        return np.concatenate(order)
+
+    def place(self, index: int) -> str:
+        shard, start = self._rows[index, :2]
+        return f"{self.shards[shard]}:byte {start}, record {self._rows[index, 5]}"
+
+    def _read(self, index: int) -> tuple[Record, bytes]:
+        shard, image_start, image_size, text_start, text_size, number = map(int, self._rows[index])
+        with self.shards[shard].open("rb") as file:
+            file.seek(image_start)
+            image = file.read(image_size)
+            file.seek(text_start)
+            text = file.read(text_size)
+        try:
+            fields = json.loads(text)[number]
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{self.place(index)}: not the records that the index promises ({error})") from error
+        return record_from_fields(fields, self.place(index)), image
+
+
+class _ShardWriter:
+    """Tar files of limited size, and where in them each member's content lies."""
+
+    def __init__(self, directory: Path, shard_bytes: int):
+        self.directory = directory
+        self.shard_bytes = shard_bytes
+        self.shards: list[Path] = []
+        self._tar: Any = None
+        self._used = 0
+
+    def add(self, key: str, members: dict[str, bytes]) -> list[int]:
+        """Write one key's members, by suffix; shard, then start and size of each member."""
+        size = sum(tarfile.BLOCKSIZE * 2 + len(content) for content in members.values())
+        if self._tar is None or self._used + size > self.shard_bytes:
+            self.close()
+            self.shards.append(self.directory / f"shard-{len(self.shards):06d}.tar")
+            self._tar = tarfile.open(self.shards[-1], "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._used = 0
+        self._used += size
+        spans = [len(self.shards) - 1]
+        for suffix, content in members.items():
+            member = tarfile.TarInfo(key + suffix)
+            member.size = len(content)
+            # A USTAR header of a short name is one block.
+            spans += [self._tar.offset + tarfile.BLOCKSIZE, len(content)]
+            self._tar.addfile(member, io.BytesIO(content))
+        return spans
+
+    def close(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+            self._tar = None

@@ -1,0 +1,205 @@
+"""A file of JSON lines as a data set: samples, malformed files strict and lenient, workers."""
+
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lion_fast.data import DataError, JsonlDataset, LengthGroupedBatchSampler, make_loader
+from lion_fast.data.dataset import MAX_LINE_BYTES
+from lion_fast.scenes import SceneGenerator, write_scenes
+
+REGION = {"task": "region_level", "answer": "[0.000,0.000,0.500,1.000]", "boxes": [[0, 0, 0.5, 1]]}
+
+
+def as_they_are(samples: list) -> list:
+    return samples
+
+
+def test_a_sample_is_what_its_line_says(pictures: Path, write_lines) -> None:
+    path = write_lines(
+        {"tags": ["red", "wall"], "id": "17"}, "", {"image": "b.png"} | REGION, b"  ", {"image": "c.png"}
+    )
+    dataset = JsonlDataset(path)
+    assert len(dataset) == 3
+    sample = dataset[0]
+    assert (sample.pop("image").getpixel((0, 0)), sample) == (
+        (255, 0, 0),
+        {
+            "task": "image_level",
+            "question": "What?",
+            "answer": "a cat",
+            "tags": ["red", "wall"],
+            "boxes": [],
+            "id": "17",
+            "place": f"{path}:1",
+        },
+    )
+    sample = dataset[1]
+    assert (sample["task"], sample["tags"], sample["boxes"]) == ("region_level", None, [[0, 0, 0.5, 1]])
+    assert sample["place"] == f"{path}:3"
+    assert dataset[-1]["place"] == f"{path}:5"
+    assert [dataset.record(i).image for i in range(3)] == ["a.png", "b.png", "c.png"]
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+def test_pictures_are_found_beside_the_file_or_under_the_root(pictures: Path, write_lines, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    path = write_lines({}, {"image": str(pictures / "b.png")}, name="lists/train.jsonl")
+    with pytest.raises(DataError, match=r"train.jsonl:1: image \(.*lists/a.png\): expected an image file"):
+        JsonlDataset(path)[0]
+    dataset = JsonlDataset(path, image_root=pictures)
+    assert [dataset[i]["image"].getpixel((0, 0)) for i in range(2)] == [(255, 0, 0), (0, 128, 0)]
+
+
+def test_one_task_may_be_taken(pictures: Path, write_lines) -> None:
+    path = write_lines({}, {"image": "b.png"} | REGION, {"image": "c.png"})
+    assert [JsonlDataset(path, task="image_level").place(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
+    regions = JsonlDataset(path, task="region_level")
+    assert (len(regions), regions[0]["place"], regions.tasks.tolist()) == (1, f"{path}:2", [0])
+    with pytest.raises(ValueError, match="task: expected 'region_level' or 'image_level', or None for both, got 'rec'"):
+        JsonlDataset(path, task="rec")
+    with pytest.raises(DataError, match=r"images.jsonl: holds no sample of task region_level$"):
+        JsonlDataset(write_lines({}, name="images.jsonl"), task="region_level")
+
+
+def test_the_tagger_is_asked_where_a_record_has_no_tags(pictures: Path, write_lines) -> None:
+    path = write_lines({"tags": ["wall"]}, {"image": "b.png"}, {"image": "c.png", "tags": []})
+    dataset = JsonlDataset(path, tagger=lambda image: (str(image.getpixel((0, 0))),))
+    assert [dataset[i]["tags"] for i in range(3)] == [["wall"], ["(0, 128, 0)"], []]
+
+
+def test_scenes_become_files(tmp_path: Path) -> None:
+    path = write_scenes(tmp_path / "scenes", 3, seed=5, image_size=48)
+    dataset = JsonlDataset(path)
+    generator = SceneGenerator(5, 48)
+    samples = [(scene, sample) for scene in (generator[i] for i in range(3)) for sample in scene.samples()]
+    assert len(dataset) == len(samples)
+    for i, (scene, sample) in enumerate(samples):
+        read = dataset[i]
+        assert read["image"].tobytes() == scene.image.tobytes()
+        assert (read["task"], read["question"], read["answer"]) == (sample.task, sample.text, sample.answer)
+        assert read["tags"] == list(scene.tags)
+        assert read["boxes"] == ([] if sample.box is None else [list(sample.box)])
+    only = JsonlDataset(write_scenes(tmp_path / "rec", 2, seed=5, image_size=48, kinds=["rec"]))
+    assert all("-rec-" in str(only.record(i).id) for i in range(len(only)))
+    with pytest.raises(ValueError, match="kinds: expected some of caption, vqa, rec, reg, got dance"):
+        write_scenes(tmp_path / "x", 2, seed=5, kinds=["dance"])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"answer": ""}, "answer: expected text, got blank text"),
+        ({"task": "other"}, "task: expected"),
+        (REGION | {"boxes": [[0.5, 0, 0, 1]]}, "boxes.0.: expected x1 < x2"),
+        ("{", "not JSON"),
+        (b"\x00\xff" * 100, "not JSON"),
+        (b"[" * (2 * MAX_LINE_BYTES + 10), "expected at most 1048576 bytes in a line"),
+        (b"x" * (MAX_LINE_BYTES - 1), "not JSON"),
+        (b"x" * MAX_LINE_BYTES, "expected at most 1048576 bytes in a line"),
+    ],
+)
+def test_a_bad_line_stops_or_is_left_out(
+    pictures: Path, write_lines, caplog: pytest.LogCaptureFixture, bad, message: str
+) -> None:
+    path = write_lines({}, bad, {"image": "b.png"})
+    with pytest.raises(DataError, match=f"train.jsonl:2: {message}"):
+        JsonlDataset(path)
+    dataset = JsonlDataset(path, strict=False)
+    assert [dataset[i]["place"] for i in range(len(dataset))] == [f"{path}:1", f"{path}:3"]
+    assert dataset.num_bad_lines == 1
+    assert f"skipped {path}:2: " in caplog.text
+
+
+def test_a_file_of_bad_lines_stops_at_once_or_is_counted(
+    write_lines, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten gigabytes, sparse on the disk: the strict reader sees the first line, and no more."""
+    path = write_lines("bad")
+    with path.open("r+b") as file:
+        file.truncate(10 << 30)
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=r"train.jsonl:1: not JSON"):
+        JsonlDataset(path)
+    assert time.perf_counter() - start < 1
+    many = write_lines(*["bad"] * 2000, name="many.jsonl")
+    with pytest.raises(DataError, match=r"many.jsonl: holds no sample; the first error: .*many.jsonl:1: not JSON"):
+        JsonlDataset(many, strict=False)
+    assert "2000 lines skipped in all" in caplog.text
+    assert caplog.text.count("skipped ") == 11
+    with pytest.raises(DataError, match=r"empty.jsonl: holds no sample$"):
+        JsonlDataset(write_lines(name="empty.jsonl"))
+    with pytest.raises(FileNotFoundError, match="path: expected a file of JSON lines"):
+        JsonlDataset(tmp_path)
+
+
+@pytest.mark.parametrize("bad", ["missing.png", "cut.jpg", "train.jsonl"])
+def test_a_bad_picture_stops_or_gives_way_to_the_next_of_its_task(
+    pictures: Path, write_lines, caplog: pytest.LogCaptureFixture, bad: str
+) -> None:
+    path = write_lines({}, {"image": bad}, {"image": "b.png"} | REGION, {"image": "c.png"})
+    with pytest.raises(DataError, match=f"train.jsonl:2: image .*{bad}.*: expected a"):
+        JsonlDataset(path)[1]
+    dataset = JsonlDataset(path, strict=False)
+    for _ in range(2):
+        assert [dataset[i]["place"] for i in range(4)] == [f"{path}:{line}" for line in (1, 4, 3, 4)]
+    assert dataset.num_bad_images == 1
+    assert caplog.text.count("skipped") == 1
+
+
+def test_no_readable_picture_of_a_task_is_an_error(pictures: Path, write_lines) -> None:
+    dataset = JsonlDataset(write_lines({}, {"image": "missing.png"} | REGION), strict=False)
+    with pytest.raises(DataError, match=r"train.jsonl:2: neither this nor any other region_level sample is readable"):
+        dataset[1]
+
+
+def test_a_line_that_changed_behind_the_index_is_noticed(pictures: Path, write_lines) -> None:
+    path = write_lines({}, {"image": "b.png"})
+    dataset = JsonlDataset(path)
+    write_lines({"question": "Which?"}, {"image": "b.png"})
+    with pytest.raises(DataError, match=r"train.jsonl:2: not JSON"):
+        dataset[1]
+
+
+def test_workers_see_the_same_and_report_what_they_skip(pictures: Path, write_lines) -> None:
+    path = write_lines(*[{"image": name} for name in ("a.png", "missing.png", "b.png", "c.png", "cut.jpg", "d.png")])
+    dataset = JsonlDataset(path, strict=False)
+    sampler = LengthGroupedBatchSampler(dataset, batch_size=2)
+    for num_workers in (0, 2):
+        loader = make_loader(sampler, as_they_are, num_workers)
+        sampler.set_epoch(0)
+        places = [sample["place"] for batch in loader for sample in batch]
+        if num_workers == 0:
+            alone = places
+            dataset._bad.zero_()
+    assert places == alone
+    assert dataset.num_bad_images == 2
+    strict = make_loader(LengthGroupedBatchSampler(JsonlDataset(path), batch_size=2), as_they_are, 1)
+    with pytest.raises(DataError, match=r"train.jsonl:[25]: image"):
+        list(strict)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(np.asarray(again[5]["image"]), np.asarray(dataset[5]["image"]))
+
+
+def test_loading_leaves_the_process_s_random_numbers_alone(pictures: Path, write_lines) -> None:
+    import torch
+
+    sampler = LengthGroupedBatchSampler(JsonlDataset(write_lines({}, {})), batch_size=1)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    list(make_loader(sampler, as_they_are, 0))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_16_bit_and_rotated_pictures_come_upright(tmp_path: Path, write_lines) -> None:
+    """Boxes are shares of the picture as it is seen, whatever its EXIF data says of the pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert JsonlDataset(write_lines({"image": "turned.jpg"}))[0]["image"].size == (20, 30)

@@ -1,0 +1,119 @@
+"""Shards: the samples of the file they were made of, in WebDataset's layout, whole or refused."""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lion_fast.data import DataError, JsonlDataset, LengthGroupedBatchSampler, RandomHorizontalFlip, ShardDataset
+from lion_fast.data.shards import INDEX, write_shards
+from lion_fast.scenes import write_scenes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> JsonlDataset:
+    return JsonlDataset(
+        write_scenes(tmp_path_factory.mktemp("scenes"), 20, seed=2, image_size=48, kinds=["rec", "vqa"])
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(scenes: JsonlDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "train"
+    assert len(write_shards(scenes, out, shard_bytes=20_000)) > 8
+    return out
+
+
+def compared(sample: dict[str, Any]) -> tuple:
+    return tuple(v.tobytes() if k == "image" else str(v) for k, v in sorted(sample.items()) if k != "place")
+
+
+def test_shards_hold_the_same_samples(scenes: JsonlDataset, shards: Path) -> None:
+    flips = [RandomHorizontalFlip(0.0)]
+    dataset = ShardDataset(shards, transforms=flips)
+    assert len(dataset) == len(scenes)
+    assert sorted(compared(dataset[i]) for i in range(len(dataset))) == sorted(
+        compared(scenes[i]) for i in range(len(scenes))
+    )
+    by_id = {scenes.record(i).id: i for i in range(len(scenes))}
+    origin = [by_id[dataset.record(i).id] for i in range(len(dataset))]
+    assert dataset.lengths.tolist() == scenes.lengths[origin].tolist()
+    assert dataset.tasks.tolist() == scenes.tasks[origin].tolist()
+    assert dataset.place(0) == f"{dataset.shards[0]}:byte 512, record 0"
+
+
+def test_one_task_may_be_taken(shards: Path) -> None:
+    both = ShardDataset(shards)
+    regions = ShardDataset(shards, task="region_level")
+    assert len(regions) == np.count_nonzero(both.tasks == 0) < len(both)
+    assert {regions.record(i).task for i in range(len(regions))} == {"region_level"}
+    assert sorted(regions.epoch_order(0, 0)) == list(range(len(regions)))
+    with pytest.raises(ValueError, match="task: expected"):
+        ShardDataset(shards, task="rec")
+
+
+def test_anyone_can_read_the_tar_files(scenes: JsonlDataset, shards: Path) -> None:
+    """WebDataset's convention: members of one sample are neighbours, alike up to the first dot."""
+    images = set()
+    for shard in sorted(shards.glob("*.tar")):
+        assert shard.stat().st_size <= 20_000 + tarfile.RECORDSIZE
+        with tarfile.open(shard) as tar:
+            members = tar.getmembers()
+            for image, text in zip(members[0::2], members[1::2], strict=True):
+                key = image.name.split(".")[0]
+                assert (image.name, text.name) == (f"{key}.png", f"{key}.json")
+                records = json.load(tar.extractfile(text))
+                (name,) = {record["image"] for record in records}
+                assert tar.extractfile(image).read() == (scenes.image_root / name).read_bytes()
+                images.add(name)
+    assert len(images) == 20
+
+
+def test_an_epoch_keeps_to_a_few_shards_at_a_time(shards: Path) -> None:
+    dataset = ShardDataset(shards)
+    order = dataset.epoch_order(0, 0)
+    assert sorted(order) == list(range(len(dataset)))
+    assert not np.array_equal(order, dataset.epoch_order(0, 1))
+    of_shard = dataset._rows[order, 0]
+    first_eight = {int(shard) for shard in of_shard[:40]}
+    assert np.count_nonzero(np.diff(of_shard[:40])) > 20  # and mixes them
+    last_of_first = max(np.flatnonzero(np.isin(of_shard, list(first_eight))))
+    assert len(first_eight) <= 8
+    assert last_of_first < len(order) - 1
+    batches = list(LengthGroupedBatchSampler(dataset, 4))
+    assert len(batches) == len(dataset) // 4
+
+
+def test_a_bad_picture_stops_or_is_left_out(
+    pictures: Path, write_lines, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_lines({}, {"image": "cut.jpg"}, {"image": "cut.jpg"}, {"image": "b.png"})
+    with pytest.raises(DataError, match=r"train.jsonl:2: image .*cut.jpg"):
+        write_shards(JsonlDataset(path), tmp_path / "strict")
+    with pytest.raises(FileNotFoundError, match="directory: expected shards and their index"):
+        ShardDataset(tmp_path / "strict")
+    write_shards(JsonlDataset(path, strict=False), tmp_path / "lenient")
+    assert len(ShardDataset(tmp_path / "lenient")) == 2
+    assert f"skipped 2 records: {path}:2: " in caplog.text
+    with pytest.raises(ValueError, match="out: expected a directory that is empty"):
+        write_shards(JsonlDataset(path), tmp_path / "lenient")
+    with pytest.raises(DataError, match="none of its pictures can be read"):
+        write_shards(JsonlDataset(write_lines({"image": "x.png"}), strict=False), tmp_path / "none")
+
+
+def test_damaged_shards_are_refused(pictures: Path, write_lines, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    (shard,) = write_shards(JsonlDataset(write_lines({})), out)
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=rf"shard-000000\.tar: expected {len(content)} bytes"):
+        ShardDataset(out)
+    shard.write_bytes(content.replace(b"a cat", b"\x00    "))
+    with pytest.raises(DataError, match=r"shard-000000.tar:byte 512, record 0: not the records"):
+        ShardDataset(out)[0]
+    (out / INDEX).write_bytes((out / INDEX).read_bytes()[:100])
+    with pytest.raises(DataError, match=r"index.npz: not an index of shards"):
+        ShardDataset(out)
