@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, convert, quickstart
+from lion_fast.cli import ask, convert, quickstart, train
 
-_COMMANDS = (quickstart, convert, ask)
+_COMMANDS = (quickstart, convert, train, ask)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
