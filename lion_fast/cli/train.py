@@ -29,8 +29,9 @@ def _run(args: argparse.Namespace) -> None:
     recipe.check_sources()
     from lion_fast.training.run import train
 
-    train(recipe, resume=args.resume)
-    print(f"written to {recipe.output_dir}: model/ loads with LionForCausalLM.from_pretrained")
+    trainer = train(recipe, resume=args.resume)
+    if trainer.is_world_process_zero():
+        print(f"written to {recipe.output_dir}: model/ loads with LionForCausalLM.from_pretrained")
 
 
 def _expect_extra() -> None:

@@ -99,12 +99,13 @@ def train(
     batches = iter(loader)
     while step < recipe.steps:
         micro_batches = [next(batches) for _ in range(accumulation)]
+        lr = schedule.get_last_lr()[0]
         loss = take_step(model, optimizer, micro_batches, recipe, device)
         schedule.step()
         step += 1
         losses.append(loss)
         if rank == 0 and step % recipe.log_every == 0:
-            print(f"step {step}/{recipe.steps}  loss {loss:.4f}  lr {schedule.get_last_lr()[0]:.2e}", flush=True)
+            print(f"step {step}/{recipe.steps}  loss {loss:.4f}  lr {lr:.2e}", flush=True)
         if step % recipe.checkpoints.every == 0 or step == recipe.steps:
             save(run_dir / f"checkpoint-{step}", model, optimizer, schedule, step, losses)
             if rank == 0:
