@@ -7,7 +7,6 @@ the run alone, not from how many processes or workers there are, nor from where 
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -126,7 +125,7 @@ def _open(name: str, task: str, image_root: str | None) -> Dataset:
         raise RecipeError(f"data: expected a .jsonl file or scenes:SEED:COUNT, got {name!r}")
     from lion_fast.data import JsonlDataset  # type: ignore[import-not-found]
 
-    return JsonlDataset(name, image_root=image_root or str(Path(name).parent))
+    return JsonlDataset(name, image_root=image_root, task=task)
 
 
 class TrainingOrder(Sampler[tuple[int, str, int]]):
