@@ -1,7 +1,8 @@
-"""LION's three training stages as data: what each trains, on which tasks, and how parameters move on.
+"""LION's training stages as data: what each trains, on which tasks, and how parameters move on.
 
 Stage 1 trains the image-level path, stage 2 the region-level path, each with one adapter; stage 3 joins them with both
-adapters and routers (paper, section 3.4). The vision tower and the language model's own weights never move.
+adapters and routers (paper, section 3.4); stage 4, the joint training that is published, goes on from there. The vision
+tower and the language model's own weights never move.
 """
 
 from collections.abc import Iterator
@@ -25,12 +26,12 @@ class Stage:
     """One stage.
 
     Args:
-        number: 1, 2 or 3.
-        name: `image_level`, `region_level` or `joint`.
+        number: 1, 2, 3 or 4.
+        name: `image_level`, `region_level`, `joint` or `joint_published`.
         visual_input: `LionConfig.visual_input` of the stage's model.
         modules: parts of the model that are trained beside adapters, routers and soft prompt.
         tasks: names of the tasks, in equal shares.
-        adapter_in_joint: which adapter of stage 3 this stage's single adapter becomes; None in stage 3.
+        adapter_in_joint: which adapter of a joint stage this stage's single adapter becomes; None in a joint stage.
     """
 
     number: int
@@ -50,7 +51,25 @@ STAGES = (
     Stage(1, "image_level", "QFORMER", _IMAGE_PATH, ("image_level",), TASKS.index("image_level")),
     Stage(2, "region_level", "AGGREGATOR", _REGION_PATH, ("region_level",), TASKS.index("region_level")),
     Stage(3, "joint", "ALL", _IMAGE_PATH + _REGION_PATH, ("image_level", "region_level")),
+    Stage(4, "joint_published", "ALL", _IMAGE_PATH + _REGION_PATH, ("image_level", "region_level")),
 )
+
+
+def stage_of(number: int) -> Stage:
+    """The stage of that number.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for stage in STAGES:
+        if stage.number == number:
+            return stage
+    raise ValueError(f"stage: expected one of {', '.join(str(stage.number) for stage in STAGES)}, got {number!r}")
+
+
+def stage_of_model(model: LionForCausalLM) -> Stage:
+    """The first stage whose models read the visual tokens that `model` reads."""
+    return next(stage for stage in STAGES if stage.visual_input == model.config.visual_input)
 
 
 def freeze_for_stage(model: LionForCausalLM, stage: Stage) -> list[str]:
@@ -72,8 +91,9 @@ def freeze_for_stage(model: LionForCausalLM, stage: Stage) -> list[str]:
 def carry_over(source: LionForCausalLM, source_stage: Stage, target: LionForCausalLM, target_stage: Stage) -> list[str]:
     """Copy into the model of a later stage all that it shares with `source`, frozen parts included.
 
-    Into stage 3 the single adapters of stage 1 become adapter 1, those of stage 2 adapter 0. Between stages 1 and 2
-    adapters stay behind: they belong to different tasks. Both stages train the soft prompt; the last one copied stays.
+    Into a joint stage the single adapters of stage 1 become adapter 1, those of stage 2 adapter 0; between joint stages
+    adapters and routers go on as they are. Into stage 1 or 2 they stay behind, unless the stage is the same: they
+    belong to other tasks. Both stages train the soft prompt; the last one copied stays.
 
     Returns:
         Names of the target's parameters that were written.
@@ -84,7 +104,7 @@ def carry_over(source: LionForCausalLM, source_stage: Stage, target: LionForCaus
     _expect_visual_input("source", source, source_stage)
     _expect_visual_input("target", target, target_stage)
     joins = target_stage.adapter_in_joint is None and source_stage.adapter_in_joint is not None
-    moves_adapters = joins or source_stage == target_stage
+    moves_adapters = joins or source_stage.adapter_in_joint == target_stage.adapter_in_joint
     parameters = dict(target.named_parameters())
     written = []
     for name, value in source.named_parameters():
@@ -99,6 +119,24 @@ def carry_over(source: LionForCausalLM, source_stage: Stage, target: LionForCaus
         parameters[name].copy_(value)
         written.append(name)
     return written
+
+
+@torch.no_grad()
+def copy_frozen(source: LionForCausalLM, target: LionForCausalLM, prefix: str = "") -> None:
+    """Copy what no stage trains: the vision tower and the language model's own weights.
+
+    Args:
+        prefix: only parameters whose names begin with it.
+
+    Raises:
+        ValueError: a parameter has another shape in the target.
+    """
+    parameters = dict(target.named_parameters())
+    for name, value in source.named_parameters():
+        if name.startswith(prefix) and not any(stage.trains(name) for stage in STAGES):
+            if parameters[name].shape != value.shape:
+                raise ValueError(f"{name}: expected {list(parameters[name].shape)} (target), got {list(value.shape)}")
+            parameters[name].copy_(value)
 
 
 def parameter_groups(

@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, check, convert, data, kernels, quickstart
+from lion_fast.cli import ask, check, convert, data, kernels, quickstart, train
 
-_COMMANDS = (quickstart, convert, ask, data, check, kernels)
+_COMMANDS = (quickstart, convert, data, train, ask, check, kernels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

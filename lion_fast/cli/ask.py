@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from lion_fast.cli.arguments import device, positive_int
 from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
@@ -54,6 +53,7 @@ def _answer(args: argparse.Namespace, question: str, task: str) -> str:
     import torch
 
     from lion_fast.checkpoints import naming
+    from lion_fast.loading import load_complete
     from lion_fast.processing_lion import LionProcessor
 
     if not args.model.is_dir():
@@ -62,32 +62,7 @@ def _answer(args: argparse.Namespace, question: str, task: str) -> str:
     with naming(args.model, "a directory with LION's processor"):
         processor = LionProcessor.from_pretrained(args.model)
     batch = processor(images=args.image, text=question, tags=args.tags, task=task, return_tensors="pt")
-    model = _load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+    model = load_complete(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     limits = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     ids = model.generate(**batch.to(device), **{name: value for name, value in limits.items() if value is not None})
     return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
-
-
-def _load_model(directory: Path, dtype: Any) -> Any:
-    """The model, unless parameters of it would be left as random as they start."""
-    from transformers.utils import logging
-
-    from lion_fast.checkpoints import CheckpointError, naming
-    from lion_fast.modeling_lion import LionForCausalLM
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing is said below, in one line
-    try:
-        with naming(directory, "a checkpoint of LION that can be loaded"):
-            loaded: Any = LionForCausalLM.from_pretrained(
-                directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    finally:
-        logging.set_verbosity(verbosity)
-    model, info = loaded
-    absent = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
-    if absent:
-        raise CheckpointError(
-            f"{directory}: {len(absent)} tensors are missing or of another shape, such as {absent[0]}"
-        )
-    return model.eval()

@@ -21,7 +21,7 @@ from lion_fast.quickstart.parallel import side_by_side
 from lion_fast.quickstart.report import Showpiece, draw_curves, draw_grid, format_table
 from lion_fast.quickstart.standins import train_language, train_vision
 from lion_fast.scenes import SceneGenerator
-from lion_fast.stages import STAGES, Stage, carry_over, freeze_for_stage
+from lion_fast.stages import STAGES, Stage, carry_over, copy_frozen, freeze_for_stage
 
 _KINDS = {1: ("caption", "vqa"), 2: ("rec",), 3: ("caption", "rec", "vqa", "rec")}
 _MUON_LR, _ADAMW_LR = {1: 0.01, 2: 0.006, 3: 0.004}, {1: 1.5e-3, 2: 3e-3, 3: 1.5e-3}
@@ -104,12 +104,12 @@ def run(
 
     say("Step 0: stand-ins for EVA and Flan-T5, frozen from here on")
     torch.manual_seed(seed)
-    models = [LionForCausalLM(build_config(processor, stage.visual_input)) for stage in STAGES]
+    models = [LionForCausalLM(build_config(processor, stage.visual_input)) for stage in STAGES[:3]]
     joint = models[-1]
     runs = list(_train_standins(joint, models[0], processor, train_set, settings, seed))
-    _copy_frozen(joint, models[0], "vision_model.")
+    copy_frozen(joint, models[0], "vision_model.")
     for model in models[1:]:
-        _copy_frozen(models[0], model)
+        copy_frozen(models[0], model)
     for scene_set in (train_set, test_set):
         compute_features(joint, scene_set)
 
@@ -211,15 +211,6 @@ def _train_stage(
 def _is_map(name: str) -> bool:
     """Whether a matrix maps vectors to vectors; embeddings and the routers' tables do not."""
     return "embeddings" not in name and "router" not in name
-
-
-@torch.no_grad()
-def _copy_frozen(source: LionForCausalLM, target: LionForCausalLM, prefix: str = "") -> None:
-    """Copy what no stage trains: the vision tower and the language model's own weights."""
-    parameters = dict(target.named_parameters())
-    for name, value in source.named_parameters():
-        if name.startswith(prefix) and not any(stage.trains(name) for stage in STAGES):
-            parameters[name].copy_(value)
 
 
 def _write(

@@ -44,7 +44,7 @@ def test_the_python_code_runs() -> None:
 def test_the_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
     """What `convert` names only its owner has; test_cli runs it on small files, here its arguments count."""
     shown = commands()
-    assert {line.split()[1] for line in shown} == {"caption", "ask", "locate", "convert"}
+    assert {line.split()[1] for line in shown} == {"caption", "ask", "locate", "convert", "train"}
     for line in shown:
         status = main(shlex.split(line)[1:])
         captured = capsys.readouterr()

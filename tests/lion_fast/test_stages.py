@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from lion_fast import LionConfig, LionForCausalLM
-from lion_fast.stages import STAGES, Stage, carry_over, freeze_for_stage, parameter_groups
+from lion_fast.stages import (
+    STAGES,
+    Stage,
+    carry_over,
+    copy_frozen,
+    freeze_for_stage,
+    parameter_groups,
+    stage_of,
+    stage_of_model,
+)
 
 WIDTH, D_MODEL = 16, 24
 TEXT = {
@@ -80,7 +89,7 @@ SHARED = ("soft_prompt",)
 IMAGE = ("vision_layernorm.", "query_tokens", "qformer.", "qformer_projection.")
 REGION = ("aggregator.", "aggregator_layernorm.", "aggregator_projection.")
 LAST_OUTPUT = "qformer.encoder.layer.1.output."
-TRAINED = {1: SHARED + IMAGE, 2: SHARED + REGION, 3: SHARED + IMAGE + REGION}
+TRAINED = {1: SHARED + IMAGE, 2: SHARED + REGION, 3: SHARED + IMAGE + REGION, 4: SHARED + IMAGE + REGION}
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -107,7 +116,7 @@ def test_a_step_moves_exactly_what_the_stage_trains(stage: Stage) -> None:
 
 
 def test_single_adapters_become_the_joint_models_adapters() -> None:
-    first, second, joint = (build(stage, seed=stage.number) for stage in STAGES)
+    first, second, joint = (build(stage, seed=stage.number) for stage in STAGES[:3])
     for model in (first, second, joint):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -130,9 +139,38 @@ def test_single_adapters_become_the_joint_models_adapters() -> None:
         assert torch.equal(value, expected), name
 
 
+def test_a_joint_stage_goes_on_as_it_is() -> None:
+    third, fourth = build(STAGES[2], seed=1), build(STAGES[3], seed=2)
+    written = carry_over(third, STAGES[2], fourth, STAGES[3])
+    assert sorted(written) == sorted(name for name, _ in fourth.named_parameters())
+    assert all(torch.equal(value, third.get_parameter(name)) for name, value in fourth.named_parameters())
+
+
+def test_frozen_parts_come_without_the_trained_ones() -> None:
+    source, target = build(STAGES[2], seed=1), build(STAGES[0], seed=2)
+    for model in (source, target):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+    before = {name: value.detach().clone() for name, value in target.named_parameters()}
+    copy_frozen(source, target)
+    given = dict(source.named_parameters())
+    for name, value in target.named_parameters():
+        assert torch.equal(value, before[name] if STAGES[2].trains(name) else given[name]), name
+    with pytest.raises(ValueError, match=r"expected \[.*\] \(target\)"):
+        copy_frozen(source, build(STAGES[0], d_model=32))
+
+
+def test_stages_are_found_by_number_and_by_model() -> None:
+    assert [stage_of(number) for number in (1, 2, 3, 4)] == list(STAGES)
+    assert [stage_of_model(build(stage)).number for stage in STAGES] == [1, 2, 3, 3]
+    with pytest.raises(ValueError, match="stage: expected one of 1, 2, 3, 4, got 5"):
+        stage_of(5)
+
+
 def test_the_joint_model_starts_as_both_experts() -> None:
     """With routers at their start, each task runs its own stage's adapter in every layer."""
-    first, second, joint = (build(stage, seed=stage.number) for stage in STAGES)
+    first, second, joint = (build(stage, seed=stage.number) for stage in STAGES[:3])
     with torch.no_grad():
         for model in (first, second):
             for name, parameter in model.named_parameters():

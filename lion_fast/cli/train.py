@@ -1,0 +1,43 @@
+"""`lion-fast train`: one stage of LION's training, by a recipe."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train one of the stages on your data",
+        description="Train one stage. The stage's recipe is laid under the file, and the file under key=value.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. optimizer.lr=3e-5 batch.size=128")
+    parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
+    parser.add_argument("--config", type=Path, metavar="YAML", help="the settings that differ from the stage's recipe")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest undamaged checkpoint")
+    parser.add_argument("--print-recipe", action="store_true", help="print the stage's commented recipe, and stop")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    _expect_extra()
+    from lion_fast.training.recipe import load_recipe, shipped_recipe
+
+    if args.print_recipe:
+        print(shipped_recipe(args.stage), end="")
+        return
+    recipe = load_recipe(args.stage, args.config, args.overrides)
+    recipe.check_sources()
+    from lion_fast.training.run import train
+
+    trainer = train(recipe, resume=args.resume)
+    if trainer.is_world_process_zero():
+        print(f"written to {recipe.output_dir}: model/ loads with LionForCausalLM.from_pretrained")
+
+
+def _expect_extra() -> None:
+    try:
+        import accelerate  # noqa: F401
+        import pydantic  # noqa: F401
+        import tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"no package {error.name}; install it with: pip install 'lion-fast[train]'") from error

@@ -1,0 +1,34 @@
+"""Loading a model that has to be whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from lion_fast.checkpoints import CheckpointError, naming
+from lion_fast.modeling_lion import LionForCausalLM
+
+
+def load_complete(directory: Path, dtype: torch.dtype) -> Any:
+    """A directory's `LionForCausalLM`, unless parameters of it would be left as random as they start.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or lacks parameters, or has them in other shapes.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is said below, in one line
+    try:
+        with naming(directory, "a checkpoint of LION that can be loaded"):
+            loaded: Any = LionForCausalLM.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    model, info = loaded
+    absent = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if absent:
+        raise CheckpointError(
+            f"{directory}: {len(absent)} tensors are missing or of another shape, such as {absent[0]}"
+        )
+    return model.eval()

@@ -1,0 +1,172 @@
+"""What a model in training has learnt: loss, answers, boxes, and pictures of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lion_fast.boxes import draw_boxes, iou, parse_boxes
+from lion_fast.images import load_image
+from lion_fast.processing_lion import IGNORED
+from lion_fast.training.data import LionCollator, Sample
+
+_TILE, _MARGIN, _LINES, _COLUMNS = 320, 10, 4, 4
+
+
+@dataclass
+class Totals:
+    """Sums over samples; what processes have summed apart is added."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: float) -> None:
+        self.values[name] = self.values.get(name, 0.0) + value
+
+    def over_processes(self, device: torch.device) -> "Totals":
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self.values)
+        total = Totals()
+        for part in parts:
+            for name, value in part.items():
+                total.add(name, value)
+        return total
+
+    def share(self, of: str, by: str) -> float | None:
+        return self.values[of] / self.values[by] if self.values.get(by) else None
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    processor: Any,
+    samples: Dataset,
+    *,
+    indices: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    pictures: int,
+    autocast: Callable[[], Any],
+    **generation: Any,
+) -> tuple[dict[str, float], list[tuple[Sample, str]]]:
+    """Loss and answers over some samples, shared out among processes.
+
+    Args:
+        model: what is called for the loss and has `generate`.
+        indices: samples to evaluate, the same on every process.
+        batch_size: per process.
+        pictures: how many of this process's samples come back with their answers.
+        autocast: makes the context that the model runs in.
+        generation: settings of `generate`.
+
+    Returns:
+        The metrics: `loss`, the mean over target tokens; for answers with a box `grounding_accuracy`, the share of
+        first boxes with IoU >= 0.5, where no box is a miss; for others `exact_match`. And the first samples.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    own = list(indices[rank::world])
+    rounds = -(-len(indices) // (world * batch_size))
+    collate, totals, shown = LionCollator(processor), Totals(), []
+    for round_ in range(rounds):
+        chosen = own[round_ * batch_size : (round_ + 1) * batch_size]
+        # Where a model is sharded all processes have to run it equally often: one that has no samples left runs any.
+        counted = [samples[index] for index in chosen]
+        batch = {name: value.to(device) for name, value in collate(counted or [samples[indices[0]]]).items()}
+        with autocast():
+            loss = model(**batch).loss
+            ids = model.generate(**{name: value for name, value in batch.items() if name != "labels"}, **generation)
+        if not counted:
+            continue
+        tokens = int((batch["labels"] != IGNORED).sum())
+        totals.add("loss", loss.item() * tokens)
+        totals.add("tokens", tokens)
+        answers = [answer.strip() for answer in processor.batch_decode(ids, skip_special_tokens=True)]
+        for sample, answer in zip(counted, answers, strict=True):
+            _judge(totals, sample, answer)
+        shown += list(zip(counted, answers, strict=True))[: pictures - len(shown)]
+    totals = totals.over_processes(device)
+    metrics = {
+        "loss": totals.share("loss", "tokens"),
+        "exact_match": totals.share("matched", "answered"),
+        "grounding_accuracy": totals.share("located", "placed"),
+    }
+    return {name: value for name, value in metrics.items() if value is not None}, shown
+
+
+def _judge(totals: Totals, sample: Sample, answer: str) -> None:
+    true = parse_boxes(sample["answer"])
+    if true:
+        found = parse_boxes(answer)
+        totals.add("placed", 1)
+        totals.add("located", float(bool(found) and iou(found[0], true[0]) >= 0.5))
+    else:
+        totals.add("answered", 1)
+        totals.add("matched", float(answer == sample["answer"].strip()))
+
+
+def draw_answers(shown: Sequence[tuple[Sample, str]]) -> Image.Image:
+    """One sheet of pictures with question, true answer and the model's; boxes are drawn, both of them.
+
+    Raises:
+        ValueError: nothing is shown.
+    """
+    if not shown:
+        raise ValueError("shown: expected one sample or more, got none")
+    font = ImageFont.load_default(13)
+    line = int(font.getbbox("Ag")[3]) + 3
+    height = _TILE + 3 * _LINES * line // 2 + _MARGIN
+    columns = min(_COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    sheet = Image.new("RGB", (columns * (_TILE + _MARGIN) + _MARGIN, rows * (height + _MARGIN) + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (sample, answer) in enumerate(shown):
+        x = _MARGIN + number % columns * (_TILE + _MARGIN)
+        y = _MARGIN + number // columns * (height + _MARGIN)
+        sheet.paste(_with_boxes(sample, answer), (x, y))
+        y += _TILE + 4
+        right = answer == sample["answer"].strip()
+        said = (("black", sample["question"]), ("#00729e", f"true: {sample['answer']}"))
+        for ink, text in (*said, ("#007a50" if right else "#b03a00", f"model: {answer}")):
+            for part in _wrapped(draw, text, font)[: _LINES // 2]:
+                draw.text((x, y), part, fill=ink, font=font)
+                y += line
+    return sheet
+
+
+def _with_boxes(sample: Sample, answer: str) -> Image.Image:
+    picture = load_image(sample["image"]).resize((_TILE, _TILE))
+    boxes, labels = [], []
+    # `draw_boxes` gives the colours in order: the model's first, then the true ones.
+    for label, text in (("model", answer), ("true", sample["answer"])):
+        for box in parse_boxes(text, picture.size)[:1]:
+            boxes.append(box)
+            labels.append(label)
+    return draw_boxes(picture, boxes, labels)
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) <= _TILE:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def evaluated_indices(samples: Dataset, most: int) -> list[int]:
+    """Up to `most` samples, spread evenly over all of them: always the same ones."""
+    count = len(samples)  # type: ignore[arg-type]
+    return [number * count // min(most, count) for number in range(min(most, count))]
+
+
+def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch's tensors on a device, everything else as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,0 +1,259 @@
+"""The same training as a plain loop: FSDP2's `fully_shard`, checkpoints of `torch.distributed.checkpoint`, no Trainer.
+
+    torchrun --nproc-per-node 2 -m lion_fast.training.fsdp2 --stage 3 --config stage3.yaml
+
+Runs on GPUs (NCCL) and on CPUs (gloo). Checkpoints hold what is trained, in shards, and load on any number of
+processes: the curve of two goes on on one. Read it to see all that a stage needs, or to put LION into your own loop.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import get_scheduler
+
+from lion_fast.modeling_lion import LionForCausalLM
+from lion_fast.processing_lion import IGNORED, LionProcessor
+from lion_fast.stages import parameter_groups
+from lion_fast.training import saving
+from lion_fast.training.data import (
+    POSITION,
+    SAMPLE_IDS,
+    LionCollator,
+    TrainingData,
+    TrainingOrder,
+    open_sources,
+    seed_everything,
+)
+from lion_fast.training.evaluation import move
+from lion_fast.training.recipe import Recipe, load_recipe
+from lion_fast.training.run import SCHEDULE, build_model, prepare_run, schedule_rates, training_order
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, train_samples: Mapping[str, Dataset] | None = None
+) -> tuple[nn.Module, list[float]]:
+    """Run one stage on all processes of the group that `torch.distributed` has been started with.
+
+    Args:
+        recipe: see `load_recipe`; its evaluation is left out.
+        resume: go on from the newest undamaged checkpoint, whatever number of processes wrote it.
+        train_samples: task -> data set, instead of the recipe's.
+
+    Returns:
+        The sharded model, and the loss of each step since the run's beginning.
+
+    Raises:
+        RecipeError, CheckpointError, OSError: as `lion_fast.training.train`.
+        ValueError: a loss or gradient is NaN or infinite.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    run_dir = Path(recipe.output_dir)
+    begun: list[Any] = [prepare_run(recipe, run_dir, resume) if rank == 0 else None]
+    dist.broadcast_object_list(begun)
+    if train_samples is None:
+        recipe.check_sources()
+        train_samples = open_sources(recipe.data.train, recipe.data.image_root)
+
+    whole, processor = build_model(recipe)
+    whole.to(device)  # type: ignore[arg-type]
+    model = shard(whole, recipe)
+    model.train()
+    settings = recipe.optimizer
+    groups = parameter_groups(
+        model, lr=settings.lr, weight_decay=settings.weight_decay, boost_lr_scale=settings.boost_lr_scale
+    )
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    schedule = get_scheduler(
+        SCHEDULE,
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=recipe.steps,
+        scheduler_specific_kwargs=schedule_rates(recipe),
+    )
+    step, losses = (0, []) if begun[0] is None else load(Path(begun[0]), model, optimizer, schedule)
+
+    accumulation = recipe.batch.accumulation(world)
+    order = training_order(recipe, train_samples)
+    loader = DataLoader(
+        TrainingData(train_samples, recipe.seed),  # type: ignore[arg-type]
+        batch_sampler=_OwnBatches(order, recipe.batch.per_process, rank, world, start=step),  # type: ignore[arg-type]
+        collate_fn=LionCollator(processor),
+        num_workers=recipe.data.workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader)
+    while step < recipe.steps:
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        lr = schedule.get_last_lr()[0]
+        loss = take_step(model, optimizer, micro_batches, recipe, device)
+        schedule.step()
+        step += 1
+        losses.append(loss)
+        if rank == 0 and step % recipe.log_every == 0:
+            print(f"step {step}/{recipe.steps}  loss {loss:.4f}  lr {lr:.2e}", flush=True)
+        if step % recipe.checkpoints.every == 0 or step == recipe.steps:
+            save(run_dir / f"checkpoint-{step}", model, optimizer, schedule, step, losses)
+            if rank == 0:
+                saving.keep_newest(run_dir, recipe.checkpoints.keep)
+    save_whole(run_dir / "model", model, processor)
+    return model, losses
+
+
+def shard(model: LionForCausalLM, recipe: Recipe) -> Any:
+    """Shard every block, then what is left, over all processes.
+
+    Under bf16 the trained parameters are gathered in bfloat16 and stay float32 in their shards.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if recipe.precision == "bf16" else MixedPrecisionPolicy()
+    blocks = [module for module in model.modules() if type(module).__name__ in LionForCausalLM._no_split_modules]
+    for block in blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return model
+
+
+def take_step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[dict[str, Any]],
+    recipe: Recipe,
+    device: torch.device,
+) -> float:
+    """One step over the global batch, weighed by target tokens; its mean loss per token.
+
+    Raises:
+        ValueError: the loss or a gradient is NaN or infinite, with the samples of this process.
+    """
+    world = dist.get_world_size()
+    sample_ids = [identity for batch in micro_batches for identity in batch.pop(SAMPLE_IDS)]
+    tokens = torch.tensor(sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches), device=device)
+    dist.all_reduce(tokens)
+    total = torch.zeros((), device=device)
+    for number, batch in enumerate(micro_batches):
+        seed_everything(recipe.seed, batch.pop(POSITION), 1)
+        model.set_requires_gradient_sync(number == len(micro_batches) - 1)
+        # FSDP averages gradients over processes, where the sum over all tokens is meant.
+        loss = model(**move(batch, device), num_items_in_batch=tokens).loss
+        (loss * world).backward()
+        total += loss.detach()
+    dist.all_reduce(total)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip or float("inf"))
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    finite = bool((total + norm).isfinite())
+    if not finite and recipe.on_nonfinite == "stop":
+        raise ValueError(f"loss {total.item()} or gradient norm {norm.item()} not finite, samples {sample_ids}")
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return total.item()
+
+
+def save(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    step: int,
+    losses: list[float],
+) -> None:
+    """Write a checkpoint, each process its shards.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with saving.written_aside(directory, first=dist.get_rank() == 0, wait_for_all=dist.barrier) as aside:
+        save_shards(_state(model, optimizer), checkpoint_id=str(aside / "shards"))
+        if dist.get_rank() == 0:
+            progress = {"step": step, "losses": losses, "schedule": schedule.state_dict()}
+            (aside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+
+
+def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[int, list[float]]:
+    """Read a checkpoint that any number of processes wrote; its step, and the losses up to it."""
+    shards = str(directory / "shards")
+    written = FileSystemReader(shards).read_metadata().state_dict_metadata
+    for name, parameter in _trained(model):
+        # What no loss has reached has no state, neither there nor here.
+        if f"optimizer.{name}.step" in written:
+            empty = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            optimizer.state[parameter] = {"step": torch.zeros(()), **empty}
+    with torch.no_grad():
+        load_shards(_state(model, optimizer), checkpoint_id=shards)
+    progress = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
+    schedule.load_state_dict(progress["schedule"])
+    for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = lr
+    return progress["step"], progress["losses"]
+
+
+def save_whole(directory: Path, model: Any, processor: LionProcessor) -> None:
+    """Gather all parameters and write what `from_pretrained` loads."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with saving.written_aside(directory, first=dist.get_rank() == 0, wait_for_all=dist.barrier) as aside:
+        if dist.get_rank() == 0:
+            model.save_pretrained(aside, state_dict=state)
+            processor.save_pretrained(aside)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds, by name: the trained parameters and AdamW's state of them."""
+    state = {f"model.{name}": parameter.data for name, parameter in _trained(model)}
+    for name, parameter in _trained(model):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{name}.{key}"] = value
+    return state
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+class _OwnBatches:
+    """The micro-batches of one process: every `world`-th of the run's, from step `start` on."""
+
+    def __init__(self, order: TrainingOrder, size: int, rank: int, world: int, start: int):
+        self.order, self.size = order, size
+        self.numbers = range(start * order.batch_size // size + rank, len(order) // size, world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, str, int]]]:
+        for number in self.numbers:
+            yield [self.order[position] for position in range(number * self.size, (number + 1) * self.size)]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train one of LION's stages with FSDP2; start with torchrun.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
+    parser.add_argument("--config", type=Path, metavar="YAML")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        train(load_recipe(args.stage, args.config, args.overrides), resume=args.resume)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The recipe of a training run: what a stage's YAML may say, read strictly.
+
+`recipes/stage1.yaml` to `stage4.yaml` hold every setting with the source of its number. A run takes its stage's recipe,
+lays the user's file over it and `section.key=value` over that.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lion_fast.configuration_lion import TASKS
+from lion_fast.stages import STAGES, Stage, stage_of
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message names each key, what came and what was expected."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(_Section):
+    """Where the weights at the start come from.
+
+    Args:
+        frozen_from: directory of a LION model that gives its configuration and what no stage trains (vision tower,
+            language model); everything else starts at random.
+        carry_over: directories of LION models whose parameters are copied in order, by `lion_fast.stages.carry_over`;
+            without `frozen_from` the first gives the configuration.
+        dropout: replaces every rate of dropout of the configuration; None leaves them.
+        kernel_backend: `LionConfig.kernel_backend`.
+    """
+
+    frozen_from: str | None
+    carry_over: list[str]
+    dropout: float | None = Field(ge=0, lt=1)
+    kernel_backend: Literal["auto", "triton", "torch"]
+
+
+class Sources(_Section):
+    """Files of samples per task: JSONL, or `scenes:SEED:COUNT` for generated ones."""
+
+    image_level: list[str]
+    region_level: list[str]
+
+
+class Data(_Section):
+    """What is trained and evaluated on, and in which order.
+
+    Args:
+        train, evaluate: see `Sources`.
+        image_root: folder that the pictures' paths in JSONL files start from; None for the file's own folder.
+        image_to_region: shares of the two tasks in a stage that trains both.
+        mix: whether tasks take turns from sample to sample or from step to step.
+        shuffle: whether every pass over a task's samples has an order of its own.
+        workers: processes that load samples, per training process.
+    """
+
+    train: Sources
+    evaluate: Sources
+    image_root: str | None
+    image_to_region: tuple[int, int]
+    mix: Literal["sample", "step"]
+    shuffle: bool
+    workers: int = Field(ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio_from_list(cls, values: Any) -> Any:
+        ratio = values.get("image_to_region") if isinstance(values, dict) else None
+        return {**values, "image_to_region": tuple(ratio)} if isinstance(ratio, list) else values
+
+    @model_validator(mode="after")
+    def _positive_ratio(self) -> "Data":
+        if min(self.image_to_region) < 1:
+            raise ValueError("image_to_region: expected two whole numbers of 1 or more")
+        return self
+
+
+class Optimizer(_Section):
+    """AdamW and its schedule: linear from `warmup_lr` to `lr`, then a cosine that ends at `min_lr`.
+
+    Args:
+        boost_lr_scale: factor on the aggregator's learning rate.
+        clip: largest norm of all gradients together; 0 does not clip.
+    """
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(ge=0)
+    warmup_lr: float = Field(ge=0)
+    warmup_steps: int = Field(ge=0)
+    betas: tuple[float, float]
+    weight_decay: float = Field(ge=0)
+    boost_lr_scale: float = Field(gt=0)
+    clip: float = Field(ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_from_list(cls, values: Any) -> Any:
+        betas = values.get("betas") if isinstance(values, dict) else None
+        return {**values, "betas": tuple(betas)} if isinstance(betas, list) else values
+
+
+class Batch(_Section):
+    """Samples per optimizer step over all processes, and how many a process takes at a time.
+
+    What is left of `size` is accumulated; the loss is weighed by target tokens over the whole of it, so neither
+    `per_process` nor the number of processes changes the step.
+    """
+
+    size: int = Field(ge=1)
+    per_process: int = Field(ge=1)
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-batches per step and process.
+
+        Raises:
+            RecipeError: `size` is no multiple of what all processes take at a time.
+        """
+        if self.size % (self.per_process * processes):
+            raise RecipeError(
+                f"batch.size: expected a multiple of {self.per_process * processes} (batch.per_process "
+                f"{self.per_process} x {processes} processes), got {self.size}"
+            )
+        return self.size // (self.per_process * processes)
+
+
+class Evaluation(_Section):
+    """Args: every: steps between evaluations; samples: how many of the data at most; pictures: how many are drawn."""
+
+    every: int = Field(ge=1)
+    samples: int = Field(ge=1)
+    pictures: int = Field(ge=0)
+    max_new_tokens: int = Field(ge=1)
+    num_beams: int = Field(ge=1)
+
+
+class Checkpoints(_Section):
+    """Args: every: steps between checkpoints; keep: how many of the newest stay."""
+
+    every: int = Field(ge=1)
+    keep: int = Field(ge=1)
+
+
+class Recipe(_Section):
+    """All settings of one run.
+
+    Args:
+        stage: 1, 2, 3 or 4 (`lion_fast.stages.STAGES`).
+        output_dir: checkpoints, curves, pictures and, at the end, the model in `model/`.
+        steps: optimizer steps.
+        seed: of random weights, order of the data and dropout.
+        precision: `bf16` keeps frozen parameters in bfloat16 and computes under autocast; trained ones stay float32.
+        on_nonfinite: what a loss or gradient that is NaN or infinite does: stop the run, or skip the step.
+        parallel: what several processes do with the model: `ddp` copies it, `fsdp` (FSDP2) shards it.
+        log_every: steps between points of the curves.
+    """
+
+    stage: int = Field(ge=1, le=len(STAGES))
+    output_dir: str
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    batch: Batch
+    steps: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    precision: Literal["bf16", "fp32"]
+    gradient_checkpointing: bool
+    on_nonfinite: Literal["stop", "skip"]
+    parallel: Literal["ddp", "fsdp"]
+    log_every: int = Field(ge=1)
+    evaluation: Evaluation
+    checkpoints: Checkpoints
+
+    @property
+    def definition(self) -> Stage:
+        return stage_of(self.stage)
+
+    def check_sources(self) -> None:
+        """Refuse a run without a model, without data of a task that its stage trains, or with data of another.
+
+        Raises:
+            RecipeError: naming the key.
+        """
+        if self.model.frozen_from is None and not self.model.carry_over:
+            raise RecipeError("model: expected a directory in model.frozen_from or model.carry_over, got neither")
+        for task in TASKS:
+            sources, wanted = getattr(self.data.train, task), task in self.definition.tasks
+            if wanted != bool(sources):
+                expected = "one file or more" if wanted else f"none in stage {self.stage}"
+                raise RecipeError(f"data.train.{task}: expected {expected}, got {sources}")
+
+
+# What a run may change when it goes on: none of it touches the weights or the curve that come out.
+RESUMABLE_CHANGES = ("batch.per_process", "data.workers", "evaluation", "checkpoints")
+
+
+def shipped_recipe(stage: int) -> str:
+    """The commented YAML of a stage."""
+    return (files("lion_fast.training") / "recipes" / f"stage{stage}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(stage: int, file: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """The stage's recipe with `file` and then `overrides` laid over it.
+
+    Args:
+        stage: 1, 2, 3 or 4.
+        file: YAML with the settings that differ.
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        RecipeError: for YAML that cannot be read, unknown keys, and values of the wrong kind.
+        OSError: `file` cannot be opened.
+    """
+    settings = _parse(shipped_recipe(stage), f"stage{stage}.yaml")
+    if file is not None:
+        settings = _laid_over(settings, _parse(Path(file).read_text(encoding="utf-8"), str(file)))
+    for override in overrides:
+        settings = _laid_over(settings, _parse_override(override))
+    if settings["stage"] != stage:
+        raise RecipeError(f"stage: expected {stage} (the stage that was asked for), got {settings['stage']!r}")
+    return parse_recipe(settings)
+
+
+def parse_recipe(settings: dict[str, Any]) -> Recipe:
+    """A recipe from plain data, as `Recipe.model_dump` gives it.
+
+    Raises:
+        RecipeError: listing every key that is missing, unknown or of the wrong kind.
+    """
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError("; ".join(map(_explain, error.errors()))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The YAML of a recipe, every key written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the keys whose values differ."""
+    changed = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after, name = old.get(key), new.get(key), prefix + str(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += changed_keys(before, after, f"{name}.")
+        elif before != after:
+            changed.append(name)
+    return changed
+
+
+def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to go on with a run under settings that would have led elsewhere.
+
+    Args:
+        old: plain data of the recipe that the run began with.
+        new: that of the recipe it is to go on with.
+
+    Raises:
+        RecipeError: naming the keys that differ.
+    """
+    differing = [
+        key
+        for key in changed_keys(old, new)
+        if not any(key == ok or key.startswith(f"{ok}.") for ok in RESUMABLE_CHANGES)
+    ]
+    if differing:
+        key = differing[0]
+        raise RecipeError(
+            f"{key}: expected {_at(old, key)!r}, with which the run began, got {_at(new, key)!r}"
+            + (f" (and {', '.join(differing[1:])})" if differing[1:] else "")
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: `1e-4` is one, where PyYAML follows YAML 1.1 and reads a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise RecipeError(f"{name}: expected keys with values, got {type(loaded).__name__}")
+    return loaded
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    name, equals, value = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise RecipeError(f"override: expected section.key=value, got {override!r}")
+    try:
+        settings: Any = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not readable as YAML: {value!r}") from error
+    for part in reversed(name.split(".")):
+        settings = {part: settings}
+    return settings
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _laid_over(below[key], value) if both else value
+    return merged
+
+
+def _at(settings: dict[str, Any], key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown key; expected one of {', '.join(_keys_beside(error['loc']))}"
+    if error["type"] == "missing":
+        return f"{name}: missing"
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{name}: expected {expected}, got {error['input']!r}"
+
+
+def _keys_beside(location: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,45 @@
+"""Curves and pictures for TensorBoard."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TensorBoardCurves(TrainerCallback):
+    """Writes every logged number and the evaluation's pictures to `OUTPUT/tensorboard`.
+
+    transformers' own callback does not purge what a killed run wrote after the checkpoint that the next goes on from.
+    """
+
+    def __init__(self):
+        self._writer: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            log_dir = Path(args.output_dir or ".") / "tensorboard"
+            self._writer = SummaryWriter(str(log_dir), purge_step=state.global_step + 1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if self._writer is not None:
+            for name, value in (logs or {}).items():
+                if isinstance(value, int | float) and name not in ("epoch", "step"):
+                    tag = name.replace("eval_", "eval/", 1) if name.startswith("eval_") else f"train/{name}"
+                    self._writer.add_scalar(tag, value, state.global_step)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        picture = Path(args.output_dir or ".") / "pictures" / f"step-{state.global_step}.png"
+        if self._writer is not None and picture.is_file():
+            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            self._writer.add_image("eval/answers", pixels, state.global_step, dataformats="HWC")
+            self._writer.flush()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,257 @@
+"""From a recipe to a trained model: `lion-fast train` and its Python form."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from lion_fast.checkpoints import CheckpointError, naming
+from lion_fast.configuration_lion import LionConfig
+from lion_fast.loading import load_complete
+from lion_fast.modeling_lion import LionForCausalLM
+from lion_fast.processing_lion import LionProcessor
+from lion_fast.stages import carry_over, copy_frozen, freeze_for_stage, stage_of_model
+from lion_fast.training import saving
+from lion_fast.training.data import TrainingOrder, open_sources, seed_everything
+from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
+from lion_fast.training.reporting import TensorBoardCurves
+from lion_fast.training.trainer import LionTrainer
+
+RECIPE_FILE = "recipe.yaml"
+SCHEDULE = "cosine_warmup_with_min_lr"
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    train_samples: Mapping[str, Dataset] | None = None,
+    eval_samples: Mapping[str, Dataset] | None = None,
+    data_collator: Any = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> LionTrainer:
+    """Run one stage; under `torchrun` on all its processes.
+
+    Written to `recipe.output_dir`: `recipe.yaml`, `checkpoint-N/`, `tensorboard/`, `pictures/` and at the end `model/`,
+    which `LionForCausalLM.from_pretrained` and `LionProcessor.from_pretrained` load.
+
+    Args:
+        recipe: see `load_recipe`.
+        resume: go on from the newest undamaged checkpoint in `output_dir`, or from the start if there is none.
+        train_samples: task -> data set (samples as `lion_fast.training.data` describes them), instead of the recipe's.
+        eval_samples: the same for evaluation.
+        data_collator: instead of `LionCollator`.
+        callbacks: of transformers' kind, beside those for TensorBoard.
+
+    Returns:
+        The trainer after its last step.
+
+    Raises:
+        RecipeError: for settings that do not fit together or, with `resume`, not to the run that began.
+        CheckpointError: for a model's directory that cannot be loaded.
+        NonFiniteError: a loss or gradient is NaN or infinite.
+        OSError: a file cannot be read or written, as on a full disk; the newest checkpoint is whole.
+    """
+    run_dir = Path(recipe.output_dir)
+    if train_samples is None:
+        recipe.check_sources()
+        train_samples = open_sources(recipe.data.train, recipe.data.image_root)
+    if eval_samples is None:
+        eval_samples = open_sources(recipe.data.evaluate, recipe.data.image_root)
+    arguments = training_arguments(recipe, evaluates=bool(eval_samples))
+    checkpoint = [prepare_run(recipe, run_dir, resume) if arguments.process_index == 0 else None]
+    broadcast_object_list(checkpoint)
+    model, processor = build_model(recipe)
+    trainer = LionTrainer(
+        model,
+        arguments,
+        recipe=recipe,
+        processor=processor,
+        order=training_order(recipe, train_samples),
+        train_samples=dict(train_samples),
+        eval_samples=dict(eval_samples),
+        data_collator=data_collator,
+        callbacks=[*(callbacks or []), TensorBoardCurves()],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint[0])
+    trainer.save_final(run_dir / "model")
+    return trainer
+
+
+def prepare_run(recipe: Recipe, run_dir: Path, resume: bool) -> str | None:
+    """Make the run's folder, or see that a run in it can go on; for one process.
+
+    Returns:
+        The checkpoint to go on from; None to begin.
+
+    Raises:
+        RecipeError: the folder holds checkpoints of a run that is not to be resumed, or of another recipe.
+    """
+    begun = run_dir / RECIPE_FILE
+    if saving.checkpoints(run_dir) and not resume:
+        raise RecipeError(
+            f"output_dir: expected a folder without checkpoints, got {run_dir}; resume the run, or name another folder"
+        )
+    if resume and begun.is_file():
+        check_resumable(yaml.safe_load(begun.read_text(encoding="utf-8")), recipe.model_dump(mode="json"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saving.clear_aside(run_dir)
+    written = run_dir / f"{RECIPE_FILE}.writing"
+    written.write_text(dump_recipe(recipe), encoding="utf-8")
+    os.replace(written, begun)
+    if not resume:
+        return None
+    checkpoint = saving.last_complete(run_dir)
+    print(f"resuming from {checkpoint or 'the start: there is no undamaged checkpoint'}")
+    for path in saving.checkpoints(run_dir):
+        if path == checkpoint:
+            return str(checkpoint)
+        saving.remove(path)  # damaged, and its name is that of one to come
+    return None
+
+
+def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
+    """The stage's model at its start, frozen as the stage asks, and its processor.
+
+    Raises:
+        RecipeError: no directory is given, or a model has other dimensions than the first.
+        CheckpointError: a directory cannot be loaded.
+    """
+    settings, stage = recipe.model, recipe.definition
+    sources = [*([settings.frozen_from] if settings.frozen_from else []), *settings.carry_over]
+    if not sources:
+        raise RecipeError("model: expected a directory in model.frozen_from or model.carry_over, got neither")
+    for directory in sources:
+        if not Path(directory).is_dir():
+            raise CheckpointError(f"{directory}: no such directory")
+    with naming(sources[0], "a directory with LION's configuration and processor"):
+        config = stage_config(LionConfig.from_pretrained(sources[0]), recipe)
+        processor = LionProcessor.from_pretrained(sources[0])
+    seed_everything(recipe.seed)
+    model = LionForCausalLM(config)
+    for place, directory in enumerate(sources):
+        source = load_complete(Path(directory), dtype=torch.float32)
+        try:
+            if place == 0 and settings.frozen_from:
+                copy_frozen(source, model)
+            else:
+                carry_over(source, stage_of_model(source), model, stage)
+        except ValueError as error:
+            raise RecipeError(f"model: {directory} does not fit {sources[0]}: {error}") from error
+        del source
+    freeze_for_stage(model, stage)
+    if recipe.precision == "bf16":
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    if recipe.gradient_checkpointing:
+        # The older name is the only one in transformers 5.17, and warns in later versions.
+        name = "activation_checkpointing_enable"
+        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
+    return model, processor
+
+
+def stage_config(config: LionConfig, recipe: Recipe) -> LionConfig:
+    """The configuration of the stage's model, its dimensions those of `config`."""
+    stage = recipe.definition
+    changed = LionConfig.from_dict(
+        {
+            **config.to_dict(),
+            "visual_input": stage.visual_input,
+            "num_adapters": None,
+            "kernel_backend": recipe.model.kernel_backend,
+        }
+    )
+    if recipe.model.dropout is not None:
+        for part in (changed.qformer_config, changed.aggregator_config, changed.text_config):
+            for name in ("dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
+                if hasattr(part, name):
+                    setattr(part, name, recipe.model.dropout)
+    return changed
+
+
+def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOrder:
+    """The keys of all the run's samples.
+
+    Args:
+        recipe: its shares are those of `image_level` and `region_level`.
+        samples: task -> data set with a length.
+    """
+    image, region = recipe.data.image_to_region
+    shares = {"image_level": image, "region_level": region}
+    return TrainingOrder(
+        {task: len(dataset) for task, dataset in samples.items()},  # type: ignore[arg-type]
+        [shares[task] for task in samples],
+        steps=recipe.steps,
+        batch_size=recipe.batch.size,
+        mix=recipe.data.mix,
+        shuffle=recipe.data.shuffle,
+        seed=recipe.seed,
+    )
+
+
+def schedule_rates(recipe: Recipe) -> dict[str, float]:
+    """Where warm-up starts and the cosine ends, as shares of the peak, for transformers' `SCHEDULE`."""
+    optimizer = recipe.optimizer
+    return {"min_lr_rate": optimizer.min_lr / optimizer.lr, "warmup_lr_rate": optimizer.warmup_lr / optimizer.lr}
+
+
+def training_arguments(recipe: Recipe, evaluates: bool = True) -> TrainingArguments:
+    """The recipe as transformers' Trainer takes it, on this machine.
+
+    Raises:
+        RecipeError: several GPUs without `torchrun`, sharding where there is nothing to shard with, or a batch that the
+            processes cannot share.
+    """
+    optimizer, on_gpu = recipe.optimizer, torch.cuda.is_available()
+    launched = "WORLD_SIZE" in os.environ
+    if torch.cuda.device_count() > 1 and not launched:
+        raise RecipeError(
+            f"expected a process per GPU, got one for {torch.cuda.device_count()}: start it with torchrun "
+            "--nproc-per-node N --no-python lion-fast train ..., or name one GPU in CUDA_VISIBLE_DEVICES"
+        )
+    if recipe.parallel == "fsdp" and not (launched and on_gpu):
+        raise RecipeError(
+            "parallel: expected ddp, got 'fsdp', which transformers' Trainer does under torchrun and on GPUs only; "
+            "elsewhere run lion_fast.training.fsdp2"
+        )
+    sharded: dict[str, Any] = {}
+    if recipe.parallel == "fsdp":
+        sharded = {
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
+        }
+    return TrainingArguments(
+        output_dir=recipe.output_dir,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch.per_process,
+        per_device_eval_batch_size=recipe.batch.per_process,
+        gradient_accumulation_steps=recipe.batch.accumulation(int(os.environ.get("WORLD_SIZE", "1"))),
+        learning_rate=optimizer.lr,
+        lr_scheduler_type=SCHEDULE,
+        lr_scheduler_kwargs=schedule_rates(recipe),
+        warmup_steps=optimizer.warmup_steps,
+        max_grad_norm=optimizer.clip,
+        bf16=recipe.precision == "bf16",
+        seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # LionTrainer's own watch sees to it
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.evaluation.every,
+        save_strategy="steps",
+        save_steps=recipe.checkpoints.every,
+        dataloader_num_workers=recipe.data.workers,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=True,  # the Q-Former's last layer has a branch for text that nothing reads
+        use_cpu=not on_gpu,
+        report_to="none",
+        **sharded,
+    )

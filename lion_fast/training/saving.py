@@ -1,0 +1,150 @@
+"""Checkpoints that are whole or not there, whatever stops the writing of them.
+
+A directory is written under `.aside`, sealed with a list of its files (sizes and SHA-256), brought to the disk, and
+only then renamed to its name. What a killed or failed run left aside is removed by the next. Who reads takes the newest
+checkpoint whose files are those of its list.
+
+Several processes write into one directory on a file system that they share; the first of them seals and renames.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+SEAL = "complete.json"
+ASIDE = ".aside"
+_NAME = re.compile(r"checkpoint-(\d+)")
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def written_aside(
+    target: Path, *, first: bool = True, wait_for_all: Callable[[], object] = lambda: None
+) -> Iterator[Path]:
+    """A directory to write into, which becomes `target` when all of it is on the disk.
+
+    Args:
+        target: replaced if it exists.
+        first: whether this process is the one that seals and renames.
+        wait_for_all: a barrier over all processes that write.
+
+    Yields:
+        The directory, with the name of `target` in a folder aside.
+
+    Raises:
+        OSError: it could not be written, a full disk included; `target` is as it was.
+    """
+    aside = target.parent / ASIDE / target.name
+    if first:
+        aside.mkdir(parents=True, exist_ok=True)
+    wait_for_all()
+    try:
+        yield aside
+        wait_for_all()
+        if first:
+            seal(aside)
+            remove(target)
+            os.rename(aside, target)
+            _to_disk(target.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save and safetensors say by errors of their own that a disk is full.
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, RuntimeError) and not _is_about_files(error):
+            raise
+        raise OSError(f"{target}: cannot be written ({' '.join(str(error).split())})") from error
+    wait_for_all()
+
+
+def _is_about_files(error: RuntimeError) -> bool:
+    return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "iostream error"))
+
+
+def seal(directory: Path) -> None:
+    """Bring a directory's files to the disk and list them, with sizes and digests, in `complete.json`."""
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SEAL):
+        files[str(path.relative_to(directory))] = {"size": path.stat().st_size, "sha256": _digest(path)}
+        _to_disk(path)
+    with (directory / SEAL).open("w", encoding="utf-8") as file:
+        json.dump(files, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
+        _to_disk(path)
+
+
+def damage(directory: Path) -> str | None:
+    """What keeps a directory from being the one that was sealed, or None."""
+    try:
+        files = json.loads((directory / SEAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{SEAL} is missing"
+    except (OSError, ValueError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if _digest(path) != expected["sha256"]:
+            return f"{name} does not hold what was written"
+    return None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The directories with the names of checkpoints, the newest first."""
+    found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def last_complete(run_dir: Path) -> Path | None:
+    """The newest undamaged checkpoint; those that are passed over are named in the log."""
+    for path in checkpoints(run_dir):
+        problem = damage(path)
+        if problem is None:
+            return path
+        logger.warning("%s is damaged (%s); falling back to the checkpoint before it", path, problem)
+    return None
+
+
+def keep_newest(run_dir: Path, count: int) -> None:
+    """Remove all checkpoints but the `count` newest."""
+    for path in checkpoints(run_dir)[count:]:
+        remove(path)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, if it is there; at no moment does a part of it have its name."""
+    if directory.exists():
+        going = directory.parent / ASIDE / f"{directory.name}.removed"
+        shutil.rmtree(going, ignore_errors=True)
+        going.parent.mkdir(exist_ok=True)
+        os.rename(directory, going)
+        shutil.rmtree(going)
+
+
+def clear_aside(run_dir: Path) -> None:
+    """Remove what an earlier run did not finish writing."""
+    shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
