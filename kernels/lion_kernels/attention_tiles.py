@@ -1163,11 +1163,6 @@ def stride_unit(*tensors: Tensor) -> int:
     return unit if all(stride % unit == 0 for x in tensors for stride in x.stride()[:-1]) else 1
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """`x`, or a copy where its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def draw_seed(seed: int | None, dropout_p: float) -> Tensor | None:
     """The seed of a call's dropout as a tensor on the CPU; drawn from torch's default generator where None is given."""
     if not 0.0 <= dropout_p < 1.0:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
 from lion_kernels.configs import lookup, shipped
 from lion_kernels.cost import Cost
-from lion_kernels.rms_norm import as_rows, row_spec, unsupported
+from lion_kernels.rows import as_rows, row_spec, takes
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _tile(operator: str, channels: int) -> dict[str, int]:
 
 
 def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
-    refuse_uninterpretable("gate", gate)
+    refuse_uninterpretable(gate=gate)
     channels = gate.shape[-1]
     gate_rows, up_rows = as_rows(gate), as_rows(up)
     rows = gate_rows.shape[0]
@@ -111,7 +111,7 @@ def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def launch_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    refuse_uninterpretable("gate", gate)
+    refuse_uninterpretable(gate=gate)
     channels = gate.shape[-1]
     grad_rows, gate_rows, up_rows = as_rows(grad), as_rows(gate), as_rows(up)
     rows = gate_rows.shape[0]
@@ -196,15 +196,9 @@ def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
     """
     _check(gate, up)
-    if resolve_backend(backend, "gated_gelu", gate.device) == "triton":
-        reason = unsupported({"gate": gate})
-        if reason is None:
-            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
-                return _gated_gelu(gate, up)
-            return launch_forward(gate, up)
-        if backend == "triton":
-            raise ValueError(reason)
-    return F.gelu(gate) * up
+    if not takes("gated_gelu", backend, {"gate": gate}):
+        return F.gelu(gate) * up
+    return _gated_gelu(gate, up) if through_op(gate, up) else launch_forward(gate, up)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:

@@ -25,16 +25,14 @@ Algebra: LION (arXiv 2311.11860), section 3.3; LoRA (2106.09685); the split of f
 expand (2310.18547).
 """
 
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, dot_precision, on_device, refuse_uninterpretable, resolve_backend
+from lion_kernels.backend import DTYPES, LAUNCH, dot_precision, on_device, refuse_uninterpretable, resolve_backend
 from lion_kernels.configs import lookup, shipped
 from lion_kernels.gates import FlatGate
 from lion_kernels.low_rank_kernels import (
@@ -45,8 +43,7 @@ from lion_kernels.low_rank_kernels import (
     up_gradient_kernel,
     update_kernel,
 )
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from lion_kernels.rows import as_rows
 
 # A channel gate of up to this many tasks is read as whole rows and chosen from; one of more is gathered row by row.
 _ROWS_CHOSEN_FROM = 4
@@ -218,7 +215,7 @@ def launch_hidden(
     problem: Problem, x: Tensor, down_weight: Tensor, down_bias: Tensor | None, gate: FlatGate, may_split: bool
 ) -> tuple[Tensor, int]:
     """hidden [T, E*r] in x's dtype and 1, or its parts [splits, T, E*r] in fp32, before bias and activation."""
-    refuse_uninterpretable("x", x)
+    refuse_uninterpretable(x=x)
     tiles = problem.tiles("hidden")
     rows, channels = x.shape
     row_tiles, inner_tiles = _cdiv(rows, tiles["BM"]), _cdiv(problem.inner, tiles["BF"])
@@ -265,7 +262,7 @@ def backward(
     needs_gate: bool,
 ) -> Gradients:
     """Gradients of everything but x, whose is `hidden`'s gradient times down_weight."""
-    refuse_uninterpretable("grad", grad)
+    refuse_uninterpretable(grad=grad)
     problem = _problem(x, down_weight, down_bias, up_weight, up_bias, gate, False, relu)
     channel = gate.form == "channel"
     dhidden = ddown_weight = ddown_bias = dup_weight = dup_bias = dgate = None
@@ -504,19 +501,6 @@ def cast_for_kernels(x: Tensor, weights: dict[str, Tensor | None]) -> tuple[Tens
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     cast = {name: None if value is None else value.to(dtype).contiguous() for name, value in weights.items()}
     return as_rows(x.to(dtype)), cast
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """[T, D] whose last dimension is contiguous; a view where the strides allow it."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def no_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a launch may go around the custom op: nothing asks for a gradient, and nobody traces."""
-    if torch.compiler.is_compiling() or any(type(t) not in (Tensor, Parameter, NoneType) for t in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 _BF16, _FP32 = torch.bfloat16, torch.float32

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels import low_rank
-from lion_kernels.backend import interpreting
+from lion_kernels.backend import interpreting, through_op
 from lion_kernels.cost import Cost
 from lion_kernels.gates import FlatGate, GateForm, align_left, check_gate, dense_from_sparse, flatten_gate
+from lion_kernels.rows import as_rows
 
 
 @torch.library.custom_op("lion_kernels::mixture_of_adapters", mutates_args=(), device_types="cuda")
@@ -238,12 +239,12 @@ def _run_kernels(
     assert up_weight is not None
     flat = flatten_gate(form, gate, x.shape[:-1], down_weight.shape[0], task_ids, expert_ids)
     if residual is not None:
-        residual = low_rank.as_rows(residual)
+        residual = as_rows(residual)
     arguments = (rows, down_weight, weights["down_bias"], up_weight, weights["up_bias"])
-    if low_rank.no_gradient(*arguments, flat.gate, residual):
-        out, _ = low_rank.forward(*arguments, flat, residual, relu, False)
-    else:
+    if through_op(*arguments, flat.gate, residual):
         out, _ = _forward(*arguments, flat.gate, flat.ids, residual, form, flat.rows_per_gate, relu)
+    else:
+        out, _ = low_rank.forward(*arguments, flat, residual, relu, False)
     return out.view(*x.shape[:-1], channels).to(x.dtype)
 
 

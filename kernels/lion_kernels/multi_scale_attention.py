@@ -22,9 +22,19 @@ from torch import Tensor
 
 from lion_kernels import attention_tiles
 from lion_kernels.aot import KernelSpec
-from lion_kernels.attention_tiles import dropout_mask, plain_attention, plain_attention_backward, rows_contiguous
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.attention_tiles import dropout_mask, plain_attention, plain_attention_backward
+from lion_kernels.backend import (
+    LAUNCH,
+    interpreting,
+    on_device,
+    refuse_uninterpretable,
+    resolve_backend,
+    through_op,
+    tl,
+    triton,
+)
 from lion_kernels.cost import Cost
+from lion_kernels.rows import last_contiguous
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -63,12 +73,12 @@ def _launch_forward(
     batch, length, heads, head_dim = q.shape
     maps = q.new_empty(batch, length, len(keys), heads, head_dim)
     lse = q.new_empty(len(keys), batch, heads, length, dtype=torch.float32) if save else None
-    q = rows_contiguous(q)
+    q = last_contiguous(q)
     for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
         attention_tiles.attend(
             q,
-            rows_contiguous(k),
-            rows_contiguous(v),
+            last_contiguous(k),
+            last_contiguous(v),
             maps[:, :, s],
             None if lse is None else lse[s],
             scale=scale,
@@ -101,7 +111,7 @@ def _launch_backward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    grad, q = grad.contiguous(), rows_contiguous(q)
+    grad, q = grad.contiguous(), last_contiguous(q)
     last = len(keys) - 1
     delta = torch.empty_like(lse)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -112,8 +122,8 @@ def _launch_backward(
         attention_tiles.attend_backward(
             grad[:, :, s] if scale_gate is None else grad,
             q,
-            rows_contiguous(k),
-            rows_contiguous(v),
+            last_contiguous(k),
+            last_contiguous(v),
             maps[:, :, s],
             lse[s],
             delta[s],
@@ -336,11 +346,9 @@ def multi_scale_attention(
     if chosen == "torch" or not attention_tiles.supported(q):
         out = _compose(q, keys, values, masks, scale_gate, seed_tensor, factor, dropout_p)
     else:
-        refuse_uninterpretable("q", q)
+        refuse_uninterpretable(q=q)
         arguments = (q, list(keys), list(values), masks, scale_gate, seed_tensor, factor, dropout_p)
-        differentiable = (q, *keys, *values, *([] if scale_gate is None else [scale_gate]))
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-        if learns or torch.compiler.is_compiling():
+        if through_op(q, *keys, *values, scale_gate):
             out = _forward_op(*arguments)[0]
         else:
             out = _launch_forward(*arguments, save=False)[0]

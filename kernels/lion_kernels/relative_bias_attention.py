@@ -32,7 +32,6 @@ from lion_kernels.attention_tiles import (
     load_rows,
     plain_attention,
     plain_attention_backward,
-    rows_contiguous,
 )
 from lion_kernels.backend import (
     LAUNCH,
@@ -41,10 +40,12 @@ from lion_kernels.backend import (
     on_device,
     refuse_uninterpretable,
     resolve_backend,
+    through_op,
     tl,
     triton,
 )
 from lion_kernels.cost import Cost
+from lion_kernels.rows import last_contiguous
 
 _NOT_SPECIALIZED = [
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v") for dim in ("batch", "row", "head")),
@@ -163,9 +164,9 @@ def _launch_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32) if save else None
     attention_tiles.attend(
-        rows_contiguous(q),
-        rows_contiguous(k),
-        rows_contiguous(v),
+        last_contiguous(q),
+        last_contiguous(k),
+        last_contiguous(v),
         out,
         lse,
         scale=1.0,
@@ -195,7 +196,7 @@ def _launch_backward(
     dropout_p: float,
     learn_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad, q, k, v = grad.contiguous(), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    grad, q, k, v = grad.contiguous(), last_contiguous(q), last_contiguous(k), last_contiguous(v)
     bias = _bias_by_distance(bias_table, max_distance, bidirectional)
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -525,10 +526,8 @@ def relative_bias_attention(
     arguments = (q, k, v, bias_table, mask, seed_tensor, bidirectional, max_distance, causal, dropout_p)
     if chosen == "torch" or not attention_tiles.supported(q):
         return _compose(*arguments)
-    refuse_uninterpretable("q", q)
-    refuse_uninterpretable("bias_table", bias_table)
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias_table))
-    if learns or torch.compiler.is_compiling():
+    refuse_uninterpretable(q=q, bias_table=bias_table)
+    if through_op(q, k, v, bias_table):
         return _forward_op(*arguments)[0]
     return _launch_forward(*arguments, save=False)[0]
 

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
 from lion_kernels.cost import Cost
-from lion_kernels.rms_norm import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, unsupported
+from lion_kernels.rows import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
 
 MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
 RANDOM_BITS = 24  # of each 32-bit Philox word: dropout_p is rounded to a multiple of 2^-24
@@ -169,12 +169,6 @@ def _threshold(dropout_p: float) -> int:
     return round(dropout_p * 2**RANDOM_BITS)
 
 
-def _refuse(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            refuse_uninterpretable(name, tensor)
-
-
 def launch_forward(
     x: Tensor,
     residual: Tensor,
@@ -188,7 +182,7 @@ def launch_forward(
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`out`, and with `statistics` each row's mean and 1 / sqrt(var + eps), fp32 [2, rows]. No seed, no dropout."""
-    _refuse(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    refuse_uninterpretable(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
     channels = x.shape[-1]
     x_rows, residual_rows = as_rows(x), as_rows(residual)
     rows = x_rows.shape[0]
@@ -232,7 +226,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dresidual (empty where dx is the same) and fp32 [2 or 3, D], the gradients of weight, bias and x_bias
     (empty without `parameter_gradients`)."""
-    _refuse(grad=grad, x=x, residual=residual, weight=weight, x_bias=x_bias)
+    refuse_uninterpretable(grad=grad, x=x, residual=residual, weight=weight, x_bias=x_bias)
     channels = x.shape[-1]
     grad_rows, x_rows, residual_rows = as_rows(grad), as_rows(x), as_rows(residual)
     rows = x_rows.shape[0]
@@ -502,24 +496,18 @@ def residual_layer_norm(
         ValueError: a shape, dtype, device, probability or backend that does not fit; the message names the argument.
     """
     _check(x, residual, weight, bias, x_bias, dropout_p, seed)
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    if resolve_backend(backend, "residual_layer_norm", x.device) == "triton":
-        tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "x_bias": x_bias}
-        reason = unsupported(tensors, MAX_CHANNELS)
-        if reason is None:
-            draw = _seed_tensor(seed, x.device) if dropout_p > 0 else None
-            arguments = (x, residual, weight, bias, x_bias, draw, dropout_p, eps)
-            wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors.values())
-            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wanted):
-                return _residual_layer_norm(*arguments)[0]
-            return launch_forward(*arguments, statistics=False)[0]
-        if backend == "triton":
-            raise ValueError(reason)
+    tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "x_bias": x_bias}
+    if takes("residual_layer_norm", backend, tensors, MAX_CHANNELS):
+        draw = _seed_tensor(seed, x.device) if dropout_p > 0 else None
+        arguments = (x, residual, weight, bias, x_bias, draw, dropout_p, eps)
+        if through_op(*tensors.values()):
+            return _residual_layer_norm(*arguments)[0]
+        return launch_forward(*arguments, statistics=False)[0]
     if dropout_p > 0 and seed is None:
         z = F.dropout(x if x_bias is None else x + x_bias, dropout_p) + residual
     else:
         z = _sum(x, residual, x_bias, _seed_tensor(seed, x.device) if dropout_p > 0 else None, dropout_p)
-    return _plain_norm(z, weight, bias, eps).to(dtype)
+    return _plain_norm(z, weight, bias, eps).to(torch.promote_types(x.dtype, residual.dtype))
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
