@@ -11,8 +11,8 @@
 Saved for backward: x, residual, and mean and deviation of each row. z is summed again: writing it in forward to read it
 in backward would move as many bytes, and in half precision it would come back rounded.
 
-The mask is a function of (seed, row, column) alone (Philox, Salmon et al., SC 2011), so backward computes it again, and
-`dropout_mask` gives it as a tensor. One Philox call serves four neighbouring columns.
+The mask is a function of (seed, row, column) alone (`lion_kernels.dropout`), so backward computes it again, and
+`dropout_mask` gives it as a tensor.
 """
 
 from typing import Any
@@ -24,12 +24,10 @@ from torch import Tensor
 from lion_kernels.aot import KernelSpec
 from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
 from lion_kernels.cost import Cost
+from lion_kernels.dropout import keep_four, keeps, threshold_of
 from lion_kernels.rows import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
 
 MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
-RANDOM_BITS = 24  # of each 32-bit Philox word: dropout_p is rounded to a multiple of 2^-24
-# A Philox round multiplies counters by the first two and adds the last two to the key.
-PHILOX = (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85)
 
 
 @triton.jit
@@ -39,10 +37,7 @@ def keep_block(p_seed, threshold, o_row, D: tl.constexpr, BT: tl.constexpr, BD: 
     b_row = o_row[:, None] + tl.zeros([BT, BD // 4], dtype=tl.int32)
     b_quad = tl.arange(0, BD // 4)[None, :] + tl.zeros([BT, BD // 4], dtype=tl.int32)
     b_zero = tl.zeros([BT, BD // 4], dtype=tl.int32)
-    b_0, b_1, b_2, b_3 = tl.philox(tl.load(p_seed), b_quad, b_row, b_zero, b_zero)
-    m_0, m_1 = (b_0 >> 8).to(tl.int32) >= threshold, (b_1 >> 8).to(tl.int32) >= threshold
-    m_2, m_3 = (b_2 >> 8).to(tl.int32) >= threshold, (b_3 >> 8).to(tl.int32) >= threshold
-    return tl.reshape(tl.join(tl.join(m_0, m_2), tl.join(m_1, m_3)), [BT, BD])
+    return tl.reshape(keep_four(tl.load(p_seed), threshold, b_quad, b_row, b_zero, b_zero), [BT, BD]) != 0
 
 
 @triton.jit
@@ -164,11 +159,6 @@ def residual_layer_norm_backward_kernel(
             tl.store(p_to + 2 * D, tl.sum(b_dx_bias, 0), mask=m_d)
 
 
-def _threshold(dropout_p: float) -> int:
-    """Random numbers of RANDOM_BITS bits below this are dropped."""
-    return round(dropout_p * 2**RANDOM_BITS)
-
-
 def launch_forward(
     x: Tensor,
     residual: Tensor,
@@ -204,7 +194,7 @@ def launch_forward(
                 x_rows.stride(0),
                 residual_rows.stride(0),
                 eps,
-                _threshold(dropout_p),
+                threshold_of(dropout_p),
                 1 / (1 - dropout_p),
                 **tile,
                 **LAUNCH,
@@ -258,7 +248,7 @@ def launch_backward(
                 grad_rows.stride(0),
                 x_rows.stride(0),
                 residual_rows.stride(0),
-                _threshold(dropout_p),
+                threshold_of(dropout_p),
                 1 / (1 - dropout_p),
                 **tile,
                 **LAUNCH,
@@ -282,26 +272,10 @@ def dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, seed: in
     Returns: fp32 [..., D], 0 or 1 / (1 - dropout_p).
     """
     seed = torch.tensor(seed) if isinstance(seed, int) else seed
-    channels = shape[-1]
-    quads = -(-channels // 4)
-    rows = torch.Size(shape[:-1]).numel()
-    row = torch.arange(rows, device=seed.device)[:, None].expand(rows, quads)
-    quad = torch.arange(quads, device=seed.device).expand(rows, quads)
-    words = (quad, row, torch.zeros_like(row), torch.zeros_like(row))
-    key_0, key_1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    multiply_0, multiply_1, raise_0, raise_1 = PHILOX
-    for _ in range(10):
-        # Products of two 32-bit numbers wrap to negative int64s, whose upper and lower words are still right.
-        product_0, product_1 = words[0] * multiply_0, words[2] * multiply_1
-        words = (
-            (product_1 >> 32 & 0xFFFFFFFF) ^ words[1] ^ key_0,
-            product_1 & 0xFFFFFFFF,
-            (product_0 >> 32 & 0xFFFFFFFF) ^ words[3] ^ key_1,
-            product_0 & 0xFFFFFFFF,
-        )
-        key_0, key_1 = key_0 + raise_0 & 0xFFFFFFFF, key_1 + raise_1 & 0xFFFFFFFF
-    bits = torch.stack(words, -1).flatten(-2)[:, :channels] >> 32 - RANDOM_BITS
-    return (bits >= _threshold(dropout_p)).float().div(1 - dropout_p).view(shape)
+    row = torch.arange(torch.Size(shape[:-1]).numel(), device=seed.device)[:, None]
+    quad = torch.arange(-(-shape[-1] // 4), device=seed.device)
+    keep = keeps(seed, (quad, row, torch.zeros_like(row), torch.zeros_like(row)), dropout_p)  # [rows, D / 4, 4]
+    return keep.flatten(-2)[:, : shape[-1]].float().div(1 - dropout_p).view(shape)
 
 
 def _sum(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
