@@ -121,51 +121,62 @@ def attend_backward(
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    delta: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
     *,
     gate: Tensor | None = None,
     previous: Tensor | None = None,
 ) -> None:
-    """Writes `delta` [B, H, L] in fp32, and the gradients, contiguous: dq [B, L, H, Dh] (plus `previous`, which is like
-    it), dk and dv [B, M, H, Dh]. `grad` is laid out as `out` may be; the rest is as `attend` had it."""
+    """Writes those of `delta`, dq, dk and dv that are not None; the first two and the last two have a kernel each.
+
+    Args:
+        grad: of `out`, laid out as that may be.
+        out, lse: as `attend` wrote them.
+        delta: [B, H, L] in fp32; what dq, dk and the gradients of `gate` and bias need.
+        dq: [B, L, H, Dh], contiguous.
+        dk, dv: [B, M, H, Dh], contiguous.
+        gate: [S] that the maps' outputs were weighed by.
+        previous: what dq is added to, like it.
+    """
     queries, keys = attention.q.shape[1], attention.k.shape[1]
-    sizes = attention.tile_sizes("backward_queries")
-    with on_device(grad):
-        attention_backward_queries[(triton.cdiv(queries, sizes["BM"]) * attention.heads_in_batch,)](
-            p_gate=gate,
-            p_out=out,
-            p_grad=grad,
-            p_lse=lse,
-            p_delta=delta,
-            p_previous=previous,
-            p_dq=dq,
-            stride_out_row=out.stride(1) // 8,
-            stride_grad_row=grad.stride(1) // 8,
-            ROW_TAIL=_narrow_tail(queries, sizes["BM"]),
-            COLUMN_TAIL=tail(keys, sizes["BN"]),
-            **attention.arguments("backward_queries"),
-            **sizes,
-            **LAUNCH,
-        )
-    sizes = attention.tile_sizes("backward_keys")
-    with on_device(grad):
-        attention_backward_keys[(triton.cdiv(keys, sizes["BN"]) * attention.heads_in_batch,)](
-            p_gate=gate,
-            p_grad=grad,
-            p_lse=lse,
-            p_delta=delta,
-            p_dk=dk,
-            p_dv=dv,
-            stride_grad_row=grad.stride(1) // 8,
-            ROW_TAIL=tail(queries, sizes["BM"]),
-            COLUMN_TAIL=_narrow_tail(keys, sizes["BN"]),
-            **attention.arguments("backward_keys"),
-            **sizes,
-            **LAUNCH,
-        )
+    if delta is not None:
+        sizes = attention.tile_sizes("backward_queries")
+        with on_device(grad):
+            attention_backward_queries[(triton.cdiv(queries, sizes["BM"]) * attention.heads_in_batch,)](
+                p_gate=gate,
+                p_out=out,
+                p_grad=grad,
+                p_lse=lse,
+                p_delta=delta,
+                p_previous=previous,
+                p_dq=dq,
+                stride_out_row=out.stride(1) // 8,
+                stride_grad_row=grad.stride(1) // 8,
+                ROW_TAIL=_narrow_tail(queries, sizes["BM"]),
+                COLUMN_TAIL=tail(keys, sizes["BN"]),
+                **attention.arguments("backward_queries"),
+                **sizes,
+                **LAUNCH,
+            )
+    if dk is not None or dv is not None:
+        sizes = attention.tile_sizes("backward_keys")
+        with on_device(grad):
+            attention_backward_keys[(triton.cdiv(keys, sizes["BN"]) * attention.heads_in_batch,)](
+                p_gate=gate,
+                p_grad=grad,
+                p_lse=lse,
+                p_delta=delta,
+                p_dk=dk,
+                p_dv=dv,
+                stride_grad_row=grad.stride(1) // 8,
+                ROW_TAIL=tail(queries, sizes["BM"]),
+                COLUMN_TAIL=_narrow_tail(keys, sizes["BN"]),
+                **attention.arguments("backward_keys"),
+                **sizes,
+                **LAUNCH,
+            )
 
 
 def _narrow_tail(length: int, tile: int) -> int:
@@ -235,11 +246,16 @@ def specs(
     causal: bool = False,
     dropout: bool = False,
     compact: bool = False,
+    frozen: str | None = None,
 ) -> list[KernelSpec]:
-    """The three kernels as `attend` and `attend_backward` launch them, for the ahead-of-time report."""
-    unused = {"p_mask": mask, "p_bias": bias, "p_gate": gate, "p_previous": gate}
+    """The three kernels as `attend` and `attend_backward` launch them, for the ahead-of-time report.
+
+    Args:
+        frozen: "q", "k" or "v": only the kernel that writes its gradient, as it is where that is not asked for.
+    """
+    unused = {"p_mask": mask, "p_bias": bias, "p_gate": gate, "p_previous": gate, f"p_d{frozen}": False}
     features = {"mask": mask, "bias": bias, "gate": gate, "causal": causal, "dropout": dropout, "compact": compact}
-    suffix = "".join(f" {name}" for name, on in features.items() if on)
+    suffix = "".join(f" {name}" for name, on in features.items() if on) + (f" frozen {frozen}" if frozen else "")
     kernels = {
         "forward": attention_forward,
         "backward_queries": attention_backward_queries,
@@ -247,6 +263,8 @@ def specs(
     }
     out = []
     for kernel, function in kernels.items():
+        if frozen and f"p_d{frozen}" not in function.arg_names:
+            continue
         width = sum(split_head_dim(head_dim, kernel))
         sizes = default_sizes(kernel, dtype, width, rows, bias=bias, dropout=dropout, compact=compact)
         tile_m, tile_n = sizes["BM"], sizes["BN"]
@@ -269,7 +287,8 @@ def specs(
                 sizes,
                 constexprs,
                 {"p_dq": "*fp32"} if gate else {},
-                product_rows=tile_n if kernel == "backward_keys" else tile_m,
+                # Without dq only delta is left, which is no matrix product.
+                product_rows=0 if frozen == "q" else tile_n if kernel == "backward_keys" else tile_m,
             )
         )
     return out

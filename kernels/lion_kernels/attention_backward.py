@@ -52,7 +52,7 @@ def _query_rows(
     p_gate, p_out, p_grad, p_lse, p_delta, p_previous, p_dq, stride_out, stride_grad, stride_dq, head, i_row,
     BM: tl.constexpr, BN: tl.constexpr, COLUMN_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """delta and dq of BM queries from i_row on."""
+    """delta and, unless p_dq is None, dq of BM queries from i_row on."""
     i_position = head.offset + i_row
     o_row = i_row + tl.arange(0, BM)
     m_row = o_row < head.queries
@@ -63,24 +63,25 @@ def _query_rows(
     for i in tl.static_range(len(b_g)):
         b_delta += tl.sum(b_g[i].to(tl.float32) * b_o[i].to(tl.float32), 1)
     tl.store(p_delta + o_row, b_delta, mask=m_row)
-    b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
-    b_q = load_rows(head.p_q, head.stride_q, i_row, m_row, head, BM)
-    b_dq = zero_rows(head, BM)
+    if p_dq is not None:
+        b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
+        b_q = load_rows(head.p_q, head.stride_q, i_row, m_row, head, BM)
+        b_dq = zero_rows(head, BM)
 
-    plain = (i_position + 1) // BN if head.CAUSAL else head.keys // BN
-    for i_n in range(0, plain):
-        b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, i_n * BN, BM, BN, False)
-    if head.CAUSAL:
-        for i_n in range(plain, tl.cdiv(tl.minimum(head.keys, i_position + BM), BN)):
-            b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, i_n * BN, BM, BN, True)
-    elif COLUMN_TAIL > 0:
-        b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, plain * BN, BM, COLUMN_TAIL, True)
+        plain = (i_position + 1) // BN if head.CAUSAL else head.keys // BN
+        for i_n in range(0, plain):
+            b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, i_n * BN, BM, BN, False)
+        if head.CAUSAL:
+            for i_n in range(plain, tl.cdiv(tl.minimum(head.keys, i_position + BM), BN)):
+                b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, i_n * BN, BM, BN, True)
+        elif COLUMN_TAIL > 0:
+            b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, plain * BN, BM, COLUMN_TAIL, True)
 
-    factor = head.scale * tl.load(p_gate + head.i_map).to(tl.float32) if p_gate is not None else head.scale
-    b_dq = scale_rows(b_dq, factor)
-    if p_previous is not None:
-        b_dq = add_rows(b_dq, load_rows(p_previous, stride_dq, i_row, m_row, head, BM))
-    store_rows(p_dq, stride_dq, i_row, b_dq, m_row, head, BM)
+        factor = head.scale * tl.load(p_gate + head.i_map).to(tl.float32) if p_gate is not None else head.scale
+        b_dq = scale_rows(b_dq, factor)
+        if p_previous is not None:
+            b_dq = add_rows(b_dq, load_rows(p_previous, stride_dq, i_row, m_row, head, BM))
+        store_rows(p_dq, stride_dq, i_row, b_dq, m_row, head, BM)
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def attention_backward_queries(
     p_lse,  # [B, H, L]
     p_delta,  # [B, H, L]
     p_previous,  # [B, L, H, Dh], the sum over the maps before, or None
-    p_dq,  # [B, L, H, Dh]
+    p_dq,  # [B, L, H, Dh], or None
     stride_q_batch,
     stride_q_row,
     stride_q_head,
@@ -160,7 +161,8 @@ def attention_backward_queries(
     stride_dq = heads.to(tl.int64) * HEAD_DIM
     p_out += i_b * queries * stride_out + i_h * HEAD_DIM
     p_grad += i_b * queries * stride_grad + i_h * HEAD_DIM
-    p_dq += i_b * queries * stride_dq + i_h * HEAD_DIM
+    if p_dq is not None:
+        p_dq += i_b * queries * stride_dq + i_h * HEAD_DIM
     p_lse += i_bh.to(tl.int64) * queries
     p_delta += i_bh.to(tl.int64) * queries
     if p_previous is not None:
@@ -181,32 +183,31 @@ def _key_step(
     b_dk, b_dv, b_k, b_v, m_key, p_grad, p_lse, p_delta, stride_grad, head, i_row, i_column,
     BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries more in ds^T q and (r p)^T g. Scores are transposed here: they are the left factors."""
+    """One tile of queries more in ds^T q and (r p)^T g, of which one that is () stays so.
+
+    Scores are transposed here: they are the left factors.
+    """
     o_row = i_row + tl.arange(0, BM)
-    if CHECK:
-        m_row = o_row < head.queries
-        b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
-        b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
-    else:
-        m_row = None
-        b_lse = tl.load(p_lse + o_row)
-        b_delta = tl.load(p_delta + o_row)
+    m_row = o_row < head.queries if CHECK else None
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf")) if CHECK else tl.load(p_lse + o_row)
     b_q = load_rows(head.p_q, head.stride_q, i_row, m_row, head, BM)
     if head.DROPOUT:
         b_keep = dropout_keep(head, i_row, i_column, BM, BN, True)
     # [BN, BM]
-    b_s = attention_scores(b_q, b_k, m_key, head, i_row, i_column, BM, BN, CHECK, True)
+    b_s = attention_scores(b_q, b_k, head, i_row, i_column, BM, BN, CHECK, True)
+    if m_key is not None:
+        b_s = tl.where(m_key[:, None], b_s, float("-inf"))
     b_p = tl.math.exp2(b_s - b_lse[None, :])
     b_g = load_rows(p_grad, stride_grad, i_row, m_row, head, BM)
-    b_dp = inner_product(b_v, b_g, head)
-    if head.DROPOUT:
-        b_dp = tl.where(b_keep, b_dp * head.rescale, 0.0)
-        b_weights = tl.where(b_keep, b_p, 0.0)
-    else:
-        b_weights = b_p
-    b_dv = add_weighted(b_dv, b_weights, b_g, head)
-    b_ds = b_p * (b_dp - b_delta[None, :])
-    b_dk = add_weighted(b_dk, b_ds, b_q, head)
+    if len(b_dv) > 0:
+        b_weights = tl.where(b_keep, b_p, 0.0) if head.DROPOUT else b_p
+        b_dv = add_weighted(b_dv, b_weights, b_g, head)
+    if len(b_dk) > 0:
+        b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0) if CHECK else tl.load(p_delta + o_row)
+        b_dp = inner_product(b_v, b_g, head)
+        if head.DROPOUT:
+            b_dp = tl.where(b_keep, b_dp * head.rescale, 0.0)
+        b_dk = add_weighted(b_dk, b_p * (b_dp - b_delta[None, :]), b_q, head)
     return b_dk, b_dv
 
 
@@ -215,7 +216,7 @@ def _key_rows(
     p_gate, p_grad, p_lse, p_delta, p_dk, p_dv, stride_grad, stride_dk, head, i_column,
     BM: tl.constexpr, BN: tl.constexpr, ROW_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BN keys from i_column on."""
+    """dk and dv, unless p_dk or p_dv is None, of BN keys from i_column on."""
     o_column = i_column + tl.arange(0, BN)
     m_column = o_column < head.keys
     m_key = None
@@ -223,7 +224,12 @@ def _key_rows(
         m_key = tl.load(head.p_mask + o_column, mask=m_column, other=0) != 0
     b_k = load_rows(head.p_k, head.stride_k, i_column, m_column, head, BN)
     b_v = load_rows(head.p_v, head.stride_v, i_column, m_column, head, BN)
-    b_dk, b_dv = zero_rows(head, BN), zero_rows(head, BN)
+    b_dk = ()
+    b_dv = ()
+    if p_dk is not None:
+        b_dk = zero_rows(head, BN)
+    if p_dv is not None:
+        b_dv = zero_rows(head, BN)
 
     first = 0
     plain = head.queries // BM
@@ -247,8 +253,10 @@ def _key_rows(
         )  # fmt: skip
 
     gate = tl.load(p_gate + head.i_map).to(tl.float32) if p_gate is not None else 1.0
-    store_rows(p_dk, stride_dk, i_column, scale_rows(b_dk, head.scale * gate), m_column, head, BN)
-    store_rows(p_dv, stride_dk, i_column, scale_rows(b_dv, head.rescale * gate), m_column, head, BN)
+    if p_dk is not None:
+        store_rows(p_dk, stride_dk, i_column, scale_rows(b_dk, head.scale * gate), m_column, head, BN)
+    if p_dv is not None:
+        store_rows(p_dv, stride_dk, i_column, scale_rows(b_dv, head.rescale * gate), m_column, head, BN)
 
 
 @triton.jit
@@ -275,9 +283,9 @@ def attention_backward_keys(
     p_gate,  # [S], or None
     p_grad,  # [B, L, *, H, Dh], a row is stride_grad_row apart from the next
     p_lse,  # [B, H, L]
-    p_delta,  # [B, H, L]
-    p_dk,  # [B, M, H, Dh]
-    p_dv,  # [B, M, H, Dh]
+    p_delta,  # [B, H, L], or None if p_dk is
+    p_dk,  # [B, M, H, Dh], or None
+    p_dv,  # [B, M, H, Dh], or None
     stride_q_batch,
     stride_q_row,
     stride_q_head,
@@ -324,10 +332,12 @@ def attention_backward_keys(
     stride_grad = stride_grad_row.to(tl.int64) * 8
     stride_dk = heads.to(tl.int64) * HEAD_DIM
     p_grad += i_b * queries * stride_grad + i_h * HEAD_DIM
-    p_dk += i_b * keys * stride_dk + i_h * HEAD_DIM
-    p_dv += i_b * keys * stride_dk + i_h * HEAD_DIM
     p_lse += i_bh.to(tl.int64) * queries
-    p_delta += i_bh.to(tl.int64) * queries
+    if p_dk is not None:
+        p_delta += i_bh.to(tl.int64) * queries
+        p_dk += i_b * keys * stride_dk + i_h * HEAD_DIM
+    if p_dv is not None:
+        p_dv += i_b * keys * stride_dk + i_h * HEAD_DIM
     _key_tile(
         Head(
             *located, None if p_mask is None else p_mask + i_b * keys,

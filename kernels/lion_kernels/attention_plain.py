@@ -1,5 +1,7 @@
 """Attention with its matrix of scores, in PyTorch: what a CPU runs, and what dropout and padding mean."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,8 +88,9 @@ def plain_attention_backward(
     visible: Tensor | None,
     keep: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v (contiguous), ds [B, H, L, M] and delta [B, H, L]."""
+    needs: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The gradients of q, k and v (contiguous; one that `needs` does not name is empty), ds and delta [B, H, L]."""
     p, _ = _plain_probabilities(q, k, bias, visible, scale, lse)
     g = grad.transpose(1, 2).to(p.dtype)
     delta = (g * out.transpose(1, 2)).sum(-1)
@@ -96,11 +99,12 @@ def plain_attention_backward(
     if keep is not None:
         dp, weights = dp * keep.to(p.dtype), p * keep.to(p.dtype)
     ds = p * (dp - delta.unsqueeze(-1))
-    dq = scale * (ds @ k.transpose(1, 2).to(p.dtype))
-    dk = scale * (ds.transpose(-1, -2) @ q.transpose(1, 2).to(p.dtype))
-    dv = weights.transpose(-1, -2) @ g
-    gradients = (x.transpose(1, 2).to(q.dtype).contiguous() for x in (dq, dk, dv))
-    return *gradients, ds, delta  # type: ignore[return-value]
+    gradients = [
+        scale * (ds @ k.transpose(1, 2).to(p.dtype)) if needs[0] else None,
+        scale * (ds.transpose(-1, -2) @ q.transpose(1, 2).to(p.dtype)) if needs[1] else None,
+        weights.transpose(-1, -2) @ g if needs[2] else None,
+    ]
+    return [q.new_empty(0) if x is None else x.transpose(1, 2).to(q.dtype).contiguous() for x in gradients], ds, delta
 
 
 def _plain_probabilities(

@@ -178,10 +178,9 @@ def _bias(
 
 @triton.jit
 def attention_scores(
-    b_q, b_k, m_key, head, i_row, i_column,
-    BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip  # [BM, BN], transposed [BN, BM]
-    """log2(e) times the scores; -inf where not m_key [BN] (unless None) and, with CHECK, where causality forbids."""
+    b_q, b_k, head, i_row, i_column, BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # [BM, BN], transposed [BN, BM]
+    """log2(e) times the scores; with CHECK, -inf where causality forbids. Which keys count is the caller's to say."""
     LOG2E = 1.4426950408889634
     b_s = inner_product(b_k, b_q, head) if TRANSPOSED else inner_product(b_q, b_k, head)
     b_s *= head.scale * LOG2E
@@ -194,21 +193,25 @@ def attention_scores(
             b_s = tl.where(o_column[:, None] <= o_position[None, :], b_s, float("-inf"))
         else:
             b_s = tl.where(o_column[None, :] <= o_position[:, None], b_s, float("-inf"))
-    if m_key is not None:
-        b_s = tl.where(m_key[:, None] if TRANSPOSED else m_key[None, :], b_s, float("-inf"))
     return b_s
 
 
 @triton.jit
 def load_keys_and_score(b_q, head, i_row, i_column, BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr):
-    """BN keys from i_column on, and `attention_scores` [BM, BN]; with CHECK, keys may lie beyond the last."""
+    """BN keys from i_column on, and the scores [BM, BN], -inf for what may not be attended.
+
+    Without CHECK all keys exist, and causality forbids none.
+    """
     o_column = i_column + tl.arange(0, BN)
     m_column = (o_column < head.keys) if CHECK else None
     b_k = load_rows(head.p_k, head.stride_k, i_column, m_column, head, BN)
-    m_key = m_column
+    b_s = attention_scores(b_q, b_k, head, i_row, i_column, BM, BN, CHECK, False)
     if head.p_mask is not None:
         m_key = tl.load(head.p_mask + o_column, mask=o_column < head.keys, other=0) != 0
-    return b_k, attention_scores(b_q, b_k, m_key, head, i_row, i_column, BM, BN, CHECK, False)
+        b_s = tl.where(m_key[None, :], b_s, float("-inf"))
+    elif CHECK:
+        b_s = tl.where((o_column < head.keys)[None, :], b_s, float("-inf"))
+    return b_k, b_s
 
 
 @triton.jit

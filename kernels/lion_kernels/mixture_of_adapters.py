@@ -72,54 +72,33 @@ def _backward(
     form: str,
     rows_per_gate: int,
     relu: bool,
-    needs_x: bool,
-    needs_down: bool,
-    needs_up: bool,
-    needs_gate: bool,
+    needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that is not needed is empty."""
+    """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that `needs` does not name is empty."""
     flat = FlatGate(form, gate, ids, rows_per_gate)
     return _run_backward(
-        low_rank.backward, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu,
-        needs_x, needs_down, needs_up, needs_gate,
-    )  # fmt: skip
+        low_rank.backward, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs
+    )
 
 
 @_backward.register_kernel("cpu")
-def _(
-    grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu,
-    needs_x, needs_down, needs_up, needs_gate,
-):  # fmt: skip
+def _(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu, needs):
     flat = FlatGate(form, gate, ids, rows_per_gate)
     run = low_rank.backward if interpreting() else low_rank.plain_backward
-    return _run_backward(
-        run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu,
-        needs_x, needs_down, needs_up, needs_gate,
-    )  # fmt: skip
+    return _run_backward(run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs)
 
 
-def _run_backward(
-    run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu,
-    needs_x, needs_down, needs_up, needs_gate,
-):  # fmt: skip
-    gradients = run(
-        grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu,
-        needs_hidden=needs_x, needs_down=needs_down, needs_up=needs_up, needs_gate=needs_gate,
-    )  # fmt: skip
+def _run_backward(run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu, needs):
+    gradients = run(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu, needs)
     dx = None if gradients.hidden is None else torch.mm(gradients.hidden, down_weight.flatten(0, 1))
     return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients[1:])]
 
 
 @_backward.register_fake
-def _(
-    grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu,
-    needs_x, needs_down, needs_up, needs_gate,
-):  # fmt: skip
+def _(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu, needs):
     inputs = (x, down_weight, down_bias, up_weight, up_bias, gate)
-    needs = (needs_x, needs_down, needs_down, needs_up, needs_up, needs_gate)
     return [
-        x.new_empty(0) if not needed or value is None else value.new_empty(value.shape)
-        for value, needed in zip(inputs, needs, strict=True)
+        value.new_empty(value.shape) if needed else x.new_empty(0) for value, needed in zip(inputs, needs, strict=True)
     ]
 
 
@@ -136,18 +115,15 @@ def _differentiate(ctx, grad, _):
     if grad is None:
         return (None,) * 11
     x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    residual = grad.to(ctx.residual_dtype) if needs[7] else None
-    needed = (needs[0], needs[1] or needs[2], needs[3] or needs[4], needs[5])
-    gradients: list[Tensor | None] = [None] * 6
-    if any(needed):
+    needs = list(ctx.needs_input_grad[:6])
+    residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
+    gradients: list[Tensor] = []
+    if any(needs):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        gradients = list(
-            _backward(
-                grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, *ctx.settings, *needed
-            )
+        gradients = _backward(
+            grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, *ctx.settings, needs
         )  # fmt: skip
-    wanted = [gradient if need else None for gradient, need in zip(gradients, needs[:6], strict=True)]
+    wanted = (gradients[i] if needed else None for i, needed in enumerate(needs))
     return *wanted, None, residual, None, None, None
 
 

@@ -123,9 +123,8 @@ def _(grad, x, hidden, weight, lora_a, lora_b, gate, ids, form, rows_per_gate, n
 def _run_backward(run, grad, x, hidden, weight, lora_a, lora_b, gate, needs):
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_gate = needs
     gradients = run(
-        grad, x, hidden, lora_a, None, lora_b, None, gate, False,
-        needs_hidden=needs_x, needs_down=needs_a, needs_up=needs_b, needs_gate=needs_gate,
-    )  # fmt: skip
+        grad, x, hidden, lora_a, None, lora_b, None, gate, False, (needs_x, needs_a, False, needs_b, False, needs_gate)
+    )
     dx = torch.mm(grad, weight).addmm_(gradients.hidden, lora_a.flatten(0, 1)) if needs_x else None
     dweight = torch.mm(grad.t(), x) if needs_weight else None
     dbias = grad.sum(0) if needs_bias else None

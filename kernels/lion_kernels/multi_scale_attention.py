@@ -125,33 +125,46 @@ def _launch_backward(
     lse: Tensor,
     scale: float,
     dropout_p: float,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     grad = grad.contiguous()
     last = len(keys) - 1
+    needs_q, needs_keys, needs_values, needs_gate = _split(needs)
     delta = torch.empty_like(lse)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq = _empty(q, needs_q)
     partial = torch.empty_like(dq, dtype=torch.float32) if last else dq
-    dkeys = [torch.empty_like(k, memory_format=torch.contiguous_format) for k in keys]
-    dvalues = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
+    dkeys = [_empty(k, needed) for k, needed in zip(keys, needs_keys, strict=True)]
+    dvalues = [_empty(v, needed) for v, needed in zip(values, needs_values, strict=True)]
     for s, one in enumerate(_attentions(q, keys, values, masks, seed, scale, dropout_p)):
         attention.attend_backward(
             one,
             grad[:, :, s] if scale_gate is None else grad,
             maps[:, :, s],
             lse[s],
-            delta[s],
-            dq if s == last else partial,
-            dkeys[s],
-            dvalues[s],
+            delta[s] if needs_q or needs_gate or needs_keys[s] else None,
+            (dq if s == last else partial) if needs_q else None,
+            dkeys[s] if needs_keys[s] else None,
+            dvalues[s] if needs_values[s] else None,
             gate=scale_gate,
-            previous=partial if s else None,
+            previous=partial if s and needs_q else None,
         )
-    return dq, dkeys, dvalues, _gate_gradient(delta, scale_gate, q)
+    return dq, dkeys, dvalues, _gate_gradient(delta, scale_gate) if needs_gate else q.new_empty(0)
 
 
-def _gate_gradient(delta: Tensor, scale_gate: Tensor | None, q: Tensor) -> Tensor:
-    """The gate's gradient; without one, a tensor of no elements."""
-    return q.new_empty(0) if scale_gate is None else delta.flatten(1).sum(1).to(scale_gate.dtype)
+def _split(needs: Sequence[bool]) -> tuple[bool, Sequence[bool], Sequence[bool], bool]:
+    """The gradients that are asked for: of q, of every map's keys and values, and of the gate."""
+    number = len(needs) // 2 - 1
+    return needs[0], needs[1 : 1 + number], needs[1 + number : -1], needs[-1]
+
+
+def _empty(x: Tensor, needed: bool) -> Tensor:
+    """Room for x's gradient, contiguous; none unless `needed`."""
+    return x.new_empty(x.shape if needed else (0,))
+
+
+def _gate_gradient(delta: Tensor, scale_gate: Tensor | None) -> Tensor:
+    assert scale_gate is not None
+    return delta.flatten(1).sum(1).to(scale_gate.dtype)
 
 
 @torch.library.custom_op("lion_kernels::multi_scale_attention", mutates_args=(), device_types="cuda")
@@ -209,34 +222,44 @@ def _backward_op(
     lse: Tensor,
     scale: float,
     dropout_p: float,
+    needs: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """The gradients of q, keys, values and scale_gate (no elements without one)."""
-    return _launch_backward(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p)
+    """The gradients of q, keys, values and scale_gate; one that `needs`, in this order, does not name is empty."""
+    return _launch_backward(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p, needs)
 
 
 @_backward_op.register_kernel("cpu")
-def _(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p):
+def _(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p, needs):
     if interpreting():
-        return _launch_backward(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p)
+        return _launch_backward(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p, needs)
+    needs_q, needs_keys, needs_values, needs_gate = _split(needs)
     dq, dkeys, dvalues = torch.zeros_like(q, dtype=lse.dtype), [], []
     delta = torch.empty_like(lse)
     for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
         g = grad[:, :, s] if scale_gate is None else grad
         keep = draw_keep(q, k, seed, dropout_p, s)
-        *gradients, _, delta[s] = plain_attention_backward(
-            g, q, k, v, maps[:, :, s], lse[s], None, _visible(mask), keep, scale
+        needs_of_map = (needs_q, needs_keys[s], needs_values[s])
+        (dq_of_map, dk, dv), _, delta[s] = plain_attention_backward(
+            g, q, k, v, maps[:, :, s], lse[s], None, _visible(mask), keep, scale, needs_of_map
         )
         factor = 1.0 if scale_gate is None else scale_gate[s].to(lse.dtype)
-        dq += gradients[0] * factor
-        dkeys.append((gradients[1] * factor).to(k.dtype))
-        dvalues.append((gradients[2] * factor).to(v.dtype))
-    return dq.to(q.dtype).contiguous(), dkeys, dvalues, _gate_gradient(delta, scale_gate, q)
+        if needs_q:
+            dq += dq_of_map * factor
+        dkeys.append((dk * factor).to(k.dtype))
+        dvalues.append((dv * factor).to(v.dtype))
+    dq = dq.to(q.dtype).contiguous() if needs_q else q.new_empty(0)
+    return dq, dkeys, dvalues, _gate_gradient(delta, scale_gate) if needs_gate else q.new_empty(0)
 
 
 @_backward_op.register_fake
-def _(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p):
-    dgate = q.new_empty(0) if scale_gate is None else torch.empty_like(scale_gate)
-    return q.new_empty(q.shape), [k.new_empty(k.shape) for k in keys], [v.new_empty(v.shape) for v in values], dgate
+def _(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p, needs):
+    needs_q, needs_keys, needs_values, needs_gate = _split(needs)
+    return (
+        _empty(q, needs_q),
+        [_empty(k, needed) for k, needed in zip(keys, needs_keys, strict=True)],
+        [_empty(v, needed) for v, needed in zip(values, needs_values, strict=True)],
+        torch.empty_like(scale_gate) if needs_gate else q.new_empty(0),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -247,18 +270,21 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad: Tensor | None, *_: Tensor | None):
+def _backward(ctx, grad, *_):
     q, *maps_of, scale_gate, seed, maps, lse = ctx.saved_tensors
     number = len(maps_of) // 3
     keys, values, masks = maps_of[:number], maps_of[number : 2 * number], maps_of[2 * number :]
     nothing = [None] * number
     if grad is None:
         return None, nothing, nothing, nothing, None, None, None, None
+    needs_q, needs_keys, needs_values, _, needs_gate, *_ = ctx.needs_input_grad
+    needs = [needs_q, *needs_keys, *needs_values, needs_gate]
     dq, dkeys, dvalues, dgate = _backward_op(
-        grad, q, keys, values, masks, scale_gate, seed, maps, lse, ctx.scale, ctx.dropout_p
+        grad, q, keys, values, masks, scale_gate, seed, maps, lse, ctx.scale, ctx.dropout_p, needs
     )
-    dgate = None if scale_gate is None else dgate
-    return dq, dkeys, dvalues, nothing, dgate, None, None, None
+    dkeys = [dk if needed else None for dk, needed in zip(dkeys, needs_keys, strict=True)]
+    dvalues = [dv if needed else None for dv, needed in zip(dvalues, needs_values, strict=True)]
+    return dq if needs_q else None, dkeys, dvalues, nothing, dgate if needs_gate else None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -416,6 +442,8 @@ def kernel_specs() -> list[KernelSpec]:
     for head_dim in (64, 88, 128):
         specs += attention.specs(name, head_dim, mask=True, gate=True, dropout=True)
         specs += attention.specs(name, head_dim, torch.float32, mask=True, gate=True, dropout=True)
+        for frozen in ("q", "k", "v"):
+            specs += attention.specs(name, head_dim, frozen=frozen)
         for rows in ("few", "some"):
             specs += attention.specs(name, head_dim, rows=rows, mask=True)
     specs.append(

@@ -192,15 +192,26 @@ def _launch_forward(one: Attention, *, save: bool) -> tuple[Tensor, Tensor | Non
 
 
 def _launch_backward(
-    one: Attention, grad: Tensor, out: Tensor, lse: Tensor, bias_table: Tensor, bidirectional: bool, learn_bias: bool
+    one: Attention, grad: Tensor, out: Tensor, lse: Tensor, bias_table: Tensor, bidirectional: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
-    delta = torch.empty_like(lse)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (one.q, one.k, one.v))
-    attention.attend_backward(one, grad, out, lse, delta, dq, dk, dv)
-    if not learn_bias:
-        return dq, dk, dv, grad.new_empty(0)
-    return dq, dk, dv, _launch_bias_gradient(one, grad, lse, delta, bias_table, bidirectional)
+    needs_q, needs_k, _, needs_bias = needs
+    delta = torch.empty_like(lse) if needs_q or needs_k or needs_bias else None
+    gradients = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
+        for x, needed in zip((one.q, one.k, one.v), needs[:3], strict=True)
+    ]
+    attention.attend_backward(one, grad, out, lse, delta, *gradients)
+    dtable = None
+    if needs_bias:
+        assert delta is not None
+        dtable = _launch_bias_gradient(one, grad, lse, delta, bias_table, bidirectional)
+    inputs = (one.q, one.k, one.v, bias_table)
+    dq, dk, dv, dtable = (
+        x.new_empty(0) if gradient is None else gradient
+        for x, gradient in zip(inputs, (*gradients, dtable), strict=True)
+    )
+    return dq, dk, dv, dtable
 
 
 def _launch_bias_gradient(
@@ -319,25 +330,25 @@ def _backward_op(
     max_distance: int,
     causal: bool,
     dropout_p: float,
-    learn_bias: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v and bias_table (no elements unless `learn_bias`)."""
+    """The gradients of q, k, v and bias_table; one that `needs` does not name is empty."""
     one = _attention(q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p)
-    return _launch_backward(one, grad, out, lse, bias_table, bidirectional, learn_bias)
+    return _launch_backward(one, grad, out, lse, bias_table, bidirectional, needs)
 
 
 @_backward_op.register_kernel("cpu")
 def _(
-    grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, learn_bias
+    grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, needs
 ):  # fmt: skip
     if interpreting():
         one = _attention(q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p)
-        return _launch_backward(one, grad, out, lse, bias_table, bidirectional, learn_bias)
+        return _launch_backward(one, grad, out, lse, bias_table, bidirectional, needs)
     bias, buckets = _dense_bias(q, k, bias_table, bidirectional, max_distance)
     visible, keep = _visible(q, k, mask, causal), draw_keep(q, k, seed, dropout_p)
-    dq, dk, dv, ds, _ = plain_attention_backward(grad, q, k, v, out, lse, bias, visible, keep, 1.0)
-    if not learn_bias:
-        return dq, dk, dv, q.new_empty(0)
+    (dq, dk, dv), ds, _ = plain_attention_backward(grad, q, k, v, out, lse, bias, visible, keep, 1.0, needs[:3])
+    if not needs[3]:
+        return dq, dk, dv, bias_table.new_empty(0)
     by_pair = ds.sum(0).flatten(1).t()  # [L * M, H]
     dtable = torch.zeros_like(bias_table, dtype=ds.dtype, memory_format=torch.contiguous_format)
     return dq, dk, dv, dtable.index_add_(0, buckets.flatten(), by_pair).to(bias_table.dtype)
@@ -345,10 +356,11 @@ def _(
 
 @_backward_op.register_fake
 def _(
-    grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, learn_bias
+    grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, needs
 ):  # fmt: skip
-    dtable = bias_table.new_empty(bias_table.shape) if learn_bias else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dtable
+    inputs = (q, k, v, bias_table)
+    dq, dk, dv, dtable = (x.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs, strict=True))
+    return dq, dk, dv, dtable
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -362,9 +374,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor | None, _: Tensor | None):
     if grad is None:
         return (None,) * 10
-    learn_bias = ctx.needs_input_grad[3]
-    dq, dk, dv, dtable = _backward_op(grad, *ctx.saved_tensors, *ctx.options, learn_bias)
-    return dq, dk, dv, dtable if learn_bias else None, None, None, None, None, None, None
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = _backward_op(grad, *ctx.saved_tensors, *ctx.options, needs)
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return *wanted, None, None, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

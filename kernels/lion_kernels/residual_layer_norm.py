@@ -145,7 +145,8 @@ def residual_layer_norm_backward_kernel(
             tl.store(p_to, b_dz.to(p_dresidual.dtype.element_ty), mask=mask)
         if p_seed is not None:
             b_dz = tl.where(m_keep, b_dz * scale, 0.0)
-        tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dz.to(p_dx.dtype.element_ty), mask=mask)
+        if p_dx is not None:
+            tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dz.to(p_dx.dtype.element_ty), mask=mask)
         if p_partial is not None:
             b_dweight += b_grad * b_n
             b_dbias += b_grad
@@ -211,22 +212,24 @@ def launch_backward(
     seed: Tensor | None,
     statistics: Tensor,
     dropout_p: float,
-    *,
-    parameter_gradients: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dresidual (empty where dx is the same) and fp32 [2 or 3, D], the gradients of weight, bias and x_bias
-    (empty without `parameter_gradients`)."""
+    """dx, dresidual (empty where dx is the same) and fp32 [2 or 3, D], the gradients of weight, bias and x_bias.
+
+    Args:
+        needs: whether those of x, of residual, and of the parameters are asked for; one that is not is empty.
+    """
     refuse_uninterpretable(grad=grad, x=x, residual=residual, weight=weight, x_bias=x_bias)
     channels = x.shape[-1]
     grad_rows, x_rows, residual_rows = as_rows(grad), as_rows(x), as_rows(residual)
     rows = x_rows.shape[0]
-    differ = _differ(x, residual, seed)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dresidual = torch.empty(x.shape if differ else (0,), dtype=residual.dtype, device=x.device)
+    needs_x, needs_residual = _written(x, residual, seed, needs)
+    dx = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
+    dresidual = torch.empty(x.shape if needs_residual else (0,), dtype=residual.dtype, device=x.device)
     tile = row_tile("residual_layer_norm_backward", channels)
     tiles = triton.cdiv(rows, tile["BT"])
     programs, partial = tiles, None
-    if parameter_gradients:
+    if needs[2]:
         # Without dropout 128 registers a thread or a little more, with it 170.
         programs = partial_sums(tiles, tile["num_warps"], x.device, resident_warps=16 if seed is None else 12)
         sums = 2 if x_bias is None else 3
@@ -241,8 +244,8 @@ def launch_backward(
                 None if x_bias is None else x_bias.contiguous(),
                 seed,
                 statistics,
-                dx,
-                dresidual if differ else None,
+                dx if needs_x else None,
+                dresidual if needs_residual else None,
                 partial,
                 rows,
                 grad_rows.stride(0),
@@ -259,6 +262,12 @@ def launch_backward(
 def _differ(x: Tensor, residual: Tensor, seed: Tensor | None) -> bool:
     """Whether dx and dresidual differ."""
     return seed is not None or x.dtype != residual.dtype
+
+
+def _written(x: Tensor, residual: Tensor, seed: Tensor | None, needs: list[bool]) -> tuple[bool, bool]:
+    """Whether backward writes dx and dresidual: where they are the same, dx serves for both."""
+    needs_x, needs_residual, _ = needs
+    return (needs_x, needs_residual) if _differ(x, residual, seed) else (needs_x or needs_residual, False)
 
 
 def dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, seed: int | Tensor) -> Tensor:
@@ -309,16 +318,7 @@ def _residual_layer_norm(
 
 
 @_residual_layer_norm.register_kernel("cpu")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _(x, residual, weight, bias, x_bias, seed, dropout_p, eps):
     if interpreting():
         out, saved = launch_forward(x, residual, weight, bias, x_bias, seed, dropout_p, eps, statistics=True)
         assert saved is not None
@@ -331,16 +331,7 @@ def _(
 
 
 @_residual_layer_norm.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _(x, residual, weight, bias, x_bias, seed, dropout_p, eps):
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
@@ -355,58 +346,39 @@ def _residual_layer_norm_backward(
     seed: Tensor | None,
     statistics: Tensor,
     dropout_p: float,
-    parameter_gradients: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(
-        grad, x, residual, weight, x_bias, seed, statistics, dropout_p, parameter_gradients=parameter_gradients
-    )
+    return launch_backward(grad, x, residual, weight, x_bias, seed, statistics, dropout_p, needs)
 
 
 @_residual_layer_norm_backward.register_kernel("cpu")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    statistics: Tensor,
-    dropout_p: float,
-    parameter_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad, x, residual, weight, x_bias, seed, statistics, dropout_p, needs):
     if interpreting():
-        return launch_backward(
-            grad, x, residual, weight, x_bias, seed, statistics, dropout_p, parameter_gradients=parameter_gradients
-        )
+        return launch_backward(grad, x, residual, weight, x_bias, seed, statistics, dropout_p, needs)
+    needs_x, needs_residual = _written(x, residual, seed, needs)
     mean, rstd = statistics.view(2, *x.shape[:-1], 1)
     n = (_sum(x.to(mean.dtype), residual.to(mean.dtype), x_bias, seed, dropout_p) - mean) * rstd
     dn = grad * weight.to(n.dtype)
     dz = (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True)) * rstd
     dx = dz if seed is None else dz * dropout_mask(x.shape, dropout_p, seed)
-    dresidual = dz.to(residual.dtype).contiguous() if _differ(x, residual, seed) else residual.new_empty(0)
-    gradients = dz.new_empty(0)
-    if parameter_gradients:
+    nothing = parameters = dz.new_empty(0)
+    if needs[2]:
         products = (grad * n, grad) if x_bias is None else (grad * n, grad, dx)
-        gradients = torch.stack([product.flatten(0, -2).to(dz.dtype).sum(0) for product in products])
-    return dx.to(x.dtype, copy=True).contiguous(), dresidual, gradients.float()
+        parameters = torch.stack([product.flatten(0, -2).to(dz.dtype).sum(0) for product in products])
+    return (
+        (dx if needs_x else nothing).to(x.dtype, copy=True).contiguous(),
+        (dz if needs_residual else nothing).to(residual.dtype, copy=True).contiguous(),
+        parameters.float(),
+    )
 
 
 @_residual_layer_norm_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    statistics: Tensor,
-    dropout_p: float,
-    parameter_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sums = (2 if x_bias is None else 3, x.shape[-1]) if parameter_gradients else (0,)
+def _(grad, x, residual, weight, x_bias, seed, statistics, dropout_p, needs):
+    needs_x, needs_residual = _written(x, residual, seed, needs)
+    sums = (2 if x_bias is None else 3, x.shape[-1]) if needs[2] else (0,)
     return (
-        x.new_empty(x.shape),
-        residual.new_empty(x.shape if _differ(x, residual, seed) else (0,)),
+        x.new_empty(x.shape if needs_x else (0,)),
+        residual.new_empty(x.shape if needs_residual else (0,)),
         x.new_empty(sums, dtype=torch.float32),
     )
 
@@ -422,13 +394,14 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if grad is None:
         return (None,) * 8
     x, residual, weight, x_bias, seed, statistics = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[2:5]
+    needs_x, needs_residual, *wanted = ctx.needs_input_grad[:5]
     dx, dresidual, sums = _residual_layer_norm_backward(
-        grad, x, residual, weight, x_bias, seed, statistics, ctx.dropout_p, any(wanted)
+        grad, x, residual, weight, x_bias, seed, statistics, ctx.dropout_p, [needs_x, needs_residual, any(wanted)]
     )
+    dresidual = dresidual if _differ(x, residual, seed) else dx
     dtypes = (weight.dtype, ctx.bias_dtype, None if x_bias is None else x_bias.dtype)
     parameters = (sums[i].to(dtypes[i]) if wanted[i] else None for i in range(3))
-    return dx, dresidual if _differ(x, residual, seed) else dx, *parameters, None, None, None
+    return dx if needs_x else None, dresidual if needs_residual else None, *parameters, None, None, None
 
 
 _residual_layer_norm.register_autograd(_differentiate, setup_context=_save)

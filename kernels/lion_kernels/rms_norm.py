@@ -91,8 +91,9 @@ def rms_norm_backward_kernel(
         # [BT, BD]
         b_n = b_x * b_rstd
         b_dn = b_grad * b_scale
-        b_dx = (b_dn - b_n * (tl.sum(b_dn * b_n, 1) / D)[:, None]) * b_rstd
-        tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dx.to(p_dx.dtype.element_ty), mask=mask)
+        if p_dx is not None:
+            b_dx = (b_dn - b_n * (tl.sum(b_dn * b_n, 1) / D)[:, None]) * b_rstd
+            tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dx.to(p_dx.dtype.element_ty), mask=mask)
         if p_partial is not None:
             b_sum += b_grad * b_n.to(b_weight.dtype).to(tl.float32)
     if p_partial is not None:
@@ -116,21 +117,20 @@ def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool) -
     return out, rstd
 
 
-def launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, weight_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """dx like x, and dweight [D] in fp32 (without `weight_gradient` an empty tensor)."""
+def launch_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """dx like x, and dweight [D] in fp32; one that `needs` does not name is empty."""
     refuse_uninterpretable(grad=grad, x=x)
     channels = x.shape[-1]
     grad_rows, x_rows = as_rows(grad), as_rows(x)
     rows = x_rows.shape[0]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    needs_x, needs_weight = needs
+    dx = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
     tile = row_tile("rms_norm_backward", channels)
     tiles = triton.cdiv(rows, tile["BT"])
-    programs = tiles
-    if weight_gradient:
+    programs, partial = tiles, None
+    if needs_weight:
         programs = partial_sums(tiles, tile["num_warps"], x.device, resident_warps=RESIDENT_WARPS)
-    partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device) if weight_gradient else None
+        partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
     if programs:
         with on_device(x):
             rms_norm_backward_kernel[(programs,)](
@@ -138,7 +138,7 @@ def launch_backward(
                 x_rows,
                 weight.contiguous(),
                 rstd,
-                dx,
+                dx if needs_x else None,
                 partial,
                 rows,
                 grad_rows.stride(0),
@@ -181,26 +181,32 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("lion_kernels::rms_norm_backward", mutates_args=(), device_types="cuda")
 def _rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    return launch_backward(grad, x, weight, rstd, weight_gradient=weight_gradient)
+    return launch_backward(grad, x, weight, rstd, needs)
 
 
 @_rms_norm_backward.register_kernel("cpu")
-def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool) -> tuple[Tensor, Tensor]:
+def _(grad, x, weight, rstd, needs):
     if interpreting():
-        return launch_backward(grad, x, weight, rstd, weight_gradient=weight_gradient)
+        return launch_backward(grad, x, weight, rstd, needs)
+    needs_x, needs_weight = needs
     scale = rstd.view(*x.shape[:-1], 1)
     n = x * scale
-    dn = grad * weight.to(n.dtype)
-    dx = (dn - n * (dn * n).mean(-1, keepdim=True)) * scale
-    dweight = (grad * n.to(weight.dtype).to(n.dtype)).flatten(0, -2).sum(0) if weight_gradient else n.new_empty(0)
-    return dx.to(x.dtype).contiguous(), dweight.float()
+    dx = dweight = n.new_empty(0)
+    if needs_x:
+        dn = grad * weight.to(n.dtype)
+        dx = (dn - n * (dn * n).mean(-1, keepdim=True)) * scale
+    if needs_weight:
+        dweight = (grad * n.to(weight.dtype).to(n.dtype)).flatten(0, -2).sum(0)
+    return dx.to(x.dtype, copy=True).contiguous(), dweight.float()
 
 
 @_rms_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if weight_gradient else 0, dtype=torch.float32)
+def _(grad, x, weight, rstd, needs):
+    needs_x, needs_weight = needs
+    dweight = x.new_empty(x.shape[-1] if needs_weight else 0, dtype=torch.float32)
+    return x.new_empty(x.shape if needs_x else (0,)), dweight
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -212,8 +218,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if grad is None:
         return None, None, None
     x, weight, rstd = ctx.saved_tensors
-    dx, dweight = _rms_norm_backward(grad, x, weight, rstd, ctx.needs_input_grad[1])
-    return dx, dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    dx, dweight = _rms_norm_backward(grad, x, weight, rstd, [needs_x, needs_weight])
+    return dx if needs_x else None, dweight.to(weight.dtype) if needs_weight else None, None
 
 
 _rms_norm.register_autograd(_differentiate, setup_context=_save)
@@ -273,5 +280,10 @@ def kernel_specs() -> list[KernelSpec]:
     kinds = {"rows": "i32", "eps": "fp32", "p_rstd": "*fp32", "p_partial": "*fp32"}
     return [
         *norm_specs(rms_norm_forward_kernel, WIDTHS, kinds, {"training": (), "inference": ("p_rstd",)}),
-        *norm_specs(rms_norm_backward_kernel, WIDTHS, kinds, {"training": (), "frozen weight": ("p_partial",)}),
+        *norm_specs(
+            rms_norm_backward_kernel,
+            WIDTHS,
+            kinds,
+            {"training": (), "frozen weight": ("p_partial",), "frozen x": ("p_dx",)},
+        ),
     ]

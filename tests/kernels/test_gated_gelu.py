@@ -157,8 +157,9 @@ def test_opcheck(interpreted: bool, device: torch.device, monkeypatch: pytest.Mo
     gate, up = make_inputs((3, 5, 48), torch.float32, device).values()
     for halves in ((gate, up), (gate.detach().transpose(0, 1), up.detach().transpose(0, 1))):
         torch.library.opcheck(torch.ops.lion_kernels.gated_gelu.default, halves)
-        arguments = (torch.randn(halves[0].shape, device=device), *(half.detach() for half in halves))
-        torch.library.opcheck(torch.ops.lion_kernels.gated_gelu_backward.default, arguments)
+        for needs in ([True, True], [True, False]):
+            arguments = (torch.randn(halves[0].shape, device=device), *(half.detach() for half in halves), needs)
+            torch.library.opcheck(torch.ops.lion_kernels.gated_gelu_backward.default, arguments)
 
 
 def test_the_operator_by_formula(monkeypatch: pytest.MonkeyPatch, relative_error: Measure) -> None:
@@ -248,7 +249,7 @@ def test_the_interpreter_refuses_bfloat16(device: torch.device) -> None:
     with pytest.raises(ValueError, match="gate: bfloat16 is not supported by Triton's interpreter"):
         gated_gelu(gate, up, backend="triton")
     with pytest.raises(ValueError, match="gate: bfloat16 is not supported"):
-        launch_backward(gate.float(), gate, up)
+        launch_backward(gate.float(), gate, up, [True, True])
 
 
 def test_cost_counts_what_moves() -> None:

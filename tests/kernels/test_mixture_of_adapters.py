@@ -226,8 +226,8 @@ def test_opcheck(gate: str, device: torch.device) -> None:
     )
     _, hidden = torch.ops.lion_kernels.mixture_of_adapters(x, *weights_and_gate, residual, form, rows_per_gate, relu)
     backward = torch.ops.lion_kernels.mixture_of_adapters_backward.default
-    for needs in ((True, True, True, True), (False, True, False, False)):
-        given = (residual, x, hidden, *weights_and_gate, form, rows_per_gate, relu, *needs)
+    for needs in ([True] * 6, [False, True, False, False, False, False]):
+        given = (residual, x, hidden, *weights_and_gate, form, rows_per_gate, relu, needs)
         torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
 
 

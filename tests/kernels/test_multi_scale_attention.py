@@ -264,10 +264,15 @@ def test_opcheck(case: str, device) -> None:
     with torch.no_grad():
         out, maps, lse = forward(*arguments)
         saved = (inputs.q, inputs.keys, inputs.values, masks, inputs.scale_gate, seed)
-        torch.library.opcheck(
-            torch.ops.lion_kernels.multi_scale_attention_backward.default,
-            (out, *saved, maps if maps.numel() else out, lse, 0.2, 0.1),
-        )
+        number = len(inputs.keys)
+        for needs in (
+            [True] * (2 * number + 1) + [inputs.scale_gate is not None],
+            [False] + [True] * number + [False] * (number + 1),
+        ):
+            torch.library.opcheck(
+                torch.ops.lion_kernels.multi_scale_attention_backward.default,
+                (out, *saved, maps if maps.numel() else out, lse, 0.2, 0.1, needs),
+            )
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -227,7 +227,7 @@ def test_opcheck(learn_bias: bool, device) -> None:
         out, lse = forward(*tensors, *options)
         torch.library.opcheck(
             torch.ops.lion_kernels.relative_bias_attention_backward.default,
-            (out, *tensors, out, lse, *options, learn_bias),
+            (out, *tensors, out, lse, *options, [True, learn_bias, True, learn_bias]),
         )
 
 

@@ -254,8 +254,8 @@ def test_opcheck(variant: str, interpreted: bool, device: torch.device, monkeypa
     arguments = (x, residual, weight, bias, x_bias, seed, p, EPS)
     torch.library.opcheck(torch.ops.lion_kernels.residual_layer_norm.default, arguments)
     grad, statistics = torch.randn(2, 3, 48, device=device), torch.rand(2, 6, device=device)
-    for wanted in (True, False):
-        arguments = (grad, x, residual, weight, x_bias, seed, statistics, p, wanted)
+    for needs in ([True, True, True], [True, True, False], [False, True, True], [False, False, True]):
+        arguments = (grad, x, residual, weight, x_bias, seed, statistics, p, needs)
         arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
         torch.library.opcheck(torch.ops.lion_kernels.residual_layer_norm_backward.default, arguments)
 
@@ -383,7 +383,7 @@ def test_the_interpreter_refuses_bfloat16(device: torch.device) -> None:
     x = inputs["x"].detach()
     wide, statistics = x.float(), torch.ones(2, 3)
     with pytest.raises(ValueError, match="grad: bfloat16 is not supported"):
-        launch_backward(x, wide, wide, wide[0], None, None, statistics, 0.0, parameter_gradients=False)
+        launch_backward(x, wide, wide, wide[0], None, None, statistics, 0.0, [True, True, False])
 
 
 def test_cost_counts_what_moves() -> None:
