@@ -13,11 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lion_kernels.gated_gelu import cost, gated_gelu, launch_backward
 from lion_reference import gated_gelu as reference
+from tests.kernels.gradients import Inputs, Measure, cast, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.gated_gelu"]
-Inputs = dict[str, Tensor]
-Measure = Callable[[Tensor, Tensor], float]
 
 
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
@@ -27,21 +26,9 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
-def gradient_of(out: Tensor) -> Tensor:
-    """The same values in every dtype."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-
-
-def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Inputs:
-    out = operator(**inputs, **options)
-    grad = gradient_of(out)
-    return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
-
-
 def exact(inputs: Inputs) -> Inputs:
     """The reference in fp64, from the values as `inputs` holds them."""
-    double = {name: value.detach().cpu().double().requires_grad_() for name, value in inputs.items()}
-    return outputs_and_gradients(reference, double)
+    return outputs_and_gradients(reference, cast(inputs, torch.float64, "cpu"))
 
 
 SHAPES = [(1, 64), (17, 176), (257, 8), (2, 3, 1408), (3, 2048), (2, 5120), (5, 1025), (7, 1), (33,)]

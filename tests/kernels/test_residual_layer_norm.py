@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lion_kernels.residual_layer_norm import cost, dropout_mask, launch_backward, launch_forward, residual_layer_norm
 from lion_reference import residual_layer_norm as reference
+from tests.kernels import gradients
+from tests.kernels.gradients import Inputs, Measure, cast, gradient_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.residual_layer_norm"]
@@ -20,8 +22,6 @@ EPS = 1e-12
 P = 0.25  # of the dropout
 SEED = -(2**40) - 12345
 DROPOUT: dict[str, Any] = {"dropout_p": P, "seed": SEED}
-Inputs = dict[str, Tensor]
-Measure = Callable[[Tensor, Tensor], float]
 
 
 def make_inputs(
@@ -36,15 +36,8 @@ def make_inputs(
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
-def gradient_of(out: Tensor) -> Tensor:
-    """The same values in every dtype."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-
-
-def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Inputs:
-    out = operator(**inputs, eps=EPS, **options)
-    grad = gradient_of(out)
-    return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
+def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> dict[str, Tensor]:
+    return gradients.outputs_and_gradients(operator, inputs, eps=EPS, **options)
 
 
 def mask_like(inputs: Inputs, dropout: dict[str, Any]) -> Tensor | None:
@@ -53,8 +46,7 @@ def mask_like(inputs: Inputs, dropout: dict[str, Any]) -> Tensor | None:
 
 def exact(inputs: Inputs, dropout: dict[str, Any]) -> Inputs:
     """The reference in fp64, from the values as `inputs` holds them."""
-    double = {name: value.detach().cpu().double().requires_grad_() for name, value in inputs.items()}
-    mask = mask_like(inputs, dropout)
+    mask, double = mask_like(inputs, dropout), cast(inputs, torch.float64, "cpu")
     return outputs_and_gradients(reference, double, dropout_mask=None if mask is None else mask.double())
 
 

@@ -14,11 +14,12 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from lion_kernels.rms_norm import cost, launch_backward, launch_forward, rms_norm
 from lion_reference import rms_norm as reference
+from tests.kernels import gradients
+from tests.kernels.gradients import Inputs, Measure, cast, gradient_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.rms_norm"]
 EPS = 1e-6
-Measure = Callable[[Tensor, Tensor], float]
 
 
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -28,23 +29,13 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
-def gradient_of(out: Tensor) -> Tensor:
-    """The same values in every dtype."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-
-
-def outputs_and_gradients(
-    operator: Callable[..., Tensor], inputs: dict[str, Tensor], **options: Any
-) -> dict[str, Tensor]:
-    out = operator(**inputs, eps=EPS, **options)
-    grad = gradient_of(out)
-    return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
+def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> dict[str, Tensor]:
+    return gradients.outputs_and_gradients(operator, inputs, eps=EPS, **options)
 
 
 def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The reference in fp64, from the values as `inputs` holds them."""
-    double = {name: value.detach().cpu().double().requires_grad_() for name, value in inputs.items()}
-    return outputs_and_gradients(reference, double)
+    return outputs_and_gradients(reference, cast(inputs, torch.float64, "cpu"))
 
 
 SHAPES = [(1, 64), (17, 176), (257, 64), (2, 3, 1408), (3, 2048), (2, 4096), (5, 100), (2, 8192), (3, 4)]
