@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
 from lion_kernels.configs import lookup, shipped
 from lion_kernels.cost import Cost
-from lion_kernels.rms_norm import partial_sums, row_spec, unsupported
+from lion_kernels.rows import last_contiguous, partial_sums, row_spec, takes
 
 SUM_TILE = {"BT": 32, "BD": 128, "num_warps": 4}  # of ids and channels in the sum over the soft prompt's places
 
@@ -105,20 +105,15 @@ def _tile(channels: int) -> dict[str, int]:
     return {"D": channels, **tile}
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def launch_forward(
     prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int
 ) -> Tensor:
-    for name, tensor in (("prefix", prefix), ("embedding", embedding), ("soft_prompt", soft_prompt)):
-        refuse_uninterpretable(name, tensor)
+    refuse_uninterpretable(prefix=prefix, embedding=embedding, soft_prompt=soft_prompt)
     batch, prefix_length, channels = prefix.shape
     length = input_ids.shape[1]
     out = torch.empty(batch, prefix_length + length, channels, dtype=embedding.dtype, device=embedding.device)
     if out.numel():
-        prefix, embedding = _last_contiguous(prefix), _last_contiguous(embedding)
+        prefix, embedding = last_contiguous(prefix), last_contiguous(embedding)
         tile = _tile(channels)
         with on_device(embedding):
             assemble_inputs_forward_kernel[(batch * (prefix_length + length), triton.cdiv(channels, tile["BD"]))](
@@ -142,9 +137,9 @@ def launch_forward(
 
 def launch_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
     """dsoft_prompt [D] in fp32, from the gradient [B, P + L, D] and the ids [B, L]."""
-    refuse_uninterpretable("grad", grad)
+    refuse_uninterpretable(grad=grad)
     channels, (batch, length) = grad.shape[2], input_ids.shape
-    grad = _last_contiguous(grad)
+    grad = last_contiguous(grad)
     tile = {"D": channels, **lookup("assemble_inputs_backward", "all", SUM_TILE)}
     blocks = triton.cdiv(channels, tile["BD"])
     tiles = triton.cdiv(batch * length, tile["BT"])
@@ -267,17 +262,10 @@ def assemble_inputs(
     """
     _check(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
     arguments = (prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
-    if resolve_backend(backend, "assemble_inputs", embedding.device) == "triton":
-        floating: dict[str, Tensor | None] = {"prefix": prefix, "embedding": embedding, "soft_prompt": soft_prompt}
-        reason = unsupported(floating)
-        if reason is None:
-            wanted = prefix.requires_grad or embedding.requires_grad or soft_prompt.requires_grad
-            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wanted):
-                return _assemble_inputs(*arguments)
-            return launch_forward(*arguments)
-        if backend == "triton":
-            raise ValueError(reason)
-    return _plain(*arguments)
+    floating: dict[str, Tensor | None] = {"prefix": prefix, "embedding": embedding, "soft_prompt": soft_prompt}
+    if not takes("assemble_inputs", backend, floating):
+        return _plain(*arguments)
+    return _assemble_inputs(*arguments) if through_op(*floating.values()) else launch_forward(*arguments)
 
 
 def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> None:

@@ -6,11 +6,12 @@ stand-ins, with which such a module still imports; its operators then run in PyT
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     import triton
@@ -29,6 +30,7 @@ else:
         HAS_TRITON = False
 
 BACKENDS = ("auto", "triton", "torch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the kernels take
 
 # Keywords of every launch. Contraction of a * b + c is asked for by name: its default differs between Triton versions.
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
@@ -72,10 +74,21 @@ def resolve_backend(backend: str, operator: str, device: torch.device) -> str:
     return "triton" if runs and device.type == "cuda" else "torch"
 
 
-def refuse_uninterpretable(name: str, tensor: Tensor) -> None:
+def refuse_uninterpretable(**tensors: Tensor | None) -> None:
     """Raises ValueError for bfloat16 in the interpreter, which computes something else with it, silently."""
-    if _INTERPRETING and tensor.dtype == torch.bfloat16:
-        raise ValueError(f"{name}: bfloat16 is not supported by Triton's interpreter; use float32 or float16")
+    for name, tensor in tensors.items():
+        if _INTERPRETING and tensor is not None and tensor.dtype == torch.bfloat16:
+            raise ValueError(f"{name}: bfloat16 is not supported by Triton's interpreter; use float32 or float16")
+
+
+def through_op(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go through its custom op: someone differentiates, traces, or has a tensor class of his own.
+
+    Otherwise it launches at once, and keeps nothing for backward.
+    """
+    if torch.compiler.is_compiling() or any(type(x) not in (Tensor, Parameter, NoneType) for x in tensors):
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
 from lion_kernels.configs import lookup, shipped
 from lion_kernels.cost import Cost
-from lion_kernels.rms_norm import as_rows, row_spec, unsupported
+from lion_kernels.rows import as_rows, row_spec, takes
 
 
 @triton.jit
@@ -74,9 +74,12 @@ def gated_gelu_backward_kernel(
     b_up = tl.load(p_up + o_row * stride_up + o_d, mask=mask, other=0.0).to(tl.float32)
     b_probability = normal_distribution(b_gate)
     b_slope = b_probability + b_gate * normal_density(b_gate)
-    b_dgate, b_dup = b_grad * b_up * b_slope, b_grad * b_gate * b_probability
-    tl.store(p_dgate + o_row * D + o_d, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
-    tl.store(p_dup + o_row * D + o_d, b_dup.to(p_dup.dtype.element_ty), mask=mask)
+    if p_dgate is not None:
+        b_dgate = b_grad * b_up * b_slope
+        tl.store(p_dgate + o_row * D + o_d, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
+    if p_dup is not None:
+        b_dup = b_grad * b_gate * b_probability
+        tl.store(p_dup + o_row * D + o_d, b_dup.to(p_dup.dtype.element_ty), mask=mask)
 
 
 def _tile(operator: str, channels: int) -> dict[str, int]:
@@ -86,7 +89,7 @@ def _tile(operator: str, channels: int) -> dict[str, int]:
 
 
 def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
-    refuse_uninterpretable("gate", gate)
+    refuse_uninterpretable(gate=gate)
     channels = gate.shape[-1]
     gate_rows, up_rows = as_rows(gate), as_rows(up)
     rows = gate_rows.shape[0]
@@ -110,13 +113,15 @@ def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def launch_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    refuse_uninterpretable("gate", gate)
+def launch_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up; one that `needs` does not name is empty."""
+    refuse_uninterpretable(gate=gate)
     channels = gate.shape[-1]
     grad_rows, gate_rows, up_rows = as_rows(grad), as_rows(gate), as_rows(up)
     rows = gate_rows.shape[0]
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    if dgate.numel():
+    shapes = (gate.shape if needed else (0,) for needed in needs)
+    dgate, dup = (torch.empty(shape, dtype=gate.dtype, device=gate.device) for shape in shapes)
+    if gate.numel():
         tile = _tile("gated_gelu_backward", channels)
         blocks = triton.cdiv(channels, tile["BD"])
         with on_device(gate):
@@ -124,8 +129,8 @@ def launch_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
                 grad_rows,
                 gate_rows,
                 up_rows,
-                dgate,
-                dup,
+                dgate if needs[0] else None,
+                dup if needs[1] else None,
                 rows,
                 grad_rows.stride(0),
                 gate_rows.stride(0),
@@ -154,28 +159,33 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lion_kernels::gated_gelu_backward", mutates_args=(), device_types="cuda")
-def _gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return launch_backward(grad, gate, up)
+def _gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    return launch_backward(grad, gate, up, needs)
 
 
 @_gated_gelu_backward.register_kernel("cpu")
-def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad, gate, up, needs):
     if interpreting():
-        return launch_backward(grad, gate, up)
-    return torch.ops.aten.gelu_backward(grad * up, gate).contiguous(), (grad * F.gelu(gate)).contiguous()
+        return launch_backward(grad, gate, up, needs)
+    dgate = torch.ops.aten.gelu_backward(grad * up, gate) if needs[0] else gate.new_empty(0)
+    dup = grad * F.gelu(gate) if needs[1] else gate.new_empty(0)
+    return dgate.contiguous(), dup.contiguous()
 
 
 @_gated_gelu_backward.register_fake
-def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+def _(grad, gate, up, needs):
+    dgate, dup = (gate.new_empty(gate.shape if needed else (0,)) for needed in needs)
+    return dgate, dup
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _gated_gelu_backward(grad, *ctx.saved_tensors)
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad)
+    gradients = _gated_gelu_backward(grad, *ctx.saved_tensors, needs)
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
 _gated_gelu.register_autograd(_differentiate, setup_context=_save)
@@ -196,15 +206,9 @@ def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
     """
     _check(gate, up)
-    if resolve_backend(backend, "gated_gelu", gate.device) == "triton":
-        reason = unsupported({"gate": gate})
-        if reason is None:
-            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
-                return _gated_gelu(gate, up)
-            return launch_forward(gate, up)
-        if backend == "triton":
-            raise ValueError(reason)
-    return F.gelu(gate) * up
+    if not takes("gated_gelu", backend, {"gate": gate}):
+        return F.gelu(gate) * up
+    return _gated_gelu(gate, up) if through_op(gate, up) else launch_forward(gate, up)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:

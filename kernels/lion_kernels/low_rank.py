@@ -25,16 +25,15 @@ Algebra: LION (arXiv 2311.11860), section 3.3; LoRA (2106.09685); the split of f
 expand (2310.18547).
 """
 
-from types import NoneType
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, dot_precision, on_device, refuse_uninterpretable, resolve_backend
+from lion_kernels.backend import DTYPES, LAUNCH, dot_precision, on_device, refuse_uninterpretable, resolve_backend
 from lion_kernels.configs import lookup, shipped
 from lion_kernels.gates import FlatGate
 from lion_kernels.low_rank_kernels import (
@@ -45,8 +44,7 @@ from lion_kernels.low_rank_kernels import (
     up_gradient_kernel,
     update_kernel,
 )
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from lion_kernels.rows import as_rows
 
 # A channel gate of up to this many tasks is read as whole rows and chosen from; one of more is gathered row by row.
 _ROWS_CHOSEN_FROM = 4
@@ -218,7 +216,7 @@ def launch_hidden(
     problem: Problem, x: Tensor, down_weight: Tensor, down_bias: Tensor | None, gate: FlatGate, may_split: bool
 ) -> tuple[Tensor, int]:
     """hidden [T, E*r] in x's dtype and 1, or its parts [splits, T, E*r] in fp32, before bias and activation."""
-    refuse_uninterpretable("x", x)
+    refuse_uninterpretable(x=x)
     tiles = problem.tiles("hidden")
     rows, channels = x.shape
     row_tiles, inner_tiles = _cdiv(rows, tiles["BM"]), _cdiv(problem.inner, tiles["BF"])
@@ -238,7 +236,7 @@ def launch_hidden(
 
 
 class Gradients(NamedTuple):
-    """What backward gives; None where it was not asked for, or where there was no such input."""
+    """What backward gives; None where it was not asked for."""
 
     hidden: Tensor | None
     down_weight: Tensor | None
@@ -258,36 +256,32 @@ def backward(
     up_bias: Tensor | None,
     gate: FlatGate,
     relu: bool,
-    *,
-    needs_hidden: bool,
-    needs_down: bool,
-    needs_up: bool,
-    needs_gate: bool,
+    needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of everything but x, whose is `hidden`'s gradient times down_weight."""
-    refuse_uninterpretable("grad", grad)
+    """Those of `Gradients` that `needs` names, in order; x's gradient is `hidden`'s times down_weight."""
+    refuse_uninterpretable(grad=grad)
     problem = _problem(x, down_weight, down_bias, up_weight, up_bias, gate, False, relu)
-    channel = gate.form == "channel"
+    needs_hidden, needs_down_weight, needs_down_bias, needs_up_weight, needs_up_bias, needs_gate = needs
+    needs_row_gate = needs_gate and gate.form != "channel"
+    needs_channel_gate = needs_gate and gate.form == "channel"
     dhidden = ddown_weight = ddown_bias = dup_weight = dup_bias = dgate = None
-    if needs_hidden or needs_down or (needs_gate and not channel):
-        dhidden, dgate = _launch_hidden_gradient(
-            problem, grad, hidden, up_weight, up_bias, gate, needs_gate and not channel
-        )
-    if needs_up or (needs_gate and channel):
-        dup_weight, dup_bias, channel_gate = _launch_up_gradient(problem, grad, hidden, up_weight, up_bias, gate)
-        dgate = channel_gate if channel else dgate
-    if needs_down:
+    if needs_hidden or needs_down_weight or needs_down_bias or needs_row_gate:
+        dhidden, dgate = _launch_hidden_gradient(problem, grad, hidden, up_weight, up_bias, gate, needs_row_gate)
+    if needs_down_weight:
         assert dhidden is not None
         ddown_weight = torch.mm(dhidden.t(), x).view(down_weight.shape)
-        ddown_bias = None if down_bias is None else dhidden.sum(0).view(down_bias.shape)
-    return Gradients(
-        dhidden if needs_hidden else None,
-        ddown_weight,
-        ddown_bias,
-        dup_weight if needs_up else None,
-        dup_bias if needs_up else None,
-        dgate if needs_gate else None,
-    )
+    if needs_down_bias:
+        assert dhidden is not None
+        assert down_bias is not None
+        ddown_bias = dhidden.sum(0).view(down_bias.shape)
+    if needs_up_weight or needs_up_bias or needs_channel_gate:
+        dup_weight = torch.empty_like(up_weight) if needs_up_weight else None
+        dup_bias = torch.empty_like(up_bias) if up_bias is not None and needs_up_bias else None
+        dgate = torch.empty_like(gate.gate) if needs_channel_gate else dgate
+        _launch_up_gradient(
+            problem, grad, hidden, up_weight, up_bias, gate, dup_weight, dup_bias, dgate if needs_channel_gate else None
+        )
+    return Gradients(dhidden if needs_hidden else None, ddown_weight, ddown_bias, dup_weight, dup_bias, dgate)
 
 
 def _launch_hidden_gradient(
@@ -315,9 +309,17 @@ def _launch_hidden_gradient(
 
 
 def _launch_up_gradient(
-    problem: Problem, grad: Tensor, hidden: Tensor, up_weight: Tensor, up_bias: Tensor | None, gate: FlatGate
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of up_weight and up_bias, and of a channel gate (else of no meaning)."""
+    problem: Problem,
+    grad: Tensor,
+    hidden: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate: FlatGate,
+    dup_weight: Tensor | None,
+    dup_bias: Tensor | None,
+    dgate: Tensor | None,
+) -> None:
+    """Writes the gradients of up_weight, up_bias and a channel gate, unless None."""
     tiles = problem.tiles("outer")
     channel = gate.form == "channel"
     channels, experts = problem.channels_out, problem.experts
@@ -329,9 +331,6 @@ def _launch_up_gradient(
     parts = (splits, problem.tasks)
     weights = torch.empty(*parts, experts, channels, problem.rank, dtype=torch.float32, device=grad.device)
     biases = torch.empty(*parts, 1 if channel else experts, channels, dtype=torch.float32, device=grad.device)
-    dup_weight = torch.empty_like(up_weight)
-    dup_bias = None if up_bias is None else torch.empty_like(up_bias)
-    dgate = torch.empty_like(gate.gate) if channel else gate.gate
     with on_device(grad):
         outer_kernel[(channel_tiles, groups, splits)](
             grad, hidden, gate.gate, gate.ids, weights, biases,
@@ -343,7 +342,6 @@ def _launch_up_gradient(
             weights, biases, gate.gate, up_weight, up_bias, dup_weight, dup_bias, dgate, channels, splits,
             **constants, **LAUNCH,
         )  # fmt: skip
-    return dup_weight, dup_bias, dgate
 
 
 def _problem(
@@ -420,11 +418,7 @@ def plain_backward(
     up_bias: Tensor | None,
     gate: FlatGate,
     relu: bool,
-    *,
-    needs_hidden: bool,
-    needs_down: bool,
-    needs_up: bool,
-    needs_gate: bool,
+    needs: Sequence[bool],
 ) -> Gradients:
     """What `backward` computes, in PyTorch."""
     grad = grad.to(x.dtype)
@@ -452,12 +446,13 @@ def plain_backward(
     dhidden = dhidden.flatten(1)
     if relu:
         dhidden = dhidden * (hidden > 0)
+    needs_hidden, needs_down_weight, needs_down_bias, needs_up_weight, needs_up_bias, needs_gate = needs
     return Gradients(
         dhidden if needs_hidden else None,
-        (dhidden.t() @ x).view(down_weight.shape) if needs_down else None,
-        dhidden.sum(0).view(down_bias.shape) if needs_down and down_bias is not None else None,
-        dup_weight if needs_up else None,
-        dup_bias if needs_up and up_bias is not None else None,
+        (dhidden.t() @ x).view(down_weight.shape) if needs_down_weight else None,
+        dhidden.sum(0).view(down_weight.shape[:2]) if needs_down_bias else None,
+        dup_weight if needs_up_weight else None,
+        dup_bias if needs_up_bias else None,
         dgate.to(gate.gate.dtype) if needs_gate else None,
     )
 
@@ -504,19 +499,6 @@ def cast_for_kernels(x: Tensor, weights: dict[str, Tensor | None]) -> tuple[Tens
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     cast = {name: None if value is None else value.to(dtype).contiguous() for name, value in weights.items()}
     return as_rows(x.to(dtype)), cast
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """[T, D] whose last dimension is contiguous; a view where the strides allow it."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def no_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a launch may go around the custom op: nothing asks for a gradient, and nobody traces."""
-    if torch.compiler.is_compiling() or any(type(t) not in (Tensor, Parameter, NoneType) for t in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
@@ -567,7 +549,8 @@ def _spec(
     fp32 |= {"p_dgate"} if kernel_name == "hidden_gradient" else set()
     fp32 |= {"p_hidden"} if split else set()
     absent = {"p_ids"} & set(kernel.arg_names) if problem.form == "dense" else set()
-    absent |= {"p_dgate"} if kernel_name == "hidden_gradient" and problem.form == "channel" else set()
+    gates_by = "up_gradient" if problem.form == "channel" else "hidden_gradient"  # the kernel that writes the gate's
+    absent |= {"p_dgate"} & set(kernel.arg_names) if kernel_name != gates_by else set()
     signature = {}
     for argument in kernel.arg_names:
         if argument == "p_ids":

@@ -495,7 +495,8 @@ def up_gradient_kernel(
     E: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, TASKS: tl.constexpr, CHANNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts up, in order, and makes the gradients of one expert's up weight, bias and channel gate of them."""
+    """Adds the parts up, in order, and makes of them those gradients of one expert's up weight, bias and channel gate
+    that have a pointer."""
     i_n, i_e = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < channels
@@ -508,7 +509,7 @@ def up_gradient_kernel(
     # [BN, RP], [BN]
     b_dweight = tl.zeros([BN, RP], tl.float32)
     b_dbias = tl.zeros([BN], tl.float32)
-    if CHANNEL:
+    if p_dgate is not None:
         b_weight = tl.load(p_weight + o_block, m_nr, other=0.0).to(tl.float32)
         b_bias = tl.zeros([BN], tl.float32)
         if HAS_BIAS:
@@ -525,11 +526,13 @@ def up_gradient_kernel(
             b_gate = tl.load(p_gate + o_gate, m_n, other=0.0).to(tl.float32)
             b_dweight += b_gate[:, None] * b_product
             b_dbias += b_gate * b_sum
-            b_dgate = tl.sum(b_product * b_weight, 1) + b_bias * b_sum
-            tl.store(p_dgate + o_gate, b_dgate.to(p_dgate.dtype.element_ty), m_n)
+            if p_dgate is not None:
+                b_dgate = tl.sum(b_product * b_weight, 1) + b_bias * b_sum
+                tl.store(p_dgate + o_gate, b_dgate.to(p_dgate.dtype.element_ty), m_n)
         else:
             b_dweight += b_product
             b_dbias += b_sum
-    tl.store(p_dweight + o_block, b_dweight.to(p_dweight.dtype.element_ty), m_nr)
-    if HAS_BIAS:
+    if p_dweight is not None:
+        tl.store(p_dweight + o_block, b_dweight.to(p_dweight.dtype.element_ty), m_nr)
+    if p_dbias is not None:
         tl.store(p_dbias + o_bias, b_dbias.to(p_dbias.dtype.element_ty), m_n)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels import low_rank
-from lion_kernels.backend import interpreting
+from lion_kernels.backend import interpreting, through_op
 from lion_kernels.cost import Cost
 from lion_kernels.gates import FlatGate, GateForm, align_left, check_gate, dense_from_sparse, flatten_gate
+from lion_kernels.rows import as_rows
 
 
 @torch.library.custom_op("lion_kernels::mixture_of_adapters", mutates_args=(), device_types="cuda")
@@ -71,54 +72,33 @@ def _backward(
     form: str,
     rows_per_gate: int,
     relu: bool,
-    needs_x: bool,
-    needs_down: bool,
-    needs_up: bool,
-    needs_gate: bool,
+    needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that is not needed is empty."""
+    """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that `needs` does not name is empty."""
     flat = FlatGate(form, gate, ids, rows_per_gate)
     return _run_backward(
-        low_rank.backward, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu,
-        needs_x, needs_down, needs_up, needs_gate,
-    )  # fmt: skip
+        low_rank.backward, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs
+    )
 
 
 @_backward.register_kernel("cpu")
-def _(
-    grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu,
-    needs_x, needs_down, needs_up, needs_gate,
-):  # fmt: skip
+def _(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu, needs):
     flat = FlatGate(form, gate, ids, rows_per_gate)
     run = low_rank.backward if interpreting() else low_rank.plain_backward
-    return _run_backward(
-        run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu,
-        needs_x, needs_down, needs_up, needs_gate,
-    )  # fmt: skip
+    return _run_backward(run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs)
 
 
-def _run_backward(
-    run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu,
-    needs_x, needs_down, needs_up, needs_gate,
-):  # fmt: skip
-    gradients = run(
-        grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu,
-        needs_hidden=needs_x, needs_down=needs_down, needs_up=needs_up, needs_gate=needs_gate,
-    )  # fmt: skip
+def _run_backward(run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu, needs):
+    gradients = run(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu, needs)
     dx = None if gradients.hidden is None else torch.mm(gradients.hidden, down_weight.flatten(0, 1))
     return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients[1:])]
 
 
 @_backward.register_fake
-def _(
-    grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu,
-    needs_x, needs_down, needs_up, needs_gate,
-):  # fmt: skip
+def _(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu, needs):
     inputs = (x, down_weight, down_bias, up_weight, up_bias, gate)
-    needs = (needs_x, needs_down, needs_down, needs_up, needs_up, needs_gate)
     return [
-        x.new_empty(0) if not needed or value is None else value.new_empty(value.shape)
-        for value, needed in zip(inputs, needs, strict=True)
+        value.new_empty(value.shape) if needed else x.new_empty(0) for value, needed in zip(inputs, needs, strict=True)
     ]
 
 
@@ -135,18 +115,15 @@ def _differentiate(ctx, grad, _):
     if grad is None:
         return (None,) * 11
     x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    residual = grad.to(ctx.residual_dtype) if needs[7] else None
-    needed = (needs[0], needs[1] or needs[2], needs[3] or needs[4], needs[5])
-    gradients: list[Tensor | None] = [None] * 6
-    if any(needed):
+    needs = list(ctx.needs_input_grad[:6])
+    residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
+    gradients: list[Tensor] = []
+    if any(needs):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        gradients = list(
-            _backward(
-                grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, *ctx.settings, *needed
-            )
+        gradients = _backward(
+            grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, *ctx.settings, needs
         )  # fmt: skip
-    wanted = [gradient if need else None for gradient, need in zip(gradients, needs[:6], strict=True)]
+    wanted = (gradients[i] if needed else None for i, needed in enumerate(needs))
     return *wanted, None, residual, None, None, None
 
 
@@ -238,12 +215,12 @@ def _run_kernels(
     assert up_weight is not None
     flat = flatten_gate(form, gate, x.shape[:-1], down_weight.shape[0], task_ids, expert_ids)
     if residual is not None:
-        residual = low_rank.as_rows(residual)
+        residual = as_rows(residual)
     arguments = (rows, down_weight, weights["down_bias"], up_weight, weights["up_bias"])
-    if low_rank.no_gradient(*arguments, flat.gate, residual):
-        out, _ = low_rank.forward(*arguments, flat, residual, relu, False)
-    else:
+    if through_op(*arguments, flat.gate, residual):
         out, _ = _forward(*arguments, flat.gate, flat.ids, residual, form, flat.rows_per_gate, relu)
+    else:
+        out, _ = low_rank.forward(*arguments, flat, residual, relu, False)
     return out.view(*x.shape[:-1], channels).to(x.dtype)
 
 

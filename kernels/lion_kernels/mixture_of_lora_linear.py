@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels import low_rank
-from lion_kernels.backend import interpreting
+from lion_kernels.backend import interpreting, through_op
 from lion_kernels.configs import lookup
 from lion_kernels.cost import H200, Cost, floor_seconds
 from lion_kernels.gates import FlatGate, check_gate, flatten_gate
@@ -123,9 +123,8 @@ def _(grad, x, hidden, weight, lora_a, lora_b, gate, ids, form, rows_per_gate, n
 def _run_backward(run, grad, x, hidden, weight, lora_a, lora_b, gate, needs):
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_gate = needs
     gradients = run(
-        grad, x, hidden, lora_a, None, lora_b, None, gate, False,
-        needs_hidden=needs_x, needs_down=needs_a, needs_up=needs_b, needs_gate=needs_gate,
-    )  # fmt: skip
+        grad, x, hidden, lora_a, None, lora_b, None, gate, False, (needs_x, needs_a, False, needs_b, False, needs_gate)
+    )
     dx = torch.mm(grad, weight).addmm_(gradients.hidden, lora_a.flatten(0, 1)) if needs_x else None
     dweight = torch.mm(grad.t(), x) if needs_weight else None
     dbias = grad.sum(0) if needs_bias else None
@@ -212,10 +211,10 @@ def mixture_of_lora_linear(
     rows, cast = low_rank.cast_for_kernels(x, weights)
     arguments = (rows, cast["weight"], cast["bias"], cast["lora_a"], cast["lora_b"])
     flat = flatten_gate(form, gate, x.shape[:-1], experts, task_ids, expert_ids)
-    if low_rank.no_gradient(*arguments, flat.gate):
-        out, _ = _run_forward(*arguments, flat, False)  # type: ignore[arg-type]
-    else:
+    if through_op(*arguments, flat.gate):
         out, _ = _forward(*arguments, flat.gate, flat.ids, form, flat.rows_per_gate)
+    else:
+        out, _ = _run_forward(*arguments, flat, False)  # type: ignore[arg-type]
     return out.view(*x.shape[:-1], channels).to(x.dtype)
 
 

@@ -7,8 +7,8 @@ Backward, for a gradient g of `out` and delta_s = rowsum(g * out_s):
     ds_s = p_s * (g v_s^T - delta_s)          dq = scale * sum_s gate_s * ds_s k_s
     dk_s = scale * gate_s * ds_s^T q          dv_s = gate_s * p_s^T g          dgate_s = sum(delta_s)
 
-Without a gate every map has a gradient g_s of its own, and gate_s = 1. `lion_kernels.attention_tiles` has the kernels
-that one map takes; what is here mixes maps. One map with q, k and v from the same source is self-attention.
+Without a gate every map has a gradient g_s of its own, and gate_s = 1. `lion_kernels.attention` has the kernels that
+one map takes; what is here mixes maps. One map with q, k and v from the same source is self-attention.
 """
 
 # A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
@@ -17,14 +17,24 @@ that one map takes; what is here mixes maps. One map with q, k and v from the sa
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels import attention_tiles
+from lion_kernels import attention
 from lion_kernels.aot import KernelSpec
-from lion_kernels.attention_tiles import dropout_mask, plain_attention, plain_attention_backward, rows_contiguous
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.attention import Attention
+from lion_kernels.attention_plain import draw_keep, library_attention, plain_attention, plain_attention_backward
+from lion_kernels.backend import (
+    LAUNCH,
+    interpreting,
+    on_device,
+    refuse_uninterpretable,
+    resolve_backend,
+    through_op,
+    tl,
+    triton,
+)
 from lion_kernels.cost import Cost
+from lion_kernels.rows import last_contiguous
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -48,6 +58,32 @@ def _mix(
     tl.store(p_out + o_flat, b_out.to(p_out.dtype.element_ty), mask=m_flat)
 
 
+def _attentions(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> list[Attention]:
+    """Those of the maps; a mask of no elements is none."""
+    q, number = last_contiguous(q), 0 if seed is None else int(seed)
+    return [
+        Attention(
+            q,
+            last_contiguous(k),
+            last_contiguous(v),
+            scale,
+            mask if mask.numel() else None,
+            dropout_p=dropout_p,
+            seed=number,
+            i_map=s,
+        )
+        for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True))
+    ]
+
+
 def _launch_forward(
     q: Tensor,
     keys: Sequence[Tensor],
@@ -57,26 +93,15 @@ def _launch_forward(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    *,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The result, the maps' outputs [B, L, S, H, Dh] (the same tensor without a gate) and, to `save`, lse."""
     batch, length, heads, head_dim = q.shape
     maps = q.new_empty(batch, length, len(keys), heads, head_dim)
     lse = q.new_empty(len(keys), batch, heads, length, dtype=torch.float32) if save else None
-    q = rows_contiguous(q)
-    for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
-        attention_tiles.attend(
-            q,
-            rows_contiguous(k),
-            rows_contiguous(v),
-            maps[:, :, s],
-            None if lse is None else lse[s],
-            scale=scale,
-            mask=mask if mask.numel() else None,
-            dropout_p=dropout_p,
-            seed=0 if seed is None else int(seed),
-            i_map=s,
-        )
+    for s, one in enumerate(_attentions(q, keys, values, masks, seed, scale, dropout_p)):
+        attention.attend(one, maps[:, :, s], None if lse is None else lse[s])
     if scale_gate is None:
         return maps, maps, lse
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -100,40 +125,46 @@ def _launch_backward(
     lse: Tensor,
     scale: float,
     dropout_p: float,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    grad, q = grad.contiguous(), rows_contiguous(q)
+    grad = grad.contiguous()
     last = len(keys) - 1
+    needs_q, needs_keys, needs_values, needs_gate = _split(needs)
     delta = torch.empty_like(lse)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq = _empty(q, needs_q)
     partial = torch.empty_like(dq, dtype=torch.float32) if last else dq
-    dkeys = [torch.empty_like(k, memory_format=torch.contiguous_format) for k in keys]
-    dvalues = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
-    for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
-        attention_tiles.attend_backward(
+    dkeys = [_empty(k, needed) for k, needed in zip(keys, needs_keys, strict=True)]
+    dvalues = [_empty(v, needed) for v, needed in zip(values, needs_values, strict=True)]
+    for s, one in enumerate(_attentions(q, keys, values, masks, seed, scale, dropout_p)):
+        attention.attend_backward(
+            one,
             grad[:, :, s] if scale_gate is None else grad,
-            q,
-            rows_contiguous(k),
-            rows_contiguous(v),
             maps[:, :, s],
             lse[s],
-            delta[s],
-            dq if s == last else partial,
-            dkeys[s],
-            dvalues[s],
-            scale=scale,
-            mask=mask if mask.numel() else None,
+            delta[s] if needs_q or needs_gate or needs_keys[s] else None,
+            (dq if s == last else partial) if needs_q else None,
+            dkeys[s] if needs_keys[s] else None,
+            dvalues[s] if needs_values[s] else None,
             gate=scale_gate,
-            previous=partial if s else None,
-            dropout_p=dropout_p,
-            seed=0 if seed is None else int(seed),
-            i_map=s,
+            previous=partial if s and needs_q else None,
         )
-    return dq, dkeys, dvalues, _gate_gradient(delta, scale_gate, q)
+    return dq, dkeys, dvalues, _gate_gradient(delta, scale_gate) if needs_gate else q.new_empty(0)
 
 
-def _gate_gradient(delta: Tensor, scale_gate: Tensor | None, q: Tensor) -> Tensor:
-    """The gate's gradient; without one, a tensor of no elements."""
-    return q.new_empty(0) if scale_gate is None else delta.flatten(1).sum(1).to(scale_gate.dtype)
+def _split(needs: Sequence[bool]) -> tuple[bool, Sequence[bool], Sequence[bool], bool]:
+    """The gradients that are asked for: of q, of every map's keys and values, and of the gate."""
+    number = len(needs) // 2 - 1
+    return needs[0], needs[1 : 1 + number], needs[1 + number : -1], needs[-1]
+
+
+def _empty(x: Tensor, needed: bool) -> Tensor:
+    """Room for x's gradient, contiguous; none unless `needed`."""
+    return x.new_empty(x.shape if needed else (0,))
+
+
+def _gate_gradient(delta: Tensor, scale_gate: Tensor | None) -> Tensor:
+    assert scale_gate is not None
+    return delta.flatten(1).sum(1).to(scale_gate.dtype)
 
 
 @torch.library.custom_op("lion_kernels::multi_scale_attention", mutates_args=(), device_types="cuda")
@@ -154,22 +185,12 @@ def _forward_op(
 
 
 @_forward_op.register_kernel("cpu")
-def _(
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    masks: list[Tensor],
-    scale_gate: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q, keys, values, masks, scale_gate, seed, scale, dropout_p):
     if interpreting():
         out, maps, lse = _launch_forward(q, keys, values, masks, scale_gate, seed, scale, dropout_p, save=True)
-        assert lse is not None
     else:
         outputs = [
-            plain_attention(q, k, v, None, _visible(mask), _keep(q, k, seed, dropout_p, s), scale)
+            plain_attention(q, k, v, None, _visible(mask), draw_keep(q, k, seed, dropout_p, s), scale)
             for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True))
         ]
         maps = torch.stack([out for out, _ in outputs], 2)
@@ -179,16 +200,7 @@ def _(
 
 
 @_forward_op.register_fake
-def _(
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    masks: list[Tensor],
-    scale_gate: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q, keys, values, masks, scale_gate, seed, scale, dropout_p):
     batch, length, heads, head_dim = q.shape
     maps = q.new_empty(batch, length, len(keys), heads, head_dim)
     lse = q.new_empty(len(keys), batch, heads, length, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -210,58 +222,44 @@ def _backward_op(
     lse: Tensor,
     scale: float,
     dropout_p: float,
+    needs: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """The gradients of q, keys, values and scale_gate (no elements without one)."""
-    return _launch_backward(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p)
+    """The gradients of q, keys, values and scale_gate; one that `needs`, in this order, does not name is empty."""
+    return _launch_backward(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p, needs)
 
 
 @_backward_op.register_kernel("cpu")
-def _(
-    grad: Tensor,
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    masks: list[Tensor],
-    scale_gate: Tensor | None,
-    seed: Tensor | None,
-    maps: Tensor,
-    lse: Tensor,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+def _(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p, needs):
     if interpreting():
-        return _launch_backward(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p)
+        return _launch_backward(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p, needs)
+    needs_q, needs_keys, needs_values, needs_gate = _split(needs)
     dq, dkeys, dvalues = torch.zeros_like(q, dtype=lse.dtype), [], []
     delta = torch.empty_like(lse)
     for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
         g = grad[:, :, s] if scale_gate is None else grad
-        keep = _keep(q, k, seed, dropout_p, s)
-        *gradients, _, delta[s] = plain_attention_backward(
-            g, q, k, v, maps[:, :, s], lse[s], None, _visible(mask), keep, scale
+        keep = draw_keep(q, k, seed, dropout_p, s)
+        needs_of_map = (needs_q, needs_keys[s], needs_values[s])
+        (dq_of_map, dk, dv), _, delta[s] = plain_attention_backward(
+            g, q, k, v, maps[:, :, s], lse[s], None, _visible(mask), keep, scale, needs_of_map
         )
         factor = 1.0 if scale_gate is None else scale_gate[s].to(lse.dtype)
-        dq += gradients[0] * factor
-        dkeys.append((gradients[1] * factor).to(k.dtype))
-        dvalues.append((gradients[2] * factor).to(v.dtype))
-    return dq.to(q.dtype).contiguous(), dkeys, dvalues, _gate_gradient(delta, scale_gate, q)
+        if needs_q:
+            dq += dq_of_map * factor
+        dkeys.append((dk * factor).to(k.dtype))
+        dvalues.append((dv * factor).to(v.dtype))
+    dq = dq.to(q.dtype).contiguous() if needs_q else q.new_empty(0)
+    return dq, dkeys, dvalues, _gate_gradient(delta, scale_gate) if needs_gate else q.new_empty(0)
 
 
 @_backward_op.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    masks: list[Tensor],
-    scale_gate: Tensor | None,
-    seed: Tensor | None,
-    maps: Tensor,
-    lse: Tensor,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    dgate = q.new_empty(0) if scale_gate is None else torch.empty_like(scale_gate)
-    return q.new_empty(q.shape), [k.new_empty(k.shape) for k in keys], [v.new_empty(v.shape) for v in values], dgate
+def _(grad, q, keys, values, masks, scale_gate, seed, maps, lse, scale, dropout_p, needs):
+    needs_q, needs_keys, needs_values, needs_gate = _split(needs)
+    return (
+        _empty(q, needs_q),
+        [_empty(k, needed) for k, needed in zip(keys, needs_keys, strict=True)],
+        [_empty(v, needed) for v, needed in zip(values, needs_values, strict=True)],
+        torch.empty_like(scale_gate) if needs_gate else q.new_empty(0),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -272,18 +270,21 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad: Tensor | None, *_: Tensor | None):
+def _backward(ctx, grad, *_):
     q, *maps_of, scale_gate, seed, maps, lse = ctx.saved_tensors
     number = len(maps_of) // 3
     keys, values, masks = maps_of[:number], maps_of[number : 2 * number], maps_of[2 * number :]
     nothing = [None] * number
     if grad is None:
         return None, nothing, nothing, nothing, None, None, None, None
+    needs_q, needs_keys, needs_values, _, needs_gate, *_ = ctx.needs_input_grad
+    needs = [needs_q, *needs_keys, *needs_values, needs_gate]
     dq, dkeys, dvalues, dgate = _backward_op(
-        grad, q, keys, values, masks, scale_gate, seed, maps, lse, ctx.scale, ctx.dropout_p
+        grad, q, keys, values, masks, scale_gate, seed, maps, lse, ctx.scale, ctx.dropout_p, needs
     )
-    dgate = None if scale_gate is None else dgate
-    return dq, dkeys, dvalues, nothing, dgate, None, None, None
+    dkeys = [dk if needed else None for dk, needed in zip(dkeys, needs_keys, strict=True)]
+    dvalues = [dv if needed else None for dv, needed in zip(dvalues, needs_values, strict=True)]
+    return dq if needs_q else None, dkeys, dvalues, nothing, dgate if needs_gate else None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -326,21 +327,19 @@ def multi_scale_attention(
     """
     masks = _check(q, keys, values, key_padding_mask, scale_gate)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = attention_tiles.autocast_dtype(q)
+    dtype = attention.autocast_dtype(q)
     if dtype is not None:
         q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
     chosen = resolve_backend(backend, "multi_scale_attention", q.device)
-    seed_tensor = attention_tiles.draw_seed(seed, dropout_p)
+    seed_tensor = attention.draw_seed(seed, dropout_p)
     if chosen == "triton" and backend == "triton":
-        attention_tiles.check_supported(q)
-    if chosen == "torch" or not attention_tiles.supported(q):
+        attention.check_supported(q)
+    if chosen == "torch" or not attention.supported(q):
         out = _compose(q, keys, values, masks, scale_gate, seed_tensor, factor, dropout_p)
     else:
-        refuse_uninterpretable("q", q)
+        refuse_uninterpretable(q=q)
         arguments = (q, list(keys), list(values), masks, scale_gate, seed_tensor, factor, dropout_p)
-        differentiable = (q, *keys, *values, *([] if scale_gate is None else [scale_gate]))
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-        if learns or torch.compiler.is_compiling():
+        if through_op(q, *keys, *values, scale_gate):
             out = _forward_op(*arguments)[0]
         else:
             out = _launch_forward(*arguments, save=False)[0]
@@ -360,19 +359,11 @@ def _compose(
     """The operator in PyTorch: [B, L, S, H, Dh], or with a gate [B, L, H, Dh]."""
     outputs = []
     for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
-        if seed is not None:
-            keep = _keep(q, k, seed, dropout_p, s)
+        if seed is None:
+            outputs.append(library_attention(q, k, v, None, _visible(mask), scale))
+        else:
+            keep = draw_keep(q, k, seed, dropout_p, s)
             outputs.append(plain_attention(q, k, v, None, _visible(mask), keep, scale)[0])
-            continue
-        # SDPA leaves open what a row gives that attends nothing: it attends everything here, and then counts nothing.
-        visible = _visible(mask)
-        attends = None if visible is None else visible.any(-1, keepdim=True)
-        if visible is not None and attends is not None:
-            visible = visible | ~attends
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=scale
-        ).transpose(1, 2)
-        outputs.append(out if attends is None else out.masked_fill(~attends, 0.0))
     if len(outputs) == 1 and scale_gate is None:
         return outputs[0].unsqueeze(2)
     maps = torch.stack(outputs, 2)
@@ -385,13 +376,6 @@ def _weighed_sum(maps: Tensor, scale_gate: Tensor) -> Tensor:
 
 def _visible(mask: Tensor) -> Tensor | None:
     return mask[:, None, None, :] if mask.numel() else None
-
-
-def _keep(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float, map_index: int) -> Tensor | None:
-    if seed is None:
-        return None
-    batch, length, heads, _ = q.shape
-    return dropout_mask(batch, heads, length, k.shape[1], dropout_p, seed, map_index=map_index, device=q.device)
 
 
 def _check(
@@ -423,10 +407,10 @@ def _check(
             raise ValueError(f"values[{s}]: expected {list(k.shape)} (from keys[{s}]), got {list(v.shape)}")
         if mask is not None and mask.shape != k.shape[:2]:
             raise ValueError(f"key_padding_mask: expected {list(k.shape[:2])} for keys[{s}], got {list(mask.shape)}")
-        attention_tiles.check_alike(q, {f"keys[{s}]": k, f"values[{s}]": v})
-        attention_tiles.check_device(q, {"key_padding_mask": mask})
+        attention.check_alike(q, {f"keys[{s}]": k, f"values[{s}]": v})
+        attention.check_device(q, {"key_padding_mask": mask})
         masks.append(q.new_empty(0, dtype=torch.bool) if mask is None else mask.bool().contiguous())
-    attention_tiles.check_device(q, {"scale_gate": scale_gate})
+    attention.check_device(q, {"scale_gate": scale_gate})
     return masks
 
 
@@ -454,12 +438,14 @@ def kernel_specs() -> list[KernelSpec]:
     name = "multi_scale_attention"
     specs: list[KernelSpec] = []
     for head_dim in (8, 40, 64, 80, 88, 96, 128):
-        specs += attention_tiles.specs(name, head_dim)
+        specs += attention.specs(name, head_dim)
     for head_dim in (64, 88, 128):
-        specs += attention_tiles.specs(name, head_dim, mask=True, gate=True, dropout=True)
-        specs += attention_tiles.specs(name, head_dim, torch.float32, mask=True, gate=True, dropout=True)
+        specs += attention.specs(name, head_dim, mask=True, gate=True, dropout=True)
+        specs += attention.specs(name, head_dim, torch.float32, mask=True, gate=True, dropout=True)
+        for frozen in ("q", "k", "v"):
+            specs += attention.specs(name, head_dim, frozen=frozen)
         for rows in ("few", "some"):
-            specs += attention_tiles.specs(name, head_dim, rows=rows, mask=True)
+            specs += attention.specs(name, head_dim, rows=rows, mask=True)
     specs.append(
         KernelSpec(
             name=f"{name} mix bf16 3x1408",

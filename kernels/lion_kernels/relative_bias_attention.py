@@ -3,8 +3,8 @@
     out = softmax(s) v,   s_ij = q_i k_j^T + bias_table[bucket(j - i)]          i, j the positions of query and key
 
 The buckets of the distances -max_distance .. max_distance are a small table made once; from max_distance on they are
-all the same. So a head's bias is a vector of 2 max_distance + 1 values, which `lion_kernels.attention_tiles` reads by
-distance, and nothing is as large as the scores. Backward there gives dq, dk, dv from ds = p * (g v^T - delta).
+all the same. So a head's bias is a vector of 2 max_distance + 1 values, which the kernels of `lion_kernels.attention`
+read by distance, and nothing is as large as the scores. Backward there gives dq, dk, dv from ds = p * (g v^T - delta).
 
 The table's gradient sums ds over the pairs of a bucket, in two stages of fixed order. A program goes along one
 diagonal of tiles, where an element of the tile always has the same distance: it forms ds again, adds the tiles up in
@@ -19,37 +19,58 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels import attention_tiles
+from lion_kernels import attention
 from lion_kernels.aot import KernelSpec
+from lion_kernels.attention import Attention
+from lion_kernels.attention_plain import draw_keep, library_attention, plain_attention, plain_attention_backward
+from lion_kernels.attention_sizes import bias_gradient_sizes, is_compact, split_head_dim
 from lion_kernels.attention_tiles import (
-    attention_scores,
+    Head,
     dropout_keep,
-    dropout_mask,
-    inner_product,
+    load_keys_and_score,
     load_rows,
-    plain_attention,
-    plain_attention_backward,
-    rows_contiguous,
+    load_values,
+    locate,
+    score_gradient,
 )
 from lion_kernels.backend import (
     LAUNCH,
-    dot_precision,
     interpreting,
     on_device,
     refuse_uninterpretable,
     resolve_backend,
+    through_op,
     tl,
     triton,
 )
 from lion_kernels.cost import Cost
+from lion_kernels.rows import last_contiguous
 
 _NOT_SPECIALIZED = [
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v") for dim in ("batch", "row", "head")),
-    *("batch", "queries", "keys", "heads", "reach", "num_buckets", "diagonals", "chunk", "seed", "threshold"),
+    *("batch", "queries", "keys", "heads", "reach", "num_buckets", "diagonals", "chunk", "i_map", "seed", "threshold"),
 ]
+
+
+@triton.jit
+def _score_gradient(head, p_grad, p_lse, p_delta, stride_grad, i_row, i_column, BLOCK: tl.constexpr):
+    """ds of BLOCK queries from i_row on and BLOCK keys from i_column on."""
+    o_row = i_row + tl.arange(0, BLOCK)
+    m_row = o_row < head.queries
+    b_q = load_rows(head.p_q, head.stride_q, i_row, m_row, head, BLOCK)
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
+    b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
+    # [BLOCK, BLOCK], queries by keys
+    _, b_s = load_keys_and_score(b_q, head, i_row, i_column, BLOCK, BLOCK, True)
+    b_p = tl.math.exp2(b_s - b_lse[:, None])
+    b_g = load_rows(p_grad, stride_grad, i_row, m_row, head, BLOCK)
+    b_v = load_values(head, i_column, BLOCK, True)
+    b_keep = None
+    if head.DROPOUT:
+        b_keep = dropout_keep(head, i_row, i_column, BLOCK, BLOCK, False)
+    return score_gradient(b_p, b_delta, b_g, b_v, b_keep, head)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -81,6 +102,8 @@ def _bias_gradient(
     num_buckets,
     diagonals,
     chunk,
+    i_map,
+    scale,
     seed,
     threshold,
     rescale,
@@ -102,9 +125,6 @@ def _bias_gradient(
     length = tl.minimum(tl.cdiv(queries, BLOCK), tl.cdiv(keys, BLOCK) - i_diagonal) - begin
     count = tl.minimum(batch - i_chunk * chunk, chunk)
     p_bias += i_h * (2 * reach + 1)
-    stride_q = stride_q_row.to(tl.int64) * UNIT
-    stride_k = stride_k_row.to(tl.int64) * UNIT
-    stride_v = stride_v_row.to(tl.int64) * UNIT
     stride_grad = heads.to(tl.int64) * HEAD_DIM
 
     o_tile = tl.arange(0, BLOCK)
@@ -114,29 +134,18 @@ def _bias_gradient(
         i_bh = i_b * heads + i_h
         i_row = (begin + i % length) * BLOCK
         i_column = i_row + i_diagonal * BLOCK
-        m_row = i_row + o_tile < queries
-        m_column = i_column + o_tile < keys
-        p_q_tile = p_q + (i_b * stride_q_batch + i_h.to(tl.int64) * stride_q_head) * UNIT + i_row * stride_q
-        p_k_tile = p_k + (i_b * stride_k_batch + i_h.to(tl.int64) * stride_k_head) * UNIT + i_column * stride_k
-        p_v_tile = p_v + (i_b * stride_v_batch + i_h.to(tl.int64) * stride_v_head) * UNIT + i_column * stride_v
-        p_grad_tile = p_grad + (i_b * queries + i_row) * stride_grad + i_h * HEAD_DIM
-        b_q1, b_q2 = load_rows(p_q_tile, stride_q, m_row, BLOCK, D1, D2, HEAD_DIM)
-        b_k1, b_k2 = load_rows(p_k_tile, stride_k, m_column, BLOCK, D1, D2, HEAD_DIM)
-        b_lse = tl.load(p_lse + i_bh * queries + i_row + o_tile, mask=m_row, other=float("inf"))
-        b_delta = tl.load(p_delta + i_bh * queries + i_row + o_tile, mask=m_row, other=0.0)
-        # [BLOCK, BLOCK], queries by keys
-        b_s = attention_scores(
-            b_q1, b_q2, b_k1, b_k2, p_mask + i_b * keys if p_mask is not None else None, p_bias, reach,
-            keys - queries + i_row, i_column, keys, 1.0, BLOCK, BLOCK, D2, CAUSAL, True, PRECISION,
+        located = locate(
+            p_q, p_k, p_v, stride_q_batch, stride_q_row, stride_q_head, stride_k_batch, stride_k_row, stride_k_head,
+            stride_v_batch, stride_v_row, stride_v_head, i_b, i_h.to(tl.int64), UNIT,
         )  # fmt: skip
-        b_p = tl.math.exp2(b_s - b_lse[:, None])
-        b_g1, b_g2 = load_rows(p_grad_tile, stride_grad, m_row, BLOCK, D1, D2, HEAD_DIM)
-        b_v1, b_v2 = load_rows(p_v_tile, stride_v, m_column, BLOCK, D1, D2, HEAD_DIM)
-        b_dp = inner_product(b_g1, b_g2, b_v1, b_v2, D2, PRECISION)
-        if DROPOUT:
-            b_keep = dropout_keep(seed, threshold, i_bh.to(tl.int32), 0, i_row, i_column, BLOCK, BLOCK, False)
-            b_dp = tl.where(b_keep, b_dp * rescale, 0.0)
-        b_total += b_p * (b_dp - b_delta[:, None])
+        b_total += _score_gradient(
+            Head(
+                *located, None if p_mask is None else p_mask + i_b * keys, p_bias, queries, keys, keys - queries, reach,
+                scale, i_bh.to(tl.int32), i_map, seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, DROPOUT, PRECISION,
+            ),
+            p_grad + i_b * queries * stride_grad + i_h * HEAD_DIM, p_lse + i_bh * queries, p_delta + i_bh * queries,
+            stride_grad, i_row, i_column, BLOCK,
+        )  # fmt: skip
 
     o_distance = i_diagonal * BLOCK + o_tile[None, :] - (keys - queries + o_tile)[:, None]
     b_bucket = tl.load(p_bucket + tl.minimum(tl.maximum(o_distance, -reach), reach) + reach)
@@ -145,7 +154,7 @@ def _bias_gradient(
         tl.store(p_out + i, tl.sum(tl.where(b_bucket == i, b_total, 0.0)))
 
 
-def _launch_forward(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -156,129 +165,87 @@ def _launch_forward(
     max_distance: int,
     causal: bool,
     dropout_p: float,
-    save: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The output and, to `save`, lse."""
-    batch, length, heads, _ = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(batch, heads, length, dtype=torch.float32) if save else None
-    attention_tiles.attend(
-        rows_contiguous(q),
-        rows_contiguous(k),
-        rows_contiguous(v),
-        out,
-        lse,
+) -> Attention:
+    """As the kernels take it, with the table's bias by distance [H, 2 * max_distance + 1]."""
+    buckets = bucket_by_distance(bias_table.shape[0], max_distance, bidirectional, bias_table.device)
+    return Attention(
+        last_contiguous(q),
+        last_contiguous(k),
+        last_contiguous(v),
         scale=1.0,
         mask=mask,
-        bias=_bias_by_distance(bias_table, max_distance, bidirectional),
+        bias=bias_table.t().index_select(1, buckets),
         reach=max_distance,
         causal=causal,
         dropout_p=dropout_p,
         seed=0 if seed is None else int(seed),
     )
+
+
+def _launch_forward(one: Attention, *, save: bool) -> tuple[Tensor, Tensor | None]:
+    """The output and, to `save`, lse."""
+    batch, length, heads, _ = one.q.shape
+    out = torch.empty_like(one.q, memory_format=torch.contiguous_format)
+    lse = one.q.new_empty(batch, heads, length, dtype=torch.float32) if save else None
+    attention.attend(one, out, lse)
     return out, lse
 
 
 def _launch_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias_table: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bidirectional: bool,
-    max_distance: int,
-    causal: bool,
-    dropout_p: float,
-    learn_bias: bool,
+    one: Attention, grad: Tensor, out: Tensor, lse: Tensor, bias_table: Tensor, bidirectional: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad, q, k, v = grad.contiguous(), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    bias = _bias_by_distance(bias_table, max_distance, bidirectional)
-    delta = torch.empty_like(lse)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    number = 0 if seed is None else int(seed)
-    attention_tiles.attend_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        delta,
-        dq,
-        dk,
-        dv,
-        scale=1.0,
-        mask=mask,
-        bias=bias,
-        reach=max_distance,
-        causal=causal,
-        dropout_p=dropout_p,
-        seed=number,
+    grad = grad.contiguous()
+    needs_q, needs_k, _, needs_bias = needs
+    delta = torch.empty_like(lse) if needs_q or needs_k or needs_bias else None
+    gradients = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
+        for x, needed in zip((one.q, one.k, one.v), needs[:3], strict=True)
+    ]
+    attention.attend_backward(one, grad, out, lse, delta, *gradients)
+    dtable = None
+    if needs_bias:
+        assert delta is not None
+        dtable = _launch_bias_gradient(one, grad, lse, delta, bias_table, bidirectional)
+    inputs = (one.q, one.k, one.v, bias_table)
+    dq, dk, dv, dtable = (
+        x.new_empty(0) if gradient is None else gradient
+        for x, gradient in zip(inputs, (*gradients, dtable), strict=True)
     )
-    if not learn_bias:
-        return dq, dk, dv, q.new_empty(0)
-    batch, queries, heads, head_dim = q.shape
-    keys, num_buckets = k.shape[1], bias_table.shape[0]
-    piece1, piece2 = attention_tiles.split_head_dim(head_dim)
-    compact = attention_tiles.is_compact(q.device)
-    sizes = bias_gradient_sizes(q.dtype, piece1 + piece2, dropout=dropout_p > 0.0, compact=compact)
+    return dq, dk, dv, dtable
+
+
+def _launch_bias_gradient(
+    one: Attention, grad: Tensor, lse: Tensor, delta: Tensor, bias_table: Tensor, bidirectional: bool
+) -> Tensor:
+    (batch, queries, heads, _), keys, num_buckets = one.q.shape, one.k.shape[1], bias_table.shape[0]
+    width = sum(split_head_dim(one.q.shape[-1]))
+    compact = is_compact(one.q.device)
+    sizes = bias_gradient_sizes(one.q.dtype, width, dropout=one.dropout_p > 0.0, compact=compact)
     block = sizes["BLOCK"]
     last = triton.cdiv(keys, block) - 1
-    if causal:
+    if one.causal:
         last = min(last, (block - 1 + keys - queries) // block)
     diagonals = triton.cdiv(queries, block) + last
     # Enough programs for any GPU, from the shape alone: the order of the sum must not depend on where it runs.
     chunk = triton.cdiv(batch, triton.cdiv(1024, heads * diagonals))
     parts = triton.cdiv(batch, max(chunk, 1)) * diagonals
-    partial = q.new_empty(parts, heads, num_buckets, dtype=torch.float32)
-    unit = attention_tiles.stride_unit(q, k, v)
-    strides = [x.stride(i) // unit for x in (q, k, v) for i in range(3)]
-    with on_device(q):
+    partial = grad.new_empty(parts, heads, num_buckets, dtype=torch.float32)
+    with on_device(grad):
         _bias_gradient[(parts * heads,)](
-            q,
-            k,
-            v,
-            None if mask is None else mask.view(torch.uint8),
-            bias,
-            bucket_by_distance(num_buckets, max_distance, bidirectional, q.device),
-            grad,
-            lse,
-            delta,
-            partial,
-            *strides,
-            batch,
-            queries,
-            keys,
-            heads,
-            max_distance,
-            num_buckets,
-            diagonals,
-            chunk,
-            number,
-            attention_tiles.dropout_threshold(dropout_p),
-            1.0 / (1.0 - dropout_p),
-            HEAD_DIM=head_dim,
-            D1=piece1,
-            D2=piece2,
-            UNIT=unit,
-            CAUSAL=causal,
-            DROPOUT=dropout_p > 0.0,
-            PRECISION=dot_precision(q.dtype),
+            p_bucket=bucket_by_distance(num_buckets, one.reach, bidirectional, grad.device),
+            p_grad=grad,
+            p_lse=lse,
+            p_delta=delta,
+            p_out=partial,
+            batch=batch,
+            num_buckets=num_buckets,
+            diagonals=diagonals,
+            chunk=chunk,
+            **one.arguments("bias_gradient"),
             **sizes,
             **LAUNCH,
         )
-    return dq, dk, dv, partial.sum(0).t().to(bias_table.dtype).contiguous()
-
-
-def bias_gradient_sizes(dtype: torch.dtype, width: int, *, dropout: bool, compact: bool) -> dict[str, int]:
-    """The largest tiles that stay in registers on sm_90; `compact` ones fit 64 KiB of shared memory."""
-    if dtype == torch.float32:
-        return {"BLOCK": 16 if compact else 32, "num_warps": 8, "num_stages": 1 if compact else 2}
-    return {"BLOCK": 32 if compact or (dropout and width > 64) else 64, "num_warps": 8, "num_stages": 1}
+    return partial.sum(0).t().to(bias_table.dtype).contiguous()
 
 
 def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
@@ -312,12 +279,6 @@ def bucket_by_distance(num_buckets: int, max_distance: int, bidirectional: bool,
     return relative_position_bucket(distance, num_buckets, max_distance, bidirectional).to(device)
 
 
-def _bias_by_distance(bias_table: Tensor, max_distance: int, bidirectional: bool) -> Tensor:
-    """[H, 2 * max_distance + 1]"""
-    buckets = bucket_by_distance(bias_table.shape[0], max_distance, bidirectional, bias_table.device)
-    return bias_table.t().index_select(1, buckets)
-
-
 @torch.library.custom_op("lion_kernels::relative_bias_attention", mutates_args=(), device_types="cuda")
 def _forward_op(
     q: Tensor,
@@ -332,49 +293,23 @@ def _forward_op(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """The output and lse [B, H, L]."""
-    out, lse = _launch_forward(
-        q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p, save=True
-    )
+    one = _attention(q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p)
+    out, lse = _launch_forward(one, save=True)
     assert lse is not None
     return out, lse
 
 
 @_forward_op.register_kernel("cpu")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias_table: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    bidirectional: bool,
-    max_distance: int,
-    causal: bool,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def _(q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p):
     if interpreting():
-        out, lse = _launch_forward(
-            q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p, save=True
-        )
-        assert lse is not None
-        return out, lse
+        one = _attention(q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p)
+        return _launch_forward(one, save=True)
     bias, _ = _dense_bias(q, k, bias_table, bidirectional, max_distance)
-    return plain_attention(q, k, v, bias, _visible(q, k, mask, causal), _keep(q, k, seed, dropout_p), 1.0)
+    return plain_attention(q, k, v, bias, _visible(q, k, mask, causal), draw_keep(q, k, seed, dropout_p), 1.0)
 
 
 @_forward_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias_table: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    bidirectional: bool,
-    max_distance: int,
-    causal: bool,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def _(q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p):
     batch, length, heads, _ = q.shape
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=lse_dtype)
@@ -395,40 +330,25 @@ def _backward_op(
     max_distance: int,
     causal: bool,
     dropout_p: float,
-    learn_bias: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v and bias_table (no elements unless `learn_bias`)."""
-    return _launch_backward(
-        grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, learn_bias
-    )
+    """The gradients of q, k, v and bias_table; one that `needs` does not name is empty."""
+    one = _attention(q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p)
+    return _launch_backward(one, grad, out, lse, bias_table, bidirectional, needs)
 
 
 @_backward_op.register_kernel("cpu")
 def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias_table: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bidirectional: bool,
-    max_distance: int,
-    causal: bool,
-    dropout_p: float,
-    learn_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, needs
+):  # fmt: skip
     if interpreting():
-        return _launch_backward(
-            grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, learn_bias
-        )
+        one = _attention(q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p)
+        return _launch_backward(one, grad, out, lse, bias_table, bidirectional, needs)
     bias, buckets = _dense_bias(q, k, bias_table, bidirectional, max_distance)
-    visible, keep = _visible(q, k, mask, causal), _keep(q, k, seed, dropout_p)
-    dq, dk, dv, ds, _ = plain_attention_backward(grad, q, k, v, out, lse, bias, visible, keep, 1.0)
-    if not learn_bias:
-        return dq, dk, dv, q.new_empty(0)
+    visible, keep = _visible(q, k, mask, causal), draw_keep(q, k, seed, dropout_p)
+    (dq, dk, dv), ds, _ = plain_attention_backward(grad, q, k, v, out, lse, bias, visible, keep, 1.0, needs[:3])
+    if not needs[3]:
+        return dq, dk, dv, bias_table.new_empty(0)
     by_pair = ds.sum(0).flatten(1).t()  # [L * M, H]
     dtable = torch.zeros_like(bias_table, dtype=ds.dtype, memory_format=torch.contiguous_format)
     return dq, dk, dv, dtable.index_add_(0, buckets.flatten(), by_pair).to(bias_table.dtype)
@@ -436,23 +356,11 @@ def _(
 
 @_backward_op.register_fake
 def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias_table: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bidirectional: bool,
-    max_distance: int,
-    causal: bool,
-    dropout_p: float,
-    learn_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtable = bias_table.new_empty(bias_table.shape) if learn_bias else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dtable
+    grad, q, k, v, bias_table, mask, seed, out, lse, bidirectional, max_distance, causal, dropout_p, needs
+):  # fmt: skip
+    inputs = (q, k, v, bias_table)
+    dq, dk, dv, dtable = (x.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs, strict=True))
+    return dq, dk, dv, dtable
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -466,9 +374,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor | None, _: Tensor | None):
     if grad is None:
         return (None,) * 10
-    learn_bias = ctx.needs_input_grad[3]
-    dq, dk, dv, dtable = _backward_op(grad, *ctx.saved_tensors, *ctx.options, learn_bias)
-    return dq, dk, dv, dtable if learn_bias else None, None, None, None, None, None, None
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = _backward_op(grad, *ctx.saved_tensors, *ctx.options, needs)
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return *wanted, None, None, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -514,23 +423,21 @@ def relative_bias_attention(
             names it.
     """
     _check(q, k, v, bias_table, key_padding_mask, bidirectional, max_distance)
-    dtype = attention_tiles.autocast_dtype(q)
+    dtype = attention.autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     mask = None if key_padding_mask is None else key_padding_mask.bool().contiguous()
     chosen = resolve_backend(backend, "relative_bias_attention", q.device)
-    seed_tensor = attention_tiles.draw_seed(seed, dropout_p)
+    seed_tensor = attention.draw_seed(seed, dropout_p)
     if chosen == "triton" and backend == "triton":
-        attention_tiles.check_supported(q)
+        attention.check_supported(q)
     arguments = (q, k, v, bias_table, mask, seed_tensor, bidirectional, max_distance, causal, dropout_p)
-    if chosen == "torch" or not attention_tiles.supported(q):
+    if chosen == "torch" or not attention.supported(q):
         return _compose(*arguments)
-    refuse_uninterpretable("q", q)
-    refuse_uninterpretable("bias_table", bias_table)
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias_table))
-    if learns or torch.compiler.is_compiling():
+    refuse_uninterpretable(q=q, bias_table=bias_table)
+    if through_op(q, k, v, bias_table):
         return _forward_op(*arguments)[0]
-    return _launch_forward(*arguments, save=False)[0]
+    return _launch_forward(_attention(*arguments), save=False)[0]
 
 
 def _compose(
@@ -548,17 +455,9 @@ def _compose(
     """The operator in PyTorch."""
     bias, _ = _dense_bias(q, k, bias_table, bidirectional, max_distance)
     visible = _visible(q, k, mask, causal)
-    if seed is not None:
-        return plain_attention(q, k, v, bias, visible, _keep(q, k, seed, dropout_p), 1.0)[0]
-    # SDPA leaves open what a row gives that attends nothing: it attends everything here, and then counts nothing.
-    attends = None if mask is None or visible is None else visible.any(-1, keepdim=True)
-    bias = bias.to(q.dtype).unsqueeze(0)
-    if visible is not None:
-        bias = bias.masked_fill(~visible if attends is None else ~visible & attends, float("-inf"))
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=1.0
-    )
-    return (out if attends is None else out.masked_fill(~attends, 0.0)).transpose(1, 2)
+    if seed is None:
+        return library_attention(q, k, v, bias, visible, 1.0)
+    return plain_attention(q, k, v, bias, visible, draw_keep(q, k, seed, dropout_p), 1.0)[0]
 
 
 def _distances(q: Tensor, k: Tensor) -> Tensor:
@@ -582,13 +481,6 @@ def _visible(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor 
         mask = mask[:, None, None, :]
         visible = mask if visible is None else visible & mask
     return visible
-
-
-def _keep(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
-    if seed is None:
-        return None
-    batch, length, heads, _ = q.shape
-    return dropout_mask(batch, heads, length, k.shape[1], dropout_p, seed, device=q.device)
 
 
 def _check(
@@ -621,8 +513,8 @@ def _check(
         raise ValueError(f"bias_table: expected num_buckets >= {least}, got {bias_table.shape[0]}")
     if max_distance <= num_exact:
         raise ValueError(f"max_distance: expected more than {num_exact} (from bias_table), got {max_distance}")
-    attention_tiles.check_alike(q, {"k": k, "v": v})
-    attention_tiles.check_device(q, {"bias_table": bias_table, "key_padding_mask": key_padding_mask})
+    attention.check_alike(q, {"k": k, "v": v})
+    attention.check_device(q, {"bias_table": bias_table, "key_padding_mask": key_padding_mask})
 
 
 def cost(q: Tensor, k: Tensor, *, causal: bool = False, learn_bias: bool = False) -> tuple[Cost, Cost]:
@@ -646,41 +538,31 @@ def kernel_specs() -> list[KernelSpec]:
     name = "relative_bias_attention"
     specs: list[KernelSpec] = []
     for head_dim in (64, 128):
-        specs += attention_tiles.specs(name, head_dim, bias=True, mask=True)
-        specs += attention_tiles.specs(name, head_dim, bias=True, mask=True, causal=True)
-        specs += attention_tiles.specs(name, head_dim, bias=True, mask=True, causal=True, dropout=True)
-        specs += attention_tiles.specs(name, head_dim, rows="few", bias=True, mask=True)
+        specs += attention.specs(name, head_dim, bias=True, mask=True)
+        specs += attention.specs(name, head_dim, bias=True, mask=True, causal=True)
+        specs += attention.specs(name, head_dim, bias=True, mask=True, causal=True, dropout=True)
+        specs += attention.specs(name, head_dim, rows="few", bias=True, mask=True)
         for dropout in (False, True):
             specs += [_bias_gradient_spec(name, head_dim, dtype, dropout) for dtype in (torch.bfloat16, torch.float32)]
     # In fp32 head dimensions above 96 spill: without the matrix units they are slow anyway.
-    specs += attention_tiles.specs(name, 64, torch.float32, bias=True, mask=True, dropout=True)
+    specs += attention.specs(name, 64, torch.float32, bias=True, mask=True, dropout=True)
     return specs
 
 
 def _bias_gradient_spec(
     name: str, head_dim: int, dtype: torch.dtype, dropout: bool, compact: bool = False
 ) -> KernelSpec:
-    piece1, piece2 = attention_tiles.split_head_dim(head_dim)
+    sizes = bias_gradient_sizes(dtype, sum(split_head_dim(head_dim)), dropout=dropout, compact=compact)
     kind = "fp32" if dtype == torch.float32 else "bf16"
-    sizes = bias_gradient_sizes(dtype, piece1 + piece2, dropout=dropout, compact=compact)
     suffix = f"{' dropout' if dropout else ''}{' compact' if compact else ''}"
-    pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_bias", "p_grad"), f"*{kind}")
-    pointers |= dict.fromkeys(("p_lse", "p_delta", "p_out"), "*fp32") | {"p_mask": "*u8", "p_bucket": "*i64"}
-    return KernelSpec(
-        name=f"{name} bias_gradient {kind} Dh={head_dim} {sizes['BLOCK']}{suffix}",
-        kernel=_bias_gradient,
-        signature={x: pointers.get(x, "fp32" if x == "rescale" else "i32") for x in _bias_gradient.arg_names},
-        constexprs={
-            "HEAD_DIM": head_dim,
-            "D1": piece1,
-            "D2": piece2,
-            "UNIT": 16 // dtype.itemsize,
-            "BLOCK": sizes["BLOCK"],
-            "CAUSAL": False,
-            "DROPOUT": dropout,
-            "PRECISION": "ieee",
-        },
-        num_warps=sizes["num_warps"],
-        num_stages=sizes["num_stages"],
-        matrix=dtype != torch.float32 and sizes["BLOCK"] >= 64,
+    return attention.kernel_spec(
+        f"{name} bias_gradient {kind} Dh={head_dim} {sizes['BLOCK']}{suffix}",
+        "bias_gradient",
+        _bias_gradient,
+        head_dim,
+        dtype,
+        sizes,
+        {"BLOCK": sizes["BLOCK"], "CAUSAL": False, "DROPOUT": dropout},
+        {"p_out": "*fp32", "p_bucket": "*i64"},
+        product_rows=sizes["BLOCK"],
     )

@@ -11,8 +11,8 @@
 Saved for backward: x, residual, and mean and deviation of each row. z is summed again: writing it in forward to read it
 in backward would move as many bytes, and in half precision it would come back rounded.
 
-The mask is a function of (seed, row, column) alone (Philox, Salmon et al., SC 2011), so backward computes it again, and
-`dropout_mask` gives it as a tensor. One Philox call serves four neighbouring columns.
+The mask is a function of (seed, row, column) alone (`lion_kernels.dropout`), so backward computes it again, and
+`dropout_mask` gives it as a tensor.
 """
 
 from typing import Any
@@ -22,14 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
+from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
 from lion_kernels.cost import Cost
-from lion_kernels.rms_norm import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, unsupported
+from lion_kernels.dropout import keep_four, keeps, threshold_of
+from lion_kernels.rows import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
 
 MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
-RANDOM_BITS = 24  # of each 32-bit Philox word: dropout_p is rounded to a multiple of 2^-24
-# A Philox round multiplies counters by the first two and adds the last two to the key.
-PHILOX = (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85)
 
 
 @triton.jit
@@ -39,10 +37,7 @@ def keep_block(p_seed, threshold, o_row, D: tl.constexpr, BT: tl.constexpr, BD: 
     b_row = o_row[:, None] + tl.zeros([BT, BD // 4], dtype=tl.int32)
     b_quad = tl.arange(0, BD // 4)[None, :] + tl.zeros([BT, BD // 4], dtype=tl.int32)
     b_zero = tl.zeros([BT, BD // 4], dtype=tl.int32)
-    b_0, b_1, b_2, b_3 = tl.philox(tl.load(p_seed), b_quad, b_row, b_zero, b_zero)
-    m_0, m_1 = (b_0 >> 8).to(tl.int32) >= threshold, (b_1 >> 8).to(tl.int32) >= threshold
-    m_2, m_3 = (b_2 >> 8).to(tl.int32) >= threshold, (b_3 >> 8).to(tl.int32) >= threshold
-    return tl.reshape(tl.join(tl.join(m_0, m_2), tl.join(m_1, m_3)), [BT, BD])
+    return tl.reshape(keep_four(tl.load(p_seed), threshold, b_quad, b_row, b_zero, b_zero), [BT, BD]) != 0
 
 
 @triton.jit
@@ -150,7 +145,8 @@ def residual_layer_norm_backward_kernel(
             tl.store(p_to, b_dz.to(p_dresidual.dtype.element_ty), mask=mask)
         if p_seed is not None:
             b_dz = tl.where(m_keep, b_dz * scale, 0.0)
-        tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dz.to(p_dx.dtype.element_ty), mask=mask)
+        if p_dx is not None:
+            tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dz.to(p_dx.dtype.element_ty), mask=mask)
         if p_partial is not None:
             b_dweight += b_grad * b_n
             b_dbias += b_grad
@@ -162,17 +158,6 @@ def residual_layer_norm_backward_kernel(
         tl.store(p_to + D, tl.sum(b_dbias, 0), mask=m_d)
         if p_x_bias is not None:
             tl.store(p_to + 2 * D, tl.sum(b_dx_bias, 0), mask=m_d)
-
-
-def _threshold(dropout_p: float) -> int:
-    """Random numbers of RANDOM_BITS bits below this are dropped."""
-    return round(dropout_p * 2**RANDOM_BITS)
-
-
-def _refuse(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            refuse_uninterpretable(name, tensor)
 
 
 def launch_forward(
@@ -188,7 +173,7 @@ def launch_forward(
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`out`, and with `statistics` each row's mean and 1 / sqrt(var + eps), fp32 [2, rows]. No seed, no dropout."""
-    _refuse(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    refuse_uninterpretable(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
     channels = x.shape[-1]
     x_rows, residual_rows = as_rows(x), as_rows(residual)
     rows = x_rows.shape[0]
@@ -210,7 +195,7 @@ def launch_forward(
                 x_rows.stride(0),
                 residual_rows.stride(0),
                 eps,
-                _threshold(dropout_p),
+                threshold_of(dropout_p),
                 1 / (1 - dropout_p),
                 **tile,
                 **LAUNCH,
@@ -227,22 +212,24 @@ def launch_backward(
     seed: Tensor | None,
     statistics: Tensor,
     dropout_p: float,
-    *,
-    parameter_gradients: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dresidual (empty where dx is the same) and fp32 [2 or 3, D], the gradients of weight, bias and x_bias
-    (empty without `parameter_gradients`)."""
-    _refuse(grad=grad, x=x, residual=residual, weight=weight, x_bias=x_bias)
+    """dx, dresidual (empty where dx is the same) and fp32 [2 or 3, D], the gradients of weight, bias and x_bias.
+
+    Args:
+        needs: whether those of x, of residual, and of the parameters are asked for; one that is not is empty.
+    """
+    refuse_uninterpretable(grad=grad, x=x, residual=residual, weight=weight, x_bias=x_bias)
     channels = x.shape[-1]
     grad_rows, x_rows, residual_rows = as_rows(grad), as_rows(x), as_rows(residual)
     rows = x_rows.shape[0]
-    differ = _differ(x, residual, seed)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dresidual = torch.empty(x.shape if differ else (0,), dtype=residual.dtype, device=x.device)
+    needs_x, needs_residual = _written(x, residual, seed, needs)
+    dx = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
+    dresidual = torch.empty(x.shape if needs_residual else (0,), dtype=residual.dtype, device=x.device)
     tile = row_tile("residual_layer_norm_backward", channels)
     tiles = triton.cdiv(rows, tile["BT"])
     programs, partial = tiles, None
-    if parameter_gradients:
+    if needs[2]:
         # Without dropout 128 registers a thread or a little more, with it 170.
         programs = partial_sums(tiles, tile["num_warps"], x.device, resident_warps=16 if seed is None else 12)
         sums = 2 if x_bias is None else 3
@@ -257,14 +244,14 @@ def launch_backward(
                 None if x_bias is None else x_bias.contiguous(),
                 seed,
                 statistics,
-                dx,
-                dresidual if differ else None,
+                dx if needs_x else None,
+                dresidual if needs_residual else None,
                 partial,
                 rows,
                 grad_rows.stride(0),
                 x_rows.stride(0),
                 residual_rows.stride(0),
-                _threshold(dropout_p),
+                threshold_of(dropout_p),
                 1 / (1 - dropout_p),
                 **tile,
                 **LAUNCH,
@@ -275,6 +262,12 @@ def launch_backward(
 def _differ(x: Tensor, residual: Tensor, seed: Tensor | None) -> bool:
     """Whether dx and dresidual differ."""
     return seed is not None or x.dtype != residual.dtype
+
+
+def _written(x: Tensor, residual: Tensor, seed: Tensor | None, needs: list[bool]) -> tuple[bool, bool]:
+    """Whether backward writes dx and dresidual: where they are the same, dx serves for both."""
+    needs_x, needs_residual, _ = needs
+    return (needs_x, needs_residual) if _differ(x, residual, seed) else (needs_x or needs_residual, False)
 
 
 def dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, seed: int | Tensor) -> Tensor:
@@ -288,26 +281,10 @@ def dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, seed: in
     Returns: fp32 [..., D], 0 or 1 / (1 - dropout_p).
     """
     seed = torch.tensor(seed) if isinstance(seed, int) else seed
-    channels = shape[-1]
-    quads = -(-channels // 4)
-    rows = torch.Size(shape[:-1]).numel()
-    row = torch.arange(rows, device=seed.device)[:, None].expand(rows, quads)
-    quad = torch.arange(quads, device=seed.device).expand(rows, quads)
-    words = (quad, row, torch.zeros_like(row), torch.zeros_like(row))
-    key_0, key_1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    multiply_0, multiply_1, raise_0, raise_1 = PHILOX
-    for _ in range(10):
-        # Products of two 32-bit numbers wrap to negative int64s, whose upper and lower words are still right.
-        product_0, product_1 = words[0] * multiply_0, words[2] * multiply_1
-        words = (
-            (product_1 >> 32 & 0xFFFFFFFF) ^ words[1] ^ key_0,
-            product_1 & 0xFFFFFFFF,
-            (product_0 >> 32 & 0xFFFFFFFF) ^ words[3] ^ key_1,
-            product_0 & 0xFFFFFFFF,
-        )
-        key_0, key_1 = key_0 + raise_0 & 0xFFFFFFFF, key_1 + raise_1 & 0xFFFFFFFF
-    bits = torch.stack(words, -1).flatten(-2)[:, :channels] >> 32 - RANDOM_BITS
-    return (bits >= _threshold(dropout_p)).float().div(1 - dropout_p).view(shape)
+    row = torch.arange(torch.Size(shape[:-1]).numel(), device=seed.device)[:, None]
+    quad = torch.arange(-(-shape[-1] // 4), device=seed.device)
+    keep = keeps(seed, (quad, row, torch.zeros_like(row), torch.zeros_like(row)), dropout_p)  # [rows, D / 4, 4]
+    return keep.flatten(-2)[:, : shape[-1]].float().div(1 - dropout_p).view(shape)
 
 
 def _sum(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
@@ -341,16 +318,7 @@ def _residual_layer_norm(
 
 
 @_residual_layer_norm.register_kernel("cpu")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _(x, residual, weight, bias, x_bias, seed, dropout_p, eps):
     if interpreting():
         out, saved = launch_forward(x, residual, weight, bias, x_bias, seed, dropout_p, eps, statistics=True)
         assert saved is not None
@@ -363,16 +331,7 @@ def _(
 
 
 @_residual_layer_norm.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _(x, residual, weight, bias, x_bias, seed, dropout_p, eps):
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
@@ -387,58 +346,39 @@ def _residual_layer_norm_backward(
     seed: Tensor | None,
     statistics: Tensor,
     dropout_p: float,
-    parameter_gradients: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(
-        grad, x, residual, weight, x_bias, seed, statistics, dropout_p, parameter_gradients=parameter_gradients
-    )
+    return launch_backward(grad, x, residual, weight, x_bias, seed, statistics, dropout_p, needs)
 
 
 @_residual_layer_norm_backward.register_kernel("cpu")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    statistics: Tensor,
-    dropout_p: float,
-    parameter_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad, x, residual, weight, x_bias, seed, statistics, dropout_p, needs):
     if interpreting():
-        return launch_backward(
-            grad, x, residual, weight, x_bias, seed, statistics, dropout_p, parameter_gradients=parameter_gradients
-        )
+        return launch_backward(grad, x, residual, weight, x_bias, seed, statistics, dropout_p, needs)
+    needs_x, needs_residual = _written(x, residual, seed, needs)
     mean, rstd = statistics.view(2, *x.shape[:-1], 1)
     n = (_sum(x.to(mean.dtype), residual.to(mean.dtype), x_bias, seed, dropout_p) - mean) * rstd
     dn = grad * weight.to(n.dtype)
     dz = (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True)) * rstd
     dx = dz if seed is None else dz * dropout_mask(x.shape, dropout_p, seed)
-    dresidual = dz.to(residual.dtype).contiguous() if _differ(x, residual, seed) else residual.new_empty(0)
-    gradients = dz.new_empty(0)
-    if parameter_gradients:
+    nothing = parameters = dz.new_empty(0)
+    if needs[2]:
         products = (grad * n, grad) if x_bias is None else (grad * n, grad, dx)
-        gradients = torch.stack([product.flatten(0, -2).to(dz.dtype).sum(0) for product in products])
-    return dx.to(x.dtype, copy=True).contiguous(), dresidual, gradients.float()
+        parameters = torch.stack([product.flatten(0, -2).to(dz.dtype).sum(0) for product in products])
+    return (
+        (dx if needs_x else nothing).to(x.dtype, copy=True).contiguous(),
+        (dz if needs_residual else nothing).to(residual.dtype, copy=True).contiguous(),
+        parameters.float(),
+    )
 
 
 @_residual_layer_norm_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    statistics: Tensor,
-    dropout_p: float,
-    parameter_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sums = (2 if x_bias is None else 3, x.shape[-1]) if parameter_gradients else (0,)
+def _(grad, x, residual, weight, x_bias, seed, statistics, dropout_p, needs):
+    needs_x, needs_residual = _written(x, residual, seed, needs)
+    sums = (2 if x_bias is None else 3, x.shape[-1]) if needs[2] else (0,)
     return (
-        x.new_empty(x.shape),
-        residual.new_empty(x.shape if _differ(x, residual, seed) else (0,)),
+        x.new_empty(x.shape if needs_x else (0,)),
+        residual.new_empty(x.shape if needs_residual else (0,)),
         x.new_empty(sums, dtype=torch.float32),
     )
 
@@ -454,13 +394,14 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if grad is None:
         return (None,) * 8
     x, residual, weight, x_bias, seed, statistics = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[2:5]
+    needs_x, needs_residual, *wanted = ctx.needs_input_grad[:5]
     dx, dresidual, sums = _residual_layer_norm_backward(
-        grad, x, residual, weight, x_bias, seed, statistics, ctx.dropout_p, any(wanted)
+        grad, x, residual, weight, x_bias, seed, statistics, ctx.dropout_p, [needs_x, needs_residual, any(wanted)]
     )
+    dresidual = dresidual if _differ(x, residual, seed) else dx
     dtypes = (weight.dtype, ctx.bias_dtype, None if x_bias is None else x_bias.dtype)
     parameters = (sums[i].to(dtypes[i]) if wanted[i] else None for i in range(3))
-    return dx, dresidual if _differ(x, residual, seed) else dx, *parameters, None, None, None
+    return dx if needs_x else None, dresidual if needs_residual else None, *parameters, None, None, None
 
 
 _residual_layer_norm.register_autograd(_differentiate, setup_context=_save)
@@ -502,24 +443,18 @@ def residual_layer_norm(
         ValueError: a shape, dtype, device, probability or backend that does not fit; the message names the argument.
     """
     _check(x, residual, weight, bias, x_bias, dropout_p, seed)
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    if resolve_backend(backend, "residual_layer_norm", x.device) == "triton":
-        tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "x_bias": x_bias}
-        reason = unsupported(tensors, MAX_CHANNELS)
-        if reason is None:
-            draw = _seed_tensor(seed, x.device) if dropout_p > 0 else None
-            arguments = (x, residual, weight, bias, x_bias, draw, dropout_p, eps)
-            wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors.values())
-            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wanted):
-                return _residual_layer_norm(*arguments)[0]
-            return launch_forward(*arguments, statistics=False)[0]
-        if backend == "triton":
-            raise ValueError(reason)
+    tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "x_bias": x_bias}
+    if takes("residual_layer_norm", backend, tensors, MAX_CHANNELS):
+        draw = _seed_tensor(seed, x.device) if dropout_p > 0 else None
+        arguments = (x, residual, weight, bias, x_bias, draw, dropout_p, eps)
+        if through_op(*tensors.values()):
+            return _residual_layer_norm(*arguments)[0]
+        return launch_forward(*arguments, statistics=False)[0]
     if dropout_p > 0 and seed is None:
         z = F.dropout(x if x_bias is None else x + x_bias, dropout_p) + residual
     else:
         z = _sum(x, residual, x_bias, _seed_tensor(seed, x.device) if dropout_p > 0 else None, dropout_p)
-    return _plain_norm(z, weight, bias, eps).to(dtype)
+    return _plain_norm(z, weight, bias, eps).to(torch.promote_types(x.dtype, residual.dtype))
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -11,22 +11,26 @@ T5 models were trained with it; `F.rms_norm` rounds only the product. Backward t
 Saved for backward: x and one number per row.
 """
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, resolve_backend, tl, triton
-from lion_kernels.configs import lookup, shipped
+from lion_kernels.backend import (
+    LAUNCH,
+    interpreting,
+    on_device,
+    refuse_uninterpretable,
+    through_op,
+    tl,
+    triton,
+)
 from lion_kernels.cost import Cost
+from lion_kernels.rows import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CHANNELS = 8192  # a row lives in the registers of one program
-TILES_PER_PROGRAM = 4  # at least, where each program writes a partial sum of its own
 RESIDENT_WARPS = 16  # backward takes up to 118 registers a thread, and a multiprocessor has 65536
-WIDTHS = (64, 768, 1408, 2048, 4096, 8192)  # of the ahead-of-time report
 
 
 @triton.jit
@@ -87,57 +91,18 @@ def rms_norm_backward_kernel(
         # [BT, BD]
         b_n = b_x * b_rstd
         b_dn = b_grad * b_scale
-        b_dx = (b_dn - b_n * (tl.sum(b_dn * b_n, 1) / D)[:, None]) * b_rstd
-        tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dx.to(p_dx.dtype.element_ty), mask=mask)
+        if p_dx is not None:
+            b_dx = (b_dn - b_n * (tl.sum(b_dn * b_n, 1) / D)[:, None]) * b_rstd
+            tl.store(p_dx + o_row_wide * D + o_d[None, :], b_dx.to(p_dx.dtype.element_ty), mask=mask)
         if p_partial is not None:
             b_sum += b_grad * b_n.to(b_weight.dtype).to(tl.float32)
     if p_partial is not None:
         tl.store(p_partial + i_program.to(tl.int64) * D + o_d, tl.sum(b_sum, 0), mask=m_d)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., D] as [rows, D], its last dimension contiguous; copied only where no view of it is that."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def unsupported(tensors: dict[str, Tensor | None], max_channels: int | None = None) -> str | None:
-    """Why kernels over rows do not take these, None where they do. The first of `tensors` has the channels."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"{name}: expected float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
-    name, x = next(iter(tensors.items()))
-    assert x is not None
-    if max_channels is not None and not 0 < x.shape[-1] <= max_channels:
-        return f"{name}: expected D from 1 to {max_channels} for backend 'triton', got {x.shape[-1]}"
-    return None
-
-
-def row_tile(operator: str, channels: int) -> dict[str, int]:
-    """What a launch is sized by: BT rows and BD >= D channels of a tile, 16 values of it a thread, and the warps."""
-    block = max(16, triton.next_power_of_2(channels))
-    rows = max(1, 2048 // block)
-    tile = lookup(operator, f"D{block}", {"BT": rows, "BD": block, "num_warps": rows * block // 512})
-    return {"D": channels, **tile}
-
-
-def partial_sums(tiles: int, num_warps: int, device: torch.device, *, resident_warps: int) -> int:
-    """How many programs share `tiles` where each keeps a partial sum: they all run at once, and are few enough that
-    adding up what they write costs little.
-
-    Args:
-        num_warps: of a program.
-        resident_warps: that a multiprocessor's registers have room for.
-    """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    resident = processors * max(1, resident_warps // num_warps)
-    return max(1, min(triton.cdiv(tiles, TILES_PER_PROGRAM), resident))
-
-
 def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool) -> tuple[Tensor, Tensor | None]:
     """`out` like x in weight's dtype, and with `statistics` the rows' 1 / sqrt(mean(x^2) + eps), fp32."""
-    refuse_uninterpretable("x", x)
-    refuse_uninterpretable("weight", weight)
+    refuse_uninterpretable(x=x, weight=weight)
     channels = x.shape[-1]
     x_rows = as_rows(x)
     rows = x_rows.shape[0]
@@ -152,22 +117,20 @@ def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool) -
     return out, rstd
 
 
-def launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, weight_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """dx like x, and dweight [D] in fp32 (without `weight_gradient` an empty tensor)."""
-    refuse_uninterpretable("grad", grad)
-    refuse_uninterpretable("x", x)
+def launch_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """dx like x, and dweight [D] in fp32; one that `needs` does not name is empty."""
+    refuse_uninterpretable(grad=grad, x=x)
     channels = x.shape[-1]
     grad_rows, x_rows = as_rows(grad), as_rows(x)
     rows = x_rows.shape[0]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    needs_x, needs_weight = needs
+    dx = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
     tile = row_tile("rms_norm_backward", channels)
     tiles = triton.cdiv(rows, tile["BT"])
-    programs = tiles
-    if weight_gradient:
+    programs, partial = tiles, None
+    if needs_weight:
         programs = partial_sums(tiles, tile["num_warps"], x.device, resident_warps=RESIDENT_WARPS)
-    partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device) if weight_gradient else None
+        partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
     if programs:
         with on_device(x):
             rms_norm_backward_kernel[(programs,)](
@@ -175,7 +138,7 @@ def launch_backward(
                 x_rows,
                 weight.contiguous(),
                 rstd,
-                dx,
+                dx if needs_x else None,
                 partial,
                 rows,
                 grad_rows.stride(0),
@@ -218,26 +181,32 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("lion_kernels::rms_norm_backward", mutates_args=(), device_types="cuda")
 def _rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    return launch_backward(grad, x, weight, rstd, weight_gradient=weight_gradient)
+    return launch_backward(grad, x, weight, rstd, needs)
 
 
 @_rms_norm_backward.register_kernel("cpu")
-def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool) -> tuple[Tensor, Tensor]:
+def _(grad, x, weight, rstd, needs):
     if interpreting():
-        return launch_backward(grad, x, weight, rstd, weight_gradient=weight_gradient)
+        return launch_backward(grad, x, weight, rstd, needs)
+    needs_x, needs_weight = needs
     scale = rstd.view(*x.shape[:-1], 1)
     n = x * scale
-    dn = grad * weight.to(n.dtype)
-    dx = (dn - n * (dn * n).mean(-1, keepdim=True)) * scale
-    dweight = (grad * n.to(weight.dtype).to(n.dtype)).flatten(0, -2).sum(0) if weight_gradient else n.new_empty(0)
-    return dx.to(x.dtype).contiguous(), dweight.float()
+    dx = dweight = n.new_empty(0)
+    if needs_x:
+        dn = grad * weight.to(n.dtype)
+        dx = (dn - n * (dn * n).mean(-1, keepdim=True)) * scale
+    if needs_weight:
+        dweight = (grad * n.to(weight.dtype).to(n.dtype)).flatten(0, -2).sum(0)
+    return dx.to(x.dtype, copy=True).contiguous(), dweight.float()
 
 
 @_rms_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if weight_gradient else 0, dtype=torch.float32)
+def _(grad, x, weight, rstd, needs):
+    needs_x, needs_weight = needs
+    dweight = x.new_empty(x.shape[-1] if needs_weight else 0, dtype=torch.float32)
+    return x.new_empty(x.shape if needs_x else (0,)), dweight
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -249,8 +218,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if grad is None:
         return None, None, None
     x, weight, rstd = ctx.saved_tensors
-    dx, dweight = _rms_norm_backward(grad, x, weight, rstd, ctx.needs_input_grad[1])
-    return dx, dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    dx, dweight = _rms_norm_backward(grad, x, weight, rstd, [needs_x, needs_weight])
+    return dx if needs_x else None, dweight.to(weight.dtype) if needs_weight else None, None
 
 
 _rms_norm.register_autograd(_differentiate, setup_context=_save)
@@ -275,15 +245,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
     """
     _check(x, weight)
-    if resolve_backend(backend, "rms_norm", x.device) == "triton":
-        reason = unsupported({"x": x, "weight": weight}, MAX_CHANNELS)
-        if reason is None:
-            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-                return _rms_norm(x, weight, eps)[0]
-            return launch_forward(x, weight, eps, statistics=False)[0]
-        if backend == "triton":
-            raise ValueError(reason)
-    return _plain(x, weight, eps)[0]
+    if not takes("rms_norm", backend, {"x": x, "weight": weight}, MAX_CHANNELS):
+        return _plain(x, weight, eps)[0]
+    if through_op(x, weight):
+        return _rms_norm(x, weight, eps)[0]
+    return launch_forward(x, weight, eps, statistics=False)[0]
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -310,56 +276,14 @@ def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
     )
 
 
-def row_spec(
-    name: str, kernel: Any, dtype: str, kinds: dict[str, str], constexprs: dict[str, Any], num_warps: int
-) -> KernelSpec:
-    """`kernel` for rows whose length is a multiple of 16.
-
-    Args:
-        dtype: of the values that pointers left out of `kinds` point at.
-        kinds: types of the arguments, but for the strides, which are i64.
-    """
-    names = [argument for argument in kernel.arg_names if argument not in constexprs]
-    strides = tuple(argument for argument in names if argument.startswith("stride_"))
-    lengths = tuple(argument for argument in names if argument == "D")
-    return KernelSpec(
-        name=f"{kernel.__name__.removesuffix('_kernel')} {dtype} {name} warps={num_warps}",
-        kernel=kernel,
-        signature=dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(strides, "i64") | kinds,
-        constexprs={argument: value for argument, value in constexprs.items() if argument in kernel.arg_names},
-        num_warps=num_warps,
-        num_stages=3,
-        matrix=False,
-        divisible=strides + lengths,
-    )
-
-
-def norm_specs(
-    kernel: Any, widths: tuple[int, ...], kinds: dict[str, str], variants: dict[str, tuple[str, ...]]
-) -> list[KernelSpec]:
-    """`kernel` at these widths, in bf16 and fp32, with every tile it may be launched with.
-
-    Args:
-        kernel: its name less "_kernel" is what `row_tile` knows it by.
-        widths: values of D.
-        kinds: as for `row_spec`.
-        variants: name -> pointers that are None in it.
-    """
-    operator = kernel.__name__.removesuffix("_kernel")
-    specs = []
-    for channels, dtype in itertools.product(widths, ("bf16", "fp32")):
-        default = row_tile(operator, channels)
-        tiles = [default, *(tile for tile in shipped(operator) if tile["BD"] == default["BD"])]
-        for tile, (variant, absent) in itertools.product(tiles, variants.items()):
-            constexprs = {"D": channels, "BT": tile["BT"], "BD": tile["BD"], **dict.fromkeys(absent)}
-            name = f"{variant} D={channels} BT={tile['BT']}"
-            specs.append(row_spec(name, kernel, dtype, kinds, constexprs, tile["num_warps"]))
-    return specs
-
-
 def kernel_specs() -> list[KernelSpec]:
     kinds = {"rows": "i32", "eps": "fp32", "p_rstd": "*fp32", "p_partial": "*fp32"}
     return [
         *norm_specs(rms_norm_forward_kernel, WIDTHS, kinds, {"training": (), "inference": ("p_rstd",)}),
-        *norm_specs(rms_norm_backward_kernel, WIDTHS, kinds, {"training": (), "frozen weight": ("p_partial",)}),
+        *norm_specs(
+            rms_norm_backward_kernel,
+            WIDTHS,
+            kinds,
+            {"training": (), "frozen weight": ("p_partial",), "frozen x": ("p_dx",)},
+        ),
     ]

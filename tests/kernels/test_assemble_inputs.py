@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lion_kernels.assemble_inputs import assemble_inputs, cost, launch_backward
 from lion_reference import assemble_inputs as reference
+from tests.kernels.gradients import Measure, cast, gradient_of, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.assemble_inputs"]
 VOCABULARY = 50
 BEYOND = VOCABULARY + 7  # a soft prompt's id that the table does not have
 FLOATING = ("prefix", "embedding", "soft_prompt")
-Measure = Callable[[Tensor, Tensor], float]
 
 
 def make_inputs(
@@ -47,30 +47,16 @@ def make_inputs(
     return {**inputs, "input_ids": input_ids.to(device), "soft_prompt_id": soft_prompt_id}
 
 
-def gradient_of(out: Tensor) -> Tensor:
-    """The same values in every dtype."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-
-
-def outputs_and_gradients(operator: Callable[..., Tensor], inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    out = operator(**inputs, **options)
-    grad = gradient_of(out)
-    gradients = torch.autograd.grad(out, [inputs[name] for name in FLOATING], grad)
-    return {"out": out, **dict(zip(FLOATING, gradients, strict=True))}
-
-
 def exact(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The reference on the CPU, from the values as `inputs` holds them, with a table that has the soft prompt's id."""
-    cast = {name: inputs[name].detach().cpu().to(dtype).requires_grad_() for name in FLOATING}
-    embedding = cast["embedding"]
+    given = cast(inputs, dtype, "cpu")
+    embedding = given["embedding"]
     longer = torch.cat([embedding, embedding.new_full((BEYOND + 1 - VOCABULARY, embedding.shape[1]), float("nan"))])
 
     def extended(embedding: Tensor, **rest: Any) -> Tensor:
         return reference(embedding=torch.cat([embedding, longer[VOCABULARY:].detach()]), **rest)
 
-    return outputs_and_gradients(
-        extended, {**cast, "input_ids": inputs["input_ids"].cpu().long(), "soft_prompt_id": inputs["soft_prompt_id"]}
-    )
+    return outputs_and_gradients(extended, {**given, "input_ids": given["input_ids"].long()})
 
 
 SIZES = [(1, 1, 1, 64), (3, 5, 17, 176), (2, 32, 9, 1408), (2, 3, 4, 4096), (5, 7, 3, 100), (2, 0, 65, 48)]

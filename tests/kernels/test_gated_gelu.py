@@ -13,11 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lion_kernels.gated_gelu import cost, gated_gelu, launch_backward
 from lion_reference import gated_gelu as reference
+from tests.kernels.gradients import Inputs, Measure, cast, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.gated_gelu"]
-Inputs = dict[str, Tensor]
-Measure = Callable[[Tensor, Tensor], float]
 
 
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
@@ -27,21 +26,9 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
-def gradient_of(out: Tensor) -> Tensor:
-    """The same values in every dtype."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-
-
-def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Inputs:
-    out = operator(**inputs, **options)
-    grad = gradient_of(out)
-    return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
-
-
 def exact(inputs: Inputs) -> Inputs:
     """The reference in fp64, from the values as `inputs` holds them."""
-    double = {name: value.detach().cpu().double().requires_grad_() for name, value in inputs.items()}
-    return outputs_and_gradients(reference, double)
+    return outputs_and_gradients(reference, cast(inputs, torch.float64, "cpu"))
 
 
 SHAPES = [(1, 64), (17, 176), (257, 8), (2, 3, 1408), (3, 2048), (2, 5120), (5, 1025), (7, 1), (33,)]
@@ -157,8 +144,9 @@ def test_opcheck(interpreted: bool, device: torch.device, monkeypatch: pytest.Mo
     gate, up = make_inputs((3, 5, 48), torch.float32, device).values()
     for halves in ((gate, up), (gate.detach().transpose(0, 1), up.detach().transpose(0, 1))):
         torch.library.opcheck(torch.ops.lion_kernels.gated_gelu.default, halves)
-        arguments = (torch.randn(halves[0].shape, device=device), *(half.detach() for half in halves))
-        torch.library.opcheck(torch.ops.lion_kernels.gated_gelu_backward.default, arguments)
+        for needs in ([True, True], [True, False]):
+            arguments = (torch.randn(halves[0].shape, device=device), *(half.detach() for half in halves), needs)
+            torch.library.opcheck(torch.ops.lion_kernels.gated_gelu_backward.default, arguments)
 
 
 def test_the_operator_by_formula(monkeypatch: pytest.MonkeyPatch, relative_error: Measure) -> None:
@@ -248,7 +236,7 @@ def test_the_interpreter_refuses_bfloat16(device: torch.device) -> None:
     with pytest.raises(ValueError, match="gate: bfloat16 is not supported by Triton's interpreter"):
         gated_gelu(gate, up, backend="triton")
     with pytest.raises(ValueError, match="gate: bfloat16 is not supported"):
-        launch_backward(gate.float(), gate, up)
+        launch_backward(gate.float(), gate, up, [True, True])
 
 
 def test_cost_counts_what_moves() -> None:

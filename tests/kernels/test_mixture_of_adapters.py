@@ -1,7 +1,6 @@
 """`lion_kernels.mixture_of_adapters` against the fp64 reference: outputs, gradients, dtypes, errors."""
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from lion_kernels import mixture_of_adapters
 from lion_kernels.cost import H200, floor_seconds
 from lion_reference import mixture_of_adapters as reference
+from tests.kernels.gradients import Inputs, Measure, cast, outputs_and_gradients
 
 MODULE = importlib.import_module("lion_kernels.mixture_of_adapters")  # the function has the module's name
 GATES = ("channel", "channel_by_row", "dense", "dense_by_sequence", "dense_shared", "sparse")
 BACKENDS = ("torch", "triton")
-Measure = Callable[[Tensor, Tensor], float]
-Inputs = dict[str, Any]
 
 
 def make_inputs(gate: str, experts: int, rank: int, channels: int, shape: tuple[int, ...] = (3, 5)) -> Inputs:
@@ -46,21 +44,6 @@ def make_inputs(gate: str, experts: int, rank: int, channels: int, shape: tuple[
         return {**inputs, "gate": randn(*ids.shape), "expert_ids": ids}
     leading = {"dense": shape, "dense_by_sequence": shape[:1], "dense_shared": ()}[gate]
     return {**inputs, "gate": randn(*leading, experts)}
-
-
-def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | None = None) -> Inputs:
-    return {
-        name: value.detach().to(device, dtype).requires_grad_() if value.is_floating_point() else value.to(device)
-        for name, value in inputs.items()
-    }
-
-
-def outputs_and_gradients(operator: Any, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
-    out = operator(**inputs, **options)
-    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    names = [name for name, value in inputs.items() if value.requires_grad]
-    gradients = torch.autograd.grad(out, [inputs[name] for name in names], seed.to(out))
-    return {"out": out, **dict(zip(names, gradients, strict=True))}
 
 
 SIZES = [(1, 4, 64, (3, 5)), (2, 16, 72, (2, 17)), (3, 8, 40, (257,)), (8, 12, 32, (1, 1))]
@@ -226,8 +209,8 @@ def test_opcheck(gate: str, device: torch.device) -> None:
     )
     _, hidden = torch.ops.lion_kernels.mixture_of_adapters(x, *weights_and_gate, residual, form, rows_per_gate, relu)
     backward = torch.ops.lion_kernels.mixture_of_adapters_backward.default
-    for needs in ((True, True, True, True), (False, True, False, False)):
-        given = (residual, x, hidden, *weights_and_gate, form, rows_per_gate, relu, *needs)
+    for needs in ([True] * 6, [False, True, False, False, False, False]):
+        given = (residual, x, hidden, *weights_and_gate, form, rows_per_gate, relu, needs)
         torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -13,12 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lion_kernels import mixture_of_lora_linear
 from lion_reference import mixture_of_lora_linear as reference
+from tests.kernels.gradients import Inputs, Measure, cast, outputs_and_gradients
 
 MODULE = importlib.import_module("lion_kernels.mixture_of_lora_linear")  # the function has the module's name
 GATES = ("channel", "channel_by_row", "dense", "dense_shared", "sparse")
 WAYS = ("torch", "fused", "library")
-Measure = Callable[[Tensor, Tensor], float]
-Inputs = dict[str, Any]
 
 
 def make_inputs(
@@ -45,21 +44,6 @@ def make_inputs(
         ids = torch.randint(-1, experts, (*shape, 2), generator=generator)
         return {**inputs, "gate": randn(*ids.shape), "expert_ids": ids}
     return {**inputs, "gate": randn(*(shape if gate == "dense" else ()), experts)}
-
-
-def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | None = None) -> Inputs:
-    return {
-        name: value.detach().to(device, dtype).requires_grad_() if value.is_floating_point() else value.to(device)
-        for name, value in inputs.items()
-    }
-
-
-def outputs_and_gradients(operator: Any, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
-    out = operator(**inputs, **options)
-    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    names = [name for name, value in inputs.items() if value.requires_grad]
-    gradients = torch.autograd.grad(out, [inputs[name] for name in names], seed.to(out))
-    return {"out": out, **dict(zip(names, gradients, strict=True))}
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lion_kernels.attention_tiles import dropout_mask, split_head_dim, tail
+from lion_kernels.attention_plain import dropout_mask
+from lion_kernels.attention_sizes import split_head_dim, tail
+from lion_kernels.dropout import philox
 from lion_kernels.multi_scale_attention import cost, multi_scale_attention
 from lion_reference import multi_scale_attention as reference
 
@@ -229,12 +231,10 @@ def test_dropout_mask_is_fair() -> None:
 
 def test_dropout_mask_is_philox() -> None:
     """Known answers of Philox4x32-10 (Random123's kat_vectors), through the share that they keep."""
-    from lion_kernels.attention_tiles import _philox
-
-    zeros = [torch.zeros((), dtype=torch.int64)] * 4
-    assert [int(x) for x in _philox(0, *zeros)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    ones = [torch.tensor(0xFFFFFFFF)] * 4
-    assert [int(x) for x in _philox(2**64 - 1, *ones)] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    zeros = (torch.zeros((), dtype=torch.int64),) * 4
+    assert [int(x) for x in philox(0, zeros)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = (torch.tensor(0xFFFFFFFF),) * 4
+    assert [int(x) for x in philox(2**64 - 1, ones)] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
 def test_same_bits_every_time(device) -> None:
@@ -264,10 +264,15 @@ def test_opcheck(case: str, device) -> None:
     with torch.no_grad():
         out, maps, lse = forward(*arguments)
         saved = (inputs.q, inputs.keys, inputs.values, masks, inputs.scale_gate, seed)
-        torch.library.opcheck(
-            torch.ops.lion_kernels.multi_scale_attention_backward.default,
-            (out, *saved, maps if maps.numel() else out, lse, 0.2, 0.1),
-        )
+        number = len(inputs.keys)
+        for needs in (
+            [True] * (2 * number + 1) + [inputs.scale_gate is not None],
+            [False] + [True] * number + [False] * (number + 1),
+        ):
+            torch.library.opcheck(
+                torch.ops.lion_kernels.multi_scale_attention_backward.default,
+                (out, *saved, maps if maps.numel() else out, lse, 0.2, 0.1, needs),
+            )
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

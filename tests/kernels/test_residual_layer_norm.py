@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lion_kernels.residual_layer_norm import cost, dropout_mask, launch_backward, launch_forward, residual_layer_norm
 from lion_reference import residual_layer_norm as reference
+from tests.kernels import gradients
+from tests.kernels.gradients import Inputs, Measure, cast, gradient_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.residual_layer_norm"]
@@ -20,8 +22,6 @@ EPS = 1e-12
 P = 0.25  # of the dropout
 SEED = -(2**40) - 12345
 DROPOUT: dict[str, Any] = {"dropout_p": P, "seed": SEED}
-Inputs = dict[str, Tensor]
-Measure = Callable[[Tensor, Tensor], float]
 
 
 def make_inputs(
@@ -36,15 +36,8 @@ def make_inputs(
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
-def gradient_of(out: Tensor) -> Tensor:
-    """The same values in every dtype."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-
-
-def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Inputs:
-    out = operator(**inputs, eps=EPS, **options)
-    grad = gradient_of(out)
-    return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
+def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> dict[str, Tensor]:
+    return gradients.outputs_and_gradients(operator, inputs, eps=EPS, **options)
 
 
 def mask_like(inputs: Inputs, dropout: dict[str, Any]) -> Tensor | None:
@@ -53,8 +46,7 @@ def mask_like(inputs: Inputs, dropout: dict[str, Any]) -> Tensor | None:
 
 def exact(inputs: Inputs, dropout: dict[str, Any]) -> Inputs:
     """The reference in fp64, from the values as `inputs` holds them."""
-    double = {name: value.detach().cpu().double().requires_grad_() for name, value in inputs.items()}
-    mask = mask_like(inputs, dropout)
+    mask, double = mask_like(inputs, dropout), cast(inputs, torch.float64, "cpu")
     return outputs_and_gradients(reference, double, dropout_mask=None if mask is None else mask.double())
 
 
@@ -254,8 +246,8 @@ def test_opcheck(variant: str, interpreted: bool, device: torch.device, monkeypa
     arguments = (x, residual, weight, bias, x_bias, seed, p, EPS)
     torch.library.opcheck(torch.ops.lion_kernels.residual_layer_norm.default, arguments)
     grad, statistics = torch.randn(2, 3, 48, device=device), torch.rand(2, 6, device=device)
-    for wanted in (True, False):
-        arguments = (grad, x, residual, weight, x_bias, seed, statistics, p, wanted)
+    for needs in ([True, True, True], [True, True, False], [False, True, True], [False, False, True]):
+        arguments = (grad, x, residual, weight, x_bias, seed, statistics, p, needs)
         arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
         torch.library.opcheck(torch.ops.lion_kernels.residual_layer_norm_backward.default, arguments)
 
@@ -383,7 +375,7 @@ def test_the_interpreter_refuses_bfloat16(device: torch.device) -> None:
     x = inputs["x"].detach()
     wide, statistics = x.float(), torch.ones(2, 3)
     with pytest.raises(ValueError, match="grad: bfloat16 is not supported"):
-        launch_backward(x, wide, wide, wide[0], None, None, statistics, 0.0, parameter_gradients=False)
+        launch_backward(x, wide, wide, wide[0], None, None, statistics, 0.0, [True, True, False])
 
 
 def test_cost_counts_what_moves() -> None:

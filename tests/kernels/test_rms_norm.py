@@ -14,11 +14,12 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from lion_kernels.rms_norm import cost, launch_backward, launch_forward, rms_norm
 from lion_reference import rms_norm as reference
+from tests.kernels import gradients
+from tests.kernels.gradients import Inputs, Measure, cast, gradient_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.rms_norm"]
 EPS = 1e-6
-Measure = Callable[[Tensor, Tensor], float]
 
 
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -28,23 +29,13 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
-def gradient_of(out: Tensor) -> Tensor:
-    """The same values in every dtype."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-
-
-def outputs_and_gradients(
-    operator: Callable[..., Tensor], inputs: dict[str, Tensor], **options: Any
-) -> dict[str, Tensor]:
-    out = operator(**inputs, eps=EPS, **options)
-    grad = gradient_of(out)
-    return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
+def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> dict[str, Tensor]:
+    return gradients.outputs_and_gradients(operator, inputs, eps=EPS, **options)
 
 
 def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The reference in fp64, from the values as `inputs` holds them."""
-    double = {name: value.detach().cpu().double().requires_grad_() for name, value in inputs.items()}
-    return outputs_and_gradients(reference, double)
+    return outputs_and_gradients(reference, cast(inputs, torch.float64, "cpu"))
 
 
 SHAPES = [(1, 64), (17, 176), (257, 64), (2, 3, 1408), (3, 2048), (2, 4096), (5, 100), (2, 8192), (3, 4)]
@@ -206,8 +197,8 @@ def test_opcheck(
     )
     torch.library.opcheck(torch.ops.lion_kernels.rms_norm.default, (x, weight, EPS))
     grad, rstd = torch.randn(3, 5, 48, device=device, dtype=dtypes[1]), torch.rand(15, device=device)
-    for wanted in (True, False):
-        arguments = (grad, x.detach(), weight.detach(), rstd, wanted)
+    for needs in ([True, True], [True, False], [False, True]):
+        arguments = (grad, x.detach(), weight.detach(), rstd, needs)
         torch.library.opcheck(torch.ops.lion_kernels.rms_norm_backward.default, arguments)
 
 
@@ -311,7 +302,7 @@ def test_the_interpreter_refuses_bfloat16(device: torch.device) -> None:
         rms_norm(**inputs, eps=EPS, backend="triton")
     x = inputs["x"].detach()
     with pytest.raises(ValueError, match="x: bfloat16 is not supported"):
-        launch_backward(x.float(), x, x[0], torch.ones(3), weight_gradient=False)
+        launch_backward(x.float(), x, x[0], torch.ones(3), [True, False])
 
 
 def test_cost_counts_what_moves() -> None:

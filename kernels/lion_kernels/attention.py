@@ -1,0 +1,343 @@
+"""Launches of the attention kernels, and what the attention operators check and report alike."""
+
+# A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lion_kernels.aot import KernelSpec
+from lion_kernels.attention_backward import attention_backward_keys, attention_backward_queries
+from lion_kernels.attention_forward import attention_forward
+from lion_kernels.attention_sizes import NARROW, default_sizes, split_head_dim, tail, tile_sizes
+from lion_kernels.backend import DTYPES, LAUNCH, dot_precision, on_device, triton
+from lion_kernels.dropout import threshold_of
+
+
+class Attention(NamedTuple):
+    """One attention, as forward and backward have it.
+
+    Attributes:
+        q: [B, L, H, Dh], any strides with a contiguous last dimension.
+        k, v: [B, M, H, Dh], likewise.
+        scale: factor of the scores.
+        mask: [B, M] in bool, contiguous; which keys may be attended.
+        bias: [H, 2 * reach + 1], contiguous; what is added to a score by distance.
+        causal: whether a query may attend only keys up to its own position; the queries are the last positions.
+        seed: of the dropout.
+        i_map: the map's number, which counts in its dropout.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    reach: int = 0
+    causal: bool = False
+    dropout_p: float = 0.0
+    seed: int = 0
+    i_map: int = 0
+
+    @property
+    def heads_in_batch(self) -> int:
+        return self.q.shape[0] * self.q.shape[2]
+
+    def tile_sizes(self, kernel: str) -> dict[str, int]:
+        length = self.k.shape[1] if kernel == "backward_keys" else self.q.shape[1]
+        return tile_sizes(kernel, self.q, length, bias=self.bias is not None, dropout=self.dropout_p > 0.0)
+
+    def arguments(self, kernel: str) -> dict[str, Any]:
+        """What every kernel is given of it, by the arguments' names."""
+        unit = _stride_unit(self.q, self.k, self.v)
+        strides = {
+            f"stride_{name}_{dim}": x.stride(i) // unit
+            for name, x in (("q", self.q), ("k", self.k), ("v", self.v))
+            for i, dim in enumerate(("batch", "row", "head"))
+        }
+        piece1, piece2 = split_head_dim(self.q.shape[-1], kernel)
+        return {
+            "p_q": self.q,
+            "p_k": self.k,
+            "p_v": self.v,
+            "p_mask": None if self.mask is None else self.mask.view(torch.uint8),
+            "p_bias": self.bias,
+            **strides,
+            "queries": self.q.shape[1],
+            "keys": self.k.shape[1],
+            "heads": self.q.shape[2],
+            "reach": self.reach,
+            "i_map": self.i_map,
+            "scale": self.scale,
+            "seed": self.seed,
+            "threshold": threshold_of(self.dropout_p),
+            "rescale": 1.0 / (1.0 - self.dropout_p),
+            "HEAD_DIM": self.q.shape[-1],
+            "D1": piece1,
+            "D2": piece2,
+            "UNIT": unit,
+            "CAUSAL": self.causal,
+            "DROPOUT": self.dropout_p > 0.0,
+            "PRECISION": dot_precision(self.q.dtype),
+        }
+
+
+def _stride_unit(*tensors: Tensor) -> int:
+    """The values in 16 bytes if every stride is a multiple of it, else 1.
+
+    Triton sees whether an argument is a multiple of 16, not of 8: a head's stride of 88 fp16 values has to come as 11.
+    """
+    unit = 16 // tensors[0].dtype.itemsize
+    return unit if all(stride % unit == 0 for x in tensors for stride in x.stride()[:-1]) else 1
+
+
+def attend(attention: Attention, out: Tensor, lse: Tensor | None) -> None:
+    """Writes attention to `out` and, unless it is None, the base-2 logarithm of every softmax's sum to `lse`.
+
+    Args:
+        out: [B, L, H, Dh], contiguous but for what may lie between two rows.
+        lse: [B, H, L] in fp32.
+    """
+    queries, keys = attention.q.shape[1], attention.k.shape[1]
+    sizes = attention.tile_sizes("forward")
+    with on_device(out):
+        attention_forward[(triton.cdiv(queries, sizes["BM"]) * attention.heads_in_batch,)](
+            p_out=out,
+            p_lse=lse,
+            stride_out_row=out.stride(1) // 8,
+            ROW_TAIL=_narrow_tail(queries, sizes["BM"]),
+            COLUMN_TAIL=tail(keys, sizes["BN"]),
+            **attention.arguments("forward"),
+            **sizes,
+            **LAUNCH,
+        )
+
+
+def attend_backward(
+    attention: Attention,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    *,
+    gate: Tensor | None = None,
+    previous: Tensor | None = None,
+) -> None:
+    """Writes those of `delta`, dq, dk and dv that are not None; the first two and the last two have a kernel each.
+
+    Args:
+        grad: of `out`, laid out as that may be.
+        out, lse: as `attend` wrote them.
+        delta: [B, H, L] in fp32; what dq, dk and the gradients of `gate` and bias need.
+        dq: [B, L, H, Dh], contiguous.
+        dk, dv: [B, M, H, Dh], contiguous.
+        gate: [S] that the maps' outputs were weighed by.
+        previous: what dq is added to, like it.
+    """
+    queries, keys = attention.q.shape[1], attention.k.shape[1]
+    if delta is not None:
+        sizes = attention.tile_sizes("backward_queries")
+        with on_device(grad):
+            attention_backward_queries[(triton.cdiv(queries, sizes["BM"]) * attention.heads_in_batch,)](
+                p_gate=gate,
+                p_out=out,
+                p_grad=grad,
+                p_lse=lse,
+                p_delta=delta,
+                p_previous=previous,
+                p_dq=dq,
+                stride_out_row=out.stride(1) // 8,
+                stride_grad_row=grad.stride(1) // 8,
+                ROW_TAIL=_narrow_tail(queries, sizes["BM"]),
+                COLUMN_TAIL=tail(keys, sizes["BN"]),
+                **attention.arguments("backward_queries"),
+                **sizes,
+                **LAUNCH,
+            )
+    if dk is not None or dv is not None:
+        sizes = attention.tile_sizes("backward_keys")
+        with on_device(grad):
+            attention_backward_keys[(triton.cdiv(keys, sizes["BN"]) * attention.heads_in_batch,)](
+                p_gate=gate,
+                p_grad=grad,
+                p_lse=lse,
+                p_delta=delta,
+                p_dk=dk,
+                p_dv=dv,
+                stride_grad_row=grad.stride(1) // 8,
+                ROW_TAIL=tail(queries, sizes["BM"]),
+                COLUMN_TAIL=_narrow_tail(keys, sizes["BN"]),
+                **attention.arguments("backward_keys"),
+                **sizes,
+                **LAUNCH,
+            )
+
+
+def _narrow_tail(length: int, tile: int) -> int:
+    """`NARROW` if the last tile of what the programs share out is better as narrow as that, else 0."""
+    return NARROW if tile > NARROW and tail(length, tile) == NARROW else 0
+
+
+def supported(q: Tensor) -> bool:
+    """Whether the kernels take q's dtype and head dimension."""
+    return q.dtype in DTYPES and q.shape[-1] in range(8, 129, 8)
+
+
+def check_supported(q: Tensor) -> None:
+    """Raises ValueError for what only the "torch" backend takes."""
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: expected float16, bfloat16 or float32 for backend 'triton', got {q.dtype}")
+    if not supported(q):
+        raise ValueError(f"q: expected Dh a multiple of 8 up to 128 for backend 'triton', got {list(q.shape)}")
+
+
+def check_alike(q: Tensor, others: dict[str, Tensor]) -> None:
+    """Raises ValueError for a tensor on another device, or outside autocast of another dtype, than q's."""
+    check_device(q, dict(others))
+    if autocast_dtype(q) is not None:
+        return
+    for name, x in others.items():
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected {q.dtype} (from q), got {x.dtype}")
+
+
+def autocast_dtype(q: Tensor) -> torch.dtype | None:
+    """What an active autocast casts the inputs to."""
+    kind = q.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:
+    """Raises ValueError for a tensor on another device than q's."""
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: expected on {q.device} (from q), got {x.device}")
+
+
+def draw_seed(seed: int | None, dropout_p: float) -> Tensor | None:
+    """The seed of a call's dropout as a tensor on the CPU; drawn from torch's default generator where None is given."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed}")
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**31 - 1, (), dtype=torch.int64, device="cpu")
+    return torch.tensor(seed, dtype=torch.int64, device="cpu")
+
+
+def specs(
+    operator: str,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    rows: str = "many",
+    mask: bool = False,
+    bias: bool = False,
+    gate: bool = False,
+    causal: bool = False,
+    dropout: bool = False,
+    compact: bool = False,
+    frozen: str | None = None,
+) -> list[KernelSpec]:
+    """The three kernels as `attend` and `attend_backward` launch them, for the ahead-of-time report.
+
+    Args:
+        frozen: "q", "k" or "v": only the kernel that writes its gradient, as it is where that is not asked for.
+    """
+    unused = {"p_mask": mask, "p_bias": bias, "p_gate": gate, "p_previous": gate, f"p_d{frozen}": False}
+    features = {"mask": mask, "bias": bias, "gate": gate, "causal": causal, "dropout": dropout, "compact": compact}
+    suffix = "".join(f" {name}" for name, on in features.items() if on) + (f" frozen {frozen}" if frozen else "")
+    kernels = {
+        "forward": attention_forward,
+        "backward_queries": attention_backward_queries,
+        "backward_keys": attention_backward_keys,
+    }
+    out = []
+    for kernel, function in kernels.items():
+        if frozen and f"p_d{frozen}" not in function.arg_names:
+            continue
+        width = sum(split_head_dim(head_dim, kernel))
+        sizes = default_sizes(kernel, dtype, width, rows, bias=bias, dropout=dropout, compact=compact)
+        tile_m, tile_n = sizes["BM"], sizes["BN"]
+        constexprs = {
+            **{name: None for name, used in unused.items() if not used and name in function.arg_names},
+            "BM": tile_m,
+            "BN": tile_n,
+            "ROW_TAIL": NARROW if tile_m > NARROW or kernel == "backward_keys" else 0,
+            "COLUMN_TAIL": NARROW if tile_n > NARROW or kernel != "backward_keys" else 0,
+            "CAUSAL": causal,
+            "DROPOUT": dropout,
+        }
+        out.append(
+            kernel_spec(
+                f"{operator} {kernel} {_KINDS[dtype]} Dh={head_dim} {rows} {tile_m}x{tile_n}{suffix}",
+                kernel,
+                function,
+                head_dim,
+                dtype,
+                sizes,
+                constexprs,
+                {"p_dq": "*fp32"} if gate else {},
+                # Without dq only delta is left, which is no matrix product.
+                product_rows=0 if frozen == "q" else tile_n if kernel == "backward_keys" else tile_m,
+            )
+        )
+    return out
+
+
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def kernel_spec(
+    name: str,
+    kernel: str,
+    function: Any,
+    head_dim: int,
+    dtype: torch.dtype,
+    sizes: dict[str, int],
+    constexprs: dict[str, Any],
+    kinds: dict[str, str],
+    *,
+    product_rows: int,
+) -> KernelSpec:
+    """`function` as it is launched with the arguments of an `Attention`.
+
+    Args:
+        kernel: as `split_head_dim` knows it.
+        constexprs: those that are not the same in every kernel.
+        kinds: types of arguments that are not what their names say in every kernel.
+        product_rows: rows of the matrix products.
+    """
+    piece1, piece2 = split_head_dim(head_dim, kernel)
+    kinds = {
+        **dict.fromkeys(("scale", "rescale"), "fp32"),
+        **dict.fromkeys(("p_lse", "p_delta", "p_previous"), "*fp32"),
+        "p_mask": "*u8",
+        **kinds,
+    }
+    return KernelSpec(
+        name=name,
+        kernel=function,
+        signature={x: kinds.get(x, f"*{_KINDS[dtype]}" if x.startswith("p_") else "i32") for x in function.arg_names},
+        constexprs={
+            "HEAD_DIM": head_dim,
+            "D1": piece1,
+            "D2": piece2,
+            "UNIT": 16 // dtype.itemsize,
+            "PRECISION": "ieee",
+            **constexprs,
+        },
+        num_warps=sizes["num_warps"],
+        num_stages=sizes["num_stages"],
+        # Warp groups multiply 64 rows at least, and nothing multiplies fp32 without rounding it.
+        matrix=dtype != torch.float32 and product_rows >= 64,
+    )

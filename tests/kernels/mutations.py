@@ -1,0 +1,338 @@
+"""Breaks the kernels, one line at a time, and asks whether the tests notice: `python tests/kernels/mutations.py`.
+
+Each mutation is applied to a copy of `lion_kernels` of its own, and a test runs against that. It is "killed" where the
+test fails. The script fails where a mutation survives, where what it replaces is not found exactly once, and where the
+tests fail without any. Names of mutations as arguments choose some of them.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "kernels" / "lion_kernels"
+# The copy is imported before pytest puts the repository's own on the path.
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import lion_kernels
+assert lion_kernels.__file__.startswith(sys.argv[1]), lion_kernels.__file__
+import pytest
+sys.exit(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+
+class Mutation(NamedTuple):
+    """`old`, which stands once in `file`, becomes `new`; `tests`, by file less "test_" and node, should fail then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _attention(case: str, dropout_p: float = 0.0) -> str:
+    return f"multi_scale_attention::test_agrees_with_the_reference[{case}-triton-{dropout_p}]"
+
+
+def _relative(case: str) -> str:
+    return f"relative_bias_attention::test_agrees_with_the_reference[{case}-triton-0.0]"
+
+
+def _adapters(gate: str) -> str:
+    return f"mixture_of_adapters::test_agrees_with_the_reference[triton-{gate}-2-16-72-shape1-relu]"
+
+
+def _lora(gate: str) -> str:
+    return f"mixture_of_lora_linear::test_agrees_with_the_reference[fused-{gate}-3-16-widths1-shape1]"
+
+
+MUTATIONS = [
+    Mutation(
+        "drop the scale of the scores",
+        "attention_tiles.py",
+        "b_s *= head.scale * LOG2E",
+        "b_s *= LOG2E",
+        (_attention("maps of several lengths"),),
+    ),
+    Mutation(
+        "transpose a stride of the keys",
+        "attention_tiles.py",
+        "stride_k = stride_k_row.to(tl.int64) * UNIT",
+        "stride_k = stride_k_head.to(tl.int64) * UNIT",
+        (_attention("maps of several lengths"),),
+    ),
+    Mutation(
+        "forget that the odd key's tile is not full",
+        "attention_tiles.py",
+        'b_s = tl.where((o_column < head.keys)[None, :], b_s, float("-inf"))',
+        "b_s = b_s + 0.0",
+        (_attention("257"),),
+    ),
+    Mutation(
+        "let a query attend the key after it",
+        "attention_tiles.py",
+        "b_s = tl.where(o_column[None, :] <= o_position[:, None], b_s,",
+        "b_s = tl.where(o_column[None, :] <= o_position[:, None] + 1, b_s,",
+        (_relative("decoder"),),
+    ),
+    Mutation(
+        "drop the bias table's clamp",
+        "attention_tiles.py",
+        "tl.minimum(tl.maximum(o_distance, -head.reach), head.reach) + head.reach",
+        "tl.maximum(o_distance, -head.reach) + head.reach",
+        (_relative("beyond the reach"),),
+    ),
+    Mutation(
+        "take the bias of the mirrored distance",
+        "attention_tiles.py",
+        "if TRANSPOSED else o_column[None, :] - o_position[:, None]",
+        "if TRANSPOSED else o_position[:, None] - o_column[None, :]",
+        (_relative("encoder"),),
+    ),
+    Mutation(
+        "forget delta in the scores' gradient",
+        "attention_tiles.py",
+        "return b_p * (b_dp - b_delta[:, None])",
+        "return b_p * b_dp",
+        (_attention("maps of several lengths"),),
+    ),
+    Mutation(
+        "swap the columns that a random number is for",
+        "dropout.py",
+        "tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))",
+        "tl.join(tl.join(b_0, b_1), tl.join(b_2, b_3))",
+        (_attention("maps of several lengths", 0.3),),
+    ),
+    Mutation(
+        "do not rescale the sum when the maximum moves",
+        "attention_forward.py",
+        "b_out = scale_rows(b_out, b_decay[:, None])",
+        "b_out = scale_rows(b_out, 1.0)",
+        (_attention("257"),),
+    ),
+    Mutation(
+        "forget the padding in the keys' gradient",
+        "attention_backward.py",
+        'b_s = tl.where(m_key[:, None], b_s, float("-inf"))',
+        "b_s = b_s + 0.0",
+        (_attention("gate and mask"),),
+    ),
+    Mutation(
+        "take the first map's gate in the keys' gradient",
+        "attention_backward.py",
+        "gate = tl.load(p_gate + head.i_map).to(tl.float32) if p_gate is not None else 1.0",
+        "gate = tl.load(p_gate).to(tl.float32) if p_gate is not None else 1.0",
+        (_attention("gate"),),
+    ),
+    Mutation(
+        "mix the maps by the wrong gate",
+        "multi_scale_attention.py",
+        "b_map * tl.load(p_gate + s).to(tl.float32)",
+        "b_map * tl.load(p_gate + MAPS - 1 - s).to(tl.float32)",
+        (_attention("gate"),),
+    ),
+    Mutation(
+        "forget the maps before in the queries' gradient",
+        "multi_scale_attention.py",
+        "previous=partial if s and needs_q else None,",
+        "previous=None,",
+        (_attention("maps of several lengths"),),
+    ),
+    Mutation(
+        "sort the table's gradient by another diagonal",
+        "relative_bias_attention.py",
+        "o_distance = i_diagonal * BLOCK + o_tile[None, :]",
+        "o_distance = o_tile[None, :]",
+        (_relative("encoder"),),
+    ),
+    Mutation(
+        "swap two experts' gates",
+        "low_rank_kernels.py",
+        "p_row = p_gate + tl.cast(channels, tl.int64) * (i_t * E + i_e)",
+        "p_row = p_gate + tl.cast(channels, tl.int64) * (i_t * E + E - 1 - i_e)",
+        (_adapters("channel"),),
+    ),
+    Mutation(
+        "skip the residual",
+        "low_rank_kernels.py",
+        "b_out += tl.load(p_block, m_mn, other=0.0).to(tl.float32)",
+        "b_out += 0.0",
+        (_adapters("channel"),),
+    ),
+    Mutation(
+        "let the activation's gradient through everywhere",
+        "low_rank_kernels.py",
+        "b_dhidden = tl.where(b_hidden > 0.0, b_dhidden, 0.0)",
+        "b_dhidden = b_dhidden * 1.0",
+        (_adapters("dense"),),
+    ),
+    Mutation(
+        "add other tasks' rows to a task's gradient",
+        "low_rank_kernels.py",
+        "m_m = m_m & (tl.load(p_ids + o_gate, m_m, other=-1) == i_t)",
+        "m_m = m_m & (tl.load(p_ids + o_gate, m_m, other=-1) >= 0)",
+        (_adapters("channel_by_row"),),
+    ),
+    Mutation(
+        "forget the bias in the channel gate's gradient",
+        "low_rank_kernels.py",
+        "b_dgate = tl.sum(b_product * b_weight, 1) + b_bias * b_sum",
+        "b_dgate = tl.sum(b_product * b_weight, 1)",
+        (_adapters("channel"),),
+    ),
+    Mutation(
+        "skip an expert that a row names",
+        "low_rank_kernels.py",
+        "((b_ids >= first) & (b_ids <= last))",
+        "((b_ids > first) & (b_ids <= last))",
+        (_adapters("sparse"),),
+    ),
+    Mutation(
+        "skip the linear layer's bias",
+        "low_rank_kernels.py",
+        "b_out += tl.load(p_linear_bias + o_n, m_n, other=0.0).to(tl.float32)[None, :]",
+        "b_out += 0.0",
+        (_lora("dense"),),
+    ),
+    Mutation(
+        "take the first expert's hidden for all",
+        "low_rank_kernels.py",
+        "p_block = p_hidden + o_m.to(tl.int64)[:, None] * (E * RANK) + i_e * RANK + o_r[None, :]\n"
+        "    b_hidden = tl.load(p_block, m_mr, other=0.0)\n",
+        "p_block = p_hidden + o_m.to(tl.int64)[:, None] * (E * RANK) + o_r[None, :]\n"
+        "    b_hidden = tl.load(p_block, m_mr, other=0.0)\n",
+        (_lora("dense"),),
+    ),
+    Mutation(
+        "drop LoRA's scaling",
+        "mixture_of_lora_linear.py",
+        "gate = gate * scaling",
+        "gate = gate * 1.0",
+        (_lora("sparse"),),
+    ),
+    Mutation(
+        "take no expert for the first",
+        "gates.py",
+        "torch.where(expert_ids < 0, experts, expert_ids).long()",
+        "torch.where(expert_ids < 0, 0, expert_ids).long()",
+        (_adapters("sparse"),),
+    ),
+    Mutation(
+        "take the mean square over the padded row",
+        "rms_norm.py",
+        "b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)",
+        "b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / BD + eps)",
+        ("rms_norm::test_agrees_with_the_reference[shape1]",),
+    ),
+    Mutation(
+        "forget the projection in the RMS norm's gradient",
+        "rms_norm.py",
+        "b_dx = (b_dn - b_n * (tl.sum(b_dn * b_n, 1) / D)[:, None]) * b_rstd",
+        "b_dx = b_dn * b_rstd",
+        ("rms_norm::test_agrees_with_the_reference[shape1]",),
+    ),
+    Mutation(
+        "forget the mask of the odd channels in the variance",
+        "residual_layer_norm.py",
+        "b_centred = tl.where(m_d[None, :], b_z - b_mean[:, None], 0.0)",
+        "b_centred = b_z - b_mean[:, None]",
+        ("residual_layer_norm::test_agrees_with_the_reference[shape1-x_bias-]",),
+    ),
+    Mutation(
+        "forget dropout in the gradient of x",
+        "residual_layer_norm.py",
+        "b_dz = tl.where(m_keep, b_dz * scale, 0.0)",
+        "b_dz = b_dz * 1.0",
+        ("residual_layer_norm::test_agrees_with_the_reference[shape1-x_bias-dropout]",),
+    ),
+    Mutation(
+        "take the GELU's slope for its probability",
+        "gated_gelu.py",
+        "b_slope = b_probability + b_gate * normal_density(b_gate)",
+        "b_slope = b_probability",
+        ("gated_gelu::test_agrees_with_the_reference[shape1]",),
+    ),
+    Mutation(
+        "sum the soft prompt's gradient over all places",
+        "assemble_inputs.py",
+        "m_row &= b_id.to(tl.int64) == soft_prompt_id",
+        "m_row &= b_id.to(tl.int64) >= 0",
+        ("assemble_inputs::test_agrees_with_the_reference[sizes1-triton-57]",),
+    ),
+    Mutation(
+        "embed the soft prompt's id as a token",
+        "assemble_inputs.py",
+        "if i_id == soft_prompt_id:",
+        "if i_id == soft_prompt_id + vocabulary:",
+        ("assemble_inputs::test_agrees_with_the_reference[sizes1-triton-3]",),
+    ),
+]
+
+
+def apply(mutation: Mutation, package: Path) -> None:
+    """Changes the copy of lion_kernels in `package`.
+
+    Raises:
+        ValueError: what is to be replaced does not stand there exactly once.
+    """
+    file = package / mutation.file
+    source = file.read_text(encoding="utf-8")
+    if source.count(mutation.old) != 1:
+        found = f"found {source.count(mutation.old)} times: {mutation.old}"
+        raise ValueError(f"{mutation.name}: expected once in {mutation.file}, {found}")
+    file.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+
+
+def run(tests: tuple[str, ...], mutation: Mutation | None = None) -> tuple[int, str]:
+    """pytest's exit status and output for `tests` on a copy of the package, mutated if asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "lion_kernels"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if mutation is not None:
+            apply(mutation, copy)
+        nodes = ["tests/kernels/test_{}.py::{}".format(*test.split("::", 1)) for test in tests]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-c", RUN, folder, *nodes]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return result.returncode, result.stdout + result.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", help="mutations to make; all by default")
+    names = parser.parse_args().names
+    chosen = [mutation for mutation in MUTATIONS if not names or mutation.name in names]
+    if unknown := set(names) - {mutation.name for mutation in chosen}:
+        parser.error(f"unknown mutations: {', '.join(sorted(unknown))}")
+    status, output = run(tuple(dict.fromkeys(test for mutation in chosen for test in mutation.tests)))
+    if status:
+        print(output)
+        print("the tests fail without any mutation", file=sys.stderr)
+        return 1
+    survivors = []
+    for mutation in chosen:
+        start = time.perf_counter()
+        status, output = run(mutation.tests, mutation)
+        # 1 is a failed test; anything else says nothing about the mutation.
+        verdict = {0: "SURVIVES", 1: "killed"}.get(status, f"ERROR {status}")
+        if status != 1:
+            survivors.append(mutation.name)
+        found = re.search(r"^E +(.*)$", output, re.MULTILINE)
+        reason = found.group(1)[:48] if found else ""
+        took = time.perf_counter() - start
+        print(f"{verdict:<8} {took:5.1f} s  {mutation.file:<26} {mutation.name:<52} {reason}", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
