@@ -123,7 +123,7 @@ def _open(name: str, task: str, image_root: str | None) -> Dataset:
         return SceneSamples(task, int(numbers[0]), int(numbers[1]))
     if not name.endswith(".jsonl"):
         raise RecipeError(f"data: expected a .jsonl file or scenes:SEED:COUNT, got {name!r}")
-    from lion_fast.data import JsonlDataset  # type: ignore[import-not-found]
+    from lion_fast.data import JsonlDataset
 
     return JsonlDataset(name, image_root=image_root, task=task)
 
