@@ -59,17 +59,24 @@ def default_sizes(
     if dtype == torch.float32:
         tile = (32, 16, 8) if kernel == "backward_keys" else (16, 16 if compact else 32, 8)
     elif kernel == "backward_keys":
-        tile = (32, 64, wide) if compact else _key_tile(width, rows, bias, dropout)
+        tile = _compact_key_tile(width, bias, dropout) if compact else _key_tile(width, rows, bias, dropout)
     elif rows == "few":
         tile = (16, 32 if compact or width > 96 else 64, 4)
     elif compact:
-        tile = (64, 32, wide)
+        tile = (32 if width > 96 and kernel == "backward_queries" else 64, 32, wide)
     elif rows == "some":
         tile = (64, 32 if dropout else 64, 8 if kernel == "backward_queries" or dropout else 4)
     else:
         narrow = width > 96 and dropout and (bias or kernel == "backward_queries")
         tile = (128, 32 if narrow else 64, 8)
     return {"BM": tile[0], "BN": tile[1], "num_warps": tile[2], "num_stages": stages}
+
+
+def _compact_key_tile(width: int, bias: bool, dropout: bool) -> tuple[int, int, int]:
+    """Queries, keys and warps of "backward_keys" in 16 bits and 64 KiB."""
+    if dropout and (bias or width > 96):
+        return 16, 64, 8
+    return 32, 64, 8 if width > 64 else 4
 
 
 def _key_tile(width: int, rows: str, bias: bool, dropout: bool) -> tuple[int, int, int]:

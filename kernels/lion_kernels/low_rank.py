@@ -88,6 +88,11 @@ class Problem(NamedTuple):
         return self.form == "sparse" and (self.rows <= 64 or self.inner > 256)
 
     @property
+    def gathers(self) -> bool:
+        """Whether a channel gate has more tasks than are read as whole rows and chosen from."""
+        return self.tasks > _ROWS_CHOSEN_FROM
+
+    @property
     def group(self) -> int:
         """Experts that one program of a backward kernel takes: as many as its registers hold, and divide E."""
         fitting = max(1, (128 if self.dtype.itemsize == 2 else 64) // self._padded_rank)
@@ -105,14 +110,18 @@ class Problem(NamedTuple):
         if kernel == "hidden":
             inner = self._padded_rank if self.skip else max(16, _power_of_2(self.inner))
             block = 32 if self.rows_class == "few" else 128
-            default |= {"BM": rows, "BF": min(block, inner), "BK": 128 if few else 64}
+            default |= {"BM": rows, "BF": min(block, inner), "BK": 128 if few else 64 if half else 32}
         elif kernel == "update":
             default |= {"BM": 16 if decode else 128 if half and not few else 32, "BN": 32 if few or not half else 64}
             default |= {"num_stages": 2}
+            if self.gathers and half and not few:
+                default |= {"BN": 32, "num_warps": 4}  # gathered gates want registers of their own
         elif kernel == "linear":
             default |= {"BM": rows, "BN": 64 if few or not half else 128, "BK": 64 if half else 32, "GROUP": 8}
         elif kernel == "hidden_gradient":
             default |= {"BM": rows, "BK": 64 if half else 32}
+            if self.form == "channel":
+                default |= {"num_stages": 2}  # what a third stage loads of the gates spills on gfx942
         elif kernel == "outer":
             default |= {"BN": 64 if half else 32, "BT": 64 if half else 16, "num_warps": 8}
         else:
@@ -125,7 +134,7 @@ class Problem(NamedTuple):
         shape = {"E": self.experts, "RANK": self.rank}
         gate = {"RP": self._padded_rank, "TASKS": self.tasks, "CHANNEL": self.form == "channel"}
         names = {"K": self.named, "KP": _power_of_2(self.named), "SKIP": self.skip}
-        choice = {"CHOOSE": self.tasks <= _ROWS_CHOSEN_FROM}
+        choice = {"CHOOSE": not self.gathers}
         group = {"EG": self.group, "GP": max(16, _power_of_2(self.group))}
         precision = {"PRECISION": dot_precision(self.dtype)}
         hidden = {"HAS_DOWN_BIAS": self.has_down_bias, "RELU": self.relu, "SPLIT": split}
