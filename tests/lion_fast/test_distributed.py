@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lion_fast import LionForCausalLM
 from lion_fast.stages import STAGES, freeze_for_stage
+from tests.lion_fast.gradients import expect_same_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,8 +44,4 @@ def test_two_processes_give_what_one_gives(
     result = torch.load(tmp_path / f"{kind}.pt")
     torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=0)
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert result["gradients"].keys() == expected.keys()
-    floor = 1e-2 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    for name, gradient in expected.items():
-        error = (result["gradients"][name] - gradient).norm()
-        assert error < 1e-4 * gradient.norm().clamp(min=floor), name
+    expect_same_gradients(result["gradients"], expected)

@@ -18,6 +18,7 @@ import lion_fast.operators
 from lion_fast import LionForCausalLM
 from lion_fast.attention import KERNEL_ATTENTION
 from lion_fast.stages import STAGES, freeze_for_stage, parameter_groups
+from tests.lion_fast.gradients import expect_same_gradients
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -115,14 +116,6 @@ def gradients_of(model: LionForCausalLM, batch: dict[str, Tensor]) -> tuple[Tens
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def expect_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To 1e-4 of each; of the gradients that are rounding alone, as of a key's bias, to 1e-6 of the whole."""
-    assert got.keys() == expected.keys()
-    floor = 1e-2 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    for name, gradient in expected.items():
-        assert (got[name] - gradient).norm() < 1e-4 * gradient.norm().clamp(min=floor), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

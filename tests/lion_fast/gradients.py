@@ -1,0 +1,16 @@
+"""What tests of the same model, computed in two ways, hold its gradients to."""
+
+from torch import Tensor
+
+# Of zero but for rounding: they move all scores of a query alike, which no softmax shows.
+WITHOUT_INFLUENCE = (".key.bias",)
+
+
+def expect_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Every gradient to 1e-4 of itself; those without influence on anything to 1e-6 of the largest."""
+    assert got.keys() == expected.keys()
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        scale = 1e-2 * largest if name.endswith(WITHOUT_INFLUENCE) else gradient.norm()
+        error = (got[name] - gradient).norm()
+        assert error <= 1e-4 * scale, f"{name}: {error} of {scale}"
