@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lion_fast.check.compare import poisoned_memory
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
@@ -28,13 +30,11 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Memory that is handed out uninitialised holds NaN (integers: the largest), so that what nobody writes shows.
+    """Memory that is handed out uninitialised holds NaN, so that what nobody writes shows.
 
-    torch fills it itself in its deterministic mode. A patch of `torch.empty` would stay behind in what
-    `torch.compile` remembers of it, and with that `torch.device("meta")` allocates real memory in later tests.
+    A patch of `torch.empty` would stay behind in what `torch.compile` remembers of it, and with that
+    `torch.device("meta")` allocates real memory in later tests.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    with poisoned_memory():
+        assert torch.empty(1).isnan().all()
+        yield
