@@ -8,6 +8,14 @@ from torch.utils.data import Dataset
 from lion_fast.data.dataset import Sample, SampleDataset
 
 
+def take_turns(shares: Sequence[int]) -> list[int]:
+    """One round in which number d has `shares[d]` turns, evenly spread: [2, 1] gives 0, 1, 0.
+
+    Turn k of `share` lies at (k + 1/2) / share of the round; ties go to the earlier number.
+    """
+    return [d for _, d in sorted(((k + 0.5) / share, d) for d, share in enumerate(shares) for k in range(share))]
+
+
 class MixtureDataset(Dataset):
     """Data sets end to end, with an order of each epoch that takes from them in a ratio.
 
@@ -40,9 +48,7 @@ class MixtureDataset(Dataset):
         self._starts = np.cumsum([0, *map(len, self.datasets)])
         self.tasks = np.concatenate([dataset.tasks for dataset in self.datasets])
         self.lengths = np.concatenate([dataset.lengths for dataset in self.datasets])
-        # Share k of data set with ratio r lies at (k + 1/2) / r of the period; ties go to the earlier data set.
-        places = [((k + 0.5) / share, d) for d, share in enumerate(self.ratio) for k in range(share)]
-        self._pattern = np.array([d for _, d in sorted(places)])
+        self._pattern = np.array(take_turns(self.ratio))
         self._periods = max(-(-len(d) // share) for d, share in zip(self.datasets, self.ratio, strict=True))
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lion_fast.boxes import format_box
 from lion_fast.configuration_lion import TASKS
+from lion_fast.data.files import whole_or_not
 
 BOX_TEXT = re.compile(r"\[[01]\.\d{3}(?:,[01]\.\d{3}){3}\]")
 """A box as `format_box` writes it."""
@@ -125,16 +126,11 @@ def write_jsonl(records: Iterable[Record], path: str | os.PathLike) -> int:
     """Write records to a file, which appears under its name only when it is whole; how many there were."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
     count = 0
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for record in records:
-                file.write(record.to_json() + "\n")
-                count += 1
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_or_not(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(record.to_json() + "\n")
+            count += 1
     return count
 
 

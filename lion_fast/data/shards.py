@@ -19,6 +19,7 @@ import numpy as np
 
 from lion_fast.configuration_lion import TASKS
 from lion_fast.data.dataset import JsonlDataset, SampleDataset, Tagger, Transform, check_task, text_length
+from lion_fast.data.files import whole_or_not
 from lion_fast.data.records import DataError, Record, record_from_fields
 from lion_fast.images import load_image
 
@@ -87,12 +88,9 @@ def write_shards(
     if not rows:
         raise DataError(f"{dataset.path}: none of its pictures can be read")
     sizes = [shard.stat().st_size for shard in writer.shards]
-    unfinished = out / (INDEX + ".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez(
-            file, version=_VERSION, names=[s.name for s in writer.shards], sizes=sizes, rows=np.array(rows, np.int64)
-        )
-    unfinished.replace(out / INDEX)
+    names = [shard.name for shard in writer.shards]
+    with whole_or_not(out / INDEX) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, version=_VERSION, names=names, sizes=sizes, rows=np.array(rows, np.int64))
     return writer.shards
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Sampler
 
+from lion_fast.data import JsonlDataset
+from lion_fast.data.mixture import take_turns
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.scenes import SceneGenerator
 from lion_fast.training.recipe import RecipeError, Sources
@@ -123,8 +125,6 @@ def _open(name: str, task: str, image_root: str | None) -> Dataset:
         return SceneSamples(task, int(numbers[0]), int(numbers[1]))
     if not name.endswith(".jsonl"):
         raise RecipeError(f"data: expected a .jsonl file or scenes:SEED:COUNT, got {name!r}")
-    from lion_fast.data import JsonlDataset
-
     return JsonlDataset(name, image_root=image_root, task=task)
 
 
@@ -161,7 +161,8 @@ class TrainingOrder(Sampler[tuple[int, str, int]]):
         self.unit = 1 if mix == "sample" else batch_size  # samples in a turn
         self.shuffle = shuffle
         self.seed = seed
-        self.turns = _turns(dict(zip(self.sizes, shares, strict=True)))
+        tasks = [task for task, _ in zip(self.sizes, shares, strict=True)]
+        self.turns = [tasks[number] for number in take_turns(shares)]
         self._permutations: dict[str, tuple[int, torch.Tensor]] = {}
 
     def __len__(self) -> int:
@@ -185,13 +186,6 @@ class TrainingOrder(Sampler[tuple[int, str, int]]):
             permutation = np.random.default_rng([self.seed, *task.encode(), pass_]).permutation(self.sizes[task])
             self._permutations[task] = pass_, torch.from_numpy(permutation)
         return int(self._permutations[task][1][offset])
-
-
-def _turns(shares: Mapping[str, int]) -> list[str]:
-    """One round of turns, each task's spread evenly: {a: 2, b: 1} gives a, b, a."""
-    due = [((turn + 0.5) / share, task) for task, share in shares.items() for turn in range(share)]
-    order = {task: place for place, task in enumerate(shares)}
-    return [task for _, task in sorted(due, key=lambda pair: (pair[0], order[pair[1]]))]
 
 
 class TrainingData(Dataset):

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lion_fast.checkpoints import CheckpointError, naming
 from lion_fast.configuration_lion import LionConfig
+from lion_fast.data.files import whole_or_not
 from lion_fast.loading import load_complete
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
@@ -102,9 +103,8 @@ def prepare_run(recipe: Recipe, run_dir: Path, resume: bool) -> str | None:
         check_resumable(yaml.safe_load(begun.read_text(encoding="utf-8")), recipe.model_dump(mode="json"))
     run_dir.mkdir(parents=True, exist_ok=True)
     saving.clear_aside(run_dir)
-    written = run_dir / f"{RECIPE_FILE}.writing"
-    written.write_text(dump_recipe(recipe), encoding="utf-8")
-    os.replace(written, begun)
+    with whole_or_not(begun) as unfinished:
+        unfinished.write_text(dump_recipe(recipe), encoding="utf-8")
     if not resume:
         return None
     checkpoint = saving.last_complete(run_dir)

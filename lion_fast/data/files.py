@@ -1,0 +1,16 @@
+"""Files that appear under their name only when they are whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its name at the end, and is removed after an error."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
