@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -203,7 +202,7 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sc
 
 def save_whole(directory: Path, model: Any, processor: LionProcessor) -> None:
     """Gather all parameters and write what `from_pretrained` loads."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = saving.gathered_state(model)
     with saving.written_aside(directory, first=dist.get_rank() == 0, wait_for_all=dist.barrier) as aside:
         if dist.get_rank() == 0:
             model.save_pretrained(aside, state_dict=state)

@@ -117,8 +117,13 @@ class LionTrainer(Trainer):
 
     def save_final(self, directory: Path) -> None:
         """Write the model and its processor for `from_pretrained`, whole or not at all."""
+        # Where parameters are sharded Trainer would write each process's part, which `from_pretrained` does not read.
+        state = saving.gathered_state(self.model) if self.is_fsdp_enabled else None
         with self._written_aside(directory) as aside:
-            self.save_model(str(aside))
+            if state is None:
+                self.save_model(str(aside))
+            elif self.is_world_process_zero():
+                self._save(str(aside), state_dict=state)
 
     @contextmanager
     def _written_aside(self, target: Path) -> Iterator[Path]:
