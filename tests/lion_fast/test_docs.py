@@ -1,0 +1,123 @@
+"""The README and the site keep their word: commands and code run, links lead somewhere, the site builds in full.
+
+`docs/data.md` has a test of its own, which also makes the files that its commands read.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lion_kernels
+from lion_fast.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}
+PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+OPERATORS = sorted(set(lion_kernels.__all__) - {"BACKENDS", "resolve_backend"})
+
+# What a command says that reads files of the user's, which are not here: its arguments count then.
+WANTING = {
+    "convert": "eva_vit_g.pth: no such file",
+    "train --stage 1 model": "captions.jsonl",
+    "train --stage 2 model": "places.jsonl",
+    "train --stage 3": "captions.jsonl",
+}
+
+
+@pytest.fixture
+def _after_quickstart(quickstart_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory as the commands find it when the quickstart has run."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(quickstart_dir)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    return [content for kind, content in fenced if kind == language]
+
+
+def commands(page: str) -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks(page, "") for line in block.splitlines()]
+    lines = [line.replace("python -m lion_fast", "lion-fast") for line in lines]
+    return [line for line in lines if line.startswith("lion-fast ")]
+
+
+ELSEWHERE = {"docs/data.md"}
+WITH_CODE = sorted(page for page in PAGES.keys() - ELSEWHERE if blocks(page, "python"))
+WITH_COMMANDS = sorted(page for page in PAGES.keys() - ELSEWHERE if commands(page))
+
+
+@pytest.mark.usefixtures("_after_quickstart")
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_runs(page: str) -> None:
+    """A page's blocks, one after the other, print what its `text` blocks show."""
+    names: dict = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for code in blocks(page, "python"):
+            exec(compile(code, page, "exec"), names)
+    assert printed.getvalue() == "".join(blocks(page, "text"))
+
+
+@pytest.mark.usefixtures("_after_quickstart")
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_the_commands_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in zip(re.findall(r"--config (\S+)", PAGES[page]), blocks(page, "yaml"), strict=False):
+        Path(name).write_text(content, encoding="utf-8")
+    for line in commands(page):
+        arguments = shlex.split(line)[1:]
+        try:
+            status = main(arguments)
+        except SystemExit as stop:  # --help
+            status = stop.code
+        captured = capsys.readouterr()
+        wanting = [message for start, message in WANTING.items() if " ".join(arguments).startswith(start)]
+        if wanting and "--print-recipe" not in arguments:
+            assert status == 2, line
+            assert wanting[0] in captured.err, captured.err
+        elif arguments[0] == "locate":  # a smoke run's model may answer with anything
+            assert status == 0 or "holds no box" in captured.err
+        else:
+            assert status == 0, captured.err
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_make_targets_exist(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", PAGES[page], flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES["README.md"]):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_has_a_page(operator: str) -> None:
+    page = PAGES[f"docs/operators/{operator}.md"]
+    assert f"{operator}(" in "".join(blocks(f"docs/operators/{operator}.md", "python"))
+    for path in re.findall(r"`((?:kernels|reference|benchmarks)/[^`]+)`", page):
+        assert (ROOT / path).exists(), path
+    assert f"]({operator}.md)" in PAGES["docs/operators/index.md"]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # an advertisement
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(PAGES)  # the README is none, a page not found and an index are
+    for page in pages:  # read without a network
+        loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(http[^"]+)"', page.read_text())
+        assert not loaded, f"{page} loads {loaded}"
