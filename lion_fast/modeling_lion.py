@@ -96,6 +96,9 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         if config.kernel_backend != "torch":
             prefer_kernel_attention(config)
         super().__init__(config)
+        # By the class's name transformers takes the loss for one that shifts its labels, and Trainer would not count
+        # the first of each answer.
+        self.loss_type = None
         text = config.text_config
         self.vision_model = LionVisionModel._from_config(config.vision_config)
         width = config.vision_config.hidden_size

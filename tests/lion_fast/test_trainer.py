@@ -39,27 +39,33 @@ def make_trainer(tmp_path: Path, samples: Samples) -> Callable[..., Seq2SeqTrain
     return make
 
 
-def test_accumulated_steps_are_one_step(make_model: Make, make_trainer: Callable[..., Seq2SeqTrainer]) -> None:
-    """One step of SGD on four samples, and on twice two whose answers have different lengths."""
-    trained = []
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen3"])
+def test_steps_are_the_big_batch_s(
+    make_model: Make, make_trainer: Callable[..., Seq2SeqTrainer], samples: Samples, family: str
+) -> None:
+    """One step of SGD by Trainer, on four samples and on twice two, is that of the mean loss over all target tokens."""
+    expected = make_model(family).train()
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    loss = expected(**batch).loss
+    loss.backward()
+    torch.optim.SGD(expected.parameters(), lr=0.1).step()
+    after, before = expected.state_dict(), make_model(family).state_dict()
+    assert sum(not torch.equal(value, before[name]) for name, value in after.items()) > 20
     for accumulation in (1, 2):
-        model = make_model()
-        settings = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
-        make_trainer(
+        model = make_model(family)
+        trainer = make_trainer(
             model,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
             max_steps=1,
             learning_rate=0.1,
             optim="sgd",
             lr_scheduler_type="constant",
             max_grad_norm=0,
-            **settings,
-        ).train()
-        trained.append(model.state_dict())
-    before = make_model().state_dict()
-    name = "language_model.decoder.block.0.layer.2.adapter.adapters.0.up_proj.weight"
-    assert not torch.equal(trained[0][name], before[name])
-    for name, value in trained[0].items():
-        torch.testing.assert_close(trained[1][name], value, msg=name)
+        )
+        assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-5)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, after[name], msg=f"{name}, {accumulation} batches")
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
