@@ -17,11 +17,13 @@ from transformers import BlipImageProcessorPil
 
 from lion_fast.data import (
     JsonlDataset,
-    LengthGroupedBatchSampler,
+    ProcessBatches,
     RandomCrop,
     RandomHorizontalFlip,
     Record,
     ShardDataset,
+    TrainingData,
+    TrainingOrder,
     make_loader,
     write_jsonl,
     write_shards,
@@ -82,14 +84,17 @@ def bench(benchmark, jsonl: Path, storage: str, num_workers: int | None) -> None
         if not shards.exists():
             write_shards(JsonlDataset(jsonl), shards, shard_bytes=8 << 20)
         dataset = ShardDataset(shards, transforms=transforms)
-    sampler = LengthGroupedBatchSampler(dataset, BATCH_SIZE)
+    order = TrainingOrder(
+        {"a": dataset}, steps=NUM_IMAGES // BATCH_SIZE, batch_size=BATCH_SIZE, group_by_length=True
+    )  # fmt: skip
     to_pixels = ToPixels()
     if num_workers is None:
-        run = lambda: epoch(to_pixels([dataset[key] for key in batch]) for batch in sampler)  # noqa: E731
+        data = TrainingData(order.samples, order.seed)
+        run = lambda: epoch(to_pixels([data[key] for key in batch]) for batch in ProcessBatches(order, BATCH_SIZE))  # noqa: E731
     else:
-        loader = make_loader(sampler, to_pixels, num_workers)
+        loader = make_loader(order, to_pixels, num_workers=num_workers)
         run = lambda: epoch(loader)  # noqa: E731
-    run()  # starts the workers
+    run()  # fills the disk's cache
     benchmark.group = f"{NUM_IMAGES} JPEGs of 640 x 480, batches of {BATCH_SIZE}, {os.cpu_count()} cores"
     benchmark.pedantic(run, rounds=3)
     benchmark.extra_info["images per second"] = round(NUM_IMAGES / benchmark.stats.stats.min, 1)

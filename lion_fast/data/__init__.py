@@ -1,27 +1,29 @@
 """Data to train on: one format on disk, converters to it, and everything between the files and a batch."""
 
 from lion_fast.data.converters import FORMATS, Conversion
-from lion_fast.data.dataset import JsonlDataset, SampleDataset
+from lion_fast.data.dataset import EpochDataset, JsonlDataset, SampleDataset
 from lion_fast.data.loader import make_loader
-from lion_fast.data.mixture import MixtureDataset
+from lion_fast.data.order import ProcessBatches, TrainingData, TrainingOrder
 from lion_fast.data.records import DataError, Record, parse_record, write_jsonl
-from lion_fast.data.sampler import LengthGroupedBatchSampler
 from lion_fast.data.shards import ShardDataset, write_shards
-from lion_fast.data.tagging import add_tags
+from lion_fast.data.tagging import PictureTagger, add_tags
 from lion_fast.data.transforms import RandomCrop, RandomHorizontalFlip
 
 __all__ = [
     "FORMATS",
     "Conversion",
     "DataError",
+    "EpochDataset",
     "JsonlDataset",
-    "LengthGroupedBatchSampler",
-    "MixtureDataset",
+    "PictureTagger",
+    "ProcessBatches",
     "RandomCrop",
     "RandomHorizontalFlip",
     "Record",
     "SampleDataset",
     "ShardDataset",
+    "TrainingData",
+    "TrainingOrder",
     "add_tags",
     "make_loader",
     "parse_record",

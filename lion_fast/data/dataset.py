@@ -29,7 +29,27 @@ Transform = Callable[[Sample, np.random.Generator], Sample]
 Tagger = Callable[[Image.Image], Sequence[str]]
 
 
-class SampleDataset(Dataset, ABC):
+class EpochDataset(Dataset, ABC):
+    """Samples that may change from epoch to epoch: `dataset[epoch, i]`; `dataset[i]` is sample i as epoch 0 sees it.
+
+    Attributes:
+        lengths: int [n], how long each sample's text is; None where that is not known ahead.
+    """
+
+    lengths: np.ndarray | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample: ...
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """All samples in the order of an epoch, int64 [n]."""
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+
+class SampleDataset(EpochDataset):
     """Samples with a fixed number, each of which can be read by itself.
 
     `dataset[i]` is the sample as epoch 0 sees it, `dataset[epoch, i]` as that epoch does: transforms draw from
@@ -84,10 +104,6 @@ class SampleDataset(Dataset, ABC):
     def num_bad_images(self) -> int:
         """Pictures, by sample, that could not be read so far, in all workers; with `strict` an error comes first."""
         return int(self._bad.sum())
-
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """All samples in the order of an epoch, int64 [n]."""
-        return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)

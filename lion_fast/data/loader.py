@@ -7,41 +7,50 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lion_fast.data.sampler import LengthGroupedBatchSampler
+from lion_fast.data.order import ProcessBatches, TrainingData, TrainingOrder
 
 
 def make_loader(
-    sampler: LengthGroupedBatchSampler,
+    order: TrainingOrder,
     collate_fn: Callable[[list[dict[str, Any]]], Any],
+    *,
+    batch_size: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
     num_workers: int | None = None,
+    prefetch: int = 2,
 ) -> DataLoader:
-    """Batches of a sampler's data set, read and collated in worker processes that last from epoch to epoch.
+    """The batches of one process in the order of a run, read and collated in worker processes.
 
-    Data order and augmentation come from the sampler and the data set. Whatever else draws random numbers in a worker
-    (`random`, NumPy, torch) is seeded from the sampler's seed and the worker's number, and no number is drawn from the
-    process's own generators, so that a training step finds them as it left them.
+    No number is drawn from the process's own generators, so that a training step finds them as it left them.
 
     Args:
-        sampler: says which samples; `sampler.set_epoch(epoch, start)` says where the next iteration begins.
+        order: says which samples.
         collate_fn: makes a batch of samples, such as `lambda samples: samples`. It runs in the workers, and is pickled
             where Python starts them afresh.
+        batch_size: samples of a batch; by default this process's share of a step.
+        rank, world_size: which process this is, of how many.
+        start: step to begin at.
         num_workers: processes; 0 reads in this one. By default one fewer than the cores that this process may use, or
             than its share of them where torchrun started several.
+        prefetch: batches that each worker is ahead.
 
     Raises:
-        ValueError: for a negative number of workers.
+        ValueError: for a negative number of workers, no batch ahead, or what `ProcessBatches` refuses.
     """
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
-    if num_workers < 0:
-        raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
+    if num_workers < 0 or prefetch < 1:
+        raise ValueError(f"num_workers, prefetch: expected 0 or more and 1 or more, got {num_workers} and {prefetch}")
+    size = max(1, order.batch_size // max(world_size, 1)) if batch_size is None else batch_size
     return DataLoader(
-        sampler.dataset,
-        batch_sampler=sampler,
+        TrainingData(order.samples, order.seed),
+        batch_sampler=ProcessBatches(order, size, rank=rank, world_size=world_size, start=start),  # type: ignore[arg-type]
         collate_fn=collate_fn,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch if num_workers else None,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(sampler.seed),
+        generator=torch.Generator().manual_seed(order.seed),
     )

@@ -1,9 +1,9 @@
-"""Tags ahead of training: each picture goes through a tagger once, and a file of JSON lines gets the result."""
+"""Tags by a tagger: ahead of training, each picture once, written to a file; or picture by picture as they are read."""
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -56,7 +56,7 @@ def add_tags(
         if len(results) != len(batch):
             raise ValueError(f"tagger: expected one result per picture ({len(batch)}), got {len(results)}")
         for (name, _), joined in zip(batch, results, strict=True):
-            tags[name] = tuple(tag.strip() for tag in joined.split(",") if tag.strip())
+            tags[name] = tuple(_split(joined))
 
     def records() -> Iterator[Record]:
         for index in range(len(dataset)):
@@ -68,6 +68,24 @@ def add_tags(
 
     write_jsonl(records(), out)
     return len(tags), len(untagged) - len(tags)
+
+
+@dataclass(frozen=True)
+class PictureTagger:
+    """A tagger of lists, such as a `RamTagger`, made one of single pictures for `SampleDataset(tagger=...)`.
+
+    Args:
+        tagger: gives the tags of each of a list of pictures, joined by ", ".
+    """
+
+    tagger: Callable[[list[Image.Image]], Sequence[str]]
+
+    def __call__(self, image: Image.Image) -> list[str]:
+        return _split(self.tagger([image])[0])
+
+
+def _split(joined: str) -> list[str]:
+    return [tag.strip() for tag in joined.split(",") if tag.strip()]
 
 
 def _batches(dataset: JsonlDataset, images: dict[str, int], batch_size: int) -> Iterator[list[tuple[str, Image.Image]]]:

@@ -1,26 +1,30 @@
-"""Samples in the order of training, and the batches that the model reads.
+"""Samples that a recipe names, and the batches that the model reads.
 
 A sample is a dict: `image` (anything `lion_fast.images.load_image` reads), `task`, `question`, `answer`, and optionally
-`tags` (a list of strings or None) and `id`. Its order and its random numbers follow from the seed and its position in
-the run alone, not from how many processes or workers there are, nor from where a run was stopped.
+`tags` (a list of strings or None) and `place`, where it stands. Its order and its random numbers follow from the seed
+and its position in the run alone (`lion_fast.data.order`).
 """
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from lion_fast.data import JsonlDataset
-from lion_fast.data.mixture import take_turns
+from lion_fast.checkpoints import naming
+from lion_fast.data import JsonlDataset, PictureTagger, RandomCrop, RandomHorizontalFlip, ShardDataset
+from lion_fast.data.dataset import EpochDataset, Tagger, Transform
+from lion_fast.data.order import POSITION, epoch_order, sample_of
+from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.scenes import SceneGenerator
-from lion_fast.training.recipe import RecipeError, Sources
+from lion_fast.training.recipe import Augmentation, Data, RecipeError
 
 Sample = Mapping[str, Any]
-SAMPLE_IDS, POSITION = "sample_ids", "position"
+SAMPLE_IDS = "sample_ids"
+TASKS = ("image_level", "region_level")  # the order of the recipe's shares
 
 
 class LionCollator:
@@ -48,34 +52,45 @@ class LionCollator:
         return batch
 
 
-class SceneSamples(Dataset):
+class SceneSamples(EpochDataset):
     """`count` samples of one task, each about a generated scene of its own (`lion_fast.scenes`)."""
 
-    def __init__(self, task: str, seed: int, count: int):
+    def __init__(self, task: str, seed: int, count: int, transforms: Sequence[Transform] = ()):
         self.task = task
         self.count = count
+        self.transforms = tuple(transforms)
         self._scenes = SceneGenerator(seed, num_objects=(1, 2))
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < self.count:
             raise IndexError(f"index: expected 0..{self.count - 1}, got {index}")
         scene = self._scenes[index]
         own = [sample for sample in scene.samples() if sample.task == self.task]
-        sample = own[np.random.default_rng([self._scenes.seed, index]).integers(len(own))]
-        return {
+        chosen = own[np.random.default_rng([self._scenes.seed, index]).integers(len(own))]
+        sample: dict[str, Any] = {
             "image": scene.image,
-            "task": sample.task,
-            "question": sample.text,
-            "answer": sample.answer,
+            "task": chosen.task,
+            "question": chosen.text,
+            "answer": chosen.answer,
             "tags": list(scene.tags),
+            "boxes": [] if chosen.box is None else [list(chosen.box)],
+            "place": f"scenes:{self._scenes.seed}:{self.count}:{index}",
         }
+        rng = np.random.default_rng([self._scenes.seed, epoch, index])
+        for transform in self.transforms:
+            sample = transform(sample, rng)
+        return sample
 
 
-class TaskSamples(Dataset):
-    """The samples of one task from several sources, each with an `id`: its own, or source and number.
+class TaskSamples(EpochDataset):
+    """The samples of one task from several sources, end to end, each with its `place`: its own, or source and number.
+
+    An epoch's order draws at random which source is next, and goes through each source in that one's own order: all
+    samples once, and those of shards a few shards at a time.
 
     Raises:
         RecipeError: a sample is of another task.
@@ -83,134 +98,108 @@ class TaskSamples(Dataset):
 
     def __init__(self, task: str, sources: Mapping[str, Dataset]):
         self.task = task
-        self._names = list(sources)
-        self._samples = ConcatDataset(sources.values())
+        self.sources = dict(sources)
+        self._sizes = [len(source) for source in self.sources.values()]  # type: ignore[arg-type]
+        self._starts = np.cumsum([0, *self._sizes])
+        lengths = [getattr(source, "lengths", None) for source in self.sources.values()]
+        if all(length is not None for length in lengths):
+            self.lengths = np.concatenate(lengths)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sizes = self._samples.cumulative_sizes
-        source = int(np.searchsorted(sizes, index, side="right"))
-        number = index - (sizes[source - 1] if source else 0)
-        sample: Any = self._samples[index]
+    def __str__(self) -> str:
+        return ", ".join(self.sources)
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        order = np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(self._sizes)), self._sizes))
+        for number, source in enumerate(self.sources.values()):
+            own = epoch_order(source, int(np.random.SeedSequence([seed, number]).generate_state(1)[0]), epoch)
+            order[order == number] = -1 - (own + self._starts[number])  # below 0: no number of a source to come
+        return -1 - order
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        place = int(np.searchsorted(self._starts, index, side="right")) - 1
+        name, source = list(self.sources.items())[place]
+        number = index - int(self._starts[place])
+        sample: Any = sample_of(source, epoch, number)
         if sample["task"] != self.task:
             raise RecipeError(
-                f"data: expected samples of {self.task}, got {sample['task']!r} as sample {number} of "
-                f"{self._names[source]}"
+                f"data: expected samples of {self.task}, got {sample['task']!r} as sample {number} of {name}"
             )
-        return {"id": f"{self._names[source]}:{number}", **sample}
+        return {"place": f"{name}:{number}", **sample}
+
+    @property
+    def left_out(self) -> tuple[int, int]:
+        """Lines that are no records, and samples whose picture could not be read so far, of all sources."""
+        sources = self.sources.values()
+        return tuple(sum(getattr(s, name, 0) for s in sources) for name in ("num_bad_lines", "num_bad_images"))  # type: ignore[return-value]
 
 
-def open_sources(sources: Sources, image_root: str | None) -> dict[str, TaskSamples]:
-    """The samples of every task that has sources.
+def open_training_data(data: Data, seed: int) -> dict[str, TaskSamples]:
+    """The samples that a recipe trains on, by task, augmented and tagged as it says.
+
+    Args:
+        data: the recipe's.
+        seed: of the augmentation.
 
     Raises:
-        RecipeError: for a source that is neither a JSONL file nor `scenes:SEED:COUNT`.
+        RecipeError: for a source that is not a JSONL file, a directory of shards or `scenes:SEED:COUNT`.
+        DataError: for a line that is no record, unless `data.skip_bad`.
+        CheckpointError: `data.tagger` cannot be loaded.
         OSError: a file cannot be opened.
     """
+    return _open_sources("train", data, seed, transforms_of(data.augmentation))
+
+
+def open_evaluation_data(data: Data) -> dict[str, TaskSamples]:
+    """The samples that a recipe evaluates on, by task, as they are but for tags; errors as above."""
+    return _open_sources("evaluate", data, 0, [])
+
+
+def transforms_of(augmentation: Augmentation) -> list[Transform]:
+    """What a recipe does to region-level samples, boxes included."""
+    return [RandomHorizontalFlip(augmentation.flip), RandomCrop(augmentation.crop, augmentation.crop_min_scale)]
+
+
+def _open_sources(part: str, data: Data, seed: int, transforms: list[Transform]) -> dict[str, TaskSamples]:
+    named = {task: names for task in TASKS if (names := getattr(getattr(data, part), task))}
+    tagger = _load_tagger(data) if named and data.tagger else None
     opened = {}
-    for task in ("image_level", "region_level"):
-        names = getattr(sources, task)
-        if names:
-            opened[task] = TaskSamples(task, {name: _open(name, task, image_root) for name in names})
+    for task, names in named.items():
+        sources = {}
+        for name in names:
+            try:
+                sources[name] = _open(name, task, data, seed, transforms, tagger)
+            except (RecipeError, FileNotFoundError) as error:
+                raise RecipeError(f"data.{part}.{task}: {error}") from error
+        opened[task] = TaskSamples(task, sources)
     return opened
 
 
-def _open(name: str, task: str, image_root: str | None) -> Dataset:
+def _load_tagger(data: Data) -> Tagger:
+    """On the GPU where this process reads the samples itself; a worker process is to keep its hands off it."""
+    on_gpu = torch.cuda.is_available() and data.workers == 0
+    directory = Path(data.tagger or "")
+    if not directory.is_dir():
+        raise RecipeError(f"data.tagger: expected a directory of `lion-fast convert`'s RamTagger, got {data.tagger!r}")
+    with naming(directory, "a directory with a RamTagger"):
+        tagger: Any = RamTagger.from_pretrained(directory)
+    return PictureTagger(tagger.eval().to("cuda" if on_gpu else "cpu"))
+
+
+def _open(name: str, task: str, data: Data, seed: int, transforms: list[Transform], tagger: Tagger | None) -> Dataset:
     if name.startswith("scenes:"):
         numbers = name.split(":")[1:]
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[1]) < 1:
-            raise RecipeError(f"data: expected scenes:SEED:COUNT with whole numbers, got {name!r}")
-        return SceneSamples(task, int(numbers[0]), int(numbers[1]))
+            raise RecipeError(f"expected scenes:SEED:COUNT with whole numbers, got {name!r}")
+        return SceneSamples(task, int(numbers[0]), int(numbers[1]), transforms)
+    options: Any = {"transforms": transforms, "task": task, "tagger": tagger, "strict": not data.skip_bad, "seed": seed}
+    if Path(name).is_dir():
+        return ShardDataset(name, **options)
     if not name.endswith(".jsonl"):
-        raise RecipeError(f"data: expected a .jsonl file or scenes:SEED:COUNT, got {name!r}")
-    return JsonlDataset(name, image_root=image_root, task=task)
-
-
-class TrainingOrder(Sampler[tuple[int, str, int]]):
-    """The samples of a whole run: (position, task, index) for position 0, 1, ... up to `steps * batch_size`.
-
-    A task's samples are gone through again and again, each pass in an order of its own, so every batch is full. Tasks
-    take turns by their shares. Any position can be asked for at once; nothing depends on what was asked before.
-
-    Args:
-        sizes: number of samples of each task.
-        shares: how often each task has its turn, in the same order.
-        steps: optimizer steps of the run.
-        batch_size: samples per step over all processes.
-        mix: whether turns change from sample to sample or from step to step.
-        shuffle: whether passes are permuted.
-        seed: names the permutations.
-    """
-
-    def __init__(
-        self,
-        sizes: Mapping[str, int],
-        shares: Sequence[int],
-        *,
-        steps: int,
-        batch_size: int,
-        mix: Literal["sample", "step"],
-        shuffle: bool,
-        seed: int,
-    ):
-        self.sizes = dict(sizes)
-        self.steps = steps
-        self.batch_size = batch_size
-        self.unit = 1 if mix == "sample" else batch_size  # samples in a turn
-        self.shuffle = shuffle
-        self.seed = seed
-        tasks = [task for task, _ in zip(self.sizes, shares, strict=True)]
-        self.turns = [tasks[number] for number in take_turns(shares)]
-        self._permutations: dict[str, tuple[int, torch.Tensor]] = {}
-
-    def __len__(self) -> int:
-        return self.steps * self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[int, str, int]]:
-        return (self[position] for position in range(len(self)))
-
-    def __getitem__(self, position: int) -> tuple[int, str, int]:
-        turn, within = divmod(position, self.unit)
-        round_, place = divmod(turn, len(self.turns))
-        task = self.turns[place]
-        turns_before = round_ * self.turns.count(task) + self.turns[:place].count(task)
-        pass_, offset = divmod(turns_before * self.unit + within, self.sizes[task])
-        return position, task, self._permuted(task, pass_, offset)
-
-    def _permuted(self, task: str, pass_: int, offset: int) -> int:
-        if not self.shuffle:
-            return offset
-        if self._permutations.get(task, (None,))[0] != pass_:
-            permutation = np.random.default_rng([self.seed, *task.encode(), pass_]).permutation(self.sizes[task])
-            self._permutations[task] = pass_, torch.from_numpy(permutation)
-        return int(self._permutations[task][1][offset])
-
-
-class TrainingData(Dataset):
-    """Samples by `TrainingOrder`'s keys, each made under random numbers of its own.
-
-    Whatever a data set draws from Python's, NumPy's or PyTorch's global generators follows from the seed and the
-    sample's position: the same in any worker, and when a run goes on.
-    """
-
-    def __init__(self, samples: Mapping[str, Dataset], seed: int):
-        self.samples = samples
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return sum(map(len, self.samples.values()))  # type: ignore[arg-type]
-
-    def __getitem__(self, key: tuple[int, str, int]) -> dict[str, Any]:
-        position, task, index = key
-        seed_everything(self.seed, position, 0)
-        return {"id": f"{task}:{index}", **self.samples[task][index], POSITION: position}
-
-
-def seed_everything(*key: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's global generators by whole numbers of 0 or more."""
-    words = np.random.SeedSequence(key).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))  # noqa: NPY002 - the generator that augmentations of other people draw from
-    torch.manual_seed(int(words[2]) << 32 | int(words[3]))
+        raise RecipeError(
+            f"expected a .jsonl file, a directory of `lion-fast data shards` or scenes:SEED:COUNT, got {name!r}"
+        )
+    return JsonlDataset(name, image_root=data.image_root, **options)

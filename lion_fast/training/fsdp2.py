@@ -9,7 +9,7 @@ processes: the curve of two goes on on one. Read it to see all that a stage need
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,17 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import get_scheduler
 
+from lion_fast.data import make_loader
+from lion_fast.data.order import POSITION
+from lion_fast.data.seeding import seed_everything
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import IGNORED, LionProcessor
 from lion_fast.stages import parameter_groups
 from lion_fast.training import saving
-from lion_fast.training.data import (
-    POSITION,
-    SAMPLE_IDS,
-    LionCollator,
-    TrainingData,
-    TrainingOrder,
-    open_sources,
-    seed_everything,
-)
+from lion_fast.training.data import SAMPLE_IDS, LionCollator, open_training_data
 from lion_fast.training.evaluation import move
 from lion_fast.training.recipe import Recipe, load_recipe
 from lion_fast.training.run import SCHEDULE, build_model, prepare_run, schedule_rates, training_order
@@ -66,7 +61,7 @@ def train(
     dist.broadcast_object_list(begun)
     if train_samples is None:
         recipe.check_sources()
-        train_samples = open_sources(recipe.data.train, recipe.data.image_root)
+        train_samples = open_training_data(recipe.data, recipe.seed)
 
     whole, processor = build_model(recipe)
     whole.to(device)  # type: ignore[arg-type]
@@ -87,13 +82,15 @@ def train(
     step, losses = (0, []) if begun[0] is None else load(Path(begun[0]), model, optimizer, schedule)
 
     accumulation = recipe.batch.accumulation(world)
-    order = training_order(recipe, train_samples)
-    loader = DataLoader(
-        TrainingData(train_samples, recipe.seed),  # type: ignore[arg-type]
-        batch_sampler=_OwnBatches(order, recipe.batch.per_process, rank, world, start=step),  # type: ignore[arg-type]
-        collate_fn=LionCollator(processor),
+    loader = make_loader(
+        training_order(recipe, train_samples),
+        LionCollator(processor),
+        batch_size=recipe.batch.per_process,
+        rank=rank,
+        world_size=world,
+        start=step,
         num_workers=recipe.data.workers,
-        pin_memory=device.type == "cuda",
+        prefetch=recipe.data.prefetch,
     )
     batches = iter(loader)
     while step < recipe.steps:
@@ -220,21 +217,6 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-class _OwnBatches:
-    """The micro-batches of one process: every `world`-th of the run's, from step `start` on."""
-
-    def __init__(self, order: TrainingOrder, size: int, rank: int, world: int, start: int):
-        self.order, self.size = order, size
-        self.numbers = range(start * order.batch_size // size + rank, len(order) // size, world)
-
-    def __iter__(self) -> Iterator[list[tuple[int, str, int]]]:
-        for number in self.numbers:
-            yield [self.order[position] for position in range(number * self.size, (number + 1) * self.size)]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
 
 
 def main() -> None:

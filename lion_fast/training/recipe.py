@@ -44,10 +44,24 @@ class Model(_Section):
 
 
 class Sources(_Section):
-    """Files of samples per task: JSONL, or `scenes:SEED:COUNT` for generated ones."""
+    """Where samples are, per task: JSONL files, directories of shards, or `scenes:SEED:COUNT` for generated ones."""
 
     image_level: list[str]
     region_level: list[str]
+
+
+class Augmentation(_Section):
+    """What is done to region-level samples in training; their boxes, and the text of them, go with the pixels.
+
+    Args:
+        flip: share of the samples that are mirrored, of those whose words bear it.
+        crop: share of the samples that are cut, of those whose words bear it; boxes stay whole.
+        crop_min_scale: shortest part of each side that a cut keeps.
+    """
+
+    flip: float = Field(ge=0, le=1)
+    crop: float = Field(ge=0, le=1)
+    crop_min_scale: float = Field(gt=0, le=1)
 
 
 class Data(_Section):
@@ -56,19 +70,29 @@ class Data(_Section):
     Args:
         train, evaluate: see `Sources`.
         image_root: folder that the pictures' paths in JSONL files start from; None for the file's own folder.
+        skip_bad: whether lines and pictures that cannot be used are left out and counted, instead of being errors.
+        tagger: directory of a `RamTagger`, for pictures whose record has no tags; None for none.
+        augmentation: see `Augmentation`.
         image_to_region: shares of the two tasks in a stage that trains both.
         mix: whether tasks take turns from sample to sample or from step to step.
         shuffle: whether every pass over a task's samples has an order of its own.
+        group_by_length: whether batches are of samples of alike length (`lion_fast.data.TrainingOrder`).
         workers: processes that load samples, per training process.
+        prefetch: batches that each of them is ahead.
     """
 
     train: Sources
     evaluate: Sources
     image_root: str | None
+    skip_bad: bool
+    tagger: str | None
+    augmentation: Augmentation
     image_to_region: tuple[int, int]
     mix: Literal["sample", "step"]
     shuffle: bool
+    group_by_length: bool
     workers: int = Field(ge=0)
+    prefetch: int = Field(ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -77,9 +101,11 @@ class Data(_Section):
         return {**values, "image_to_region": tuple(ratio)} if isinstance(ratio, list) else values
 
     @model_validator(mode="after")
-    def _positive_ratio(self) -> "Data":
+    def _check(self) -> "Data":
         if min(self.image_to_region) < 1:
             raise ValueError("image_to_region: expected two whole numbers of 1 or more")
+        if self.group_by_length and not self.shuffle:
+            raise ValueError("group_by_length: expected false where shuffle is false, as it changes the order")
         return self
 
 
@@ -111,7 +137,7 @@ class Batch(_Section):
     """Samples per optimizer step over all processes, and how many a process takes at a time.
 
     What is left of `size` is accumulated; the loss is weighed by target tokens over the whole of it, so neither
-    `per_process` nor the number of processes changes the step.
+    `per_process` nor the number of processes changes the step, but for `per_process` what dropout drops.
     """
 
     size: int = Field(ge=1)
@@ -197,8 +223,9 @@ class Recipe(_Section):
                 raise RecipeError(f"data.train.{task}: expected {expected}, got {sources}")
 
 
-# What a run may change when it goes on: none of it touches the weights or the curve that come out.
-RESUMABLE_CHANGES = ("batch.per_process", "data.workers", "evaluation", "checkpoints")
+# What a run may change when it goes on: none of it touches the samples of a step or the loss over them. Of dropout's
+# numbers a micro-batch has its own, so with `per_process` they are others.
+RESUMABLE_CHANGES = ("batch.per_process", "data.workers", "data.prefetch", "evaluation", "checkpoints")
 
 
 def shipped_recipe(stage: int) -> str:

@@ -14,12 +14,15 @@ from transformers import TrainerCallback, TrainingArguments
 from lion_fast.checkpoints import CheckpointError, naming
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.data.files import whole_or_not
+from lion_fast.data.order import TrainingOrder
+from lion_fast.data.records import DataError
+from lion_fast.data.seeding import seed_everything
 from lion_fast.loading import load_complete
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.stages import carry_over, copy_frozen, freeze_for_stage, stage_of_model
 from lion_fast.training import saving
-from lion_fast.training.data import TrainingOrder, open_sources, seed_everything
+from lion_fast.training.data import TASKS, TaskSamples, open_evaluation_data, open_training_data
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
 from lion_fast.training.reporting import TensorBoardCurves
 from lion_fast.training.trainer import LionTrainer
@@ -56,15 +59,16 @@ def train(
     Raises:
         RecipeError: for settings that do not fit together or, with `resume`, not to the run that began.
         CheckpointError: for a model's directory that cannot be loaded.
+        DataError: for a line or picture that cannot be used, unless `data.skip_bad`.
         NonFiniteError: a loss or gradient is NaN or infinite.
         OSError: a file cannot be read or written, as on a full disk; the newest checkpoint is whole.
     """
     run_dir = Path(recipe.output_dir)
     if train_samples is None:
         recipe.check_sources()
-        train_samples = open_sources(recipe.data.train, recipe.data.image_root)
+        train_samples = open_training_data(recipe.data, recipe.seed)
     if eval_samples is None:
-        eval_samples = open_sources(recipe.data.evaluate, recipe.data.image_root)
+        eval_samples = open_evaluation_data(recipe.data)
     arguments = training_arguments(recipe, evaluates=bool(eval_samples))
     checkpoint = [prepare_run(recipe, run_dir, resume) if arguments.process_index == 0 else None]
     broadcast_object_list(checkpoint)
@@ -75,13 +79,18 @@ def train(
         recipe=recipe,
         processor=processor,
         order=training_order(recipe, train_samples),
-        train_samples=dict(train_samples),
         eval_samples=dict(eval_samples),
         data_collator=data_collator,
         callbacks=[*(callbacks or []), TensorBoardCurves()],
     )
-    trainer.train(resume_from_checkpoint=checkpoint[0])
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint[0])
+    except DataError as error:
+        # A worker's comes wrapped in its traceback, of which the last line is the error.
+        message = str(error).strip().splitlines()[-1]
+        raise DataError(message.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
     trainer.save_final(run_dir / "model")
+    trainer.report_left_out()
     return trainer
 
 
@@ -182,18 +191,28 @@ def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOr
     Args:
         recipe: its shares are those of `image_level` and `region_level`.
         samples: task -> data set with a length.
+
+    Raises:
+        RecipeError: `data.group_by_length` with data sets that do not know their lengths; a data set without samples.
     """
-    image, region = recipe.data.image_to_region
-    shares = {"image_level": image, "region_level": region}
-    return TrainingOrder(
-        {task: len(dataset) for task, dataset in samples.items()},  # type: ignore[arg-type]
-        [shares[task] for task in samples],
-        steps=recipe.steps,
-        batch_size=recipe.batch.size,
-        mix=recipe.data.mix,
-        shuffle=recipe.data.shuffle,
-        seed=recipe.seed,
-    )
+    shares: dict[str, int] = dict(zip(TASKS, recipe.data.image_to_region, strict=True))
+    by_task = {
+        task: dataset if isinstance(dataset, TaskSamples) else TaskSamples(task, {task: dataset})
+        for task, dataset in samples.items()
+    }
+    try:
+        return TrainingOrder(
+            by_task,
+            [shares[task] for task in samples],
+            steps=recipe.steps,
+            batch_size=recipe.batch.size,
+            mix=recipe.data.mix,
+            shuffle=recipe.data.shuffle,
+            group_by_length=recipe.data.group_by_length,
+            seed=recipe.seed,
+        )
+    except ValueError as error:
+        raise RecipeError(f"data.{error}") from error
 
 
 def schedule_rates(recipe: Recipe) -> dict[str, float]:
@@ -248,6 +267,7 @@ def training_arguments(recipe: Recipe, evaluates: bool = True) -> TrainingArgume
         save_strategy="steps",
         save_steps=recipe.checkpoints.every,
         dataloader_num_workers=recipe.data.workers,
+        dataloader_prefetch_factor=recipe.data.prefetch if recipe.data.workers else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # the Q-Former's last layer has a branch for text that nothing reads

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lion_fast.data.order import POSITION, TrainingData, TrainingOrder
+from lion_fast.data.seeding import seed_everything
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.stages import parameter_groups
 from lion_fast.training import saving
-from lion_fast.training.data import POSITION, SAMPLE_IDS, LionCollator, TrainingData, TrainingOrder, seed_everything
+from lion_fast.training.data import SAMPLE_IDS, LionCollator, TaskSamples
 from lion_fast.training.evaluation import draw_answers, evaluate, evaluated_indices
 from lion_fast.training.recipe import Recipe
 
@@ -41,8 +43,7 @@ class LionTrainer(Trainer):
         args: as `lion_fast.training.run.training_arguments` makes them of the recipe.
         recipe: settings of optimizer, evaluation, checkpoints and of what is not finite.
         processor: makes the batches and reads the answers.
-        order: keys of the samples of the whole run.
-        train_samples: the data sets that `order` names.
+        order: the samples of the whole run and their keys.
         eval_samples: data sets to evaluate on; may be empty.
         data_collator: makes batches with `sample_ids` and `position`; `LionCollator(processor)` if None.
         callbacks: further ones.
@@ -58,7 +59,6 @@ class LionTrainer(Trainer):
         recipe: Recipe,
         processor: LionProcessor,
         order: TrainingOrder,
-        train_samples: dict[str, Dataset],
         eval_samples: dict[str, Dataset],
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -72,13 +72,11 @@ class LionTrainer(Trainer):
             model,
             args,
             data_collator=data_collator or LionCollator(processor),
-            train_dataset=TrainingData(train_samples, recipe.seed),
+            train_dataset=TrainingData(order.samples, recipe.seed),
             eval_dataset=ConcatDataset(eval_samples.values()) if eval_samples else None,
             processing_class=processor,
             callbacks=[*(callbacks or []), _LogWithCheckpoints(), self._watch],
         )
-        # The class's name makes Trainer take LION around a decoder-only model for one that shifts its labels.
-        self._loss_shifts_labels = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
         return self.order
@@ -94,6 +92,11 @@ class LionTrainer(Trainer):
             )
             self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
         return self.optimizer
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._watch.norm = norm
+        return norm
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         sample_ids = inputs.pop(SAMPLE_IDS)
@@ -124,6 +127,16 @@ class LionTrainer(Trainer):
                 self.save_model(str(aside))
             elif self.is_world_process_zero():
                 self._save(str(aside), state_dict=state)
+
+    def report_left_out(self) -> None:
+        """Say how many lines and pictures of the training data could not be used, where `data.skip_bad` allows it."""
+        own = [d.left_out for d in self.order.samples.values() if isinstance(d, TaskSamples)]
+        lines, pictures = (sum(counts) for counts in zip((0, 0), *own, strict=True))
+        # Every process has checked all lines, and seen the pictures of its own share.
+        found = self.accelerator.reduce(torch.tensor([pictures], device=self.args.device), reduction="sum")
+        pictures = int(found.item())  # type: ignore[union-attr]
+        if self.is_world_process_zero() and (lines or pictures):
+            print(f"data.train: left out {lines} lines and {pictures} samples with a picture that cannot be read")
 
     @contextmanager
     def _written_aside(self, target: Path) -> Iterator[Path]:
@@ -175,6 +188,7 @@ class _FiniteWatch(TrainerCallback):
     def __init__(self, trainer: LionTrainer):
         self._trainer = trainer
         self._batches: list[tuple[list[str], Tensor]] = []
+        self.norm: Any = None  # of all gradients, before they are clipped, as Trainer has just computed it
 
     def note(self, sample_ids: list[str], loss: Tensor) -> None:
         self._batches.append((sample_ids, loss.detach()))
@@ -184,7 +198,7 @@ class _FiniteWatch(TrainerCallback):
     ) -> None:
         batches, self._batches = self._batches, []
         accelerator, model = self._trainer.accelerator, self._trainer.model
-        norm = get_total_norm([_local(p.grad) for p in model.parameters() if p.grad is not None])
+        norm = self.norm.full_tensor() if isinstance(self.norm, DTensor) else self.norm
         losses = torch.stack([loss for _, loss in batches]).sum()
         bad: Any = accelerator.reduce((~(losses + norm).isfinite()).long().reshape(1), reduction="sum")
         if not bad.item():
@@ -212,8 +226,3 @@ class _FiniteWatch(TrainerCallback):
         what = "loss" if guilty else "gradients"
         samples = ", ".join(sample for batch in guilty or found for sample in batch["samples"])
         return f"step {step}: {what} not finite, samples {samples} (all batches of the step: {file})"
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """This process's part of a gradient that FSDP shards."""
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient  # type: ignore[operator]

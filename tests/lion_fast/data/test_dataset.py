@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lion_fast.data import DataError, JsonlDataset, LengthGroupedBatchSampler, make_loader
+from lion_fast.data import DataError, JsonlDataset, TrainingOrder, make_loader
 from lion_fast.data.dataset import MAX_LINE_BYTES
 from lion_fast.scenes import SceneGenerator, write_scenes
 
@@ -169,32 +169,20 @@ def test_a_line_that_changed_behind_the_index_is_noticed(pictures: Path, write_l
 def test_workers_see_the_same_and_report_what_they_skip(pictures: Path, write_lines) -> None:
     path = write_lines(*[{"image": name} for name in ("a.png", "missing.png", "b.png", "c.png", "cut.jpg", "d.png")])
     dataset = JsonlDataset(path, strict=False)
-    sampler = LengthGroupedBatchSampler(dataset, batch_size=2)
     for num_workers in (0, 2):
-        loader = make_loader(sampler, as_they_are, num_workers)
-        sampler.set_epoch(0)
+        loader = make_loader(TrainingOrder({"a": dataset}, steps=3, batch_size=2), as_they_are, num_workers=num_workers)
         places = [sample["place"] for batch in loader for sample in batch]
         if num_workers == 0:
             alone = places
             dataset._bad.zero_()
     assert places == alone
     assert dataset.num_bad_images == 2
-    strict = make_loader(LengthGroupedBatchSampler(JsonlDataset(path), batch_size=2), as_they_are, 1)
+    order = TrainingOrder({"a": JsonlDataset(path)}, steps=3, batch_size=2)
+    strict = make_loader(order, as_they_are, num_workers=1)
     with pytest.raises(DataError, match=r"train.jsonl:[25]: image"):
         list(strict)
     again = pickle.loads(pickle.dumps(dataset))
     assert np.array_equal(np.asarray(again[5]["image"]), np.asarray(dataset[5]["image"]))
-
-
-def test_loading_leaves_the_process_s_random_numbers_alone(pictures: Path, write_lines) -> None:
-    import torch
-
-    sampler = LengthGroupedBatchSampler(JsonlDataset(write_lines({}, {})), batch_size=1)
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    list(make_loader(sampler, as_they_are, 0))
-    assert torch.equal(torch.rand(1), expected)
 
 
 def test_16_bit_and_rotated_pictures_come_upright(tmp_path: Path, write_lines) -> None:

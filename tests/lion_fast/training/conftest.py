@@ -1,0 +1,129 @@
+"""A tiny model, recipes that train it, files to train it on, and processes that do."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BlipImageProcessorPil
+
+from lion_fast import LionConfig, LionForCausalLM, LionProcessor
+from lion_fast.data import JsonlDataset, write_shards
+from lion_fast.modeling_ram import RamConfig, RamTagger
+from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
+from lion_fast.scenes import write_scenes
+from lion_fast.training import load_recipe
+from lion_fast.training.recipe import Recipe
+from tests.lion_fast.training.runs import Files, MakeRecipe
+
+PROCESS = Path(__file__).with_name("training_process.py")
+WIDTH = 16
+
+
+@pytest.fixture(scope="session")
+def tiny_lion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a joint model of a few thousand parameters that reads scenes, with dropout."""
+    texts = scene_texts(20)
+    image_processor = BlipImageProcessorPil(size={"height": 28, "width": 28})
+    processor = LionProcessor(image_processor, build_text_tokenizer(texts), build_qformer_tokenizer(texts))
+    part = {"hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 24}
+    config = LionConfig(
+        vision_config={**part, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14},
+        qformer_config={**part, "num_hidden_layers": 2, "vocab_size": len(processor.qformer_tokenizer)},
+        aggregator_config={**part, "feature_layers": [2, 1, 0], "projection_size": 24},
+        text_config={
+            "model_type": "t5",
+            "d_model": WIDTH,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 1,
+            "num_heads": 2,
+            "vocab_size": len(processor.tokenizer),
+            "feed_forward_proj": "gated-gelu",
+            "dense_act_fn": "gelu",
+            "tie_word_embeddings": False,
+            "decoder_start_token_id": 0,
+            "initializer_factor": 0.3,
+        },
+        num_query_tokens=4,
+        adapter_rank=4,
+        soft_prompt_token_id=processor.soft_prompt_token_id,
+    )
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("tiny") / "lion"
+    LionForCausalLM(config).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def make_recipe(tiny_lion: Path, tmp_path: Path) -> MakeRecipe:
+    """A stage's recipe with the tiny model, scenes, and few small steps."""
+
+    def make(stage: int = 3, *overrides: str, name: str = "run") -> Recipe:
+        trained = {1: ["image_level"], 2: ["region_level"]}.get(stage, ["image_level", "region_level"])
+        settings = [
+            f"output_dir={tmp_path / name}",
+            f"model.carry_over=['{tiny_lion}']",
+            *(f"data.train.{task}=['scenes:0:7']" for task in trained),
+            "data.mix=sample",
+            "data.workers=0",
+            "optimizer.lr=1e-3",
+            "optimizer.warmup_steps=2",
+            "batch.size=4",
+            "batch.per_process=2",
+            "steps=6",
+            "precision=fp32",
+            "log_every=1",
+            "checkpoints.every=2",
+            "evaluation.max_new_tokens=4",
+        ]
+        return load_recipe(stage, overrides=[*settings, *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    directory = tmp_path_factory.mktemp("files")
+    jsonl = write_scenes(directory / "scenes", 6, seed=3, image_size=32)
+    write_shards(JsonlDataset(jsonl), directory / "shards", shard_bytes=20_000)
+    return Files(jsonl, directory / "shards")
+
+
+@pytest.fixture(scope="session")
+def tagger_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tagger of a few thousand parameters, which is sure of every tag."""
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
+    text = {"label_size": 16, "projection_size": 24, "hidden_size": 32, "intermediate_size": 48}
+    tagger = RamTagger(RamConfig(vision_config=vision, num_tags=2, **text), ["red", "blue"], [0.0, 0.0])
+    directory = tmp_path_factory.mktemp("tagger") / "ram"
+    tagger.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def start() -> Iterator[Callable[..., Any]]:
+    """Start a `training_process`; forked from a server that has imported everything, it is there at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lion_fast.training.run", "lion_fast.training.fsdp2", "torch.utils.tensorboard"])
+
+    def begin(recipe: Recipe, **arguments: Any) -> Any:
+        given = {"recipe": recipe.model_dump(mode="json"), **arguments}
+        process = context.Process(
+            target=runpy.run_path,
+            args=(str(PROCESS),),
+            kwargs={"init_globals": {"ARGUMENTS": given}, "run_name": "__main__"},
+        )
+        process.start()
+        return process
+
+    with pytest.MonkeyPatch.context() as patch:  # for the server, which starts with the first process
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        yield begin

@@ -1,0 +1,115 @@
+"""Recipes: what is in them, what is refused, and the schedule that they give."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from lion_fast.stages import parameter_groups
+from lion_fast.training import RecipeError, load_recipe, shipped_recipe
+from lion_fast.training.data import open_training_data
+from lion_fast.training.recipe import check_resumable
+from lion_fast.training.run import SCHEDULE, build_model, schedule_rates, training_order
+from tests.lion_fast.training.runs import MakeRecipe
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_shipped_recipes_are_whole(stage: int) -> None:
+    recipe = load_recipe(stage)
+    assert recipe.stage == stage
+    assert recipe.optimizer.lr == (1e-5 if stage == 4 else 1e-4)
+    numbers = [line for line in shipped_recipe(stage).splitlines() if line.startswith("optimizer:")]
+    assert numbers
+    sourced = shipped_recipe(stage).split("optimizer:\n")[1].split("\n\n")[0].splitlines()
+    assert all("# [" in line for line in sourced), "every number of the optimizer names its source"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key; expected one of lr, min_lr, warmup_lr"),
+        ("stepz=1", "stepz: unknown key; expected one of stage, output_dir"),
+        ("steps=many", "steps: expected a valid integer, got 'many'"),
+        ("steps=true", "steps: expected a valid integer, got True"),
+        ("optimizer.lr='1e-4'", "optimizer.lr: expected a valid number, got '1e-4'"),
+        ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, got -1"),
+        ("precision=fp16", "precision: expected 'bf16' or 'fp32', got 'fp16'"),
+        ("optimizer=3", "optimizer: expected a valid dictionary or instance of Optimizer, got 3"),
+        ("data.image_to_region=[0,1]", "image_to_region: expected two whole numbers of 1 or more"),
+        ("data.augmentation.flip=2", "data.augmentation.flip: expected less than or equal to 1, got 2"),
+        ("data.augmentation.turn=1", "data.augmentation.turn: unknown key; expected one of flip, crop, crop_min_scale"),
+        ("data.prefetch=0", "data.prefetch: expected greater than or equal to 1, got 0"),
+        ("data={group_by_length: true, shuffle: false}", "group_by_length: expected false where shuffle is false"),
+        ("data.train.image_level=x", "data.train.image_level: expected a valid list, got 'x'"),
+        ("stage=2", "stage: expected 1 (the stage that was asked for), got 2"),
+        ("steps", "override: expected section.key=value, got 'steps'"),
+    ],
+)
+def test_errors_name_the_key(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(1, overrides=[override])
+    assert message in str(caught.value)
+
+
+def test_a_file_lies_over_the_stage_s_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optimizer:\n  lr: 3e-5\nsteps: 7\n")
+    recipe = load_recipe(1, file, ["steps=8"])
+    assert (recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.steps) == (3e-5, 1e-5, 8)
+    file.write_text("steps: [\n")
+    with pytest.raises(RecipeError, match=r"mine.yaml: not readable as YAML"):
+        load_recipe(1, file)
+
+
+def test_data_and_model_are_asked_for_first(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"data.train.region_level: expected one file or more, got \[\]"):
+        make_recipe(3, "data.train.region_level=[]").check_sources()
+    with pytest.raises(RecipeError, match=r"data.train.region_level: expected none in stage 1, got \['x.jsonl'\]"):
+        make_recipe(1, "data.train.region_level=['x.jsonl']").check_sources()
+    with pytest.raises(RecipeError, match=r"model: expected a directory in model.frozen_from or model.carry_over"):
+        make_recipe(1, "model.carry_over=[]").check_sources()
+    with pytest.raises(RecipeError, match=r"batch.size: expected a multiple of 6 .* got 4"):
+        make_recipe(1, "batch.per_process=3").batch.accumulation(2)
+    for source, message in {
+        "scenes:x": r"data.train.image_level: expected scenes:SEED:COUNT with whole numbers, got 'scenes:x'",
+        "x.txt": r"data.train.image_level: expected a .jsonl file, a directory of .* got 'x.txt'",
+        "absent.jsonl": r"data.train.image_level: path: expected a file of JSON lines.*absent.jsonl",
+        ".": r"data.train.image_level: directory: expected shards and their index",
+    }.items():
+        with pytest.raises(RecipeError, match=message):
+            open_training_data(make_recipe(1, f"data.train.image_level=['{source}']").data, 0)
+    with pytest.raises(RecipeError, match=r"data.tagger: expected a directory of .* got 'absent'"):
+        open_training_data(make_recipe(1, "data.tagger=absent").data, 0)
+    recipe = make_recipe(1, "data.group_by_length=true")
+    with pytest.raises(RecipeError, match=r"data.group_by_length: expected data sets that know .* got .*scenes:0:7"):
+        training_order(recipe, open_training_data(recipe.data, 0))
+
+
+def test_a_run_goes_on_only_as_it_began(make_recipe: MakeRecipe) -> None:
+    began = make_recipe().model_dump(mode="json")
+    check_resumable(began, make_recipe(3, "batch.per_process=4", "checkpoints.keep=1").model_dump(mode="json"))
+    with pytest.raises(RecipeError, match=r"optimizer.lr: expected 0.001, with which the run began, got 0.002"):
+        check_resumable(began, make_recipe(3, "optimizer.lr=2e-3").model_dump(mode="json"))
+
+
+def test_the_schedule_warms_up_and_ends_at_the_minimum(make_recipe: MakeRecipe) -> None:
+    """Stage 3's own numbers: 1e-6 -> 1e-4 in 2000 steps, 1e-5 at the end, the aggregator's scaled throughout."""
+    recipe = make_recipe(3, "optimizer.lr=1e-4", "optimizer.warmup_steps=2000", "optimizer.boost_lr_scale=0.2")
+    model, _ = build_model(recipe)
+    settings = recipe.optimizer
+    groups = parameter_groups(model, lr=settings.lr, boost_lr_scale=settings.boost_lr_scale)
+    optimizer = torch.optim.AdamW(groups)
+    schedule = get_scheduler(SCHEDULE, optimizer, 2000, 10_000, scheduler_specific_kwargs=schedule_rates(recipe))
+    rates = []
+    for _ in range(10_000):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    base, aggregator = [step[0] for step in rates], [step[-1] for step in rates]
+    assert [base[0], base[1999], base[-1]] == pytest.approx([1e-6, 1e-4, 1e-5])
+    assert base[1000] == pytest.approx(1e-6 + (1e-4 - 1e-6) * 1000 / 1999)
+    assert all(later > earlier for earlier, later in itertools.pairwise(base[:2000]))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(base[1999:]))
+    assert aggregator == pytest.approx([0.2 * rate for rate in base])
