@@ -290,7 +290,8 @@ def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Te
     for name, tensor in (("prefix", prefix), ("input_ids", input_ids), ("soft_prompt", soft_prompt)):
         if tensor.device != embedding.device:
             raise ValueError(f"{name}: expected device {embedding.device} (from embedding), got {tensor.device}")
-    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    # A subclass may have no values, as those that only know their shapes.
+    if input_ids.device.type == "cpu" and type(input_ids) is Tensor and not torch.compiler.is_compiling():
         strange = (input_ids != soft_prompt_id) & ((input_ids < 0) | (input_ids >= vocabulary))
         if strange.any():
             ids = input_ids[strange].unique().tolist()

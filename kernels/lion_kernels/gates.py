@@ -120,8 +120,9 @@ def _check_leading(name: str, given: torch.Size, x: Tensor) -> None:
 def _check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}")
-    # On a GPU the comparison would wait for the device; there an index out of range fails in the gather.
-    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+    # On a GPU the comparison would wait for the device; there an index out of range fails in the gather. A subclass may
+    # have no values, as those that only know their shapes.
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or type(ids) is not Tensor:
         return
     outside = ids[(ids < low) | (ids >= high)]
     if outside.numel():

@@ -19,7 +19,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> None:
-    _expect_extra()
+    expect_extra()
     from lion_fast.training.recipe import load_recipe, shipped_recipe
 
     if args.print_recipe:
@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace) -> None:
         print(f"written to {recipe.output_dir}: model/ loads with LionForCausalLM.from_pretrained")
 
 
-def _expect_extra() -> None:
+def expect_extra() -> None:
     try:
         import accelerate  # noqa: F401
         import pydantic  # noqa: F401

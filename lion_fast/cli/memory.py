@@ -1,0 +1,82 @@
+"""`lion-fast memory`: what a stage of training takes on a device, before anything is allocated."""
+
+import argparse
+from pathlib import Path
+
+from lion_fast.cli.arguments import positive_int
+
+_SIZES = {"xl": {}, "xxl": {"d_model": 4096, "d_ff": 10240, "num_heads": 64}}
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "memory",
+        help="estimate what a stage of training takes on a device",
+        description=(
+            "Estimate weights, gradients, optimizer and saved activations of a stage, with and without kernels and "
+            "gradient checkpointing. Nothing is allocated. Settings are those of lion-fast train."
+        ),
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. batch.per_process=64")
+    parser.add_argument("--stage", type=int, default=4, choices=(1, 2, 3, 4), help="default: %(default)s")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="the settings that differ from the stage's recipe")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, metavar="DIR", help="a LION directory (default: the recipe's)")
+    which.add_argument("--size", choices=_SIZES, help="LION-FlanT5-XL or -XXL, as published, without any file")
+    parser.add_argument("--text-tokens", type=positive_int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--question-tokens", type=positive_int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--answer-tokens", type=positive_int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--processes", type=positive_int, default=1, metavar="N", help="that parallel=fsdp shares among"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lion_fast.cli.processes import run_again
+    from lion_fast.cli.train import expect_extra
+    from lion_kernels.backend import HAS_TRITON, interpreting
+
+    expect_extra()
+    if HAS_TRITON and not interpreting():  # on tensors that say they are on the CPU
+        argv: list[object] = ["memory", "--stage", args.stage, *args.overrides]
+        argv += ["--config", args.config] if args.config else []
+        argv += ["--model", args.model] if args.model else []
+        argv += ["--size", args.size] if args.size else []
+        for name in ("text_tokens", "question_tokens", "answer_tokens", "processes"):
+            argv += [f"--{name.replace('_', '-')}", getattr(args, name)]
+        return run_again(argv, interpret=True)
+
+    from lion_fast.configuration_lion import FLAN_T5_XL, LionConfig
+    from lion_fast.training.memory import Shapes, as_table, estimate
+    from lion_fast.training.recipe import load_recipe
+    from lion_fast.training.run import stage_config
+
+    recipe = load_recipe(args.stage, args.config, args.overrides)
+    if args.size:
+        config, name = LionConfig(text_config={**FLAN_T5_XL, **_SIZES[args.size]}), f"LION-FlanT5-{args.size.upper()}"
+    else:
+        directory = args.model or next(iter([recipe.model.frozen_from, *recipe.model.carry_over][::-1]), None)
+        if directory is None or not (Path(directory) / "config.json").is_file():
+            raise ValueError(f"model: expected --size, or a LION directory in --model or the recipe, got {directory}")
+        config, name = LionConfig.from_pretrained(directory), str(directory)
+    shapes = Shapes(recipe.batch.per_process, args.text_tokens, args.question_tokens, args.answer_tokens)
+    columns = {}
+    for backend, label in (("torch", "PyTorch"), *([("triton", "kernels")] if HAS_TRITON else [])):
+        settings = recipe.model_copy(update={"model": recipe.model.model_copy(update={"kernel_backend": backend})})
+        for checkpointed in (False, True):
+            columns[label + (", checkpointed" if checkpointed else "")] = estimate(
+                stage_config(config, settings),
+                recipe.definition,
+                shapes,
+                precision=recipe.precision,
+                gradient_checkpointing=checkpointed,
+                shards=args.processes if recipe.parallel == "fsdp" else 1,
+            )
+    print(
+        f"{name}, stage {recipe.stage}, {recipe.precision}, {shapes.batch_size} samples a device, "
+        f"{shapes.text_tokens} tokens of text, {shapes.answer_tokens} of answers"
+    )
+    print(as_table(columns))
+    print("not counted: what operators need while they run, gradients of activations, what the allocator leaves unused")
+    return 0

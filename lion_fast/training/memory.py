@@ -1,0 +1,216 @@
+"""How much memory training takes: weights, gradients, optimizer, and what a forward pass saves for the backward pass.
+
+Nothing is allocated: the model runs on tensors that know their shapes alone (PyTorch's fake tensors), so the published
+sizes are estimated in seconds on any machine, and what is counted is what autograd is given to keep, operator by
+operator, the fused ones' included. Not counted are what an operator needs while it runs, gradients of activations, and
+what the allocator leaves unused.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from lion_fast.configuration_lion import LionConfig
+from lion_fast.modeling_lion import LionForCausalLM
+from lion_fast.stages import Stage, freeze_for_stage
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a batch on one device: samples, tokens of the language model's text, of the Q-Former's, and of the answer."""
+
+    batch_size: int
+    text_tokens: int = 128
+    question_tokens: int = 128
+    answer_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device.
+
+    Args:
+        frozen, trained: the weights.
+        gradients: of the trained ones, float32.
+        optimizer: AdamW's two moments of them, float32.
+        activations: saved for the backward pass; checkpointed, the blocks' inputs and the largest block's own.
+    """
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.frozen + self.trained + self.gradients + self.optimizer + self.activations
+
+
+@dataclass
+class SavedTensors:
+    """What autograd keeps, by storage, so that tensors that share one count once.
+
+    Args:
+        known: storages that are not counted, as those of parameters.
+        blocks: bytes that each call of a block saved first.
+    """
+
+    known: set[int]
+    storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+
+@contextmanager
+def counting_saved_tensors(model: LionForCausalLM) -> Iterator[SavedTensors]:
+    """Counts what is saved for backward inside, but for the model's own parameters and buffers."""
+    held = [*model.parameters(), *model.buffers()]
+    saved = SavedTensors({tensor.untyped_storage()._cdata for tensor in held})
+    begun: list[int] = []
+
+    def before(*_: Any) -> None:
+        begun.append(saved.nbytes)
+
+    def after(*_: Any) -> None:
+        saved.blocks.append(saved.nbytes - begun.pop())
+
+    with ExitStack() as stack:
+        for block in model.blocks():
+            stack.callback(block.register_forward_pre_hook(before).remove)
+            stack.callback(block.register_forward_hook(after).remove)
+        stack.enter_context(saved_tensors_hooks(saved.add, lambda tensor: tensor))
+        yield saved
+
+
+def estimate(
+    config: LionConfig,
+    stage: Stage,
+    shapes: Shapes,
+    *,
+    precision: Literal["bf16", "fp32"],
+    gradient_checkpointing: bool,
+    shards: int = 1,
+) -> Estimate:
+    """What one training process needs.
+
+    Args:
+        config: of the stage's model (`lion_fast.training.run.stage_config`); `kernel_backend` "triton" is for the
+            kernels, which without a GPU needs `TRITON_INTERPRET=1`, "torch" for PyTorch.
+        stage: says what is trained.
+        shapes: of a micro-batch.
+        precision: `bf16` keeps frozen parameters in 2 bytes and computes under autocast.
+        gradient_checkpointing: whether blocks are computed again in the backward pass.
+        shards: processes that FSDP2 shares parameters, gradients and optimizer out to.
+
+    Raises:
+        ValueError: the configuration's `visual_input` is not the stage's, or the kernels cannot be had here.
+    """
+    activations, blocks, model = _saved_by_forward(config, stage, shapes, precision, checkpointed=False)
+    if gradient_checkpointing:
+        activations = _saved_by_forward(config, stage, shapes, precision, checkpointed=True)[0] + max(blocks, default=0)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    return Estimate(
+        frozen=frozen // shards,
+        trained=4 * sum(trained) // shards,
+        gradients=4 * sum(trained) // shards,
+        optimizer=(8 * sum(trained)) // shards + 4 * len(trained),
+        activations=activations,
+    )
+
+
+def _saved_by_forward(
+    config: LionConfig, stage: Stage, shapes: Shapes, precision: str, *, checkpointed: bool
+) -> tuple[int, list[int], LionForCausalLM]:
+    """Bytes that a forward pass saves, those of each block's, and the model, which has no values."""
+    # Of bfloat16's size, and the kernels' interpreter takes it.
+    half = torch.float16
+    with torch.device("meta"):
+        model = LionForCausalLM(config).train()
+    freeze_for_stage(model, stage)
+    if checkpointed:
+        checkpoint_blocks(model)
+    mode = FakeTensorMode()
+    _fake_parameters(model, mode, half if precision == "bf16" else torch.float32)
+    with (
+        mode,
+        torch.autocast("cpu", dtype=half, enabled=precision == "bf16"),
+        counting_saved_tensors(model) as saved,
+    ):
+        loss = model(**_batch(config, shapes)).loss  # what is saved lives as long as the loss
+        del loss
+    return saved.nbytes, saved.blocks, model
+
+
+def checkpoint_blocks(model: LionForCausalLM) -> None:
+    """Compute blocks again in the backward pass."""
+    # The older name is the only one in transformers 5.17, and warns in later versions.
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
+
+
+def _fake_parameters(model: nn.Module, mode: FakeTensorMode, frozen_dtype: torch.dtype) -> None:
+    """Put tensors that claim to be on the CPU in the place of all parameters and buffers; shared ones stay shared."""
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            value: Any = FakeTensor(
+                mode, tensor.detach().to(frozen_dtype if frozen else tensor.dtype), torch.device("cpu")
+            )
+            fakes[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        return fakes[id(tensor)]
+
+    originals = []  # kept, so that no identity is used again
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    originals.append(tensor)
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
+
+
+def _batch(config: LionConfig, shapes: Shapes) -> dict[str, Tensor]:
+    size = config.vision_config.image_size
+
+    def ids(*length: int) -> Tensor:
+        return torch.empty(shapes.batch_size, *length, dtype=torch.long)
+
+    return {
+        "pixel_values": torch.empty(shapes.batch_size, 3, size, size),
+        "input_ids": ids(shapes.text_tokens),
+        "attention_mask": ids(shapes.text_tokens),
+        "qformer_input_ids": ids(shapes.question_tokens),
+        "qformer_attention_mask": ids(shapes.question_tokens),
+        "task_ids": ids(),
+        "labels": ids(shapes.answer_tokens),
+    }
+
+
+def as_table(columns: dict[str, Estimate]) -> str:
+    """Estimates side by side."""
+    rows = ("frozen", "trained", "gradients", "optimizer", "activations", "total")
+    labels = ("frozen weights", "trained weights", "gradients", "optimizer", "activations", "total")
+    width = max(12, *(len(name) + 2 for name in columns))
+    unit, scale = ("GiB", 2**30) if max(e.total for e in columns.values()) >= 2**30 else ("MiB", 2**20)
+    lines = [f"{f'{unit} on a device':18}" + "".join(f"{name:>{width}}" for name in columns)]
+    for row, label in zip(rows, labels, strict=True):
+        lines.append(f"{label:18}" + "".join(f"{getattr(e, row) / scale:>{width}.2f}" for e in columns.values()))
+    return "\n".join(lines)

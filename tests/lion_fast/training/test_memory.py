@@ -1,0 +1,169 @@
+"""Estimates of memory against measured runs, and what is kept for the backward pass."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import lion_kernels
+from lion_fast import LionConfig, LionForCausalLM
+from lion_fast.cli import main
+from lion_fast.stages import STAGES, freeze_for_stage, parameter_groups
+from lion_fast.training.memory import SavedTensors, Shapes, checkpoint_blocks, counting_saved_tensors, estimate
+
+SHAPES = Shapes(batch_size=3, text_tokens=7, question_tokens=5, answer_tokens=4)
+
+
+def config_for(tiny_lion: Path, stage: int, **changes: Any) -> LionConfig:
+    config = LionConfig.from_pretrained(tiny_lion).to_dict()
+    return LionConfig.from_dict(
+        {**config, "visual_input": STAGES[stage - 1].visual_input, "num_adapters": None, **changes}
+    )
+
+
+def batch_for(config: LionConfig) -> dict[str, Tensor]:
+    size, generator = config.vision_config.image_size, torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> Tensor:
+        return torch.randint(6, 20, (SHAPES.batch_size, length), generator=generator)
+
+    return {
+        "pixel_values": torch.randn(SHAPES.batch_size, 3, size, size, generator=generator),
+        "input_ids": ids(SHAPES.text_tokens),
+        "attention_mask": torch.ones(SHAPES.batch_size, SHAPES.text_tokens, dtype=torch.long),
+        "qformer_input_ids": ids(SHAPES.question_tokens),
+        "qformer_attention_mask": torch.ones(SHAPES.batch_size, SHAPES.question_tokens, dtype=torch.long),
+        "task_ids": torch.arange(SHAPES.batch_size) % 2,
+        "labels": ids(SHAPES.answer_tokens),
+    }
+
+
+@pytest.mark.parametrize(("stage", "backend"), [(1, "torch"), (3, "torch"), (3, "triton")])
+def test_the_estimate_is_what_a_run_takes(tiny_lion: Path, stage: int, backend: str) -> None:
+    """To a thousandth, checkpointed to two hundredths; of AdamW's state, what no gradient reaches has none yet."""
+    config = config_for(tiny_lion, stage, kernel_backend=backend)
+    settings: Any = {"precision": "fp32"}
+    kept = estimate(config, STAGES[stage - 1], SHAPES, gradient_checkpointing=False, **settings)
+    again = estimate(config, STAGES[stage - 1], SHAPES, gradient_checkpointing=True, **settings)
+    model = LionForCausalLM(config).train()
+    freeze_for_stage(model, STAGES[stage - 1])
+    batch = batch_for(config)
+    with counting_saved_tensors(model) as plain:
+        loss = model(**batch).loss
+    assert kept.activations == pytest.approx(plain.nbytes, rel=1e-3)
+    if backend == "torch":
+        loss.backward()
+        optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
+        optimizer.step()
+        state = [value.nbytes for values in optimizer.state.values() for value in values.values()]
+        # The Q-Former's last layer has a branch that nothing reads, so its gradients never come.
+        unreached = sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
+        assert kept.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None) + unreached
+        assert kept.optimizer == pytest.approx(sum(state) + 2 * unreached, rel=1e-3)
+    assert kept.frozen + kept.trained == sum(parameter.nbytes for parameter in model.parameters())
+    checkpoint_blocks(model)
+    with counting_saved_tensors(model) as saved:
+        model(**batch)
+    assert saved.nbytes < plain.nbytes
+    assert again.activations == pytest.approx(saved.nbytes + max(plain.blocks), rel=2e-2)
+    assert replace(again, activations=0) == replace(kept, activations=0)
+
+
+def test_frozen_parts_keep_no_activations_and_get_no_gradients(tiny_lion: Path) -> None:
+    for stage in STAGES[:3]:
+        model = LionForCausalLM(config_for(tiny_lion, stage.number)).train()
+        freeze_for_stage(model, stage)
+        batch = batch_for(model.config)
+        with counting_saved_tensors(model) as saved:
+            features = model.get_vision_features(batch["pixel_values"])
+        assert saved.nbytes == 0
+        assert not features.requires_grad
+        with counting_saved_tensors(model) as saved:
+            kept = kept_by_frozen_projections(model, saved)
+            loss = model(**batch).loss
+        assert len(kept) > 10
+        assert not any(kept)
+        loss.backward()
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def kept_by_frozen_projections(model: LionForCausalLM, saved: SavedTensors) -> list[int]:
+    """Bytes that each frozen linear layer will have saved, but for its weight."""
+    kept: list[int] = []
+
+    def before(*_: Any) -> None:
+        kept.append(-saved.nbytes)
+
+    def after(*_: Any) -> None:
+        kept[-1] += saved.nbytes
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
+    return kept
+
+
+def kept_by(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[int, int]:
+    """Bytes that an operator's call saves beside its inputs, and how many of its inputs it saves."""
+    flat = [t for a in (*arguments, *options.values()) for t in (a if isinstance(a, list) else [a])]
+    inputs = {t.untyped_storage()._cdata for t in flat if isinstance(t, Tensor)}
+    saved: dict[int, Tensor] = {}
+    with saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+        function(*arguments, backend="triton", **options)
+    return sum(t.nbytes for key, t in saved.items() if key not in inputs), len(inputs & set(saved))
+
+
+def test_fused_operators_save_what_is_documented() -> None:
+    """Their inputs, and: hidden activations [T, E r]; an attention's output and log-sums; a norm's row statistics."""
+    B, L, D, E, r, H, Dh = 2, 5, 16, 2, 4, 2, 8
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape).requires_grad_()
+
+    x, residual = leaf(B, L, D), leaf(B, L, D)
+    adapters = (leaf(E, r, D), leaf(E, r), leaf(E, D, r), leaf(E, D), leaf(2, E, D))
+    tasks = torch.tensor([0, 1])
+    mixture = kept_by(lion_kernels.mixture_of_adapters, x, *adapters, task_ids=tasks, residual=residual)
+    assert mixture[0] == 4 * B * L * E * r
+    lora = (leaf(D, D), None, leaf(E, r, D), leaf(E, D, r), leaf(2, E, D))
+    assert kept_by(lion_kernels.mixture_of_lora_linear, x, *lora, task_ids=tasks)[0] == 4 * B * L * E * r
+    q, k, v = leaf(B, L, H, Dh), leaf(B, L, H, Dh), leaf(B, L, H, Dh)
+    attention = 4 * (B * L * H * Dh + B * L * H)
+    assert kept_by(lion_kernels.multi_scale_attention, q, [k], [v])[0] == attention
+    assert kept_by(lion_kernels.relative_bias_attention, q, k, v, leaf(32, H))[0] == attention
+    assert kept_by(lion_kernels.rms_norm, x, leaf(D), 1e-6)[0] == 4 * B * L
+    assert kept_by(lion_kernels.residual_layer_norm, x, residual, leaf(D), leaf(D), 1e-6)[0] == 2 * 4 * B * L
+    assert kept_by(lion_kernels.gated_gelu, x, residual) == (0, 2)
+    ids = torch.randint(0, 9, (B, 3))
+    assert kept_by(lion_kernels.assemble_inputs, x, ids, leaf(9, D), leaf(D), 5) == (0, 1)
+
+
+def test_shards_and_larger_batches_scale_as_they_should(tiny_lion: Path) -> None:
+    config = config_for(tiny_lion, 3, kernel_backend="torch")
+    settings: Any = {"precision": "bf16", "gradient_checkpointing": False}
+    one = estimate(config, STAGES[2], SHAPES, **settings)
+    two = estimate(config, STAGES[2], SHAPES, shards=2, **settings)
+    large = estimate(config, STAGES[2], replace(SHAPES, batch_size=6), **settings)
+    assert (two.frozen, two.gradients) == (one.frozen // 2, one.gradients // 2)
+    assert two.activations == one.activations
+    assert 1.5 * one.activations < large.activations < 2 * one.activations
+    assert large.total - large.activations == one.total - one.activations
+
+
+def test_the_command_prints_a_table(tiny_lion: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["memory", "--stage", "3", "batch.per_process=2", "--text-tokens", "9"]
+    assert main([*argv, "--model", str(tiny_lion)]) == 0
+    table = capsys.readouterr().out
+    assert "stage 3, bf16, 2 samples a device, 9 tokens of text" in table
+    rows = [line for line in table.splitlines() if line.startswith("activations")]
+    kept, checkpointed, fused, fused_checkpointed = map(float, rows[0].split()[1:])
+    assert fused_checkpointed <= checkpointed < kept
+    assert fused < kept
+    assert main(argv) == 2
+    assert "model: expected --size, or a LION directory" in capsys.readouterr().err
