@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import get_scheduler
@@ -27,7 +26,6 @@ from transformers import get_scheduler
 from lion_fast.data import make_loader
 from lion_fast.data.order import POSITION
 from lion_fast.data.seeding import seed_everything
-from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import IGNORED, LionProcessor
 from lion_fast.stages import parameter_groups
 from lion_fast.training import saving
@@ -35,6 +33,7 @@ from lion_fast.training.data import SAMPLE_IDS, LionCollator, open_training_data
 from lion_fast.training.evaluation import move
 from lion_fast.training.recipe import Recipe, load_recipe
 from lion_fast.training.run import SCHEDULE, build_model, prepare_run, schedule_rates, training_order
+from lion_fast.training.sharding import gathered_state, shard
 
 
 def train(
@@ -65,7 +64,7 @@ def train(
 
     whole, processor = build_model(recipe)
     whole.to(device)  # type: ignore[arg-type]
-    model = shard(whole, recipe)
+    model: Any = shard(whole, recipe.precision)
     model.train()
     settings = recipe.optimizer
     groups = parameter_groups(
@@ -108,19 +107,6 @@ def train(
                 saving.keep_newest(run_dir, recipe.checkpoints.keep)
     save_whole(run_dir / "model", model, processor)
     return model, losses
-
-
-def shard(model: LionForCausalLM, recipe: Recipe) -> Any:
-    """Shard every block, then what is left, over all processes.
-
-    Under bf16 the trained parameters are gathered in bfloat16 and stay float32 in their shards.
-    """
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if recipe.precision == "bf16" else MixedPrecisionPolicy()
-    blocks = [module for module in model.modules() if type(module).__name__ in LionForCausalLM._no_split_modules]
-    for block in blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    return model
 
 
 def take_step(
@@ -199,7 +185,7 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sc
 
 def save_whole(directory: Path, model: Any, processor: LionProcessor) -> None:
     """Gather all parameters and write what `from_pretrained` loads."""
-    state = saving.gathered_state(model)
+    state = gathered_state(model)
     with saving.written_aside(directory, first=dist.get_rank() == 0, wait_for_all=dist.barrier) as aside:
         if dist.get_rank() == 0:
             model.save_pretrained(aside, state_dict=state)

@@ -23,6 +23,7 @@ from lion_fast.processing_lion import LionProcessor
 from lion_fast.stages import carry_over, copy_frozen, freeze_for_stage, stage_of_model
 from lion_fast.training import saving
 from lion_fast.training.data import TASKS, TaskSamples, open_evaluation_data, open_training_data
+from lion_fast.training.memory import checkpoint_blocks
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
 from lion_fast.training.reporting import TensorBoardCurves
 from lion_fast.training.trainer import LionTrainer
@@ -160,9 +161,7 @@ def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     if recipe.gradient_checkpointing:
-        # The older name is the only one in transformers 5.17, and warns in later versions.
-        name = "activation_checkpointing_enable"
-        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
+        checkpoint_blocks(model)
     return model, processor
 
 
@@ -235,16 +234,14 @@ def training_arguments(recipe: Recipe, evaluates: bool = True) -> TrainingArgume
             f"expected a process per GPU, got one for {torch.cuda.device_count()}: start it with torchrun "
             "--nproc-per-node N --no-python lion-fast train ..., or name one GPU in CUDA_VISIBLE_DEVICES"
         )
-    if recipe.parallel == "fsdp" and not (launched and on_gpu):
-        raise RecipeError(
-            "parallel: expected ddp, got 'fsdp', which transformers' Trainer does under torchrun and on GPUs only; "
-            "elsewhere run lion_fast.training.fsdp2"
-        )
+    if recipe.parallel == "fsdp" and not launched:
+        raise RecipeError("parallel: expected 'ddp' in a process that torchrun has not started, got 'fsdp'")
     sharded: dict[str, Any] = {}
     if recipe.parallel == "fsdp":
         sharded = {
-            "fsdp": "full_shard auto_wrap",
-            "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
+            "fsdp": True,
+            # Nothing is left to wrap: LionTrainer shards the model itself.
+            "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "NO_WRAP"},
         }
     return TrainingArguments(
         output_dir=recipe.output_dir,

@@ -16,11 +16,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 SEAL = "complete.json"
 ASIDE = ".aside"
@@ -68,11 +65,6 @@ def written_aside(
 
 def _is_about_files(error: RuntimeError) -> bool:
     return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "iostream error"))
-
-
-def gathered_state(model: nn.Module) -> dict[str, Any]:
-    """All parameters of a sharded model, whole and on the CPU, on the first process; on the others nothing."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def seal(directory: Path) -> None:

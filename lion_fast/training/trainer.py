@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,6 +29,7 @@ from lion_fast.training import saving
 from lion_fast.training.data import SAMPLE_IDS, LionCollator, TaskSamples
 from lion_fast.training.evaluation import draw_answers, evaluate, evaluated_indices
 from lion_fast.training.recipe import Recipe
+from lion_fast.training.sharding import gathered_state, shard
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,39 @@ class LionTrainer(Trainer):
             callbacks=[*(callbacks or []), _LogWithCheckpoints(), self._watch],
         )
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.recipe.parallel == "fsdp" and not self.is_fsdp_enabled:
+            # accelerate takes FSDP up on several GPUs only. FSDP2 works over gloo, and on one process, too: without
+            # this the model would be copied, and a sharded checkpoint not be read.
+            state: Any = self.accelerator.state
+            settings: Any = self.args.fsdp_plugin_args
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Trainer's own, but for FSDP2, where it would let accelerate shard.
+
+        That gives T5's embeddings, which are one parameter under three names, to two groups, and finds an optimizer's
+        parameters again by addresses, of which empty shards have none.
+        """
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.model_wrapped = shard(self.model, self.recipe.precision)
+        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+        self.create_scheduler(num_training_steps=max_steps)
+        register_fsdp_forward_method(self.model, "generate")  # type: ignore[arg-type]
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint, self.model)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
         return self.order
 
@@ -95,8 +131,8 @@ class LionTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._watch.norm = norm
-        return norm
+        self._watch.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return self._watch.norm
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         sample_ids = inputs.pop(SAMPLE_IDS)
@@ -121,7 +157,7 @@ class LionTrainer(Trainer):
     def save_final(self, directory: Path) -> None:
         """Write the model and its processor for `from_pretrained`, whole or not at all."""
         # Where parameters are sharded Trainer would write each process's part, which `from_pretrained` does not read.
-        state = saving.gathered_state(self.model) if self.is_fsdp_enabled else None
+        state = gathered_state(self.model) if self.is_fsdp_enabled else None
         with self._written_aside(directory) as aside:
             if state is None:
                 self.save_model(str(aside))
@@ -198,9 +234,8 @@ class _FiniteWatch(TrainerCallback):
     ) -> None:
         batches, self._batches = self._batches, []
         accelerator, model = self._trainer.accelerator, self._trainer.model
-        norm = self.norm.full_tensor() if isinstance(self.norm, DTensor) else self.norm
         losses = torch.stack([loss for _, loss in batches]).sum()
-        bad: Any = accelerator.reduce((~(losses + norm).isfinite()).long().reshape(1), reduction="sum")
+        bad: Any = accelerator.reduce((~(losses + self.norm).isfinite()).long().reshape(1), reduction="sum")
         if not bad.item():
             return
         report = self._report(state.global_step + 1, batches)

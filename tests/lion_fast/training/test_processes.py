@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lion_fast.training import saving, train
+from lion_fast import LionForCausalLM
+from lion_fast.training import RecipeError, saving, train
 from tests.lion_fast.training.runs import Files, MakeRecipe, finish, losses_of, run_on, weights_of
 
 
@@ -76,7 +77,35 @@ def test_two_processes_are_one(make_recipe: MakeRecipe, start: Callable[..., Any
         run_on(world, start, sharded, engine="fsdp2", resume=True, stop_after=until)
     progress = saving.checkpoints(Path(sharded.output_dir))[0] / "progress.json"
     assert json.loads(progress.read_text())["losses"] == pytest.approx(expected, rel=1e-5)
-    weights = weights_of(sharded.output_dir)
+    assert_same_model(Path(sharded.output_dir), Path(one.output_dir))
+
+
+def test_trainer_shards_as_well(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files) -> None:
+    """FSDP2 by the Trainer: one process's curve to 1e-5, checkpoints from 2 processes to 1 and back, a whole model.
+
+    An evaluation shares five samples among two processes in batches of two.
+    """
+    settings = (*files.overrides(), "data.evaluate.image_level=['scenes:1:5']", "evaluation.every=6")
+    train(one := make_recipe(3, *settings, name="one"))
+    sharded = make_recipe(3, *settings, "parallel=fsdp", name="sharded")
+    run_on(2, start, sharded)
+    run_dir = Path(sharded.output_dir)
+    for world in (1, 2):
+        assert losses_of(run_dir) == pytest.approx(losses_of(one.output_dir), rel=1e-5)
+        assert losses_of(run_dir, "eval_loss") == pytest.approx(losses_of(one.output_dir, "eval_loss"), rel=1e-5)
+        assert_same_model(run_dir, Path(one.output_dir))
+        saving.remove(run_dir / "checkpoint-6")
+        run_on(world, start, sharded, resume=True)
+    assert losses_of(run_dir) == pytest.approx(losses_of(one.output_dir), rel=1e-5)
+    model = LionForCausalLM.from_pretrained(run_dir / "model", output_loading_info=True)
+    assert not any(model[1].values()), "the final save has all weights and no others"
+    with pytest.raises(RecipeError, match=r"parallel: expected 'ddp' in a process that torchrun has not started"):
+        train(make_recipe(3, "parallel=fsdp", name="alone"))
+
+
+def assert_same_model(run_dir: Path, expected_dir: Path) -> None:
+    """To what rounding makes of AdamW's steps."""
+    weights = weights_of(run_dir)
     # A step of AdamW is at most 1e-3 whatever the gradient; where that is all rounding, it is off by 1e-2 of a step.
-    for name, value in weights_of(one.output_dir).items():
+    for name, value in weights_of(expected_dir).items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
