@@ -31,6 +31,7 @@ class Model(_Section):
     Args:
         frozen_from: directory of a LION model that gives its configuration and what no stage trains (vision tower,
             language model); everything else starts at random.
+        qformer_from: a Q-Former of BLIP-2's first stage or InstructBLIP to start from (`lion_fast.training.qformer`).
         carry_over: directories of LION models whose parameters are copied in order, by `lion_fast.stages.carry_over`;
             without `frozen_from` the first gives the configuration.
         dropout: replaces every rate of dropout of the configuration; None leaves them.
@@ -38,6 +39,7 @@ class Model(_Section):
     """
 
     frozen_from: str | None
+    qformer_from: str | None
     carry_over: list[str]
     dropout: float | None = Field(ge=0, lt=1)
     kernel_backend: Literal["auto", "triton", "torch"]
@@ -216,6 +218,11 @@ class Recipe(_Section):
         """
         if self.model.frozen_from is None and not self.model.carry_over:
             raise RecipeError("model: expected a directory in model.frozen_from or model.carry_over, got neither")
+        if self.model.qformer_from is not None and self.definition.visual_input == "AGGREGATOR":
+            raise RecipeError(
+                f"model.qformer_from: expected null in stage {self.stage}, which has no Q-Former, "
+                f"got {self.model.qformer_from!r}"
+            )
         for task in TASKS:
             sources, wanted = getattr(self.data.train, task), task in self.definition.tasks
             if wanted != bool(sources):

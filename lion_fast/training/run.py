@@ -24,6 +24,7 @@ from lion_fast.stages import carry_over, copy_frozen, freeze_for_stage, stage_of
 from lion_fast.training import saving
 from lion_fast.training.data import TASKS, TaskSamples, open_evaluation_data, open_training_data
 from lion_fast.training.memory import checkpoint_blocks
+from lion_fast.training.qformer import load_qformer
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
 from lion_fast.training.reporting import TensorBoardCurves
 from lion_fast.training.trainer import LionTrainer
@@ -145,6 +146,8 @@ def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
         processor = LionProcessor.from_pretrained(sources[0])
     seed_everything(recipe.seed)
     model = LionForCausalLM(config)
+    if settings.qformer_from is not None:
+        load_qformer(model, settings.qformer_from)
     for place, directory in enumerate(sources):
         source = load_complete(Path(directory), dtype=torch.float32)
         try:

@@ -1,0 +1,70 @@
+"""Starting a Q-Former from BLIP-2's first stage or from InstructBLIP, by LAVIS's files or transformers' directories."""
+
+from pathlib import Path
+
+import torch
+
+from lion_fast.checkpoints import CheckpointError, TensorInfo, open_tensors, scan
+from lion_fast.conversion import original_name
+from lion_fast.modeling_lion import LionForCausalLM
+
+_PARTS = ("query_tokens", "vision_layernorm", "qformer", "qformer_projection")
+_IN_TRANSFORMERS = {"vision_layernorm": "vision_model.post_layernorm", "qformer_projection": "language_projection"}
+
+
+@torch.no_grad()
+def load_qformer(model: LionForCausalLM, path: str | Path) -> list[str]:
+    """Copy queries, norm, Q-Former and, where it fits, the projection into a model that has a Q-Former.
+
+    The projection stays as it is where the file has none, as BLIP-2's first stage, or one for another language model.
+
+    Args:
+        model: its parameters keep their dtype.
+        path: a file of LAVIS (`blip2_pretrained.pth`, `instruct_blip_flanxl_trimmed.pth`: names such as
+            `Qformer.bert.*`), or a file or directory of transformers' InstructBLIP (`qformer.*`).
+
+    Returns:
+        Names of the parameters that were written.
+
+    Raises:
+        ValueError: the model has no Q-Former.
+        CheckpointError: what cannot be read, has no Q-Former, lacks tensors of it or has them in other shapes.
+    """
+    if model.config.visual_input == "AGGREGATOR":
+        raise ValueError("model: expected one with a Q-Former, got visual_input 'AGGREGATOR'")
+    tensors = scan(path)
+    if "query_tokens" not in tensors:
+        raise CheckpointError(f"{path}: expected a Q-Former, got no tensor query_tokens among {len(tensors)}")
+    names_of = original_name if any(name.startswith("Qformer.") for name in tensors) else _name_in_transformers
+    parameters = {name: p for name, p in model.named_parameters() if name.split(".", 1)[0] in _PARTS}
+    found = {name: tensors[names_of(name)] for name in parameters if names_of(name) in tensors}
+    projection = {name for name in parameters if name.startswith("qformer_projection.")}
+    if not all(name in found and found[name].shape == tuple(parameters[name].shape) for name in projection):
+        found = {name: info for name, info in found.items() if name not in projection}
+    wanted = [name for name in parameters if name not in projection]
+    missing = [names_of(name) for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"{path}: lacks {len(missing)} tensors of the Q-Former, such as {missing[0]}; BLIP-2's second stage has "
+            "left out what reads questions, take its first stage or InstructBLIP"
+        )
+    for name, info in found.items():
+        if info.shape != tuple(parameters[name].shape):
+            raise CheckpointError(
+                f"{path}: {info.name}: expected {list(parameters[name].shape)}, got {list(info.shape)}"
+            )
+    _copy(found, model)
+    return list(found)
+
+
+def _name_in_transformers(name: str) -> str:
+    part, _, rest = name.partition(".")
+    return f"{_IN_TRANSFORMERS.get(part, part)}.{rest}" if rest else name
+
+
+def _copy(found: dict[str, TensorInfo], model: LionForCausalLM) -> None:
+    for file in {info.file for info in found.values()}:
+        with open_tensors(file) as values:
+            for name, info in found.items():
+                if info.file == file:
+                    model.get_parameter(name).copy_(values[info.name])
