@@ -70,7 +70,8 @@ def test_the_code_runs(page: str) -> None:
 @pytest.mark.usefixtures("_after_quickstart")
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_the_commands_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, content in zip(re.findall(r"--config (\S+)", PAGES[page]), blocks(page, "yaml"), strict=False):
+    names = dict.fromkeys(re.findall(r"--config (\S+)", PAGES[page]))
+    for name, content in zip(names, blocks(page, "yaml"), strict=False):
         Path(name).write_text(content, encoding="utf-8")
     for line in commands(page):
         arguments = shlex.split(line)[1:]
