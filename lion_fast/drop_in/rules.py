@@ -164,10 +164,11 @@ def rewire_by_structure(rewirer: Rewirer, known: set[nn.Module]) -> None:
 
 
 def _leave_the_rest(rewirer: Rewirer, modules: list[nn.Module]) -> None:
-    """List the innermost modules that are called attention or feed-forward, and are not seen to yet."""
+    """List what is called an RMS norm, and the innermost that is called attention or feed-forward, if not seen to."""
     listed = {name for name, *_ in rewirer.result.rewired + rewirer.result.left}
     for module in modules:
-        if _is_called(module) and rewirer.names[module] not in listed and sum(map(_is_called, module.modules())) == 1:
+        innermost = _is_called(module) and sum(map(_is_called, module.modules())) == 1
+        if (innermost or type(module).__name__.endswith("RMSNorm")) and rewirer.names[module] not in listed:
             rewirer.leave(module, "no operator of lion_kernels has its mathematics")
 
 

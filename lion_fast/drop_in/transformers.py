@@ -37,8 +37,9 @@ def rewire_lion(rewirer: Rewirer, lion: LionForCausalLM) -> None:
     lion.config.share_settings()
     run_on_kernels(lion, backend)
     for module in modules:
+        if "kernel_backend" in module.__dict__:  # also of those that were loaded with another
+            module.__dict__["kernel_backend"] = backend
         if isinstance(module, MixtureOfAdapters):
-            module.kernel_backend = backend
             rewirer.list_rewired(module, "mixture_of_adapters")
         elif isinstance(module, _ATTENTION_BY_CONFIG):
             _list_attention(rewirer, module, "multi_scale_attention")

@@ -207,6 +207,7 @@ def test_what_kernels_do_not_compute_is_the_original_s(decoder: tuple[Any, tuple
 
 def test_dropout_is_that_of_a_seed_and_of_a_checkpoint(decoder: tuple[Any, tuple]) -> None:
     stack, inputs = decoder
+    stack.block = stack.block[:1]
     stack.train()
     for module in stack.modules():
         if isinstance(module, nn.Dropout):
@@ -417,7 +418,7 @@ def _one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_data_parallel_before_and_after_and_sharded_not_at_all(feed_forward: Any) -> None:
+def test_data_parallel_before_and_after_and_sharding_after(feed_forward: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -430,8 +431,10 @@ def test_data_parallel_before_and_after_and_sharded_not_at_all(feed_forward: Any
         for got, wanted in zip(outputs_and_gradients(wrapped, x), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     result.undo()
-    fully_shard(layer.DenseReluDense, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match=r"model: 0.DenseReluDense is sharded already; call apply_lion_kernels before"):
+    apply_lion_kernels(feed_forward, backend="triton")
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    torch.testing.assert_close(layer(x), expected[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"model: 0 is sharded already; call apply_lion_kernels before FSDP"):
         apply_lion_kernels(feed_forward)
 
 
@@ -465,25 +468,17 @@ def test_clear_errors(feed_forward: Any) -> None:
         apply_lion_kernels(feed_forward)
 
 
-def lion_results(model: Any, batch: dict[str, Tensor]) -> Results:
-    def run(**inputs: Tensor) -> tuple[Tensor, Tensor]:
-        output = model(**inputs)
-        return output.loss, output.logits
-
-    run.zero_grad, run.named_parameters = model.zero_grad, model.named_parameters  # type: ignore[attr-defined]
-    return results_of(run, **batch)
-
-
+@torch.no_grad()
 @pytest.mark.parametrize("loaded", ["torch", "auto"])
-def test_lion_for_causal_lm_is_as_if_loaded_so(make_model: Any, make_config: Any, make_batch: Any, loaded: str) -> None:
+def test_lion_for_causal_lm_is_as_if_loaded_so(make_model: Any, make_batch: Any, loaded: str) -> None:
     """Bits, operators and what is saved; another model of the same configuration keeps its own."""
     batch = make_batch(batch=2, labels=True)
     model, other = make_model(kernel_backend=loaded), make_model(kernel_backend=loaded)
-    before = lion_results(model, batch)
+    before = model(**batch).logits
     built = make_model(kernel_backend="triton")
     config = model.config
     result = apply_lion_kernels(model, backend="triton")
-    expect_same_bits(lion_results(model, batch), lion_results(built, batch))
+    assert torch.equal(model(**batch).logits, built(**batch).logits)
     assert model.config.kernel_backend == model.config.vision_config.kernel_backend == "triton"
     assert model.config is not config
     assert config.kernel_backend == other.config.kernel_backend == loaded
@@ -498,7 +493,7 @@ def test_lion_for_causal_lm_is_as_if_loaded_so(make_model: Any, make_config: Any
     }
     assert not result.left
     result.undo()
-    expect_same_bits(lion_results(model, batch), before)
+    assert torch.equal(model(**batch).logits, before)
     assert model.config is config
 
 

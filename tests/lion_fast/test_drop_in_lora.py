@@ -5,7 +5,6 @@ The oracle of a mixed batch is the same model, as PEFT computes it, with one sam
 
 import copy
 import pickle
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -370,14 +369,3 @@ def test_lora_on_lion(make_model: Any, make_batch: Any) -> None:
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
     result.undo()
     assert torch.equal(model(**batch).logits, expected)
-
-
-def test_the_page_s_example_prints_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8")
-    shown = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S) if language == ""]
-    (code,) = [block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "peft" in block]
-    names: dict[str, Any] = {}
-    exec(compile(code, "docs/drop-in.md", "exec"), names)
-    assert [capsys.readouterr().out] == shown
-    trained = [p for p in names["model"].parameters() if p.grad is not None]
-    assert len(trained) == sum(p.requires_grad for p in names["model"].parameters())
