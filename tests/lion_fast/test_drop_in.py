@@ -215,18 +215,17 @@ def test_dropout_is_that_of_a_seed_and_of_a_checkpoint(decoder: tuple[Any, tuple
         elif isinstance(module, T5Attention):
             module.dropout = 0.3
     apply_lion_kernels(stack, backend="triton")
-    x = inputs[0].requires_grad_()
+    x, mask, context, context_mask = (given[:1] for given in inputs)
+    x.requires_grad_()
     found = []
-    for seed, checkpointing, reentrant in ((0, False, False), (0, True, False), (0, True, True), (1, False, False)):
-        stack.gradient_checkpointing, stack.use_reentrant = checkpointing, reentrant
+    for seed, stack.gradient_checkpointing in ((0, False), (0, True), (1, False)):
         torch.manual_seed(seed)
         x.grad = None
-        out = stack(x, *inputs[1:])[0]
+        out = stack(x, mask, context, context_mask)[0]
         out.square().sum().backward()
         found.append((out.detach(), x.grad))
-    for got in found[1:3]:
-        torch.testing.assert_close(got, found[0])
-    assert not torch.allclose(found[3][0], found[0][0], rtol=0.1)
+    torch.testing.assert_close(found[1], found[0])
+    assert not torch.allclose(found[2][0], found[0][0], rtol=0.1)
 
 
 def test_autocast_keeps_the_stream_s_dtype(feed_forward: Any) -> None:
@@ -472,7 +471,7 @@ def test_clear_errors(feed_forward: Any) -> None:
 @pytest.mark.parametrize("loaded", ["torch", "auto"])
 def test_lion_for_causal_lm_is_as_if_loaded_so(make_model: Any, make_batch: Any, loaded: str) -> None:
     """Bits, operators and what is saved; another model of the same configuration keeps its own."""
-    batch = make_batch(batch=2, labels=True)
+    batch = make_batch(batch=1, labels=True)
     model, other = make_model(kernel_backend=loaded), make_model(kernel_backend=loaded)
     before = model(**batch).logits
     built = make_model(kernel_backend="triton")
