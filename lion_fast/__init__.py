@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.configuration_ram import RamConfig
+from lion_fast.drop_in import apply_lion_kernels
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
@@ -26,4 +27,5 @@ __all__ = [
     "LionVisionConfig",
     "RamConfig",
     "RamTagger",
+    "apply_lion_kernels",
 ]

@@ -25,23 +25,23 @@ from lion_kernels import multi_scale_attention, relative_bias_attention, resolve
 
 KERNEL_ATTENTION = "lion_kernels"
 # Model types whose attention the kernels compute; that of the decoder-only families, causal and rotary, they do not.
-_ON_KERNELS = ("lion_vision", "lion_aggregator", "instructblip_qformer", "t5")
+KERNEL_ATTENTION_TYPES = ("lion_vision", "lion_aggregator", "instructblip_qformer", "t5")
 
 
 def on_kernels(kernel_backend: str, device: torch.device) -> bool:
-    """Whether a module of `LionForCausalLM` computes with lion_kernels on `device`.
+    """Whether a module with this `kernel_backend` computes with lion_kernels on `device`.
 
     Raises:
         ValueError: `kernel_backend` is "triton" where no kernel can run.
     """
-    return resolve_backend(kernel_backend, "LionForCausalLM", device) == "triton"
+    return resolve_backend(kernel_backend, "the model", device) == "triton"
 
 
 def attends_on_kernels(config: PreTrainedConfig, device: torch.device | str) -> bool:
     """Whether attention of a part with this configuration runs on the kernels."""
     return (
         config._attn_implementation == KERNEL_ATTENTION
-        and config.model_type in _ON_KERNELS
+        and config.model_type in KERNEL_ATTENTION_TYPES
         and on_kernels(getattr(config, "kernel_backend", "torch"), torch.device(device))
     )
 
@@ -56,7 +56,7 @@ def prefer_kernel_attention(config: PreTrainedConfig) -> None:
     composed._attn_implementation = {
         name: KERNEL_ATTENTION
         for name, part in parts.items()
-        if part._attn_implementation is None and part.model_type in ("lion", *_ON_KERNELS)
+        if part._attn_implementation is None and part.model_type in ("lion", *KERNEL_ATTENTION_TYPES)
     }
 
 
@@ -139,7 +139,7 @@ def kernel_attention(
         )
     padding = None if attention_mask is None else _padding(attention_mask)
     head_dim = query.shape[-1]
-    q, k, v = (_in_whole_eights(x.transpose(1, 2)) for x in (query, key, value))
+    q, k, v = (in_whole_eights(x.transpose(1, 2)) for x in (query, key, value))
     if position_bias is None or position_bias.numel() == 0:
         scale = head_dim**-0.5 if scaling is None else scaling
         out = multi_scale_attention(
@@ -162,7 +162,7 @@ def kernel_attention(
     return out[..., :head_dim], None
 
 
-def _in_whole_eights(x: Tensor) -> Tensor:
+def in_whole_eights(x: Tensor) -> Tensor:
     """The head dimension filled up to a multiple of 8 with zeros, which add nothing to any product."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x

@@ -8,7 +8,7 @@ Parameters are read in the call of the module that has them: sharding and offloa
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from lion_kernels import assemble_inputs, gated_gelu, residual_layer_norm, rms_n
 class OnKernels:
     """A module whose forward is `kernel_forward` on the kernels, and the replaced class's elsewhere."""
 
+    operators: ClassVar[str]  # of lion_kernels, that it calls
     kernel_backend: str
     kernel_forward: Callable[..., Tensor]
 
@@ -45,6 +46,7 @@ class OnKernels:
 
 
 class RMSNormOnKernels(OnKernels):
+    operators = "rms_norm"
     weight: nn.Parameter
     variance_epsilon: float
 
@@ -74,8 +76,14 @@ class LionQwen3RMSNorm(DecoderRMSNormOnKernels, Qwen3RMSNorm):
     pass
 
 
-class LionT5DenseGatedActDense(OnKernels, T5DenseGatedActDense):
+class GatedGeluOnKernels(OnKernels):
     """T5's gated feed-forward with the exact GELU, which is LION's."""
+
+    operators = "gated_gelu"
+    wi_0: nn.Module
+    wi_1: nn.Module
+    dropout: nn.Module
+    wo: Any
 
     def kernel_forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = self.wi_0(hidden_states), self.wi_1(hidden_states)
@@ -84,6 +92,10 @@ class LionT5DenseGatedActDense(OnKernels, T5DenseGatedActDense):
         if isinstance(weight, Tensor) and weight.dtype != torch.int8:
             hidden_states = hidden_states.to(weight.dtype)
         return self.wo(hidden_states)
+
+
+class LionT5DenseGatedActDense(GatedGeluOnKernels, T5DenseGatedActDense):
+    pass
 
 
 class ResidualLayerNorm(nn.LayerNorm):
@@ -103,6 +115,7 @@ class ResidualLayerNorm(nn.LayerNorm):
 class ResidualOutputOnKernels(OnKernels):
     """LayerNorm(dropout(dense(x)) + residual), as BERT ends its sublayers."""
 
+    operators = "residual_layer_norm"
     dense: nn.Module
     dropout: nn.Dropout
     LayerNorm: nn.Module
@@ -131,6 +144,7 @@ class LionT5Attention(T5Attention):
     With a static cache sdpa computes the decoder's self-attention: the kernels' queries are the last positions.
     """
 
+    operators = "relative_bias_attention, multi_scale_attention"
     kernel_backend: str
 
     def compute_bias(self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0) -> Tensor:
@@ -157,6 +171,7 @@ class LionT5Attention(T5Attention):
 class PrefixEmbedding(nn.Embedding):
     """The language model's embedding, with the prefix before the text and the soft prompt in its place."""
 
+    operators = "assemble_inputs"
     kernel_backend: str
 
     @property
@@ -199,14 +214,15 @@ def run_on_kernels(model: PreTrainedModel, kernel_backend: str) -> None:
     for module in model.modules():
         inexact = isinstance(module, T5DenseGatedActDense) and not isinstance(module.act, GELUActivation)
         if type(module) in ON_KERNELS and not inexact:
-            _become(ON_KERNELS[type(module)], module, kernel_backend)
+            become(ON_KERNELS[type(module)], module, kernel_backend)
         if isinstance(module, ResidualOutputOnKernels):
-            _become(ResidualLayerNorm, module.LayerNorm, kernel_backend)
+            become(ResidualLayerNorm, module.LayerNorm, kernel_backend)
     embedding = model.get_input_embeddings()
     if type(embedding) is nn.Embedding:
-        _become(PrefixEmbedding, embedding, kernel_backend)
+        become(PrefixEmbedding, embedding, kernel_backend)
 
 
-def _become(kind: Any, module: Any, kernel_backend: str) -> None:
+def become(kind: Any, module: Any, kernel_backend: str) -> None:
+    """Give `module` the class `kind`, whose forward runs on the kernels where `kernel_backend` says so."""
     module.__class__ = kind
     module.kernel_backend = kernel_backend

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
 from lion_fast import LionConfig, LionForCausalLM, LionProcessor
 from lion_fast.conversion import convert_checkpoint
@@ -104,6 +105,20 @@ def quickstart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quickstart")
     run(path, seed=5, smoke=True, show=False)
     return path
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the Triton kernels that were launched, in their order."""
+    names: list[str] = []
+    getitem = KernelInterface.__getitem__
+
+    def launch(self: Any, grid: Any) -> Any:
+        names.append(self.fn.__name__)
+        return getitem(self, grid)
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", launch)
+    return names
 
 
 @pytest.fixture

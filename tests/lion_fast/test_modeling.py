@@ -496,7 +496,7 @@ def test_triton_needs_a_gpu_or_the_interpreter(
     make_model: Make, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lion_kernels.backend._INTERPRETING", False)
-    with pytest.raises(ValueError, match=r"backend: LionForCausalLM runs 'triton' on a CUDA device, or on the CPU"):
+    with pytest.raises(ValueError, match=r"backend: the model runs 'triton' on a CUDA device, or on the CPU"):
         make_model(kernel_backend="triton")(**make_batch(labels=True))
 
 

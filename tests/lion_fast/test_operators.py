@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from triton.runtime.jit import KernelInterface
 
 import lion_fast.adapters
 import lion_fast.attention
@@ -52,20 +51,6 @@ def make_model(make_model: Make) -> Make:
 @pytest.fixture
 def make_batch(make_batch: MakeBatch) -> MakeBatch:
     return lambda **settings: {name: value.to(DEVICE) for name, value in make_batch(**settings).items()}
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the Triton kernels that were launched, in their order."""
-    names: list[str] = []
-    getitem = KernelInterface.__getitem__
-
-    def launch(self: Any, grid: Any) -> Any:
-        names.append(self.fn.__name__)
-        return getitem(self, grid)
-
-    monkeypatch.setattr(KernelInterface, "__getitem__", launch)
-    return names
 
 
 @pytest.fixture

@@ -1,0 +1,317 @@
+"""The original LION's modules with a forward on lion_kernels.
+
+The original brings its own copies of BLIP-2's vision tower and Q-Former and of a T5 of transformers 4, so modules are
+recognised by what they have, not by where their classes come from. A forward here is the replaced class's wherever the
+call asks for something that the kernels do not compute, such as attention weights.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lion_fast.attention import in_whole_eights, on_kernels
+from lion_fast.operators import OnKernels, ResidualOutputOnKernels
+from lion_kernels import mixture_of_adapters, multi_scale_attention, relative_bias_attention
+from lion_kernels.relative_bias_attention import relative_position_bucket
+
+
+class AdapterRouterOnKernels(OnKernels):
+    """residual + ratio1[task] * A0(x) + ratio2[task] * A1(x), or one adapter alone; the task is `router_idx`."""
+
+    operators = "mixture_of_adapters"
+    adapters: Any
+    num_adapters: int
+    router_idx: int | None  # what the original sets on every router before a batch
+    router_ratio1: Tensor
+    router_ratio2: Tensor
+    training: bool
+
+    def takes(self, hidden_states: Tensor) -> bool:
+        dropped = any(adapter.dropout > 0 for adapter in self.adapters) and self.training
+        return self.router_idx in (0, 1) and not dropped
+
+    def runs_on_kernels(self, x: Tensor) -> bool:
+        return on_kernels(self.kernel_backend, x.device) and self.takes(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Weights [1] of the one adapter, or factors [2, D] of this batch's task; the adapters' scales folded in."""
+        scales = torch.stack([torch.as_tensor(adapter.scale, device=x.device).squeeze() for adapter in self.adapters])
+        if self.num_adapters == 1:
+            return scales
+        ratios = torch.stack([self.router_ratio1[self.router_idx], self.router_ratio2[self.router_idx]])
+        return ratios * scales.unsqueeze(1)
+
+    def kernel_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        gate = self.gate(x)
+        task_ids = None
+        if self.num_adapters > 1:  # one task for the batch, the only one in the gate
+            gate, task_ids = gate.unsqueeze(0), torch.zeros(1, dtype=torch.long, device=x.device)
+        # Under autocast the original's scales and ratios, in float32, make its result that, and so the stream.
+        wider = torch.promote_types(x.dtype if residual is None else residual.dtype, gate.dtype)
+        down, up = [a.down_proj for a in self.adapters], [a.up_proj for a in self.adapters]
+        return mixture_of_adapters(
+            x.to(wider),
+            torch.stack([linear.weight for linear in down]),
+            torch.stack([linear.bias for linear in down]),
+            torch.stack([linear.weight for linear in up]),
+            torch.stack([linear.bias for linear in up]),
+            gate,
+            task_ids=task_ids,
+            residual=None if residual is None else residual.to(wider),
+            backend=self.kernel_backend,
+        )
+
+
+class AdaptedLayerFFOnKernels(OnKernels):
+    """T5's feed-forward layer with a router beside it, which adds to the layer's result where it writes its own."""
+
+    operators = "mixture_of_adapters"
+    adapter: Any
+    layer_norm: nn.Module
+    DenseReluDense: nn.Module
+    dropout: nn.Module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.adapter.runs_on_kernels(hidden_states):
+            return self.adapter.kernel_forward(hidden_states, self._fed_forward(hidden_states))
+        adapted = self.adapter(hidden_states)  # first, as in the original: gradients add up in the reverse order
+        return self._fed_forward(hidden_states) + adapted
+
+    def _fed_forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.dropout(self.DenseReluDense(self.layer_norm(hidden_states)))
+
+
+class VisionAttentionOnKernels(OnKernels):
+    """EVA's self-attention from one packed projection, whose keys have no bias."""
+
+    operators = "multi_scale_attention"
+    num_heads: int
+    scale: float
+    qkv: nn.Linear
+    q_bias: Tensor | None
+    v_bias: Tensor
+    attn_drop: nn.Dropout
+    proj: nn.Module
+    proj_drop: nn.Module
+    training: bool
+
+    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
+        if rel_pos_bias is not None or not on_kernels(self.kernel_backend, x.device):
+            return _replaced(self).forward(x, rel_pos_bias)
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        return self.proj_drop(self.proj(_attend(self, query, key, value, None, self.scale, dropout_p)))
+
+
+class BertAttentionOnKernels(OnKernels):
+    """BERT's attention before its output projection, the Q-Former's and the aggregator's."""
+
+    operators = "multi_scale_attention"
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    num_attention_heads: int
+    dropout: nn.Dropout
+    training: bool
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_value: Any = None,
+        output_attentions: bool = False,
+    ) -> tuple:
+        cross = encoder_hidden_states is not None
+        mask = encoder_attention_mask if cross else attention_mask
+        wants_weights = output_attentions or head_mask is not None or (cross and getattr(self, "save_attention", False))
+        on = on_kernels(self.kernel_backend, hidden_states.device) and _is_padding(mask) and past_key_value is None
+        if wants_weights or not on:
+            return _replaced(self).forward(
+                hidden_states,
+                attention_mask,
+                head_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_value,
+                output_attentions,
+            )
+        context = encoder_hidden_states if cross else hidden_states
+        key, value, query = (
+            states.unflatten(-1, (self.num_attention_heads, -1))
+            for states in (self.key(context), self.value(context), self.query(hidden_states))
+        )
+        dropout_p = self.dropout.p if self.training else 0.0
+        attended = _attend(self, query, key, value, mask, query.shape[-1] ** -0.5, dropout_p)
+        # BLIP-2's returns the keys and values always, transformers' where it is part of a decoder.
+        returns_past = getattr(self, "is_decoder", True)
+        return (attended, (key.transpose(1, 2), value.transpose(1, 2))) if returns_past else (attended,)
+
+
+class BertOutputOnKernels(ResidualOutputOnKernels):
+    def kernel_forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        # Where autocast has LayerNorm in float32, which is on CUDA, its result is that, and so the stream.
+        if residual.is_cuda and torch.is_autocast_enabled("cuda"):
+            residual = residual.float()
+        return super().kernel_forward(hidden_states, residual)
+
+
+class T5AttentionOnKernels(OnKernels):
+    """The attention of a T5 of transformers 4. What goes from layer to layer is the table of biases, not all pairs'."""
+
+    operators = "relative_bias_attention, multi_scale_attention"
+    is_decoder: bool
+    has_relative_attention_bias: bool
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int
+    relative_attention_bias: nn.Embedding
+    n_heads: int
+    dropout: float
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    training: bool
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_value: tuple[Tensor, Tensor] | None = None,
+        layer_head_mask: Tensor | None = None,
+        query_length: int | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple:
+        cross = key_value_states is not None
+        on = on_kernels(self.kernel_backend, hidden_states.device) and _is_padding(mask)
+        dense = not cross and position_bias is not None and position_bias.dim() == 4  # from a layer that was not on
+        if not on or dense or layer_head_mask is not None or output_attentions:
+            if not cross:
+                past = 0 if past_key_value is None else past_key_value[0].shape[2]
+                mask, position_bias = self._all_pairs(hidden_states.shape[1], past, mask, position_bias)
+            return _replaced(self).forward(
+                hidden_states,
+                mask,
+                key_value_states,
+                position_bias,
+                past_key_value,
+                layer_head_mask,
+                query_length,
+                use_cache,
+                output_attentions,
+            )
+        query = self.q(hidden_states).unflatten(-1, (self.n_heads, -1))
+        key, value = self._keys_and_values(hidden_states, key_value_states, past_key_value)
+        dropout_p = self.dropout if self.training else 0.0
+        if cross:
+            attended = _attend(self, query, key, value, mask, 1.0, dropout_p)
+            # The kernels read the mask; to a layer that is not on them this is what the original hands on.
+            position_bias = query.new_zeros(1, 1, 1, 1) if mask is None else mask
+        else:
+            position_bias = self._table(hidden_states) if position_bias is None else position_bias
+            attended = relative_bias_attention(
+                in_whole_eights(query),
+                in_whole_eights(key),
+                in_whole_eights(value),
+                position_bias,
+                key_padding_mask=None if mask is None else mask[:, 0, 0] == 0,
+                bidirectional=not self.is_decoder,
+                max_distance=self.relative_attention_max_distance,
+                causal=self.is_decoder and mask is not None,
+                dropout_p=dropout_p,
+                backend=self.kernel_backend,
+            )
+            attended = attended[..., : query.shape[-1]].flatten(2)
+        present = (key.transpose(1, 2), value.transpose(1, 2)) if self.is_decoder and use_cache else None
+        return self.o(attended), present, position_bias
+
+    def _keys_and_values(
+        self, hidden_states: Tensor, key_value_states: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, Lk, H, Dh] each; `past` has them as the cache has, [B, H, Lk, Dh]."""
+        if key_value_states is not None and past is not None:
+            return past[0].transpose(1, 2), past[1].transpose(1, 2)
+        context = hidden_states if key_value_states is None else key_value_states
+        key, value = (project(context).unflatten(-1, (self.n_heads, -1)) for project in (self.k, self.v))
+        if past is not None:
+            key, value = (torch.cat([p.transpose(1, 2), x], 1) for p, x in zip(past, (key, value), strict=True))
+        return key, value
+
+    def _table(self, hidden_states: Tensor) -> Tensor:
+        """Biases [num_buckets, H], of zero where the layer has none and none came."""
+        if not self.has_relative_attention_bias:
+            return hidden_states.new_zeros(self.relative_attention_num_buckets, self.n_heads)
+        return self.relative_attention_bias(
+            torch.arange(self.relative_attention_num_buckets, device=hidden_states.device)
+        )
+
+    def _all_pairs(
+        self, queries: int, past: int, mask: Tensor | None, position_bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and bias as the original hands them on, from those that a layer and the stack on the kernels hand on."""
+        keys = past + queries
+        if mask is not None and self.is_decoder and mask.shape[2] < queries:  # padding alone: kernels know causality
+            future = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(past + 1)
+            mask = mask.masked_fill(future, torch.finfo(mask.dtype).min)
+        if position_bias is not None and position_bias.dim() == 2:
+            positions = torch.arange(keys, device=position_bias.device)
+            buckets = relative_position_bucket(
+                positions - positions[past:, None],
+                self.relative_attention_num_buckets,
+                self.relative_attention_max_distance,
+                not self.is_decoder,
+            )
+            position_bias = position_bias[buckets].movedim(-1, 0).unsqueeze(0)
+            position_bias = position_bias if mask is None else position_bias + mask
+        return mask, position_bias
+
+
+class T5StackOnKernels:
+    """A T5 stack of transformers 4 whose decoder hands its layers padding alone, as the kernels know causality."""
+
+    operators = "the mask of relative_bias_attention"
+    kernel_backend: str
+    is_decoder: bool
+
+    def get_extended_attention_mask(self, attention_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        this: Any = self
+        if self.is_decoder and attention_mask.dim() == 2 and on_kernels(self.kernel_backend, attention_mask.device):
+            return this.invert_attention_mask(attention_mask)
+        return super().get_extended_attention_mask(attention_mask, *args, **kwargs)  # type: ignore[misc]
+
+
+def _replaced(module: OnKernels) -> Any:
+    """The module as the class that it had, whose forward it calls."""
+    return super(OnKernels, module)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    """[B, L, H * Dh] from [B, L, H, Dh] each and an additive padding mask [B, 1, 1, Lk], zero where keys count."""
+    attended = multi_scale_attention(
+        in_whole_eights(query),
+        [in_whole_eights(key)],
+        [in_whole_eights(value)],
+        scale=scale,
+        key_padding_mask=None if mask is None else mask[:, 0, 0] == 0,
+        dropout_p=dropout_p,
+        backend=module.kernel_backend,
+    )
+    return attended[..., : query.shape[-1]].flatten(2)
+
+
+def _is_padding(mask: Tensor | None) -> bool:
+    """Whether an additive mask is the same for all heads and queries."""
+    return mask is None or (mask.dim() == 4 and tuple(mask.shape[1:3]) == (1, 1))

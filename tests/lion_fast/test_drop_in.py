@@ -1,0 +1,504 @@
+"""`apply_lion_kernels` on a double of the original LION and on `LionForCausalLM`, with the kernels on the CPU's
+interpreter, or compiled where there is a GPU.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lion_fast import LionForCausalLM, apply_lion_kernels
+from lion_reference.lion import LION
+from tests.lion_fast.gradients import expect_same_gradients
+from tests.lion_fast.original_double import (
+    CONFIG,
+    AdapterRouter,
+    LIONT5InstructAdapter,
+    T5Attention,
+    T5LayerFF,
+    make_original,
+    make_samples,
+    set_adapter_t5,
+    set_router_idx,
+)
+
+Results = tuple[Tensor, Tensor, dict[str, Tensor]]
+TASKS = ("region_level", "image_level")
+
+
+def results_of(model: Any, *args: Any, **kwargs: Any) -> Results:
+    """Loss, logits and gradients."""
+    model.zero_grad()
+    loss, logits = model(*args, **kwargs)
+    loss.backward()
+    return (
+        loss.detach(),
+        logits.detach(),
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+    )
+
+
+def expect_same(got: Results, expected: Results) -> None:
+    for value, wanted in zip(got[:2], expected[:2], strict=True):
+        assert (value - wanted).norm() <= 1e-5 * wanted.norm()
+    expect_same_gradients(got[2], expected[2])
+
+
+def expect_same_bits(got: Results, expected: Results) -> None:
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    assert got[2].keys() == expected[2].keys()
+    assert all(torch.equal(got[2][name], gradient) for name, gradient in expected[2].items())
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Results]:
+    """What the original computes, by task."""
+    return {task: results_of(make_original(), make_samples(task)) for task in TASKS}
+
+
+@pytest.fixture
+def feed_forward() -> Any:
+    """A feed-forward layer of T5 with its router, the task set."""
+    torch.manual_seed(0)
+    holder = nn.ModuleList([T5LayerFF(CONFIG.t5)])
+    set_adapter_t5(holder, 32, 2, 8)
+    for parameter in holder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    set_router_idx(holder, 1)
+    return holder
+
+
+def outputs_and_gradients(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    module.zero_grad()
+    out = module(*inputs)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+
+def test_the_double_is_the_original(expected: dict[str, Results]) -> None:
+    reference, samples = LION(CONFIG).eval(), make_samples()
+    state = make_original().state_dict()
+    reference.load_state_dict({name: value for name, value in state.items() if "embed_tokens" not in name})
+    inputs = [samples[name] for name in ("image", "text", "text_mask", "question", "question_mask")]
+    for number, task in enumerate(TASKS):
+        output = reference(*inputs, torch.full((2,), number), labels=samples["labels"])
+        torch.testing.assert_close(expected[task][1], output.logits, rtol=1e-5, atol=1e-6)
+
+
+def test_every_part_is_rewired() -> None:
+    result = apply_lion_kernels(make_original())
+    assert Counter((module.class_name, module.operators) for module in result.rewired) == {
+        ("Attention", "multi_scale_attention"): 3,
+        ("BertSelfAttention", "multi_scale_attention"): 2 + 1 + 2 * 2,
+        ("BertSelfOutput", "residual_layer_norm"): 2 + 1 + 2 * 2,
+        ("BertOutput", "residual_layer_norm"): 2 * 2 + 2,
+        ("T5Stack", "the mask of relative_bias_attention"): 2,
+        ("T5Attention", "relative_bias_attention, multi_scale_attention"): 2 + 2 * 2,
+        ("T5LayerNorm", "rms_norm"): 2 * 2 + 1 + 2 * 3 + 1,
+        ("T5DenseGatedActDense", "gated_gelu"): 4,
+        ("AdapterRouter", "mixture_of_adapters"): 4,
+        ("T5LayerFF", "mixture_of_adapters"): 4,
+    }
+    assert {(module.class_name, module.reason) for module in result.left} == {
+        ("Mlp", "no operator of lion_kernels has its mathematics")
+    }
+
+
+@pytest.mark.parametrize(("task", "checkpointing"), [("region_level", False), ("image_level", True)])
+def test_kernels_give_what_the_original_gives(
+    expected: dict[str, Results], launches: list[str], task: str, checkpointing: bool
+) -> None:
+    """Loss, logits and every gradient, with padding, also where blocks are computed again in backward."""
+    model = make_original().train()  # no layer drops anything
+    apply_lion_kernels(model, backend="triton")
+    for stack in (model.t5_model.encoder, model.t5_model.decoder):
+        stack.gradient_checkpointing = model.visual_encoder.use_checkpoint = checkpointing
+    expect_same(results_of(model, make_samples(task)), expected[task])
+    assert set(launches) >= {
+        "hidden_kernel",
+        "update_kernel",
+        "attention_forward",
+        "attention_backward_keys",
+        "gated_gelu_forward_kernel",
+        "residual_layer_norm_forward_kernel",
+        "rms_norm_backward_kernel",
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_pytorch_gives_the_same_bits(expected: dict[str, Results], launches: list[str], backend: str) -> None:
+    model = make_original()
+    apply_lion_kernels(model, backend)
+    for task in TASKS:
+        expect_same_bits(results_of(model, make_samples(task)), expected[task])
+    assert not launches
+
+
+def test_names_and_storage_stay_and_undo_restores(expected: dict[str, Results]) -> None:
+    model = make_original()
+    had = {name: (type(m), dict(m.__dict__)) for name, m in model.named_modules()}
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    state = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    result = apply_lion_kernels(model, backend="triton")
+    for _ in range(2):
+        assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+        assert {name: value.data_ptr() for name, value in model.state_dict().items()} == state
+        assert all(isinstance(module, had[name][0]) for name, module in model.named_modules())
+        result.undo()
+    result.undo()  # twice is once
+    for name, module in model.named_modules():
+        cls, attributes = had[name]
+        assert type(module) is cls
+        assert module.__dict__.keys() == attributes.keys()
+        assert all(module.__dict__[key] is value for key, value in attributes.items())
+    expect_same_bits(results_of(model, make_samples()), expected["region_level"])
+
+
+def test_tokens_are_the_same() -> None:
+    """With keys and values kept from step to step."""
+    model, samples = make_original(), make_samples("image_level")
+    tokens = model.generate(samples, steps=3)
+    apply_lion_kernels(model, backend="triton")
+    assert torch.equal(model.generate(samples, steps=3), tokens)
+
+
+@pytest.fixture
+def decoder() -> tuple[Any, tuple[Tensor, ...]]:
+    """The decoder, and its input: embeddings, their mask, the encoder's output and its mask."""
+    generator = torch.Generator().manual_seed(0)
+    x, context = (torch.randn(2, length, 32, generator=generator) for length in (4, 6))
+    mask, context_mask = torch.ones(2, 4).long(), torch.ones(2, 6).long()
+    mask[1, 2:] = context_mask[1, 3:] = 0
+    stack = make_original().t5_model.decoder
+    set_router_idx(stack, 1)
+    return stack, (x, mask, context, context_mask)
+
+
+@pytest.mark.parametrize("case", ["weights", "first head mask", "second head mask", "any mask", "any cross mask"])
+def test_what_kernels_do_not_compute_is_the_original_s(decoder: tuple[Any, tuple], case: str) -> None:
+    """Layer by layer: what one on the kernels hands on suits one that is not, and the other way round."""
+    stack, (x, mask, context, context_mask) = decoder
+    halves = torch.full((1, 4, 1, 1), 0.5)
+    options: dict[str, Any] = {
+        "weights": {"output_attentions": True},
+        "first head mask": {"head_mask": [halves, None]},
+        "second head mask": {"head_mask": [None, halves]},
+    }.get(case, {})
+    if case == "any mask":
+        mask = torch.eye(4).long() + mask[:, None]
+        mask = (mask > 0).long().tril()
+    if case == "any cross mask":
+        context_mask = (torch.arange(24).view(4, 6) % 3 > 0).long().expand(2, 4, 6)
+    expected = stack(x, mask, context, context_mask, **options)
+    apply_lion_kernels(stack, backend="triton")
+    got = stack(x, mask, context, context_mask, **options)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    if case == "weights":
+        torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_that_of_a_seed_and_of_a_checkpoint(decoder: tuple[Any, tuple]) -> None:
+    stack, inputs = decoder
+    stack.block = stack.block[:1]
+    stack.train()
+    for module in stack.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+        elif isinstance(module, T5Attention):
+            module.dropout = 0.3
+    apply_lion_kernels(stack, backend="triton")
+    x, mask, context, context_mask = (given[:1] for given in inputs)
+    x.requires_grad_()
+    found = []
+    for seed, stack.gradient_checkpointing in ((0, False), (0, True), (1, False)):
+        torch.manual_seed(seed)
+        x.grad = None
+        out = stack(x, mask, context, context_mask)[0]
+        out.square().sum().backward()
+        found.append((out.detach(), x.grad))
+    torch.testing.assert_close(found[1], found[0])
+    assert not torch.allclose(found[2][0], found[0][0], rtol=0.1)
+
+
+def test_autocast_keeps_the_stream_s_dtype(feed_forward: Any) -> None:
+    """A half-precision stream becomes float32 by the routers' ratios, as in the original."""
+    (layer,) = feed_forward
+    x = torch.randn(2, 5, 32).half()
+    found = []
+    for backend in (None, "triton"):
+        if backend:
+            apply_lion_kernels(feed_forward, backend)
+        with torch.autocast("cpu", torch.float16):
+            found.append(layer(x))
+    assert [out.dtype for out in found] == [torch.float32] * 2
+    assert (found[1] - found[0]).norm() < 2e-3 * found[0].norm()
+
+
+def test_single_adapter_and_no_task(feed_forward: Any) -> None:
+    """Outside the joint stage there is one adapter and no router; without a task the original's own assertion fails."""
+    set_adapter_t5(feed_forward, 32, 1, 8)
+    layer, x = feed_forward[0], torch.randn(2, 5, 32)
+    nn.init.normal_(layer.adapter.adapters[0].up_proj.weight)
+    set_router_idx(feed_forward, 0)
+    expected = outputs_and_gradients(layer, x)
+    apply_lion_kernels(feed_forward, backend="triton")
+    for got, wanted in zip(outputs_and_gradients(layer, x), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    set_router_idx(feed_forward, None)
+    with pytest.raises(AssertionError):
+        layer(x)
+
+
+def test_a_router_by_itself(feed_forward: Any) -> None:
+    """Where the layer has another forward than the original's, the router still runs on the kernels."""
+    (layer,) = feed_forward
+    layer.forward = lambda hidden_states: layer.adapter(hidden_states)
+    x = torch.randn(2, 5, 32)
+    expected = outputs_and_gradients(layer, x)
+    result = apply_lion_kernels(feed_forward, backend="triton")
+    assert [module.name for module in result.left] == ["0"]
+    for got, wanted in zip(outputs_and_gradients(layer, x), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_drops_is_the_original_s_in_training(feed_forward: Any) -> None:
+    (layer,) = feed_forward
+    for adapter in layer.adapter.adapters:
+        adapter.dropout = 0.5
+    x, found = torch.randn(2, 5, 32), []
+    for backend in (None, "triton"):
+        if backend:
+            apply_lion_kernels(layer.adapter, backend)
+        torch.manual_seed(0)
+        found.append(layer.adapter(x))
+    assert torch.equal(*found)
+
+
+def break_layer_norm_option(model: LIONT5InstructAdapter) -> tuple[str, str]:
+    router = next(module for module in model.modules() if isinstance(module, AdapterRouter))
+    router.adapters[0].adapter_layernorm_option = "in"
+    return "AdapterRouter", "adapter_layernorm_option='in'"
+
+
+def break_activation(model: LIONT5InstructAdapter) -> tuple[str, str]:
+    model.t5_model.encoder.block[0].layer[-1].DenseReluDense.act = nn.GELU("tanh")
+    return "T5DenseGatedActDense", "the activation is GELU, not the exact GELU"
+
+
+def break_heads(model: LIONT5InstructAdapter) -> tuple[str, str]:
+    model.t5_model.encoder.block[1].layer[0].SelfAttention.pruned_heads.add(1)
+    return "T5Attention", "pruned heads"
+
+
+def break_window(model: LIONT5InstructAdapter) -> tuple[str, str]:
+    model.visual_encoder.blocks[0].attn.relative_position_bias_table = nn.Parameter(torch.zeros(1))
+    return "Attention", "a relative position bias within windows"
+
+
+def break_norm(model: LIONT5InstructAdapter) -> tuple[str, str]:
+    class OneMore(type(model.t5_model.encoder.final_layer_norm)):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) + hidden_states
+
+    model.t5_model.encoder.final_layer_norm.__class__ = OneMore
+    return "OneMore", "no x / sqrt(mean(x^2) + eps) * weight"
+
+
+def break_positions(model: LIONT5InstructAdapter) -> tuple[str, str]:
+    model.Qformer["bert"].encoder["layer"][0].attention.self.position_embedding_type = "relative_key"
+    return "BertSelfAttention", "position_embedding_type='relative_key'"
+
+
+def break_output(model: LIONT5InstructAdapter) -> tuple[str, str]:
+    model.fusion_adapter.blocks[0].output.LayerNorm = nn.LayerNorm(16, elementwise_affine=False)
+    return "BertOutput", "LayerNorm is no nn.LayerNorm of one dimension with weight and bias"
+
+
+def break_forward(model: LIONT5InstructAdapter) -> tuple[str, str]:
+    attention = model.visual_encoder.blocks[0].attn
+    attention.forward = attention.forward  # as accelerate's hooks do
+    return "Attention", "the instance has a forward of its own"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        break_layer_norm_option,
+        break_activation,
+        break_heads,
+        break_window,
+        break_norm,
+        break_positions,
+        break_output,
+        break_forward,
+    ],
+)
+def test_what_is_not_exact_is_left_and_listed(change: Callable[[Any], tuple[str, str]]) -> None:
+    model = make_original()
+    class_name, reason = change(model)
+    result = apply_lion_kernels(model)
+    left = [(module.class_name, module.reason) for module in result.left if module.class_name != "Mlp"]
+    assert set(left) == {(class_name, reason)}
+    assert reason in str(result)
+    rewired = {module.name for module in result.rewired}
+    assert not rewired & {module.name for module in result.left}
+    if change is break_heads:  # a stack is rewired as a whole
+        assert len(left) == 2
+
+
+def test_once_more_is_anew(feed_forward: Any) -> None:
+    """A second call undoes the first, and its result undoes both."""
+    (layer,), x = feed_forward, torch.randn(2, 5, 32)
+    expected, classes = layer(x), [type(module) for module in feed_forward.modules()]
+    first = apply_lion_kernels(feed_forward, backend="triton")
+    second = apply_lion_kernels(feed_forward, backend="torch")
+    assert first.rewired == second.rewired
+    assert torch.equal(layer(x), expected)
+    assert layer.adapter.kernel_backend == "torch"
+    second.undo()
+    assert [type(module) for module in feed_forward.modules()] == classes
+    assert torch.equal(layer(x), expected)
+
+
+def test_copies_are_rewired_and_restored_by_themselves(feed_forward: Any) -> None:
+    (layer,), x = feed_forward, torch.randn(2, 5, 32)
+    expected = layer(x)
+    result = apply_lion_kernels(feed_forward, backend="triton")
+    twin = copy.deepcopy(feed_forward)
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in feed_forward.parameters()}
+    assert torch.equal(twin[0](x), layer(x))
+    nn.init.zeros_(layer.DenseReluDense.wo.weight)
+    result.undo()
+    assert type(twin[0]) is not type(layer)
+    apply_lion_kernels(twin).undo()
+    assert type(twin[0]) is type(layer)
+    assert torch.equal(twin[0](x), expected)
+
+
+def test_an_optimizer_goes_on(feed_forward: Any) -> None:
+    """Its state belongs to the parameters, which are the same ones."""
+    found = []
+    for apply in (False, True):
+        torch.manual_seed(0)
+        model = copy.deepcopy(feed_forward)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+        for step in range(3):
+            if apply and step == 1:
+                apply_lion_kernels(model, backend="triton")
+            optimizer.zero_grad()
+            model[0](torch.randn(2, 5, 32)).square().sum().backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
+
+
+def test_the_forward_pass_compiles(decoder: tuple[Any, tuple]) -> None:
+    stack, inputs = decoder
+    expected = torch.compile(stack, backend="eager", fullgraph=True)(*inputs)[0]
+    torch._dynamo.reset()
+    apply_lion_kernels(stack, backend="triton")
+    compiled = torch.compile(stack, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def _one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_data_parallel_before_and_after_and_sharding_after(feed_forward: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    (layer,), x = feed_forward, torch.randn(2, 5, 32)
+    expected = outputs_and_gradients(layer, x)
+    parallel = DistributedDataParallel(layer)
+    result = apply_lion_kernels(parallel, backend="triton")
+    assert "module.adapter" in {module.name for module in result.rewired}
+    for wrapped in (parallel, DistributedDataParallel(layer)):
+        for got, wanted in zip(outputs_and_gradients(wrapped, x), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    result.undo()
+    apply_lion_kernels(feed_forward, backend="triton")
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    torch.testing.assert_close(layer(x), expected[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"model: 0 is sharded already; call apply_lion_kernels before FSDP"):
+        apply_lion_kernels(feed_forward)
+
+
+def test_a_class_given_since_is_not_taken_away(feed_forward: Any) -> None:
+    result = apply_lion_kernels(feed_forward)
+    router = feed_forward[0].adapter
+
+    class Sharded(type(router)):
+        pass
+
+    router.__class__ = Sharded
+    with pytest.raises(RuntimeError, match=r"0.adapter: expected the class AdapterRouter that .* got Sharded"):
+        result.undo()
+    assert "_before_kernels" in feed_forward[0].__dict__  # nothing was restored
+
+
+def test_clear_errors(feed_forward: Any) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
+        apply_lion_kernels({})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"backend: expected one of 'auto', 'triton', 'torch', got 'cuda'"):
+        apply_lion_kernels(feed_forward, "cuda")
+    with pytest.raises(ValueError, match=r"nothing to rewire in Linear; looked for LionForCausalLM.*router_idx"):
+        apply_lion_kernels(nn.Linear(2, 2))
+    feed_forward[0].DenseReluDense.act = nn.ReLU()
+    inner = feed_forward[0].DenseReluDense
+    with pytest.raises(ValueError, match=r"(?s)nothing to rewire.*it \(T5Dense.*activation is ReLU, not the exact"):
+        apply_lion_kernels(inner)
+    assert not any("_before_kernels" in module.__dict__ for module in inner.modules())
+    inner.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"model: 0.DenseReluDense is compiled already; call .* before torch.compile"):
+        apply_lion_kernels(feed_forward)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loaded", ["torch", "auto"])
+def test_lion_for_causal_lm_is_as_if_loaded_so(make_model: Any, make_batch: Any, loaded: str) -> None:
+    """Bits, operators and what is saved; another model of the same configuration keeps its own."""
+    batch = make_batch(batch=1, labels=True)
+    model, other = make_model(kernel_backend=loaded), make_model(kernel_backend=loaded)
+    before = model(**batch).logits
+    built = make_model(kernel_backend="triton")
+    config = model.config
+    result = apply_lion_kernels(model, backend="triton")
+    assert torch.equal(model(**batch).logits, built(**batch).logits)
+    assert model.config.kernel_backend == model.config.vision_config.kernel_backend == "triton"
+    assert model.config is not config
+    assert config.kernel_backend == other.config.kernel_backend == loaded
+    assert Counter(module.operators for module in result.rewired) == {
+        "multi_scale_attention": 3 + 2 * 2 + 3,
+        "relative_bias_attention, multi_scale_attention": 2 * 3,
+        "residual_layer_norm": 2 * 3 + 2 * 3 + 1,
+        "rms_norm": 2 * 2 + 1 + 2 * 3 + 1,
+        "gated_gelu": 4,
+        "mixture_of_adapters": 4,
+        "assemble_inputs": 1,
+    }
+    assert not result.left
+    result.undo()
+    assert torch.equal(model(**batch).logits, before)
+    assert model.config is config
+
+
+def test_an_attention_that_was_asked_for_stays(make_model: Any) -> None:
+    model: LionForCausalLM = make_model(kernel_backend="torch", attn_implementation={"vision_config": "eager"})
+    result = apply_lion_kernels(model)
+    assert {(module.class_name, module.reason) for module in result.left} == {
+        ("LionVisionAttention", "attn_implementation='eager' was asked for")
+    }
