@@ -31,11 +31,7 @@ def make_loader(
     Raises:
         ValueError: for a negative number of workers.
     """
-    if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
-    if num_workers < 0:
-        raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
+    num_workers = checked_workers(num_workers)
     return DataLoader(
         sampler.dataset,
         batch_sampler=sampler,
@@ -45,3 +41,17 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(sampler.seed),
     )
+
+
+def checked_workers(num_workers: int | None) -> int:
+    """How many processes read: by default one fewer than this process's share of the cores that it may use.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+    if num_workers < 0:
+        raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
+    return num_workers
