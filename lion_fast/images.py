@@ -91,6 +91,12 @@ def load_images(images: ImageLike | Sequence[ImageLike], name: str = "images") -
     return [load_image(image, f"{name}[{i}]") for i, image in enumerate(images)]
 
 
+def image_suffixes() -> frozenset[str]:
+    """Endings of the names of files that `load_image` reads, in lower case with their dot."""
+    Image.init()
+    return frozenset(suffix for suffix, known in Image.registered_extensions().items() if known in _FORMATS)
+
+
 def _read(path: str, name: str) -> Image.Image:
     name = f"{name} ({path or 'an empty path'})"
     try:

@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, check, convert, data, kernels, memory, quickstart, train
+from lion_fast.cli import ask, check, convert, data, kernels, memory, quickstart, tag, train
 
-_COMMANDS = (quickstart, convert, data, train, memory, ask, check, kernels)
+_COMMANDS = (quickstart, convert, data, train, memory, ask, tag, check, kernels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

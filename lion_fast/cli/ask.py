@@ -1,8 +1,9 @@
-"""`lion-fast caption`, `ask` and `locate`: one picture, one question."""
+"""`lion-fast caption`, `ask` and `locate`: one picture and one question, or as many as there are."""
 
 import argparse
 from pathlib import Path
 
+from lion_fast.cli import bulk
 from lion_fast.cli.arguments import device, positive_int
 from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
@@ -24,17 +25,44 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
             "--max-new-tokens", type=positive_int, metavar="N", help="tokens at most (default: the checkpoint's)"
         )
         parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    ask.add_argument("question", metavar="QUESTION")
-    locate.add_argument("expression", metavar="EXPRESSION", help='what to find, e.g. "the red circle"')
+        bulk.add_options(parser)
+    column = "with --out: read from the input if it is not given"
+    ask.add_argument("question", metavar="QUESTION", nargs="?", help=column)
+    locate.add_argument(
+        "expression", metavar="EXPRESSION", nargs="?", help=f'what to find, e.g. "the red circle"; {column}'
+    )
     locate.add_argument(
         "--output", type=Path, metavar="PNG", help="picture to write (default: IMAGE's name with .located.png)"
     )
-    caption.set_defaults(run=lambda args: print(_answer(args, CAPTION_INSTRUCTION, "image_level")))
-    ask.set_defaults(run=lambda args: print(_answer(args, args.question, "image_level")))
+    caption.set_defaults(run=_caption)
+    ask.set_defaults(run=_ask)
     locate.set_defaults(run=_locate)
 
 
+def _caption(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        return bulk.run_bulk(args, args.model)
+    print(_answer(args, CAPTION_INSTRUCTION, "image_level"))
+
+
+def _ask(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        return bulk.run_bulk(args, args.model, text=args.question)
+    _expect_text(args.question, "QUESTION")
+    print(_answer(args, args.question, "image_level"))
+
+
+def _expect_text(text: str | None, name: str) -> None:
+    if text is None:
+        raise ValueError(f"{name}: expected one for the picture, got none")
+
+
 def _locate(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        if args.output is not None:
+            raise ValueError("--output: expected no picture to draw on beside --out, got one")
+        return bulk.run_bulk(args, args.model, text=args.expression)
+    _expect_text(args.expression, "EXPRESSION")
     from lion_fast.boxes import draw_boxes, parse_boxes
     from lion_fast.images import load_image
 

@@ -206,7 +206,7 @@ class JsonlDataset(SampleDataset):
         offsets, numbers, tasks, lengths = array("q"), array("q"), array("B"), array("i")
         first_error = None
         with self.path.open("rb") as file:
-            for number, (offset, line) in enumerate(_lines(file), 1):
+            for number, (offset, line) in enumerate(lines_with_offsets(file), 1):
                 try:
                     if not (line is None or line.strip()):
                         continue
@@ -264,7 +264,7 @@ def text_length(record: Record) -> int:
     return len(record.question) + len(record.answer) + sum(len(tag) + 2 for tag in record.tags or ())
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def lines_with_offsets(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     """Each line with its offset; None for one longer than `MAX_LINE_BYTES`, of which no more is held than that."""
     offset = 0
     while line := file.readline(MAX_LINE_BYTES):

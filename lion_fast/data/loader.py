@@ -39,11 +39,9 @@ def make_loader(
     Raises:
         ValueError: for a negative number of workers, no batch ahead, or what `ProcessBatches` refuses.
     """
-    if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
-    if num_workers < 0 or prefetch < 1:
-        raise ValueError(f"num_workers, prefetch: expected 0 or more and 1 or more, got {num_workers} and {prefetch}")
+    num_workers = checked_workers(num_workers)
+    if prefetch < 1:
+        raise ValueError(f"prefetch: expected 1 or more, got {prefetch}")
     size = max(1, order.batch_size // max(world_size, 1)) if batch_size is None else batch_size
     return DataLoader(
         TrainingData(order.samples, order.seed),
@@ -54,3 +52,17 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(order.seed),
     )
+
+
+def checked_workers(num_workers: int | None) -> int:
+    """How many processes read: by default one fewer than this process's share of the cores that it may use.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+    if num_workers < 0:
+        raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
+    return num_workers

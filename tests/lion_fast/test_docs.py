@@ -25,6 +25,8 @@ OPERATORS = sorted(set(lion_kernels.__all__) - {"BACKENDS", "resolve_backend"})
 # What a command says that reads files of the user's, which are not here: its arguments count then.
 WANTING = {
     "convert": "eva_vit_g.pth: no such file",
+    "tag ": "model: expected a directory, got lion-xl/ram",
+    "caption tags.jsonl": "input: expected a file, a folder, or a pattern of files that are there, got tags.jsonl",
     "train --stage 1 model": "captions.jsonl",
     "train --stage 2 model": "places.jsonl",
     "train --stage 3": "captions.jsonl",

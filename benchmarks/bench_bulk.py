@@ -1,0 +1,87 @@
+"""Captions a second: a plain loop over `generate`, one picture at a time, beside a bulk job over the same pictures.
+
+`pytest benchmarks/bench_bulk.py` runs both on the quickstart's checkpoint, or on the directory that
+`LION_BENCH_CHECKPOINT` names. What counts is `extra_info`: images per second without the loading of the model, and CPU
+milliseconds per image, for a machine that does other work too; a job's have its workers and the loading in them. Rows
+are compared with those of the loop first: there is no rate for wrong ones.
+"""
+
+import os
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from lion_fast import LionForCausalLM, LionProcessor
+from lion_fast.bulk import BulkJob, run
+from lion_fast.bulk.answering import default_device, dtype_on
+from lion_fast.bulk.outputs import read_rows
+from lion_fast.prompts import CAPTION_INSTRUCTION
+from lion_fast.scenes import SceneGenerator
+
+NUM_IMAGES = int(os.environ.get("LION_BENCH_IMAGES", "256"))
+CHECKPOINT = Path(os.environ.get("LION_BENCH_CHECKPOINT", "runs/quickstart/checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not CHECKPOINT.is_dir():
+        pytest.skip(f"no checkpoint at {CHECKPOINT}; make quickstart, or set LION_BENCH_CHECKPOINT")
+    folder = tmp_path_factory.mktemp("pictures")
+    scenes = SceneGenerator(seed=7, image_size=96)
+    for number in range(NUM_IMAGES):
+        scenes[number].image.save(folder / f"{number:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def looped(pictures: Path) -> tuple[list[str], float, float]:
+    """Captions one by one, and the seconds and CPU seconds they took."""
+    device = default_device()
+    model = LionForCausalLM.from_pretrained(CHECKPOINT, dtype=dtype_on(device)).eval().to(device)
+    processor = LionProcessor.from_pretrained(CHECKPOINT)
+
+    def caption(path: Path) -> str:
+        batch = processor(images=path, text=CAPTION_INSTRUCTION).to(device)
+        return processor.batch_decode(model.generate(**batch), skip_special_tokens=True)[0].strip()
+
+    files = sorted(pictures.iterdir())
+    caption(files[0])  # the first is slower
+    seconds, cpu = time.perf_counter(), time.process_time()
+    captions = [caption(path) for path in files]
+    return captions, time.perf_counter() - seconds, time.process_time() - cpu
+
+
+def bench_loop(benchmark, looped: tuple[list[str], float, float]) -> None:
+    _, seconds, cpu = looped
+    benchmark.pedantic(lambda: None)
+    report(benchmark, seconds, cpu)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("batch_size", [8, 32])
+def bench_job(
+    benchmark, pictures: Path, looped: tuple[list[str], float, float], tmp_path: Path, batch_size: int, num_workers: int
+) -> None:
+    numbers = count()
+
+    def job() -> tuple[float, Path]:
+        out = tmp_path / f"{next(numbers)}.jsonl"
+        settings = BulkJob("caption", str(pictures), str(out), str(CHECKPOINT))
+        return run(settings, batch_size=batch_size, num_workers=num_workers).seconds, out
+
+    before = os.times()
+    seconds, out = benchmark.pedantic(job)
+    after = os.times()
+    got = [row["caption"] for row in read_rows(out)]
+    if dtype_on(default_device()) is torch.float32:
+        assert got == looped[0], "other rows than single calls give, so no rate"
+    report(benchmark, seconds, sum(after[:2]) + sum(after[2:4]) - sum(before[:4]))
+
+
+def report(benchmark, seconds: float, cpu: float) -> None:
+    benchmark.group = f"captions of {NUM_IMAGES} scenes, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
+    benchmark.extra_info["images per second"] = round(NUM_IMAGES / seconds, 1)
+    benchmark.extra_info["CPU milliseconds per image"] = round(1000 * cpu / NUM_IMAGES, 1)

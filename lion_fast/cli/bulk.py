@@ -1,0 +1,57 @@
+"""Options of the commands that also do many pictures: `lion-fast caption`, `ask`, `locate` and `tag`."""
+
+import argparse
+import os
+from pathlib import Path
+
+from lion_fast.cli.arguments import positive_int
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many pictures", "with --out, IMAGE may be all that docs/bulk.md describes")
+    group.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write a row per picture to FILE.jsonl or to the folder FILE.parquet, or go on with it",
+    )
+    group.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
+    group.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: cores less one)")
+    group.add_argument(
+        "--column", action="append", default=[], metavar="ROLE=NAME", help="field of the table, such as image=jpg"
+    )
+    group.add_argument("--image-root", metavar="DIR", help="of the paths in a table (default: the table's folder)")
+    group.add_argument("--strict", action="store_true", help="stop at the first picture that cannot be used")
+    group.add_argument(
+        "--ray-workers", type=positive_int, metavar="N", help="run on Ray, with so many models, each with a GPU if any"
+    )
+
+
+def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) -> None:
+    """The command over all that `args.image` stands for; what went wrong with single pictures is counted."""
+    from lion_fast.bulk import BulkJob, run, run_on_ray
+
+    columns = dict(part.partition("=")[::2] for part in args.column)
+    if not all(columns.values()):
+        raise ValueError(f"--column: expected ROLE=NAME, got {' '.join(args.column)}")
+    job = BulkJob(
+        command=args.command,
+        input=args.image,
+        out=args.out,
+        model=str(model),
+        text=text,
+        tags=getattr(args, "tags", None),
+        columns=columns,
+        image_root=args.image_root,
+        num_beams=getattr(args, "num_beams", None),
+        max_new_tokens=getattr(args, "max_new_tokens", None),
+    )
+    if args.ray_workers:
+        if args.device is not None or args.workers is not None:
+            raise ValueError("--ray-workers: expected neither --device nor --workers beside it, which Ray sees to")
+        summary = run_on_ray(job, num_workers=args.ray_workers, batch_size=args.batch_size, strict=args.strict)
+    else:
+        summary = run(job, batch_size=args.batch_size, num_workers=args.workers, device=args.device, strict=args.strict)
+    share = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f" by process {os.environ['RANK']}"
+    rate = f", {summary.rows / summary.seconds:.1f} images a second" if summary.rows else ""
+    errors = f"; {summary.errors} with an error, first {summary.first_error}" if summary.errors else ""
+    print(f"{args.out}: {summary.rows} rows written{share}, {summary.before} were there{rate}{errors}")

@@ -1,0 +1,32 @@
+"""`lion-fast tag`: what a picture shows, in RAM's words."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lion_fast.cli import bulk
+from lion_fast.cli.arguments import device
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("tag", help="name what a picture shows")
+    parser.add_argument("image", metavar="IMAGE", help="a picture's file")
+    parser.add_argument("--ram", type=Path, required=True, metavar="DIR", help="RamTagger's directory")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    bulk.add_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        bulk.run_bulk(args, args.ram)
+        return
+    import torch
+
+    from lion_fast.checkpoints import naming
+    from lion_fast.modeling_ram import RamTagger
+
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with naming(args.ram, "a directory with a RamTagger"):
+        tagger: Any = RamTagger.from_pretrained(args.ram)
+    print(*tagger.to(device)([args.image]))

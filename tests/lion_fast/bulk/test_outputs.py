@@ -1,0 +1,132 @@
+"""Rows on the disk: whatever a kill leaves, every row is there once and whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lion_fast.bulk.outputs import Journal, Output, open_output, read_rows
+
+pq = pytest.importorskip("pyarrow.parquet")
+FIELDS = ("id", "caption", "error")
+
+
+def rows(start: int, stop: int) -> list[dict]:
+    return [{"id": f"ä{n}", "caption": f"a\n“{n}”", "error": None} for n in range(start, stop)]
+
+
+def open_rows(path: Path, rows_per_part: int = 4) -> Output:
+    return open_output(path, FIELDS, rows_per_part)
+
+
+def content(path: Path) -> list[dict]:
+    return pq.read_table(path).to_pylist() if path.is_dir() else list(read_rows(path))
+
+
+def by_id(found: list[dict]) -> list[dict]:
+    return sorted(found, key=lambda row: int(row["id"][1:]))
+
+
+def test_a_line_torn_at_any_byte_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    Journal(path).append(rows(0, 3))
+    whole = path.read_bytes()
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        output = open_rows(path)
+        output.settle()
+        kept = sum(end <= size for end in ends)
+        assert content(path) == rows(0, kept)
+        writer = output.open(0, 1)
+        writer.append(rows(kept, 3))
+        writer.close()
+        assert path.read_bytes() == whole
+
+
+def test_a_long_torn_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    Journal(path).append(rows(0, 1))
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b'{"id": "' + b"x" * 200_000)
+    Journal(path).close()
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_what_several_processes_wrote_becomes_one(tmp_path: Path, name: str) -> None:
+    output = open_rows(tmp_path / name)
+    output.settle()
+    writers = [output.open(rank, 2) for rank in range(2)]
+    for rank, writer in enumerate(writers):
+        for start in range(20 * rank, 20 * rank + 13, 3):
+            writer.append(rows(start, min(start + 3, 20 * rank + 13)))
+        writer.close()
+    output.settle()
+    expected = rows(0, 13) + rows(20, 33)
+    assert by_id(content(output.path)) == expected
+    assert sorted(output.ids()) == sorted(row["id"] for row in expected)
+    found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    # Of each process the rows of whole parts, and what was left of them in parts made at the end.
+    parts = [f"part-{n:05d}.parquet" for n in range(6)]
+    assert found == (parts if name == "rows.parquet" else [name])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_that_were_moved_are_not_moved_again(tmp_path: Path, name: str) -> None:
+    """A kill between the moving of a journal's rows and its removal."""
+    output = open_rows(tmp_path / name)
+    output.settle()
+    writer = output.open(1, 2)
+    writer.append(rows(0, 3))
+    writer.close()
+    (journal,) = output._journals()
+    before = journal.read_bytes()
+    output.settle()
+    journal.write_bytes(before + (json.dumps(rows(3, 4)[0]) + '\n{"id": ').encode())
+    output.settle()
+    assert content(output.path) == rows(0, 4)
+    assert not output._journals()
+
+
+def test_a_part_that_was_not_finished_is_removed(tmp_path: Path) -> None:
+    output = open_rows(tmp_path / "rows.parquet")
+    writer = output.open(0, 1)
+    writer.append(rows(0, 2))
+    writer.close()
+    (output.path / "part-00000.parquet.unfinished").write_bytes(b"PAR1")
+    output.settle()
+    assert content(output.path) == rows(0, 2)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(ValueError, match=r"expected a file that no other process is writing, got .*rows.jsonl"):
+            open_rows(path).settle()
+        assert other.stdin is not None
+        other.stdin.close()
+    open_rows(path).settle()
+
+
+def test_what_is_no_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text('{"id": "a"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"notes.jsonl:2: not a row of a bulk job"):
+        list(open_rows(tmp_path / "notes.jsonl").ids())
+    (tmp_path / "file.parquet").write_text("")
+    with pytest.raises(ValueError, match="expected a folder for Parquet files"):
+        open_rows(tmp_path / "file.parquet")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(ValueError, match="expected a file, got the folder"):
+        open_rows(tmp_path / "folder.jsonl")

@@ -1,0 +1,383 @@
+"""Whole jobs: every row exactly once and what a single call gives, however often and on however many processes."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lion_fast import LionForCausalLM, LionProcessor, RamTagger
+from lion_fast.boxes import parse_boxes
+from lion_fast.bulk import BulkJob, run
+from lion_fast.bulk.outputs import read_rows
+from lion_fast.bulk.running import plan_batches
+from lion_fast.cli import main
+from lion_fast.configuration_ram import RamConfig
+from lion_fast.images import load_image
+from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from tests.lion_fast.bulk.inputs import CORRUPT, COUNT
+
+MakeJob = Callable[..., BulkJob]
+Start = Callable[..., Any]
+
+
+def rows_of(job: BulkJob) -> list[dict[str, Any]]:
+    path = Path(job.out)
+    if path.is_dir():
+        return pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    return list(read_rows(path))
+
+
+def by_id(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: row["id"])
+
+
+@pytest.fixture
+def ask_singly(checkpoint: Path) -> Callable[..., str]:
+    """One question about one picture by the model's own methods."""
+    model = LionForCausalLM.from_pretrained(checkpoint).eval()
+    processor = LionProcessor.from_pretrained(checkpoint)
+
+    def ask(image: Path, question: str, tags: Any = None, task: str = "image_level", **limits: int) -> str:
+        batch = processor(images=[image], text=[question], tags=[tags], task=task)
+        return processor.batch_decode(model.generate(**batch, **limits), skip_special_tokens=True)[0].strip()
+
+    return ask
+
+
+def test_rows_are_what_single_calls_give(make_job: MakeJob, pictures: Path, ask_singly: Callable[..., str]) -> None:
+    """Questions of different lengths, with and without tags, in batches of alike length and with beams."""
+    job = make_job("ask", num_beams=2, max_new_tokens=5)
+    summary = run(job, batch_size=7, num_workers=1)
+    table = [json.loads(line) for line in (pictures / "table.jsonl").open()]
+    rows = rows_of(job)
+    assert (summary.rows, summary.errors, summary.before) == (COUNT, len(CORRUPT), 0)
+    assert Counter(row["id"] for row in rows) == Counter(f"table.jsonl:{n}" for n in range(1, COUNT + 1))
+    for row in [row for n, row in enumerate(rows) if n % 3 == 0 or row["image"] in CORRUPT]:
+        fields = table[int(row["id"].split(":")[1]) - 1]
+        assert (row["image"], row["question"]) == (fields["image"], fields["question"])
+        if row["image"] in CORRUPT:
+            assert row["answer"] is None
+            assert "expected an image file" in row["error"]
+            continue
+        limits = {"num_beams": 2, "max_new_tokens": 5}
+        assert row["answer"] == ask_singly(pictures / row["image"], row["question"], fields["tags"], **limits)
+        assert row["error"] is None
+    assert len({row["answer"] for row in rows}) > 20, "answers that hardly differ would show nothing"
+
+
+def test_places_are_what_single_calls_give(make_job: MakeJob, pictures: Path, ask_singly: Callable[..., str]) -> None:
+    job = make_job("locate", text="the red circle", tags="a, b", input=str(pictures / "pictures" / "0000*.png"))
+    assert run(job, batch_size=4, num_workers=0).rows == 5
+    for row in rows_of(job):
+        question = LOCATE_INSTRUCTION.format(expression="the red circle")
+        answer = ask_singly(row["id"], question, "a, b", task="region_level")
+        assert (row["expression"], row["answer"]) == ("the red circle", answer)
+        assert row["boxes"] == parse_boxes(answer, load_image(row["id"]).size)
+
+
+def test_boxes_are_in_pixels(make_job: MakeJob, pictures: Path, checkpoint: Path, monkeypatch) -> None:
+    """With a model that answers with a box, whatever it is asked."""
+    tokenizer = LionProcessor.from_pretrained(checkpoint).tokenizer
+    answer = tokenizer(["[0.250,0.000,0.500,1.000]"], return_tensors="pt").input_ids
+    monkeypatch.setattr(LionForCausalLM, "generate", lambda self, **inputs: answer.expand(len(inputs["input_ids"]), -1))
+    job = make_job("locate", out="rows.parquet")
+    run(job, num_workers=0)
+    rows = [row for row in rows_of(job) if row["error"] is None]
+    assert len(rows) == COUNT - len(CORRUPT)
+    assert all(row["boxes"] == [[8.0, 0.0, 16.0, 32.0]] for row in rows)
+
+
+@pytest.fixture(scope="module")
+def captions(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The output of a run that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole") / "rows.jsonl"
+    run(BulkJob("caption", str(pictures / "pictures"), str(out), str(checkpoint)), batch_size=5, num_workers=0)
+    return out.read_bytes()
+
+
+def parsed(captions: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in captions.splitlines()]
+
+
+@pytest.mark.parametrize("out", ["rows.jsonl", "rows.parquet"])
+def test_kills_change_nothing(make_job: MakeJob, start: Start, captions: bytes, out: str) -> None:
+    """Three kills by SIGKILL at any moment, after one of which the disk holds but a part of the last row."""
+    rng = random.Random(out)
+    job, options = make_job(out=out), {"batch_size": 5, "num_workers": 1, "rows_per_part": 30}
+    workers: list[str] = []
+    for kill in range(3):
+        process = start(job, **options)
+        workers += kill_at(job, [process], int(len(captions) * (kill + rng.uniform(0.2, 0.8)) / 4))
+        if kill == 1:
+            (journal,) = [path for path in written(job) if path.suffix == ".jsonl"]
+            os.truncate(journal, max(0, journal.stat().st_size - rng.randrange(1, 30)))
+    process = start(job, **options)
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    if out == "rows.jsonl":
+        assert Path(job.out).read_bytes() == captions
+    else:
+        assert by_id(rows_of(job)) == by_id(parsed(captions))
+    assert run(job).rows == 0, "nothing is left"
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "processes that decode have outlived the one that was killed"
+        time.sleep(0.1)
+
+
+def written(job: BulkJob) -> list[Path]:
+    """The files that hold rows."""
+    out = Path(job.out)
+    files = list(out.glob("*[0-9]*")) if out.suffix == ".parquet" else [out, *out.parent.glob(f"{out.name}.rank-*")]
+    return [path for path in files if path.exists()]
+
+
+def children_of(pid: int) -> list[str]:
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    return file.read_text().split() if file.exists() else []
+
+
+def is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def kill_at(job: BulkJob, processes: list[Any], size: int) -> list[str]:
+    """Kill when so many bytes of rows are written; Parquet's parts, which are smaller, count for their rows.
+
+    Returns:
+        The processes that those killed had started, where `/proc` tells.
+    """
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and any(process.is_alive() for process in processes):
+        try:
+            done = sum(path.stat().st_size * (3 if path.suffix == ".parquet" else 1) for path in written(job))
+        except FileNotFoundError:  # moved in between
+            continue
+        if done >= size:
+            break
+        time.sleep(0.001)
+    started = [child for process in processes for child in children_of(process.pid)]
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it had ended by itself"
+    return started
+
+
+def test_two_processes_share_the_work(make_job: MakeJob, start: Start, captions: bytes) -> None:
+    """As torchrun starts them, with gloo: killed, gone on with by two, killed again and finished by one."""
+    job = make_job()
+
+    def start_two() -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [start(job, rank=rank, world=2, port=port, batch_size=5, num_workers=0) for rank in range(2)]
+
+    kill_at(job, start_two(), len(captions) // 4)
+    assert len([path for path in written(job) if ".rank-" in path.name]) == 2
+    kill_at(job, start_two(), len(captions) // 2)
+    summary = run(job, batch_size=3, num_workers=0)
+    assert 0 < summary.rows < COUNT
+    assert summary.rows + summary.before == COUNT
+    assert by_id(rows_of(job)) == by_id(parsed(captions))
+    assert [path.name for path in written(job)] == ["rows.jsonl"]
+
+
+def test_two_processes_finish(make_job: MakeJob, start: Start, captions: bytes) -> None:
+    job = make_job(out="rows.parquet")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(job, rank=rank, world=2, port=port, batch_size=5, num_workers=0) for rank in range(2)]
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert by_id(rows_of(job)) == by_id(parsed(captions))
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_rows(make_job: MakeJob, captions: bytes) -> None:
+    """Two workers on a cluster of this machine alone; the second run finds half of the rows there."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    job = make_job()
+    lines = captions.splitlines(keepends=True)
+    code = (
+        "import sys, ray; from lion_fast.cli import main; "
+        "ray.init(num_cpus=2, include_dashboard=False, _node_ip_address='127.0.0.1', object_store_memory=10**8); "
+        "status = main(sys.argv[1:]); ray.shutdown(); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "caption", job.input, "--model", job.model, "--out", job.out]
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    for already in (0, COUNT // 2):
+        if already:
+            Path(job.out).write_bytes(b"".join(lines[:already]) + lines[already][:9])
+        done = subprocess.run(
+            [*command, "--batch-size", "5", "--ray-workers", "2"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{COUNT - already} rows written, {already} were there" in done.stdout
+        assert by_id(rows_of(job)) == by_id(parsed(captions))
+
+
+def test_other_settings_are_refused(make_job: MakeJob, pictures: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    table.write_text("".join((pictures / "table.jsonl").read_text().splitlines(keepends=True)[:6]))
+    settings = {"input": str(table), "image_root": str(pictures)}
+    job = make_job("ask", **settings)
+    run(job, num_workers=0)
+    before = Path(job.out).read_bytes()
+    with pytest.raises(
+        ValueError, match=r"begun with other settings.*: num_beams was null, is 3; text was null, is \"W"
+    ):
+        run(make_job("ask", **settings, num_beams=3, text="Why?"))
+    with table.open("a") as file:
+        file.write('{"image": "a.png", "question": "What?"}\n')
+    with pytest.raises(ValueError, match=r"files was \[\[\"table.jsonl\", \d+\]\], is \[\[\"table.jsonl\", \d+\]\]"):
+        run(job)
+    assert Path(job.out).read_bytes() == before
+    Path(job.out + ".job.json").unlink()
+    with pytest.raises(ValueError, match=r"which has rows but no rows.jsonl.job.json"):
+        run(job)
+
+
+def test_strict_stops_and_can_go_on(make_job: MakeJob, captions: bytes) -> None:
+    job = make_job()
+    with pytest.raises(ValueError, match=r"^(00017|sub/00090).png: image .*expected an image file"):
+        run(job, batch_size=5, num_workers=0, strict=True)
+    assert 0 < len(rows_of(job)) < COUNT
+    assert all(row["error"] is None for row in rows_of(job))
+    run(job, batch_size=5, num_workers=0)
+    assert by_id(rows_of(job)) == by_id(parsed(captions))
+
+
+def test_new_pictures_are_added(make_job: MakeJob, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("b.png", "c.png"):
+        (folder / name).write_bytes((pictures / "pictures" / "00001.png").read_bytes())
+    job = make_job(input=str(folder))
+    run(job, num_workers=0)
+    (folder / "a.png").write_bytes((pictures / "pictures" / "00003.png").read_bytes())
+    summary = run(job, num_workers=0)
+    assert (summary.rows, summary.before) == (1, 2)
+    assert [row["id"] for row in rows_of(job)] == ["b.png", "c.png", "a.png"]
+
+
+def test_tags(make_job: MakeJob, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal to the tagger's own, and read by a job that captions with them."""
+    torch.manual_seed(0)
+    config = RamConfig(
+        vision_config={"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4},
+        num_tags=6,
+        label_size=16,
+        hidden_size=24,
+        num_attention_heads=2,
+        intermediate_size=32,
+        projection_size=20,
+    )
+    tagger = RamTagger(config, list("abcdef"), [0.5] * 6).eval()
+    folder = pictures / "pictures" / "sub"
+    files = sorted(folder.iterdir())[40:50]
+    with torch.no_grad():
+        good = [file for file in files if f"pictures/sub/{file.name}" not in CORRUPT]
+        middle = tagger.logits(tagger.preprocess(good)).sigmoid().median(0).values
+    tagger.tag_thresholds = middle.tolist()
+    tagger.save_pretrained(tmp_path / "ram")
+    tagged = tmp_path / "tagged.jsonl"
+    arguments = ["--ram", str(tmp_path / "ram"), "--out", str(tagged), "--workers", "0"]
+    assert main(["tag", str(folder / "0009*.png"), *arguments]) == 0
+    assert "5 rows written, 0 were there" in (out := capsys.readouterr().out)
+    assert "1 with an error, first" in out
+    rows = list(read_rows(tagged))
+    found = {row["id"]: row["tags"] for row in rows if row["error"] is None}
+    assert found == {name: [tag for tag in tagger([name])[0].split(", ") if tag] for name in found}
+    assert len({tuple(tags) for tags in found.values()}) > 1
+    assert main(["tag", next(iter(found)), "--ram", str(tmp_path / "ram")]) == 0
+    assert capsys.readouterr().out.strip() == ", ".join(next(iter(found.values())))
+    job = make_job(input=str(tagged), out="captions.jsonl")
+    summary = run(job, num_workers=0)
+    assert (summary.rows, summary.errors) == (5, 1)
+
+
+def test_the_command_line_is_the_same_job(
+    make_job: MakeJob, captions: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    arguments = ["--model", job.model, "--out", job.out, "--batch-size", "5", "--workers", "1"]
+    assert main(["caption", job.input, *arguments]) == 0
+    printed = capsys.readouterr()
+    assert Path(job.out).read_bytes() == captions
+    assert f"{COUNT} rows written, 0 were there" in printed.out
+    assert "2 with an error, first 00017.png: image (" in printed.out
+    assert f"{COUNT}/{COUNT}" in printed.err
+    assert "image/s" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "{pictures}"], "QUESTION: expected one for the picture, got none"),
+        (["locate", "{pictures}"], "EXPRESSION: expected one for the picture, got none"),
+        (["locate", "{pictures}", "--out", "a.jsonl", "--output", "a.png"], "--output: expected no picture to draw on"),
+        (["caption", "{pictures}", "--out", "a.jsonl", "--column", "image"], "--column: expected ROLE=NAME, got image"),
+        (
+            ["caption", "{pictures}", "--out", "a.txt"],
+            "out: expected a name that ends in .jsonl or .parquet, got a.txt",
+        ),
+        (["caption", "{pictures}", "--out", "a.jsonl", "--model", "no"], "model: expected a directory, got no"),
+        (["caption", "{pictures}", "--out", "a.jsonl", "--ray-workers", "1", "--workers", "1"], "--ray-workers: "),
+    ],
+)
+def test_bad_arguments_are_a_line(
+    pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([argument.format(pictures=pictures / "pictures") for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_hold_alike_lengths_and_keep_their_company() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 300, 1000)
+    whole = plan_batches(lengths, np.zeros(1000, bool), 8)
+    assert np.sort(np.concatenate(whole)).tolist() == list(range(1000))
+    assert [len(batch) for batch in whole] == [8] * 125
+    spread = [np.ptp(lengths[batch]) for batch in whole]
+    assert np.mean(spread) < 15, "of 300, by chance 233"
+    for number, batch in enumerate(whole):
+        assert np.ptp(batch) < 8 * 32, number
+    done = rng.random(1000) < 0.5
+    left = {tuple(batch[~done[batch]].tolist()) for batch in whole} - {()}
+    assert {tuple(batch.tolist()) for batch in plan_batches(lengths, done, 8)} == left
+    assert plan_batches(lengths, np.ones(1000, bool), 8) == []
+
+
+def test_captions_are_the_captions(captions: bytes, pictures: Path, ask_singly: Callable[..., str]) -> None:
+    """Of a tenth of the pictures, by single calls."""
+    rows = parsed(captions)
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    assert sum(row["error"] is not None for row in rows) == len(CORRUPT)
+    for row in rows[::10]:
+        assert row["caption"] == ask_singly(pictures / "pictures" / row["id"], CAPTION_INSTRUCTION)
