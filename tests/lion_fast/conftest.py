@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import BlipImageProcessorPil
 from triton.runtime.jit import KernelInterface
 
 from lion_fast import LionConfig, LionForCausalLM, LionProcessor
 from lion_fast.conversion import convert_checkpoint
+from lion_fast.demo.answering import Answerer
 from lion_fast.quickstart import run
+from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
 
 T5 = {
     "model_type": "t5",
@@ -121,7 +125,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config() -> Callable[..., LionConfig]:
     """Configurations of models of a few thousand parameters, around any language model."""
 
@@ -164,7 +168,7 @@ def make_config() -> Callable[..., LionConfig]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(make_config: Callable[..., LionConfig]) -> Callable[..., LionForCausalLM]:
     """Small models whose adapters do something: a new model's up-projections are zero."""
 
@@ -176,6 +180,37 @@ def make_model(make_config: Callable[..., LionConfig]) -> Callable[..., LionForC
                 if "up_proj" in name or ("aggregator" in name and "output.dense" in name):
                     parameter.normal_(std=0.1)
         return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_answerer(make_config: Callable[..., LionConfig], make_model: Callable[..., LionForCausalLM]) -> Callable:
+    """Small models with a processor that reads and writes any ASCII text; their own answers are noise."""
+    texts = scene_texts(40)
+
+    def make(text: str = "t5", **overrides: Any) -> Answerer:
+        tokenizer = build_text_tokenizer(texts)
+        if text != "t5":  # a decoder-only model's prompts have no end
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+        processor = LionProcessor(
+            BlipImageProcessorPil(size={"height": 28, "width": 28}),
+            tokenizer,
+            build_qformer_tokenizer(texts),
+            is_encoder_decoder=text == "t5",
+            max_txt_len=32,
+        )
+        vocabularies = {
+            "text_config": {**TEXT_CONFIGS[text], "vocab_size": len(processor.tokenizer)},
+            "qformer_config": {
+                **make_config().qformer_config.to_dict(),
+                "vocab_size": len(processor.qformer_tokenizer),
+            },
+            "soft_prompt_token_id": processor.soft_prompt_token_id,
+        }
+        model = make_model(text, **{**vocabularies, **overrides})
+        model.generation_config.update(num_beams=1, max_new_tokens=8, repetition_penalty=1.0)
+        return Answerer(model, processor)
 
     return make
 

@@ -40,6 +40,7 @@ def _after_quickstart(quickstart_dir: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "runs" / "quickstart").symlink_to(quickstart_dir)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lion_fast.cli.demo._wait", lambda: None)  # the page is served, and that is enough
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -1,0 +1,56 @@
+"""`lion-fast demo`: a page in the browser to try a model on."""
+
+import argparse
+import threading
+from pathlib import Path
+
+from lion_fast.cli.arguments import device, positive_int
+from lion_fast.cli.ask import DEFAULT_MODEL
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="a page in the browser: upload a picture, ask, see what was used for the answer",
+        description="Serve a page that captions, answers and locates, and shows which visual tokens and adapters were "
+        "used. It is served to this machine alone unless --host says otherwise, and fetches nothing.",
+    )
+    parser.add_argument(
+        "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--host",
+        default=_LOOPBACK[0],
+        help="address to listen on; 0.0.0.0 for the whole network (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=positive_int, metavar="N", help="default: the first free one from 7860")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    import torch
+
+    from lion_fast.demo.answering import Answerer
+
+    if not args.model.is_dir():
+        raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
+    try:
+        from lion_fast.demo.server import serving
+    except ImportError as error:
+        raise ValueError(f"no package {error.name}; install it with: pip install 'lion-fast[demo]'") from error
+
+    answerer = Answerer.from_pretrained(
+        args.model, args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    with serving(answerer, str(args.model), host=args.host, port=args.port) as address:
+        print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
+        if args.host not in _LOOPBACK:
+            print("Everybody who can reach this machine can use it.", flush=True)
+        _wait()
+
+
+def _wait() -> None:
+    threading.Event().wait()

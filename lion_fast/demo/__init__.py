@@ -1,0 +1,1 @@
+"""A page to try LION on: `lion-fast demo`."""

@@ -1,0 +1,213 @@
+"""The page, in Gradio. Whatever a browser sends is checked here; what a picture's file holds, `load_image` judges."""
+
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio_client.utils import is_http_url_like
+from PIL import Image
+
+from lion_fast.boxes import draw_boxes
+from lion_fast.configuration_lion import TASKS
+from lion_fast.demo.answering import MAX_TAGS, MAX_TEXT, WANTS, Answer, Answerer
+from lion_fast.demo.insight import adapter_gates
+from lion_fast.demo.pictures import for_display, insight_html
+from lion_fast.images import load_image
+
+MAX_FILE_BYTES = 20 * 2**20
+_WISHES = (("A caption", "caption"), ("An answer", "answer"), ("A place", "place"))
+_TEXT_FIELD = {
+    "caption": {"visible": False},
+    "answer": {"visible": True, "label": "Question", "placeholder": "What is the background like?"},
+    "place": {"visible": True, "label": "What to find", "placeholder": "the rightmost object"},
+}
+_TASK_CHOICES = ("automatic", *TASKS)
+_KEEP_SECONDS = 3600  # for uploads and drawn pictures
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture's file with something to ask of it; fields as of the page."""
+
+    label: str
+    image: Path
+    tags: str
+    want: str
+    text: str
+
+
+class Refused(ValueError):
+    """What a user is told instead of getting an answer."""
+
+
+def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) -> gr.Blocks:
+    """The page. It keeps nothing of a user: each request brings all that it is about, and gets its own results.
+
+    Args:
+        name: of the model, as the page shows it.
+        examples: offered beneath the picture.
+    """
+    gates = adapter_gates(answerer.model)
+
+    def receive(upload: dict | None) -> tuple[Any, Any, str]:
+        """Picture, tags and problem after an upload."""
+        try:
+            image = _uploaded(upload)
+        except Refused as error:
+            return None, gr.skip(), _problem(f"That file was not taken. {error}")
+        return gr.skip(), answerer.tags_of(image), ""
+
+    def ask(upload: dict | None, tags: str, want: str, text: str, task: str) -> tuple[str, Any, str, str]:
+        """Answer, picture with boxes, insight, and no problem with the picture any more."""
+        try:
+            image = _uploaded(upload)
+            if want not in WANTS or task not in _TASK_CHOICES:  # no browser showing the page sends such
+                raise Refused(f"Expected a wish and a task that the page offers, got {want!r} and {task!r}.")
+            answer = answerer.answer(image, want, text or "", tags or "", None if task == "automatic" else task)
+        except ValueError as error:
+            return _problem(str(error)), gr.update(visible=False, value=None), "", ""
+        shown, scale = for_display(image)
+        boxed = gr.update(visible=False, value=None)
+        if answer.boxes:
+            boxes = [[side * scale for side in box] for box in answer.boxes]
+            labels = [text.strip()] * len(boxes) if want == "place" else None
+            boxed = gr.update(visible=True, value=draw_boxes(shown, boxes, labels))
+        insight = insight_html(shown, answer.insight, gates, answer.task)
+        return _answer_html(answer, want, automatic=task == "automatic"), boxed, insight, ""
+
+    with gr.Blocks(title="LION", analytics_enabled=False, delete_cache=(_KEEP_SECONDS, _KEEP_SECONDS)) as page:
+        gr.HTML(
+            "<h1>LION: ask a picture</h1><p>Upload a picture, then ask for a caption, an answer, or a place. Model: "
+            f"<code>{html.escape(name)}</code></p>",
+            elem_classes="lion-header",
+        )
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                picture = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    height=330,
+                    buttons=["fullscreen"],
+                    alt_text="The picture that is asked about",
+                    placeholder=f"Drop a picture here\nor click to choose one, up to {MAX_FILE_BYTES // 2**20} MB",
+                    elem_id="picture",
+                )
+                _take_uploads_only(picture)
+                refused = gr.HTML(elem_id="refused")
+                chosen = gr.Column()
+                tags = gr.Textbox(
+                    label="Tags",
+                    info="What the picture may show, separated by commas. The model may use them or not."
+                    + (" The tagger fills them in." if answerer.tagger else ""),
+                    max_length=MAX_TAGS,
+                    visible=answerer.takes_tags,
+                    elem_id="tags",
+                )
+                want = gr.Radio(list(_WISHES), value="caption", label="What do you want?", elem_id="want")
+                question = gr.Textbox(max_length=MAX_TEXT, elem_id="question", **_TEXT_FIELD["caption"])
+                task = gr.Radio(
+                    list(_TASK_CHOICES),
+                    value="automatic",
+                    label="Task",
+                    info="What the adapters' routers go by: region_level where a place is asked for or a box is named, "
+                    "image_level for all else. Automatic follows that rule.",
+                    elem_id="task",
+                )
+                go = gr.Button("Ask LION", variant="primary", elem_id="go")
+            with gr.Column(scale=6, min_width=320):
+                answered = gr.HTML(
+                    _answer_block(
+                        "<p>The answer comes here, with its box drawn on the picture. Below it the page shows which "
+                        "parts of the picture and which adapters the model used.</p>"
+                    ),
+                    elem_id="answer",
+                )
+                boxed = gr.Image(
+                    label="Where it is",
+                    visible=False,
+                    interactive=False,
+                    format="png",
+                    height=430,
+                    buttons=["download", "fullscreen"],
+                    alt_text="The picture with the answer's boxes drawn on it",
+                    elem_id="boxed",
+                )
+        used = gr.HTML(elem_id="insight")
+        if examples:
+            with chosen:
+                gr.Examples(
+                    [[str(example.image), example.tags, example.want, example.text] for example in examples],
+                    [picture, tags, want, question],
+                    label="Or try a scene",
+                    example_labels=[example.label for example in examples],
+                    api_visibility="private",
+                )
+        # Several uploads may be read at a time. The model answers one question at a time; others wait in line.
+        picture.upload(
+            receive, picture, [picture, tags, refused], preprocess=False, concurrency_limit=4, api_visibility="private"
+        )
+        want.change(lambda wish: gr.update(**_TEXT_FIELD[wish]), want, question, queue=False, api_visibility="private")
+        for event in (go.click, question.submit):
+            event(
+                ask,
+                [picture, tags, want, question, task],
+                [answered, boxed, used, refused],
+                preprocess=False,
+                concurrency_id="model",
+                concurrency_limit=1,
+                show_progress_on=answered,
+                api_visibility="private",
+            )
+    page.queue(max_size=64)
+    return page
+
+
+def _uploaded(upload: dict | None) -> Image.Image:
+    """The picture of an upload, whose path Gradio has found to lie among the uploads.
+
+    Raises:
+        Refused: there is none, or `load_image` refuses it.
+    """
+    path = (upload or {}).get("path")
+    if not path:
+        raise Refused("Choose a picture first.")
+    try:
+        return load_image(path, "picture")
+    except (ValueError, OSError) as error:
+        raise Refused(str(error).replace(str(Path(path).parent) + os.sep, "")) from error
+
+
+def _take_uploads_only(picture: gr.Image) -> None:
+    """Gradio fetches a picture whose path is a URL, and this page is to fetch nothing."""
+    move_to_cache = picture.async_move_resource_to_block_cache
+
+    async def move_upload(url_or_file_path: str | Path | None) -> str | None:
+        if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
+            raise gr.Error("Expected an uploaded picture, got a URL.", print_exception=False)
+        return await move_to_cache(url_or_file_path)
+
+    picture.async_move_resource_to_block_cache = move_upload
+
+
+def _problem(message: str) -> str:
+    return f'<p class="lion-problem" role="alert">{html.escape(message)}</p>'
+
+
+def _answer_html(answer: Answer, want: str, *, automatic: bool) -> str:
+    lines = [f"Asked: {answer.instruction}"]
+    lines.append(f"Task: {answer.task}, {'chosen automatically' if automatic else 'chosen by hand'}")
+    lines += [f"Box in pixels: {[round(side) for side in box]}" for box in answer.boxes]
+    if want == "place" and not answer.boxes:
+        lines.append("The answer holds no box.")
+    lines.append(f"{answer.seconds:.1f} seconds")
+    details = "".join(f'<p class="lion-detail">{html.escape(line)}</p>' for line in lines)
+    return _answer_block(f'<p class="lion-text">{html.escape(answer.text) or "(no words)"}</p>{details}')
+
+
+def _answer_block(content: str) -> str:
+    return f'<div class="lion-answer" role="status">{content}</div>'

@@ -1,0 +1,122 @@
+"""Pictures for people of what `insight` found: attention laid over the picture, and gates by layer."""
+
+import base64
+import html
+import io
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lion_fast.boxes import PALETTE
+from lion_fast.configuration_lion import TASKS
+from lion_fast.demo.insight import AttentionMap, Gates, Insight
+
+_MAP_SIDE = 360  # pixels of the longer side
+_SHORT, _LONG = 480, 1280  # pixels that the longer side of a picture is shown with
+
+
+def for_display(image: Image.Image) -> tuple[Image.Image, float]:
+    """The picture at a size fit for a screen, and what boxes in its pixels are to be multiplied by."""
+    longer = max(image.size)
+    scale = min(max(longer, _SHORT), _LONG) / longer
+    return (image if scale == 1 else _scaled(image, scale)), scale
+
+
+def heat_map(image: Image.Image, patches: np.ndarray) -> Image.Image:
+    """The picture in grey beneath the weights in colour, from dark (none) to bright (the most that a patch got).
+
+    Args:
+        patches: [grid, grid], not negative. Patches are drawn as squares, for nothing is known between them.
+    """
+    base = _scaled(image, _MAP_SIDE / max(image.size))
+    strength = patches / max(patches.max(), np.finfo(np.float32).tiny)
+    colors = Image.fromarray((colormaps["inferno"](strength)[..., :3] * 255).astype(np.uint8))
+    over = colors.resize(base.size, Image.Resampling.NEAREST)
+    return Image.blend(base.convert("L").convert("RGB"), over, 0.6)
+
+
+def gate_chart(gates: Gates, task: str) -> str:
+    """An SVG: the gates of `task` by layer, each adapter's mean over channels as a line, their spread as a band."""
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    places, row = np.arange(len(gates.layers)), TASKS.index(task)
+    for adapter, name in enumerate(gates.adapters):
+        color = np.array(PALETTE[adapter]) / 255
+        axes.fill_between(places, gates.low[:, row, adapter], gates.high[:, row, adapter], color=color, alpha=0.25)
+        axes.plot(places, gates.mean[:, row, adapter], marker="so^v"[adapter % 4], color=color, label=name)
+    first_decoder = next((i for i, layer in enumerate(gates.layers) if layer.startswith("decoder")), 0)
+    if first_decoder:
+        axes.axvline(first_decoder - 0.5, color="0.6", linestyle=":")
+    step = 1 + (len(places) - 1) // 12
+    axes.set_xticks(places[::step], [layer.replace(" ", "\n") for layer in gates.layers[::step]])
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    axes.set_ylabel(f"gate for {task}")
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside upper center", ncols=len(gates.adapters))
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    return file.getvalue()
+
+
+def insight_html(image: Image.Image, insight: Insight, gates: Gates, task: str) -> str:
+    """Everything of one answer, as figures that say in words what they show."""
+    parts = ["<h2>What was used for this answer</h2>"]
+    if insight.shares:
+        words = ", ".join(f"{share:.0%} to the {name}" for name, share in insight.shares.items())
+        parts.append(f"<p>Attention of its words: {words}.</p>")
+        parts.append(_share_bar(insight.shares))
+    parts.append(
+        "<h3>Which patches were looked at</h3><p>Bright patches got most of the attention, black ones none. Each "
+        "picture has a scale of its own; one square is one patch of the vision tower.</p>"
+    )
+    parts.append(f'<div class="lion-maps">{"".join(_map_figure(image, shown) for shown in insight.maps)}</div>')
+    parts.append(
+        "<h3>Which adapters were used</h3><p>The routers multiply what each adapter adds to a layer by these gates, "
+        "one for each channel; they depend on the task and on nothing else. Line: mean of the channels; band: 10th to "
+        "90th percentile.</p>"
+    )
+    means = gates.mean[:, TASKS.index(task)].mean(0)
+    summary = ", ".join(
+        f"{name} {round(float(mean), 2) + 0.0:.2f}" for name, mean in zip(gates.adapters, means, strict=True)
+    )
+    chart = _data_url(gate_chart(gates, task).encode(), "image/svg+xml")
+    parts.append(
+        _figure(chart, f"Gates by layer for {task}", f"Mean over all layers for {task}: {summary}.", "lion-gates")
+    )
+    return f'<div class="lion-insight">{"".join(parts)}</div>'
+
+
+def _share_bar(shares: dict[str, float]) -> str:
+    colors = ("#0072b2", "#d55e00", "#6b7280")
+    spans = "".join(
+        f'<span style="flex:{share:.4f} 1 0;background:{color}">{html.escape(name) if share > 0.2 else ""}</span>'
+        for (name, share), color in zip(shares.items(), colors, strict=False)
+    )
+    return f'<div class="lion-shares" aria-hidden="true">{spans}</div>'  # the words before it say the same
+
+
+def _map_figure(image: Image.Image, shown: AttentionMap) -> str:
+    file = io.BytesIO()
+    heat_map(image, shown.patches).save(file, "WEBP", quality=85)
+    strongest = shown.patches.max() / shown.patches.mean() if shown.patches.any() else 0.0
+    caption = f"{shown.reader}. The brightest patch got {strongest:.1f} times the average."
+    return _figure(_data_url(file.getvalue(), "image/webp"), f"Attention of the {shown.reader}", caption)
+
+
+def _figure(url: str, alt: str, caption: str, kind: str = "") -> str:
+    caption = html.escape(caption[0].upper() + caption[1:])
+    return (
+        f'<figure class="{kind}"><img src="{url}" alt="{html.escape(alt)}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _data_url(content: bytes, mime_type: str) -> str:
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
+
+
+def _scaled(image: Image.Image, scale: float) -> Image.Image:
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,0 +1,125 @@
+"""The page as a server that keeps to this machine: nothing is fetched, and nothing is left behind."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradio.themes import Base
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lion_fast.demo.answering import Answerer
+from lion_fast.demo.page import MAX_FILE_BYTES, Example, build_page
+from lion_fast.scenes import SceneGenerator
+
+_FONT = ("system-ui", "sans-serif")  # the reader's own: Gradio's themes would ask a font service
+_EXAMPLE_SEED = 2026  # of scenes that the quickstart's training has not seen
+
+
+class FetchNothing:
+    """Refuses `file=http://...`, for which Gradio would fetch any public address and hand it on."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fetches = scope["type"] == "http" and any(
+            f"={scheme}://" in scope["path"].lower() for scheme in ("http", "https")
+        )
+        app = PlainTextResponse("This page fetches nothing.", status_code=403) if fetches else self.app
+        await app(scope, receive, send)
+
+
+@contextmanager
+def serving(answerer: Answerer, name: str, *, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
+    """Serve the page of a model until the context ends.
+
+    Uploads lie in a temporary directory of this process, readable by its user alone, which goes with the context.
+
+    Args:
+        name: of the model, for the page.
+        host: address to listen on; `"0.0.0.0"` lets everybody in who can reach this machine.
+        port: None for the first free one from 7860.
+
+    Yields:
+        The page's address.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="lion-fast-demo-") as folder,
+        _environment(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder),
+    ):
+        page = build_page(answerer, name, draw_examples(Path(folder) / "scenes", answerer))
+        theme = _theme()
+        try:
+            _, address, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                inbrowser=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                show_error=True,  # what nobody foresaw is shown too
+                max_file_size=MAX_FILE_BYTES,
+                app_kwargs={"middleware": [Middleware(FetchNothing)]},
+                ssr_mode=False,
+                run_history=False,
+                footer_links=[],
+                theme=theme,
+                css_paths=Path(__file__).with_name("page.css"),
+            )
+            yield address
+        finally:
+            page.close(verbose=False)
+
+
+def draw_examples(folder: Path, answerer: Answerer) -> list[Example]:
+    """Scenes with something to ask of each, drawn into `folder`; with the tagger's tags or, without one, the true."""
+    folder.mkdir(parents=True)
+    generator = SceneGenerator(_EXAMPLE_SEED, image_size=384, num_objects=(2, 2))
+    scenes = [generator[index] for index in range(3)]
+    question, expression = scenes[1].questions[1].text, scenes[2].expressions[-1].text
+    asked = (
+        ("Describe this one", "caption", ""),
+        (question, "answer", question),
+        (f"Find {expression}", "place", expression),
+    )
+    examples = []
+    for number, (scene, (label, want, text)) in enumerate(zip(scenes, asked, strict=True), 1):
+        path = folder / f"scene-{number}.png"
+        scene.image.save(path)
+        tags = answerer.tags_of(scene.image) if answerer.tagger else ", ".join(scene.tags)
+        examples.append(Example(label, path, tags, want, text))
+    return examples
+
+
+def _theme() -> Base:
+    """Colours with enough contrast to be read, light and dark: Gradio's own subdued text and orange buttons lack it."""
+    theme = Base(primary_hue="orange", neutral_hue="stone", font=_FONT, font_mono="monospace")
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+    )
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
