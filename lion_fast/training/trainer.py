@@ -92,7 +92,7 @@ class LionTrainer(Trainer):
                 weight_decay=settings.weight_decay,
                 boost_lr_scale=settings.boost_lr_scale,
             )
-            self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+            self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
