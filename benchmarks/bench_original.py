@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_model
 from benchmarks.memory import peak_bytes
@@ -112,11 +113,22 @@ def ram_tagging() -> Pair:
 
 
 PAIRS = {"aggregator": aggregator, "training step": training_step, "RAM tagging": ram_tagging}
-_last: dict[str, tuple[dict[str, list[float]], dict[str, int], tuple[float, float]]] = {}
+_last: dict[str, tuple[dict[str, list[float]], dict[str, dict[str, Any]], tuple[float, float]]] = {}
 
 
-def compare(part: str) -> tuple[dict[str, list[float]], dict[str, int], tuple[float, float]]:
-    """Times and peak memory by form, and the error with its bound."""
+def spent(call: Callable[[], Any]) -> dict[str, float]:
+    """The share of a call's time in the operators that take most of it, and in the products of matrices together."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    events: list[Any] = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = {event.key.removeprefix("aten::"): round(event.self_cpu_time_total / total, 3) for event in events}
+    products = sum(share for name, share in shares.items() if name in ("mm", "addmm", "bmm", "baddbmm", "baddbmm_"))
+    return {"products": round(products, 3), **dict(list(shares.items())[:6])}
+
+
+def compare(part: str) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]], tuple[float, float]]:
+    """Times, what else there is to say of each form, and the error with its bound."""
     if part not in _last:
         _last.clear()
         pair = PAIRS[part]()
@@ -125,9 +137,11 @@ def compare(part: str) -> tuple[dict[str, list[float]], dict[str, int], tuple[fl
         error = relative_error(outputs["lion_fast"], exact)
         bound = max(BOUND, 2 * relative_error(outputs["original"], exact))
         assert error <= bound, f"wrong {part} (relative error {error:.1e}, allowed {bound:.1e}), so no time"
-        memory = {name: peak_bytes(call, DEVICE) for name, call in pair.calls.items()}
+        notes = {
+            name: {"peak_bytes": peak_bytes(call, DEVICE), "spent": spent(call)} for name, call in pair.calls.items()
+        }
         calls = {name: (lambda: None, lambda _, call=call: call()) for name, call in pair.calls.items()}
-        _last[part] = interleave(calls, SECONDS), memory, (error, bound)
+        _last[part] = interleave(calls, SECONDS), notes, (error, bound)
     return _last[part]
 
 
@@ -135,7 +149,7 @@ def compare(part: str) -> tuple[dict[str, list[float]], dict[str, int], tuple[fl
 @pytest.mark.parametrize("part", PAIRS)
 def bench(benchmark: Callable, part: str, form: str) -> None:
     skip_after_deadline()
-    seconds, memory, (error, bound) = compare(part)
+    seconds, notes, (error, bound) = compare(part)
     report(
         benchmark,
         seconds,
@@ -145,7 +159,7 @@ def bench(benchmark: Callable, part: str, form: str) -> None:
         suite="original",
         shape={"part": part},
         dtype="float32",
-        peak_bytes=memory[form],
+        **notes[form],
         error=error,
         bound=bound,
         aim=AIMS[part],
