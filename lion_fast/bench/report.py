@@ -23,12 +23,16 @@ the most memory that a forward and backward hold beyond their inputs, *kept* wha
 device events with a cold cache; on a CPU, the clock with the caches as they are.
 
 ```
-lion-fast bench run                  # everything, into benchmarks/results; `lion-fast bench run rms_norm` for one suite
-lion-fast bench compare A B          # what became slower between two results
-lion-fast bench report               # this page
-lion-fast bench --tune --dry-run     # what there is to tune; without --dry-run, on a GPU, tunes it
-benchmarks/gpu.sh OUT                # everything that wants a GPU
+lion-fast bench run rms_norm --quick --out runs/bench   # one suite to see that it runs
+lion-fast bench report --results runs/bench --page runs/benchmarks.md
+lion-fast bench --tune --dry-run                        # what there is to tune
 ```
+
+Without `--quick` it measures, without a suite everything, and without `--out` into `benchmarks/results`, of which
+`lion-fast bench report` makes this page. `lion-fast bench compare A B` fails where a time of ours moved from folder A to
+folder B by more than both runs' spread. `lion-fast bench --tune` finds a GPU's fastest tile sizes and writes the table
+that the kernels read. `benchmarks/gpu.sh OUT` runs everything that wants a GPU, in parts of at most eight minutes.
+Running needs a clone; results can be compared anywhere.
 """
 
 AIMS = """\
@@ -63,6 +67,17 @@ def write_report(results: Path, page: Path) -> list[Path]:
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
     return [page, *files]
+
+
+def summary(run: Run) -> Iterator[str]:
+    """The best of ours in every comparison: its time, its share of the baseline's, and how much of the floor it has."""
+    yield f"{'median':>10} {'of baseline':>12} {'floor':>6}  {run.title}"
+    for group, entries in _groups(run).items():
+        if ours := [entry for entry in entries if entry.ours]:
+            best = min(ours, key=lambda entry: entry.seconds[0])
+            ratio = f"{best.ratio[0]:.2f}" if best.ratio else ""
+            reached = f"{best.floor_seconds / best.seconds[0]:.0%}" if best.floor_seconds else ""
+            yield f"{_time(best.seconds[0]):>10} {ratio:>12} {reached:>6}  {group}: {best.peer}"
 
 
 def _sections(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
@@ -122,8 +137,8 @@ def _profile(entry: Entry, base: Entry) -> str:
     if entry.ratio[0] > charts.aim(entry):
         products = entry.other["spent"]["products"]
         text += (
-            f" The products of matrices are {products:.0%} of ours. The original has the same ones, and PyTorch's library "
-            f"computes them: if everything else took no time at all, the ratio would be {products * entry.ratio[0]:.2f}."
+            f" The products of matrices are {products:.0%} of ours. The original has the same ones, and PyTorch's "
+            f"library computes them: if all else took no time, the ratio would be {products * entry.ratio[0]:.2f}."
         )
     return text + "\n"
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,22 +51,28 @@ def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bo
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"suites: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     described = describe_machine(folder)
-    files = [f"{FOLDER}/bench_{name}.py" for name in names or known]
-    with tempfile.TemporaryDirectory() as scratch:
-        records = Path(scratch) / "records.jsonl"
-        environment = {**os.environ, "LION_BENCH_RECORDS": str(records)}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [".", "kernels", "reference", *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        if seconds is not None:
-            environment["LION_BENCH_DEADLINE"] = str(time.time() + seconds)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-columns=median", *files]
-        if quick:
-            environment["LION_BENCH_SECONDS"] = "0"
-            command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
-        status = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
-        lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
+    out = (out or folder / FOLDER / "results").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    records = out / f"records-{os.getpid()}.jsonl"  # stays if this process dies
+    environment = {**os.environ, "LION_BENCH_RECORDS": str(records)}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [".", "kernels", "reference", *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    if seconds is not None:
+        environment["LION_BENCH_DEADLINE"] = str(time.time() + seconds)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-columns=median"]
+    if quick:
+        environment["LION_BENCH_SECONDS"] = "0"
+        command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    command += [f"{FOLDER}/bench_{name}.py" for name in names or known]
+    with subprocess.Popen(command, cwd=folder, env=environment) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # pytest has it too, and ends with what it has
+            status = process.wait()
+    lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
     if not lines:
         return None, status or 1
-    entries = tuple(make_entry(json.loads(line)) for line in lines)
-    return save(Run(described, entries), out or folder / FOLDER / "results"), status
+    written = save(Run(described, tuple(make_entry(json.loads(line)) for line in lines)), out)
+    records.unlink()
+    return written, status

@@ -36,10 +36,17 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> int:
+    from lion_fast.bench.report import summary
+    from lion_fast.bench.results import load
     from lion_fast.bench.runs import run
 
     written, status = run(args.suites, args.out, args.seconds, args.quick)
-    print(f"results: {written}" if written else "nothing was measured")
+    if written is None:
+        print("nothing was measured")
+        return status
+    for line in summary(load(written)):
+        print(line)
+    print(f"results: {written}")
     return status
 
 
