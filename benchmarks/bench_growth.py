@@ -16,7 +16,7 @@ from benchmarks import bench_model
 from benchmarks.side_by_side import DEVICE, INTERLEAVED, interleave, report, skip_after_deadline
 
 AXES = {"batch": (1, 2, 4, 8), "image size": (56, 112, 168, 224, 336)}
-SECONDS = 4.0
+SECONDS = 3.0
 pytestmark = [INTERLEAVED, pytest.mark.skipif(DEVICE.type != "cpu", reason="measures the CPU")]
 _last: dict[str, dict[str, list[float]]] = {}
 

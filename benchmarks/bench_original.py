@@ -30,7 +30,7 @@ from lion_reference.configuration import AggregatorConfig
 # As a share of the original's time.
 AIMS = {"aggregator": 0.9, "training step": 0.85, "RAM tagging": 0.8}
 BOUND = 1e-5
-SECONDS = 12.0  # for the slowest of them five turns
+SECONDS = 8.0
 WIDTH = 1408
 pytestmark = [INTERLEAVED, pytest.mark.skipif(DEVICE.type != "cpu", reason="measures the CPU")]
 

@@ -28,8 +28,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 DIRECTIONS = ("forward", "backward", "forward+backward")
 FP32_BOUND = 1e-5
 OURS = "lion"  # how the names of this project's own operators begin
-# Of the turns of one comparison. A GPU's times spread less, and there are more shapes.
-SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25" if DEVICE.type == "cuda" else "0.4"))
+SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25"))  # of the turns of one comparison, on a CPU
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 Inputs = dict[str, Tensor]
 Operator = Callable[..., Tensor]

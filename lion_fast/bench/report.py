@@ -29,8 +29,8 @@ lion-fast bench --tune --dry-run                        # what there is to tune
 ```
 
 Without `--quick` it measures, without a suite everything, and without `--out` into `benchmarks/results`, of which
-`lion-fast bench report` makes this page. `lion-fast bench compare A B` fails where a time of ours moved from folder A to
-folder B by more than both runs' spread. `lion-fast bench --tune` finds a GPU's fastest tile sizes and writes the table
+`lion-fast bench report` makes this page. `lion-fast bench compare A B` fails where a time of ours moved from A to
+B by more than both runs' spread. `lion-fast bench --tune` finds a GPU's fastest tile sizes and writes the table
 that the kernels read. `benchmarks/gpu.sh OUT` runs everything that wants a GPU, in parts of at most eight minutes.
 Running needs a clone; results can be compared anywhere.
 """
@@ -192,9 +192,8 @@ def _growth(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         yield (
             "Few tokens cost what their weights and the calls cost, whatever their number; the curve bends up where "
             "the tokens' own traffic outweighs them. The PyTorch backend folds the gate into the up-projection where "
-            "a sequence has as many rows as the rank, and adds the adapters one by one below, which is the step "
-            "between 5 and 64 tokens; with more adapters its one product grows by their rank alone, where the eager "
-            "form goes over all tokens twice more for each of them.\n"
+            "a sequence has more rows than the rank, and adds the adapters one by one below; with more adapters its "
+            "one product grows by their rank alone, where the eager form goes over all tokens twice more for each.\n"
         )
     if "growth" in drawn:
         yield f"![A training step by batch and image size](images/{drawn['growth'].name})\n"
