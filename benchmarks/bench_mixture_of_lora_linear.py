@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.shapes import cases, compiled, mixtures, sequences
+from benchmarks.shapes import ON_GPU, cases, compiled, mixtures, sequences
 from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels import mixture_of_lora_linear
 from lion_kernels.mixture_of_lora_linear import cost
@@ -93,7 +93,9 @@ if DEVICE.type == "cuda":
     PEERS["torch.compile"] = torch.compile(plain)
     PEERS["lion_kernels-triton"] = partial(mixture_of_lora_linear, bias=None, backend="triton")
 SHAPES = [{"routing": "soft", **shape} for shape in mixtures(BASE)]
-SHAPES += [{"routing": "one each", **shape} for shape in mixtures(BASE) if shape["experts"] == BASE["experts"]]
+# One adapter a sequence costs the same however many there are; on a CPU only the tokens vary.
+ALIKE = ("experts",) if ON_GPU else tuple(BASE)
+SHAPES += [{"routing": "one each", **shape} for shape in mixtures(BASE) if all(shape[n] == BASE[n] for n in ALIKE)]
 
 
 def peers(shape: dict) -> dict[str, Operator]:

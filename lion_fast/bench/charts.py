@@ -68,7 +68,8 @@ def _original(figure: Any, run: Run) -> bool:
     axes.set_yticks(range(len(names)), names)
     axes.axvline(1, color=_COLORS["original"], linestyle="--")
     axes.set(xlim=(0, 1.15), xlabel="share of the original's eager time (lower is better); black stroke: aim")
-    axes.set_title(f"PyTorch backend beside the original, {run.device}, fp32", loc="left")
+    title = f"PyTorch backend beside the original, {run.device}, fp32"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return True
 
 
@@ -92,24 +93,28 @@ def _peers(figure: Any, run: Run) -> bool:
     suites = list(dict.fromkeys(entry.suite for entry in entries))
     if not suites:
         return False
-    figure.set_size_inches(8, 1.0 * len(suites) + 1.4)
+    figure.set_size_inches(8, 0.75 * len(suites) + 1.6)
     axes = figure.subplots()
-    peers = sorted({entry.peer for entry in entries}, key=lambda peer: (not peer.startswith("lion"), peer))
-    colors = _colors(peers)
+    colors = _colors(sorted({entry.peer for entry in entries}))
     for place, suite in enumerate(reversed(suites)):
+        peers = sorted({entry.peer for entry in entries if entry.suite == suite}, key=lambda peer: -peer.count("lion"))
         for number, peer in enumerate(peers):
-            speed = [1 / entry.ratio[0] for entry in entries if entry.suite == suite and entry.peer == peer]  # type: ignore[index]
-            height = place + 0.3 - 0.6 * number / max(1, len(peers) - 1)
-            axes.scatter(speed, [height] * len(speed), s=16, alpha=0.7, color=colors[peer], label=peer)
+            ratios = [entry.ratio[0] for entry in entries if entry.ratio and (entry.suite, entry.peer) == (suite, peer)]
+            height = place + (0.3 - 0.6 * number / (len(peers) - 1) if len(peers) > 1 else 0)
+            speeds = [1 / ratio for ratio in ratios]
+            axes.scatter(speeds, [height] * len(speeds), s=16, alpha=0.7, color=colors[peer], label=peer)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    low, high = axes.get_xlim()
+    steps = [step for step in (0.1, 0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low <= step <= high]
+    axes.set_xticks(steps, [f"{step:g}x" for step in steps])
+    axes.minorticks_off()
     axes.set_yticks(range(len(suites)), [suite.replace("_", " ") for suite in reversed(suites)])
     axes.set_xlabel("speed against eager PyTorch in the same run (right of 1: faster); a dot a shape and direction")
-    axes.set_title(f"Speed beside peers, {run.device}", loc="left")
+    figure.suptitle(f"Speed beside peers, {run.device}", x=0.01, ha="left", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), ncols=3, loc="lower center", bbox_to_anchor=(0.5, -0.32))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=5)
     return True
 
 
@@ -118,7 +123,7 @@ def _floors(figure: Any, run: Run) -> bool:
     suites = list(dict.fromkeys(entry.suite for entry in entries))
     if not suites:
         return False
-    figure.set_size_inches(8, 0.8 * len(suites) + 1.2)
+    figure.set_size_inches(8, 0.6 * len(suites) + 1.4)
     axes = figure.subplots()
     for place, suite in enumerate(reversed(suites)):
         for offset, kind in ((0.17, "ours"), (-0.17, "eager")):
@@ -126,11 +131,13 @@ def _floors(figure: Any, run: Run) -> bool:
             reached = [100 * entry.floor_seconds / entry.seconds[0] for entry in chosen]  # type: ignore[operator]
             axes.scatter(reached, [place + offset] * len(reached), s=16, alpha=0.6, color=_COLORS[kind], label=kind)
     axes.set_yticks(range(len(suites)), [suite.replace("_", " ") for suite in reversed(suites)])
-    axes.set(xlim=(0, None), xlabel="floor / time, per cent; a dot a shape and direction")
-    axes.set_title(f"Achieved against the floor, {run.device}", loc="left")
+    axes.axvline(100, color="black", linewidth=1)
+    words = "floor / time, per cent; a dot a shape and direction (beyond 100: inputs that stay in a cache)"
+    axes.set(xlim=(0, None), xlabel=words)
+    figure.suptitle(f"Achieved against the floor, {run.device}", x=0.01, ha="left", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), loc="lower right")
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=2)
     return True
 
 

@@ -193,7 +193,9 @@ def _growth(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
             "Few tokens cost what their weights and the calls cost, whatever their number; the curve bends up where "
             "the tokens' own traffic outweighs them. The PyTorch backend folds the gate into the up-projection where "
             "a sequence has more rows than the rank, and adds the adapters one by one below; with more adapters its "
-            "one product grows by their rank alone, where the eager form goes over all tokens twice more for each.\n"
+            "one product grows by their rank alone, where the eager form goes over all tokens twice more for each. The "
+            "eager form bends again at 8 adapters: what it holds is then more than the allocator keeps for the next "
+            "call, and the system hands it out anew, page by page.\n"
         )
     if "growth" in drawn:
         yield f"![A training step by batch and image size](images/{drawn['growth'].name})\n"
