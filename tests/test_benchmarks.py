@@ -157,6 +157,10 @@ def make_run(*entries: Entry, device: str = "a device") -> Run:
     return Run(environment, entries)
 
 
+def replace_environment(run: Run, **changed: str) -> Run:
+    return replace(run, environment={**run.environment, **changed})
+
+
 def test_a_slowed_kernel_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = results.save(make_run(entry(right)), tmp_path / "a")
     side_by_side._last.clear()
@@ -207,6 +211,9 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     loaded = results.load(folder)
     assert set(map(repr, loaded.entries)) == set(map(repr, (ENTRY, full, replace(ENTRY, suite="other"))))
     assert loaded.environment["torch"] == torch.__version__
+    assert [run.entries for run in results.newest(tmp_path)] == [loaded.entries]
+    earlier = replace_environment(make_run(ENTRY), commit="zzz", started="1999-12-31")
+    results.save(earlier, tmp_path)
     assert [run.entries for run in results.newest(tmp_path)] == [loaded.entries]
     (folder / "other.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"other\.json: expected results"):

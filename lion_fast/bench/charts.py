@@ -182,6 +182,9 @@ def _growth(figure: Any, run: Run) -> bool:
         axes.plot(values, guide, color=_COLORS["floor"], linestyle=":", label=words)
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms a training step")
         axes.set_xticks(values, [str(value) for value in values])
+        low, high = axes.get_ylim()
+        steps = [step for step in (20, 50, 100, 200, 500, 1000, 2000) if low <= step <= high]
+        axes.set_yticks(steps, [str(step) for step in steps])
         axes.minorticks_off()
         axes.legend()
     figure.suptitle(f"A small LION's training step, measured on {run.device}", x=0.01, ha="left", fontsize=10)

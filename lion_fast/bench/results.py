@@ -94,6 +94,7 @@ def make_entry(record: dict[str, Any]) -> Entry:
 def describe_machine(folder: Path) -> dict[str, Any]:
     """What results depend on; `folder` is the clone that they are of."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
+    now = datetime.now(UTC)
     return {
         **environment(),
         "device": device_name(),
@@ -102,7 +103,8 @@ def describe_machine(folder: Path) -> dict[str, Any]:
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "load_average": None if load is None else round(load[0], 2),
         "commit": _output(["git", "-C", str(folder), "describe", "--always", "--dirty"]) or "unknown",
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": now.date().isoformat(),
+        "started": now.isoformat(timespec="seconds"),
     }
 
 
@@ -174,12 +176,13 @@ def load(folder: Path) -> Run:
 
 
 def newest(folder: Path) -> list[Run]:
-    """The last run of every device under `folder`, by date."""
-    runs = []
-    for device in sorted(path for path in folder.glob("*") if path.is_dir()):
-        dated = sorted(path for path in device.glob("*") if any(path.glob("*.json")))
-        runs += [load(dated[-1])] if dated else []
-    return runs
+    """The last run of every device under `folder`."""
+    newest: dict[str, Run] = {}
+    for run in (load(path) for path in sorted(folder.glob("*/*")) if any(path.glob("*.json"))):
+        last = newest.get(run.device)
+        if last is None or run.environment["started"] > last.environment["started"]:
+            newest[run.device] = run
+    return list(newest.values())
 
 
 def _slug(text: str) -> str:
