@@ -1,39 +1,43 @@
-"""The mixture of adapters, forward and backward, beside the original's eager form.
+"""The mixture of adapters, forward, backward and both, beside the original's eager form.
 
-`pytest benchmarks` prints the table. Shapes are LION-FlanT5-XL's (D 2048, rank 64, 2 adapters) with channel gates by
-task; rows are one decoding step, one image's prompt (320 tokens), and a batch of prompts.
+`pytest benchmarks` prints the table. The base is LION-FlanT5-XL's (D 2048, rank 64, 2 adapters) with channel gates by
+task; tokens, channels, adapters and rank vary one at a time.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.side_by_side import DEVICE, Inputs, Operator, leaf, measure
+from benchmarks.shapes import cases, compiled, mixtures, sequences
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels import mixture_of_adapters
 from lion_kernels.mixture_of_adapters import cost
 from lion_reference import mixture_of_adapters as reference
 
-EXPERTS, RANK, CHANNELS, TASKS = 2, 64, 2048, 2
+BASE = {"channels": 2048, "experts": 2, "rank": 64}
+TASKS = 2
+pytestmark = INTERLEAVED
 
 
-def make_inputs(batch: int, length: int) -> Inputs:
+def make_inputs(shape: dict[str, int]) -> Inputs:
     generator = torch.Generator().manual_seed(0)
+    batch, length = sequences(shape["tokens"])
+    channels, experts, rank = (shape[name] for name in BASE)
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return leaf(torch.randn(*size, generator=generator).mul(scale))
 
     return {
-        "x": randn(batch, length, CHANNELS),
-        "down_weight": randn(EXPERTS, RANK, CHANNELS, scale=CHANNELS**-0.5),
-        "down_bias": randn(EXPERTS, RANK),
-        "up_weight": randn(EXPERTS, CHANNELS, RANK, scale=RANK**-0.5),
-        "up_bias": randn(EXPERTS, CHANNELS),
-        "gate": randn(TASKS, EXPERTS, CHANNELS),
-        "residual": randn(batch, length, CHANNELS),
+        "x": randn(batch, length, channels),
+        "down_weight": randn(experts, rank, channels, scale=channels**-0.5),
+        "down_bias": randn(experts, rank),
+        "up_weight": randn(experts, channels, rank, scale=rank**-0.5),
+        "up_bias": randn(experts, channels),
+        "gate": randn(TASKS, experts, channels),
+        "residual": randn(batch, length, channels),
         "task_ids": torch.ones(batch, dtype=torch.int64, device=DEVICE),
     }
 
@@ -41,30 +45,27 @@ def make_inputs(batch: int, length: int) -> Inputs:
 def eager(x, down_weight, down_bias, up_weight, up_bias, gate, residual, task_ids) -> Tensor:
     """Adapter by adapter, one task for the whole batch, as the original computes it."""
     out = residual
-    for e in range(EXPERTS):
+    for e in range(len(up_weight)):
         update = F.linear(F.relu(F.linear(x, down_weight[e], down_bias[e])), up_weight[e], up_bias[e])
         out = out + gate[1, e] * update
     return out
 
 
-OPERATORS: dict[str, Operator] = {"eager": eager, "lion_kernels-torch": partial(mixture_of_adapters, backend="torch")}
+PEERS: dict[str, Operator] = {
+    "eager": eager,
+    "lion_kernels-torch": partial(mixture_of_adapters, backend="torch"),
+}
 if DEVICE.type == "cuda":
-    OPERATORS["torch.compile"] = torch.compile(reference)
-    OPERATORS["lion_kernels-triton"] = partial(mixture_of_adapters, backend="triton")
-SIZES = [(1, 1), (1, 320), (4, 320)] if DEVICE.type == "cpu" else [(1, 1), (1, 320), (51, 320)]
+    PEERS["torch.compile"] = torch.compile(reference)
+    PEERS["lion_kernels-triton"] = partial(mixture_of_adapters, backend="triton")
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize(("batch", "length"), SIZES)
-def bench(benchmark: Callable, batch: int, length: int, backward: bool, operator: str) -> None:
-    measure(
-        benchmark,
-        OPERATORS[operator],
-        make_inputs(batch, length),
-        plain=reference,
-        reference=reference,
-        costs=cost(batch * length, CHANNELS, EXPERTS, RANK, torch.bfloat16),
-        backward=backward,
-        title=f"mixture_of_adapters, {batch} x {length} x {CHANNELS}, E {EXPERTS}, r {RANK}",
-    )
+def peers(shape: dict[str, int]) -> dict[str, Operator]:
+    return {name: peer for name, peer in PEERS.items() if name != "torch.compile" or compiled(shape, BASE)}
+
+
+@cases(mixtures(BASE), peers)
+def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
+    suite = Suite("mixture_of_adapters", peers(shape), plain=reference, reference=reference)
+    costs = cost(shape["tokens"], *(shape[name] for name in BASE), DTYPE)
+    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)

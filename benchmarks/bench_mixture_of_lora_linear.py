@@ -1,7 +1,7 @@
-"""The linear layer with a mixture of LoRA, forward and backward, beside its formula and PEFT's layer.
+"""The linear layer with a mixture of LoRA, forward, backward and both, beside its formula and PEFT's layer.
 
-`pytest benchmarks` prints the table. Shapes are those of a 2048-wide language model with eight adapters of rank 8, the
-base frozen; rows are one decoding step and prompts of 320 tokens. Soft routing weighs every adapter in every row; "one
+`pytest benchmarks` prints the table. The base is a 2048-wide language model with eight adapters of rank 8, its weight
+frozen; tokens, channels, adapters and rank vary one at a time. Soft routing weighs every adapter in every row; "one
 each" gives every sequence one adapter, which is what PEFT's batches of mixed adapters do (where PEFT is installed).
 """
 
@@ -9,38 +9,41 @@ import functools
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.side_by_side import DEVICE, DTYPE, Inputs, Operator, leaf, measure
+from benchmarks.shapes import ON_GPU, cases, compiled, mixtures, sequences
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels import mixture_of_lora_linear
 from lion_kernels.mixture_of_lora_linear import cost
 from lion_reference import mixture_of_lora_linear as reference
 
-CHANNELS, EXPERTS, RANK = 2048, 8, 8
+BASE = {"channels": 2048, "experts": 8, "rank": 8}
+pytestmark = INTERLEAVED
 try:
     import peft
 except ImportError:
     peft = None
 
 
-def make_inputs(form: str, batch: int, length: int) -> Inputs:
+def make_inputs(shape: dict) -> Inputs:
     generator = torch.Generator().manual_seed(0)
+    batch, length = sequences(shape["tokens"])
+    channels, experts, rank = (shape[name] for name in BASE)
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*size, generator=generator) * scale
 
     inputs = {
-        "x": leaf(randn(batch, length, CHANNELS)),
-        "weight": leaf(randn(CHANNELS, CHANNELS, scale=CHANNELS**-0.5)).requires_grad_(False),
-        "lora_a": leaf(randn(EXPERTS, RANK, CHANNELS, scale=CHANNELS**-0.5)),
-        "lora_b": leaf(randn(EXPERTS, CHANNELS, RANK, scale=RANK**-0.5)),
+        "x": leaf(randn(batch, length, channels)),
+        "weight": leaf(randn(channels, channels, scale=channels**-0.5)).requires_grad_(False),
+        "lora_a": leaf(randn(experts, rank, channels, scale=channels**-0.5)),
+        "lora_b": leaf(randn(experts, channels, rank, scale=rank**-0.5)),
     }
-    if form == "soft":
-        return {**inputs, "gate": leaf(randn(batch, length, EXPERTS).softmax(-1))}
-    ids = torch.randint(0, EXPERTS, (batch, 1), generator=generator).to(DEVICE)
+    if shape["routing"] == "soft":
+        return {**inputs, "gate": leaf(randn(batch, length, experts).softmax(-1))}
+    ids = torch.randint(0, experts, (batch, 1), generator=generator).to(DEVICE)
     return {**inputs, "gate": torch.ones(batch, 1, device=DEVICE, dtype=DTYPE), "expert_ids": ids}
 
 
@@ -49,7 +52,7 @@ def eager(
 ) -> Tensor:
     """Adapter by adapter over all rows."""
     out = F.linear(x, weight)
-    for e in range(EXPERTS):
+    for e in range(len(lora_a)):
         factor = gate[..., e : e + 1] if expert_ids is None else (gate * (expert_ids == e)).unsqueeze(-1)
         out = out + factor * F.linear(F.linear(x, lora_a[e]), lora_b[e])
     return out
@@ -57,20 +60,21 @@ def eager(
 
 def with_peft(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, expert_ids: Tensor) -> Tensor:
     """PEFT's layer on the same parameters, as its model calls it for a batch of mixed adapters."""
-    layer = _peft_layer()
+    experts, rank, channels = lora_a.shape
+    layer = _peft_layer(channels, experts, rank)
     names = [str(e) for e in expert_ids[:, 0].tolist()]
     parameters = {"base_layer.weight": weight}
-    for e in range(EXPERTS):
+    for e in range(experts):
         parameters |= {f"lora_A.{e}.weight": lora_a[e], f"lora_B.{e}.weight": lora_b[e]}
     return torch.func.functional_call(layer, parameters, (x,), {"adapter_names": names})
 
 
 @functools.cache
-def _peft_layer() -> nn.Module:
+def _peft_layer(channels: int, experts: int, rank: int) -> nn.Module:
     assert peft is not None
-    model = nn.ModuleDict({"linear": nn.Linear(CHANNELS, CHANNELS, bias=False)})
-    for e in range(EXPERTS):
-        config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["linear"])
+    model = nn.ModuleDict({"linear": nn.Linear(channels, channels, bias=False)})
+    for e in range(experts):
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
         peft.inject_adapter_in_model(config, model, adapter_name=str(e))
     return model["linear"].to(DEVICE, DTYPE).eval()
 
@@ -79,32 +83,31 @@ def plain(**inputs: Tensor) -> Tensor:
     return reference(bias=None, **inputs)
 
 
-OPERATORS: dict[str, Operator] = {
+PEERS: dict[str, Operator] = {
     "eager": eager,
     "lion_kernels-torch": partial(mixture_of_lora_linear, bias=None, backend="torch"),
 }
 if peft is not None:
-    OPERATORS["PEFT"] = with_peft
+    PEERS["PEFT"] = with_peft
 if DEVICE.type == "cuda":
-    OPERATORS["torch.compile"] = torch.compile(plain)
-    OPERATORS["lion_kernels-triton"] = partial(mixture_of_lora_linear, bias=None, backend="triton")
-SIZES = [(4, 1), (1, 320)] if DEVICE.type == "cpu" else [(4, 1), (1, 320), (51, 320)]
+    PEERS["torch.compile"] = torch.compile(plain)
+    PEERS["lion_kernels-triton"] = partial(mixture_of_lora_linear, bias=None, backend="triton")
+SHAPES = [{"routing": "soft", **shape} for shape in mixtures(BASE)]
+# One adapter a sequence costs the same however many there are; on a CPU only the tokens vary.
+ALIKE = ("experts",) if ON_GPU else tuple(BASE)
+SHAPES += [{"routing": "one each", **shape} for shape in mixtures(BASE) if all(shape[n] == BASE[n] for n in ALIKE)]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize(("batch", "length"), SIZES)
-@pytest.mark.parametrize("form", ["soft", "one each"])
-def bench(benchmark: Callable, form: str, batch: int, length: int, backward: bool, operator: str) -> None:
-    if operator == "PEFT" and form == "soft":
-        pytest.skip("PEFT weighs no adapters by row")
-    measure(
-        benchmark,
-        OPERATORS[operator],
-        make_inputs(form, batch, length),
-        plain=plain,
-        reference=plain,
-        costs=cost(batch * length, CHANNELS, CHANNELS, EXPERTS if form == "soft" else 1, RANK, torch.bfloat16),
-        backward=backward,
-        title=f"mixture_of_lora_linear, {form}, {batch} x {length} x {CHANNELS}, E {EXPERTS}, r {RANK}",
-    )
+def peers(shape: dict) -> dict[str, Operator]:
+    left_out = {"PEFT"} if shape["routing"] == "soft" else set()  # PEFT weighs no adapters by row
+    left_out |= set() if compiled(shape, BASE) else {"torch.compile"}
+    return {name: peer for name, peer in PEERS.items() if name not in left_out}
+
+
+@cases(SHAPES, peers)
+def bench(benchmark: Callable, shape: dict, direction: str, peer: str) -> None:
+    suite = Suite("mixture_of_lora_linear", peers(shape), plain=plain, reference=plain)
+    channels, experts, rank = (shape[name] for name in BASE)
+    experts = experts if shape["routing"] == "soft" else 1
+    costs = cost(shape["tokens"], channels, channels, experts, rank, DTYPE)
+    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)

@@ -74,6 +74,9 @@ def model(backend: str) -> LionForCausalLM:
         for name, parameter in made.named_parameters():
             if "up_proj" in name:
                 parameter.normal_(std=0.02)
+        # As trained, logits of a few units; a new head's are of tens, whose probabilities are too small for the CPU to
+        # compute with at full speed.
+        made.language_model.lm_head.weight.mul_(config.text_config.hidden_size**-0.5)
     freeze_for_stage(made, STAGES[-1])
     return made.to(DTYPE)
 

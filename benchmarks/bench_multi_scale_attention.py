@@ -1,4 +1,4 @@
-"""Attention to feature maps, forward and backward, beside SDPA's backends, FlexAttention and flash-attn.
+"""Attention to feature maps, forward, backward and both, beside SDPA's backends, FlexAttention and flash-attn.
 
 `pytest benchmarks` prints the table. Shapes are EVA's self-attention (257 tokens, 16 heads of 88), the vision
 aggregator's two maps, one softmax each, and the Q-Former's 32 queries (12 heads of 64). Peers that know one softmax
@@ -8,13 +8,13 @@ run once a map.
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.side_by_side import DEVICE, Inputs, Operator, leaf, measure
+from benchmarks.shapes import cases
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels import multi_scale_attention
 from lion_kernels.multi_scale_attention import cost
 from lion_reference import multi_scale_attention as reference
@@ -24,17 +24,20 @@ try:
 except ImportError:
     flash_attn_func = None
 
-BATCH = 1 if DEVICE.type == "cpu" else 64
+BATCHES = (1, 4) if DEVICE.type == "cpu" else (1, 16, 64)
 # queries, maps of 257 keys, heads, head_dim
-SHAPES = {"EVA": (257, 1, 16, 88), "aggregator": (257, 2, 16, 88), "Q-Former": (32, 1, 12, 64)}
+PARTS = {"EVA": (257, 1, 16, 88), "aggregator": (257, 2, 16, 88), "Q-Former": (32, 1, 12, 64)}
+SHAPES = [{"part": part, "batch": batch} for part in PARTS for batch in BATCHES]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+pytestmark = INTERLEAVED
 
 
-def make_inputs(queries: int, maps: int, heads: int, head_dim: int) -> Inputs:
+def make_inputs(shape: dict) -> Inputs:
     generator = torch.Generator().manual_seed(0)
+    queries, maps, heads, head_dim = PARTS[shape["part"]]
 
     def randn(length: int) -> Tensor:
-        return leaf(torch.randn(BATCH, length, heads, head_dim, generator=generator))
+        return leaf(torch.randn(shape["batch"], length, heads, head_dim, generator=generator))
 
     return {"q": randn(queries), **{f"{name}{s}": randn(257) for s in range(maps) for name in ("k", "v")}}
 
@@ -69,7 +72,7 @@ def sdpa_by(backend: SDPBackend) -> Attention:
     return call
 
 
-OPERATORS: dict[str, Operator] = {
+PEERS: dict[str, Operator] = {
     "eager": gathered(reference),
     "SDPA": map_by_map(sdpa),
     "lion_kernels-torch": gathered(partial(multi_scale_attention, backend="torch")),
@@ -78,7 +81,7 @@ if DEVICE.type == "cuda":
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled_flex = torch.compile(flex_attention)
-    OPERATORS |= {
+    PEERS |= {
         "SDPA-flash": map_by_map(sdpa_by(SDPBackend.FLASH_ATTENTION)),
         "SDPA-cuDNN": map_by_map(sdpa_by(SDPBackend.CUDNN_ATTENTION)),
         "SDPA-efficient": map_by_map(sdpa_by(SDPBackend.EFFICIENT_ATTENTION)),
@@ -89,28 +92,14 @@ if DEVICE.type == "cuda":
         "lion_kernels-triton": gathered(partial(multi_scale_attention, backend="triton")),
     }
     if flash_attn_func is not None:
-        OPERATORS["flash-attn"] = map_by_map(flash_attn_func)
+        PEERS["flash-attn"] = map_by_map(flash_attn_func)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES)
-def bench(benchmark: Callable, shape: str, backward: bool, operator: str) -> None:
-    queries, maps, heads, head_dim = SHAPES[shape]
-    inputs = make_inputs(queries, maps, heads, head_dim)
-    if operator.startswith("SDPA-"):
-        try:
-            OPERATORS[operator](**inputs)
-        except RuntimeError as error:
-            pytest.skip(f"this GPU's {operator} does not take the shape: {error}")
-    half = {name: value.detach().bfloat16() for name, value in inputs.items()}
-    measure(
-        benchmark,
-        OPERATORS[operator],
-        inputs,
-        plain=gathered(reference),
-        reference=gathered(reference),
-        costs=cost(half["q"], [half[f"k{s}"] for s in range(maps)]),
-        backward=backward,
-        title=f"multi_scale_attention, {shape}, {BATCH} x {queries} to {maps} x 257, {heads} heads of {head_dim}",
-    )
+SUITE = Suite("multi_scale_attention", PEERS, plain=gathered(reference), reference=gathered(reference))
+
+
+@cases(SHAPES, lambda _: PEERS)
+def bench(benchmark: Callable, shape: dict, direction: str, peer: str) -> None:
+    queries, maps, heads, head_dim = PARTS[shape["part"]]
+    q, k = (torch.empty(shape["batch"], length, heads, head_dim, dtype=DTYPE) for length in (queries, 257))
+    measure(benchmark, SUITE, peer, direction, shape, partial(make_inputs, shape), cost(q, [k] * maps))

@@ -1,40 +1,42 @@
-"""T5's attention, forward and backward, beside SDPA with the bias as a mask, and FlexAttention with it as a score_mod.
+"""T5's attention, forward, backward and both, beside SDPA with the bias as a mask and FlexAttention as a score_mod.
 
 `pytest benchmarks` prints the table. Shapes are LION-FlanT5-XL's (32 heads of 64, 32 buckets): an encoder over prefix
-and text (417), and a decoding step. flash-attn takes no such bias. FlexAttention has no backward on a CPU, so it is a
-peer on a GPU only.
+and text (417, and 1024 with long questions and tags), and a decoding step of a few and of many sequences. flash-attn
+takes no such bias. FlexAttention has no backward on a CPU, so it is a peer on a GPU only.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.side_by_side import DEVICE, Inputs, Operator, leaf, measure
+from benchmarks.shapes import cases
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels import relative_bias_attention
 from lion_kernels.relative_bias_attention import cost
 from lion_reference import relative_bias_attention as reference
 from lion_reference.relative_bias_attention import relative_position_bucket
 
 HEADS, HEAD_DIM, BUCKETS, MAX_DISTANCE = 32, 64, 32, 128
-BATCH = 1 if DEVICE.type == "cpu" else 16
-# queries, keys, whether in the decoder
-SHAPES = {"encoder": (417, 417, False), "a step of decoding": (1, 64, True)}
+ENCODER = [(1, 417)] if DEVICE.type == "cpu" else [(1, 417), (16, 417), (16, 1024)]
+DECODER = [(1, 64), (5, 64)] if DEVICE.type == "cpu" else [(1, 64), (5, 64), (64, 64)]
+SHAPES = [{"stack": "encoder", "batch": batch, "queries": n, "keys": n} for batch, n in ENCODER]
+SHAPES += [{"stack": "decoder", "batch": batch, "queries": 1, "keys": keys} for batch, keys in DECODER]
+pytestmark = INTERLEAVED
 
 
-def make_inputs(queries: int, keys: int) -> Inputs:
+def make_inputs(shape: dict) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return leaf(torch.randn(*size, generator=generator) * scale)
 
     return {
-        "q": randn(BATCH, queries, HEADS, HEAD_DIM, scale=HEAD_DIM**-0.5),
-        "k": randn(BATCH, keys, HEADS, HEAD_DIM),
-        "v": randn(BATCH, keys, HEADS, HEAD_DIM),
+        "q": randn(shape["batch"], shape["queries"], HEADS, HEAD_DIM, scale=HEAD_DIM**-0.5),
+        "k": randn(shape["batch"], shape["keys"], HEADS, HEAD_DIM),
+        "v": randn(shape["batch"], shape["keys"], HEADS, HEAD_DIM),
         "bias_table": randn(BUCKETS, HEADS),
     }
 
@@ -75,7 +77,7 @@ def in_decoder(operator: Operator) -> Operator:
     )
 
 
-OPERATORS: dict[str, Operator] = {
+PEERS: dict[str, Operator] = {
     "eager": in_decoder(reference),
     "SDPA with a mask": sdpa,
     "lion_kernels-torch": in_decoder(partial(relative_bias_attention, backend="torch")),
@@ -83,27 +85,21 @@ OPERATORS: dict[str, Operator] = {
 if DEVICE.type == "cuda":
     from torch.nn.attention.flex_attention import flex_attention
 
-    OPERATORS |= {
+    PEERS |= {
         "FlexAttention": flex(torch.compile(flex_attention)),
         "torch.compile": torch.compile(in_decoder(reference)),
         "lion_kernels-triton": in_decoder(partial(relative_bias_attention, backend="triton")),
     }
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES)
-def bench(benchmark: Callable, shape: str, backward: bool, operator: str) -> None:
-    queries, keys, decoder = SHAPES[shape]
-    inputs = make_inputs(queries, keys)
-    half = {name: value.detach().bfloat16() for name, value in inputs.items()}
-    measure(
-        benchmark,
-        partial(OPERATORS[operator], decoder=decoder),
-        inputs,
-        plain=partial(in_decoder(reference), decoder=decoder),
-        reference=partial(in_decoder(reference), decoder=decoder),
-        costs=cost(half["q"], half["k"], causal=decoder, learn_bias=True),
-        backward=backward,
-        title=f"relative_bias_attention, {shape}, {BATCH} x {queries} to {keys}, {HEADS} heads of {HEAD_DIM}",
-    )
+def suite(shape: dict) -> Suite:
+    peers = {name: partial(peer, decoder=shape["stack"] == "decoder") for name, peer in PEERS.items()}
+    formula = partial(in_decoder(reference), decoder=shape["stack"] == "decoder")
+    return Suite("relative_bias_attention", peers, plain=formula, reference=formula)
+
+
+@cases(SHAPES, lambda _: PEERS)
+def bench(benchmark: Callable, shape: dict, direction: str, peer: str) -> None:
+    q, k = (torch.empty(shape["batch"], shape[n], HEADS, HEAD_DIM, dtype=DTYPE) for n in ("queries", "keys"))
+    costs = cost(q, k, causal=shape["stack"] == "decoder", learn_bias=True)
+    measure(benchmark, suite(shape), peer, direction, shape, partial(make_inputs, shape), costs)

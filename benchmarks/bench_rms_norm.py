@@ -1,31 +1,36 @@
-"""T5's layer norm, forward and backward, beside transformers' T5LayerNorm and `F.rms_norm`.
+"""T5's layer norm, forward, backward and both, beside transformers' T5LayerNorm, `F.rms_norm` and Liger-Kernel's.
 
-`pytest benchmarks` prints the table: on a GPU in bf16 with the kernels, on a CPU in fp32 without. Shapes are
-LION-FlanT5-XL's (D 2048); rows are one decoding step, one image's prompt, and a batch of prompts. A time is
-reported for a right result only, and beside it (`extra_info`) the least time in which an H200 could move its bytes.
+`pytest benchmarks` prints the table: on a GPU in bf16 with the kernels, on a CPU in fp32 without. The base is
+LION-FlanT5-XL's (D 2048); tokens and channels vary one at a time.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.side_by_side import DEVICE, Inputs, Operator, leaf, measure
+from benchmarks.shapes import cases, compiled, rows
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels.rms_norm import cost, rms_norm
 from lion_reference import rms_norm as reference
 
-CHANNELS = 2048
+try:
+    from liger_kernel.transformers.functional import liger_rms_norm
+except ImportError:
+    liger_rms_norm = None
+
+BASE = {"channels": 2048}
 EPS = 1e-6
+pytestmark = INTERLEAVED
 
 
-def make_inputs(rows: int) -> Inputs:
+def make_inputs(shape: dict[str, int]) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     values = {
-        "x": torch.randn(rows, CHANNELS, generator=generator),
-        "weight": torch.randn(CHANNELS, generator=generator),
+        "x": torch.randn(shape["tokens"], shape["channels"], generator=generator),
+        "weight": torch.randn(shape["channels"], generator=generator),
     }
     return {name: leaf(value) for name, value in values.items()}
 
@@ -41,27 +46,24 @@ def fused(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, EPS)
 
 
-OPERATORS: dict[str, Operator] = {
+PEERS: dict[str, Operator] = {
     "eager": eager,
     "F.rms_norm": fused,
     "lion_kernels-torch": partial(rms_norm, eps=EPS, backend="torch"),
 }
 if DEVICE.type == "cuda":
-    OPERATORS["torch.compile"] = torch.compile(eager)
-    OPERATORS["lion_kernels-triton"] = partial(rms_norm, eps=EPS, backend="triton")
+    PEERS["torch.compile"] = torch.compile(eager)
+    PEERS["lion_kernels-triton"] = partial(rms_norm, eps=EPS, backend="triton")
+    if liger_rms_norm is not None:
+        PEERS["Liger"] = lambda x, weight: liger_rms_norm(x, weight, EPS, in_place=False)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("rows", [1, 320, 1280] if DEVICE.type == "cpu" else [1, 320, 16384])
-def bench(benchmark: Callable, rows: int, backward: bool, operator: str) -> None:
-    measure(
-        benchmark,
-        OPERATORS[operator],
-        make_inputs(rows),
-        plain=eager,
-        reference=partial(reference, eps=EPS),
-        costs=cost(rows, CHANNELS, torch.bfloat16),
-        backward=backward,
-        title=f"rms_norm, {rows} x {CHANNELS}",
-    )
+def peers(shape: dict[str, int]) -> dict[str, Operator]:
+    return {name: peer for name, peer in PEERS.items() if name != "torch.compile" or compiled(shape, BASE)}
+
+
+@cases(rows(**BASE), peers)
+def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
+    suite = Suite("rms_norm", peers(shape), plain=eager, reference=partial(reference, eps=EPS))
+    costs = cost(shape["tokens"], shape["channels"], DTYPE)
+    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)

@@ -1,27 +1,47 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in parts, on a machine where nothing can be installed.
 #
-#   benchmarks/gpu.sh OUT [PART ...]      parts: environment gpu-tests kernel-tests check operators model sanitizer
+#   benchmarks/gpu.sh OUT [PART ...]
 #
-# Each part stops by itself within eight minutes and leaves OUT/PART.json (tests: .xml) and its output in OUT/log.txt, so
-# that one that dies takes nothing along. Needs python3 (or PYTHON=...) with torch, triton, transformers and pytest; optional
-# peers (flash-attn, PEFT) are measured where they can be imported, such as from a folder of unpacked wheels on PYTHONPATH.
+# Parts: environment gpu-tests kernel-tests check adapters lora attention rows tuning model sanitizer
+# (operators: adapters lora attention rows). Each stops by itself within eight minutes and leaves OUT/PART.json (tests:
+# .xml; benchmarks: OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and `compare` read) and its
+# output in OUT/log.txt, so that one that dies takes nothing along. Needs python3 (or PYTHON=...) with torch, triton,
+# transformers, pytest and pytest-benchmark, and nothing else. PEERS=DIR names a folder of wheels (flash-attn,
+# liger-kernel, peft ...), which are unpacked and measured beside.
 # Without a GPU it is a dry run: the same lines, on small shapes.
 set -uo pipefail
 
-PARTS=(environment gpu-tests kernel-tests check operators model sanitizer)
+ALL=(environment gpu-tests kernel-tests check adapters lora attention rows tuning model sanitizer)
+OPERATORS=(adapters lora attention rows)
 if [ $# -lt 1 ]; then
-  sed -n '2,10s/^# \{0,1\}//p' "$0"
+  sed -n '2,13s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd)
 shift
-[ $# -gt 0 ] && PARTS=("$@")
+[ -n "${PEERS:-}" ] && { PEERS=$(cd "$PEERS" && pwd) || exit 2; }
+PARTS=()
+for part in "${@:-${ALL[@]}}"; do
+  case " ${ALL[*]} operators " in
+    *" $part "*) ;;
+    *) echo "no part $part" >&2; exit 2 ;;
+  esac
+  if [ "$part" = operators ]; then PARTS+=("${OPERATORS[@]}"); else PARTS+=("$part"); fi
+done
 cd "$(dirname "$0")/.." || exit 2
 
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=.:kernels:reference${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+if [ -n "${PEERS:-}" ]; then
+  unpacked=$(mktemp -d) || exit 2
+  trap 'rm -rf "$unpacked"' EXIT
+  for wheel in "$PEERS"/*.whl; do
+    "$PYTHON" -m zipfile -e "$wheel" "$unpacked" || exit 2
+  done
+  PYTHONPATH+=:$unpacked
+fi
 LOG=$OUT/log.txt
 SECONDS_EACH=470
 GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
@@ -80,45 +100,38 @@ check() {
   limited 210 "$PYTHON" -m lion_fast check --json "$OUT/check.json"
 }
 
-benchmarks_of() { # the report's name, how long one file may take, the files
-  local name=$1 seconds=$2 file status=0
-  shift 2
-  local few=(--benchmark-max-time=0.2 --benchmark-min-rounds=20)
-  [ -z "$GPU" ] && few=(--benchmark-max-time=0.01 --benchmark-min-rounds=1 --benchmark-warmup=off)
-  for file in "$@"; do
-    limited "$seconds" "$PYTHON" -m pytest -q -p no:cacheprovider "$file" "${few[@]}" \
-      --benchmark-json="$OUT/$name-$(basename "$file" .py).json" || status=1
-  done
-  "$PYTHON" - "$OUT" "$name" <<'PY'
-import json, sys
-from pathlib import Path
-
-out, name = Path(sys.argv[1]), sys.argv[2]
-pieces = [file for file in sorted(out.glob(f"{name}-*.json")) if file.stat().st_size]
-reports = [json.loads(file.read_text()) for file in pieces]
-if not reports:
-    sys.exit(f"{name}: nothing was measured")
-for report in reports:
-    for entry in report["benchmarks"]:
-        entry["stats"].pop("data", None)
-whole = {**reports[0], "benchmarks": [entry for report in reports for entry in report["benchmarks"]]}
-(out / f"{name}.json").write_text(json.dumps(whole, indent=1))
-for file in out.glob(f"{name}-*.json"):
-    file.unlink()
-for entry in whole["benchmarks"]:
-    floor = entry["extra_info"].get("floor of an H200 in bf16, us", "")
-    print(f"{1e6 * entry['stats']['median']:>12.1f} us  {floor!s:>9}  {entry['group']}: {entry['name']}")
-PY
-  return $((status || $?))
+benchmarks_of() { # the suites
+  local few=()
+  [ -z "$GPU" ] && few=(--quick)
+  limited $SECONDS_EACH "$PYTHON" -m lion_fast bench run "$@" --out "$OUT/results" --seconds $((SECONDS_EACH - 60)) "${few[@]}"
 }
 
-operators() {
-  local files=(benchmarks/bench_[!m]*.py benchmarks/bench_mixture*.py benchmarks/bench_multi*.py)
-  benchmarks_of operators $((SECONDS_EACH / ${#files[@]})) "${files[@]}"
+adapters() {
+  benchmarks_of mixture_of_adapters
+}
+
+lora() {
+  benchmarks_of mixture_of_lora_linear
+}
+
+attention() {
+  benchmarks_of multi_scale_attention relative_bias_attention
+}
+
+rows() {
+  benchmarks_of residual_layer_norm rms_norm gated_gelu assemble_inputs
 }
 
 model() {
-  benchmarks_of model $SECONDS_EACH benchmarks/bench_model.py
+  benchmarks_of model
+}
+
+tuning() {
+  if [ -z "$GPU" ]; then
+    limited $SECONDS_EACH "$PYTHON" -m lion_fast bench --tune --dry-run
+  else
+    limited $SECONDS_EACH "$PYTHON" -m lion_fast bench --tune --tune-seconds $((SECONDS_EACH - 60)) --table "$OUT/tuning.json"
+  fi
 }
 
 sanitizer() {
@@ -140,12 +153,6 @@ sanitizer() {
 
 table=()
 failed=0
-for part in "${PARTS[@]}"; do
-  case " environment gpu-tests kernel-tests check operators model sanitizer " in
-    *" $part "*) ;;
-    *) echo "no part $part" >&2; exit 2 ;;
-  esac
-done
 for part in "${PARTS[@]}"; do
   start=$SECONDS
   echo "=== $part" | tee -a "$LOG"

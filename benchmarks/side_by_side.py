@@ -1,83 +1,308 @@
-"""What benchmarks share: every peer gets the same inputs, a right result comes before a time, the floor stands beside.
+"""What benchmarks share: peers take turns in the same run on the same inputs, and a right result comes before a time.
 
-On a GPU in bf16 with the kernels, on a CPU in fp32 without.
+On a GPU in bf16 with the kernels, on a CPU in fp32 without. Beside each time stand its ratio to a baseline, turn by
+turn, the least time in which this device could do it (by its own measured rates), and the memory it takes.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import gc
+import itertools
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from lion_kernels.cost import H200, Cost, floor_seconds
+from benchmarks.memory import peak_bytes, saved_bytes
+from lion_fast.check.timing import COLD_BYTES, measure_rates, quantiles
+from lion_kernels.cost import Cost, Device, floor_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+DIRECTIONS = ("forward", "backward", "forward+backward")
 FP32_BOUND = 1e-5
+OURS = "lion"  # how the names of this project's own operators begin
+SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25"))  # of the turns of one comparison, on a CPU
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
 Inputs = dict[str, Tensor]
 Operator = Callable[..., Tensor]
 
 
-def measure(
-    benchmark,
-    operator: Operator,
-    inputs: Inputs,
-    *,
-    plain: Operator,
-    reference: Operator,
-    costs: Sequence[Cost],
-    backward: bool,
-    title: str,
-) -> None:
-    """Times `operator(**inputs)`, with `backward` the gradients of all inputs that ask for one too, if it is right.
+@dataclass(frozen=True)
+class Suite:
+    """An operator's peers.
 
-    Args:
+    Attributes:
+        name: of the operator, which groups the results.
+        operators: by name; each is called with the inputs by keyword.
         plain: the same mathematics in plain PyTorch; in half precision a result may be twice as far off as its.
         reference: likewise, for fp64.
-        costs: of forward and backward in bf16, from which the floor of an H200 follows (in `extra_info`).
-        title: of the table's group, within which peers are compared.
+        baseline: the one of `operators` that the others' times are divided by.
     """
-    torch.compiler.reset()  # a shape of its own for every compiled peer, and no limit on how many it may have seen
-    double = {name: _like_leaf(value, torch.float64) for name, value in inputs.items()}
-    exact = results(reference, double, backward)
-    bounds = dict.fromkeys(exact, FP32_BOUND)
-    if DTYPE.itemsize < 4:
-        rounding = torch.finfo(DTYPE).eps / 2
-        for name, value in results(plain, inputs, backward).items():
-            bounds[name] = max(rounding, 2 * relative_error(value, exact[name]))
-    for name, value in results(operator, inputs, backward).items():
-        error = relative_error(value, exact[name])
-        assert error <= bounds[name], (
-            f"wrong {name} (relative error {error:.1e}, allowed {bounds[name]:.1e}), so no time"
-        )
-    floor = sum(floor_seconds(cost, H200, torch.bfloat16) for cost in costs[: 1 + backward])
-    benchmark.extra_info["floor of an H200 in bf16, us"] = round(1e6 * floor, 2)
-    dtype = str(DTYPE).removeprefix("torch.")
-    benchmark.group = f"{title}, {'forward+backward' if backward else 'forward'}, {dtype}, {DEVICE.type}"
-    grad = torch.randn_like(exact["out"], dtype=DTYPE) if backward else None
-    benchmark(run, operator, inputs, grad)
+
+    name: str
+    operators: Mapping[str, Operator]
+    plain: Operator
+    reference: Operator
+    baseline: str = "eager"
 
 
-def run(operator: Operator, inputs: Inputs, grad: Tensor | None) -> None:
-    """Forward, and with `grad` backward too, until the device is done."""
-    if grad is None:
-        with torch.no_grad():
-            operator(**inputs)
-    else:
-        torch.autograd.grad(operator(**inputs), [value for value in inputs.values() if value.requires_grad], grad)
+@dataclass
+class Comparison:
+    """All peers of one suite on one set of inputs.
+
+    Attributes:
+        problems: why a peer has no time: it is wrong (an AssertionError), or it does not run here.
+        errors: by peer, the relative error of the output or gradient nearest its bound, and that bound.
+    """
+
+    suite: Suite
+    inputs: Inputs
+    costs: Sequence[Cost]
+    problems: dict[str, Exception] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    memory: dict[str, tuple[int, int]] = field(default_factory=dict)
+    times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Fills `problems`, `errors` and `memory`, with the gradients of every input that asks for one."""
+        double = {name: _like_leaf(value, torch.float64) for name, value in self.inputs.items()}
+        exact = results(self.suite.reference, double)
+        bounds = dict.fromkeys(exact, FP32_BOUND)
+        if DTYPE.itemsize < 4:
+            rounding = torch.finfo(DTYPE).eps / 2
+            for name, value in results(self.suite.plain, self.inputs).items():
+                bounds[name] = max(rounding, 2 * relative_error(value, exact[name]))
+        for peer, operator in self.suite.operators.items():
+            try:
+                self.errors[peer] = _worst(results(operator, self.inputs), exact, bounds)
+                both = self._calls(operator, "forward+backward")[1]
+                self.memory[peer] = peak_bytes(both, DEVICE), saved_bytes(operator, self.inputs)
+            except Exception as error:
+                self.problems[peer] = error
+
+    def seconds(self, direction: str) -> dict[str, list[float]]:
+        """The time of every right peer in each round; a round's times were taken one after the other."""
+        if direction not in self.times:
+            right = {peer: op for peer, op in self.suite.operators.items() if peer not in self.problems}
+            self.times[direction] = interleave({peer: self._calls(op, direction) for peer, op in right.items()})
+        return self.times[direction]
+
+    def floor(self, direction: str) -> float:
+        forward, backward = (floor_seconds(cost, rates(), DTYPE) for cost in self.costs)
+        return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
+
+    def _calls(self, operator: Operator, direction: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+        """What comes before a time, and what is timed with what that gave."""
+        wanted = [value for value in self.inputs.values() if value.requires_grad]
+
+        def forward(_: Any = None) -> Tensor:
+            return operator(**self.inputs)
+
+        def without_gradients(_: Any = None) -> Tensor:
+            with torch.no_grad():
+                return operator(**self.inputs)
+
+        def backward(out: Tensor) -> Any:
+            return torch.autograd.grad(out, wanted, self._gradient(out))
+
+        if direction == "forward":
+            return lambda: None, without_gradients
+        if direction == "backward":
+            return forward, backward
+        return lambda: None, lambda _=None: backward(forward())
+
+    def _gradient(self, out: Tensor) -> Tensor:
+        if not hasattr(self, "_grad"):
+            self._grad = torch.randn_like(out)
+        return self._grad
+
+
+def measure(
+    benchmark: Any,
+    suite: Suite,
+    peer: str,
+    direction: str,
+    shape: Mapping[str, Any],
+    make_inputs: Callable[[], Inputs],
+    costs: Sequence[Cost],
+) -> None:
+    """Reports the time of one peer, if its result is right. The first one asked for times all of them, taking turns.
+
+    The test that calls this has the marker `INTERLEAVED`, by which pytest-benchmark's clock is the times taken here.
+
+    Args:
+        shape: what tells this comparison from the suite's others, for tables and curves.
+        costs: of forward and backward in the dtype that is measured.
+    """
+    skip_after_deadline()
+    comparison = _comparison(suite, tuple(shape.items()), make_inputs, costs)
+    if peer in comparison.problems:
+        problem = comparison.problems[peer]
+        if peer == suite.baseline or peer.startswith(OURS):
+            raise problem
+        pytest.skip(f"{peer} has no time here: {str(problem) or type(problem).__name__}")
+    seconds = comparison.seconds(direction)
+    error, bound = comparison.errors[peer]
+    peak, saved = comparison.memory[peer]
+    report(
+        benchmark,
+        seconds,
+        peer,
+        baseline=suite.baseline,
+        group=f"{suite.name}, {', '.join(f'{key} {value}' for key, value in shape.items())}, {direction}",
+        suite=suite.name,
+        direction=direction,
+        shape=dict(shape),
+        dtype=str(DTYPE).removeprefix("torch."),
+        floor_seconds=comparison.floor(direction),
+        peak_bytes=peak,
+        saved_bytes=saved,
+        error=error,
+        bound=bound,
+    )
+
+
+_last: list[tuple[Any, Comparison]] = []
+
+
+def _comparison(suite: Suite, key: tuple, make_inputs: Callable[[], Inputs], costs: Sequence[Cost]) -> Comparison:
+    if not _last or _last[0][0] != (suite.name, key):
+        _last.clear()  # the inputs' memory is needed
+        gc.collect()
+        torch.compiler.reset()  # a shape of its own for every compiled peer, and no limit on how many it may have seen
+        comparison = Comparison(suite, make_inputs(), costs)
+        comparison.check()
+        _last.append(((suite.name, key), comparison))
+    return _last[0][1]
+
+
+def interleave(
+    calls: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]], seconds: float | None = None
+) -> dict[str, list[float]]:
+    """Times of each call by rounds, in which all take turns: forwards in one round, in reverse in the next.
+
+    On a GPU by its own events, with a cold cache; elsewhere by the clock, as the caches are.
+
+    Args:
+        calls: by name, what is not timed, and what is, given what that returned.
+        seconds: how long about, `SECONDS` if None; there are never fewer than five rounds.
+    """
+    if not calls:
+        return {}
+    start = time.perf_counter()
+    for prepare, call in calls.values():
+        for _ in range(3 if DEVICE.type == "cuda" else 1):
+            call(prepare())
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+    once = time.perf_counter() - start
+    wanted = math.ceil((SECONDS if seconds is None else seconds) / once)
+    rounds = MAX_ROUNDS if DEVICE.type == "cuda" else min(MAX_ROUNDS, max(MIN_ROUNDS, wanted))
+    time_call = _by_events() if DEVICE.type == "cuda" else _by_clock
+    taken: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
+            taken[name].append(time_call(*calls[name]))
+    return {name: [read() for read in reads] for name, reads in taken.items()}
 
 
-def results(operator: Operator, inputs: Inputs, backward: bool) -> Inputs:
-    """The output, and with `backward` the gradients by input."""
-    if not backward:
-        with torch.no_grad():
-            return {"out": operator(**inputs)}
+def _by_clock(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], float]:
+    given = prepare()
+    start = time.perf_counter()
+    call(given)
+    seconds = time.perf_counter() - start
+    return lambda: seconds
+
+
+def _by_events() -> Callable[..., Callable[[], float]]:
+    cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=DEVICE)
+
+    def time_call(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], float]:
+        given = prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cold.zero_()  # and takes longer than queueing the call does
+        start.record()
+        call(given)
+        end.record()
+
+        def read() -> float:
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return read
+
+    return time_call
+
+
+_ticks: deque[float] = deque()
+
+
+def clock() -> float:
+    """pytest-benchmark's timer where the times were taken before: each reading is theirs."""
+    return _ticks.popleft()
+
+
+INTERLEAVED = pytest.mark.benchmark(timer=clock)
+
+
+def report(
+    benchmark: Any, seconds: Mapping[str, list[float]], peer: str, *, baseline: str, group: str, **info: Any
+) -> None:
+    """Hands one peer's times to pytest-benchmark, with `info` and its ratio to `baseline`, round by round."""
+    benchmark.group = group
+    benchmark.extra_info.update(peer=peer, **info)
+    if baseline in seconds:
+        pairs = zip(seconds[peer], seconds[baseline], strict=True)
+        ratio = quantiles([mine / other for mine, other in pairs])
+        benchmark.extra_info.update(baseline=baseline, ratio=[ratio.median, ratio.low, ratio.high])
+    _ticks.clear()
+    _ticks.extend(itertools.chain.from_iterable((0.0, value) for value in seconds[peer]))
+    benchmark.pedantic(lambda: None, rounds=len(seconds[peer]))
+
+
+def skip_after_deadline() -> None:
+    """A benchmark does not begin after `LION_BENCH_DEADLINE`, in seconds of `time.time()`."""
+    deadline = os.environ.get("LION_BENCH_DEADLINE")
+    if deadline is not None and time.time() > float(deadline):
+        pytest.skip("the time that was given to this run is over")
+
+
+@functools.cache
+def rates() -> Device:
+    """What this device copies and multiplies in a second, measured."""
+    if DEVICE.type == "cuda":
+        return measure_rates(DEVICE, (DTYPE,))
+    source, target = torch.ones(2**28, dtype=torch.int8), torch.ones(2**28, dtype=torch.int8)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    calls = {"copy": lambda _: target.copy_(source), "product": lambda _: torch.mm(a, b)}
+    taken = interleave({name: (lambda: None, call) for name, call in calls.items()}, 0.5)
+    copy, product = (quantiles(taken[name]).median for name in ("copy", "product"))
+    return Device("cpu", 2 * source.nbytes / copy, {"float32": 2 * 2048**3 / product})
+
+
+def results(operator: Operator, inputs: Inputs) -> Inputs:
+    """The output, and the gradients by input, for a gradient of the output that every dtype holds."""
     out = operator(**inputs)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(out)
     wanted = [name for name, value in inputs.items() if value.requires_grad]
     gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], grad)
     return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def _worst(got: Inputs, exact: Inputs, bounds: Mapping[str, float]) -> tuple[float, float]:
+    errors = {name: relative_error(value, exact[name]) for name, value in got.items()}
+    for name, error in errors.items():
+        if not error <= bounds[name]:
+            raise AssertionError(f"wrong {name} (relative error {error:.1e}, allowed {bounds[name]:.1e}), so no time")
+    worst = max(errors, key=lambda name: errors[name] / bounds[name])
+    return errors[worst], bounds[worst]
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

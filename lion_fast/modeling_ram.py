@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ TAG_THRESHOLDS_FILE = "tag_thresholds.txt"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# On a CPU, without gradients: what the layers hold of so many tags stays in the cache; of all tags it is more memory
+# than the rest of the tagger takes.
+_TAGS_AT_A_TIME = 512
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -53,21 +57,26 @@ class RamTagLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, image_tokens: Tensor, query: Tensor | None = None) -> Tensor:
+    def keys_and_values(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """image_tokens [B, N, projection_size] -> what every tag attends, both [B, N, H, Dh]."""
+        projected = self.key(image_tokens), self.value(image_tokens)
+        key, value = (states.unflatten(-1, (self.num_heads, -1)) for states in projected)
+        return key, value
+
+    def forward(self, hidden_states: Tensor, key: Tensor, value: Tensor, query: Tensor | None = None) -> Tensor:
         """One block.
 
         Args:
-            hidden_states: [1 or B, T, hidden_size].
-            image_tokens: [B, N, projection_size].
+            hidden_states: [1 or B, T, hidden_size], of all tags or of some: no tag sees another.
+            key, value: [B, N, H, Dh] from `keys_and_values`.
             query: `self.query(hidden_states)` where it is known already.
 
         Returns:
             [B, T, hidden_size].
         """
-        queries = (self.query(hidden_states) if query is None else query).expand(len(image_tokens), -1, -1)
-        projected = queries, self.key(image_tokens), self.value(image_tokens)
-        heads = (states.unflatten(-1, (self.num_heads, -1)) for states in projected)
-        attended = attend(self, *heads, dropout=self.attention_dropout if self.training else 0.0)
+        projected = self.query(hidden_states) if query is None else query
+        queries = projected.expand(len(key), -1, -1).unflatten(-1, (self.num_heads, -1))
+        attended = attend(self, queries, key, value, dropout=self.attention_dropout if self.training else 0.0)
         hidden_states = self.attention_norm(hidden_states + self.dropout(self.attention_proj(attended)))
         return self.ffn_norm(hidden_states + self.dropout(self.down_proj(F.gelu(self.up_proj(hidden_states)))))
 
@@ -91,8 +100,16 @@ class RamTagHead(nn.Module):
     def forward(self, image_tokens: Tensor) -> Tensor:
         """image_tokens: [B, N, projection_size] -> logits [B, num_tags]."""
         hidden_states, query = self._starting_states(image_tokens.device.type)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, image_tokens, query)
+        layers: list[Any] = list(self.layers)
+        images = [layer.keys_and_values(image_tokens) for layer in layers]
+        in_parts = image_tokens.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        size = _TAGS_AT_A_TIME if in_parts else hidden_states.shape[1]
+        parts = zip(hidden_states.split(size, dim=1), query.split(size, dim=1), strict=True)
+        return torch.cat([self._logits(*part, images) for part in parts], dim=1)
+
+    def _logits(self, hidden_states: Tensor, query: Tensor | None, images: list[tuple[Tensor, Tensor]]) -> Tensor:
+        for layer, (key, value) in zip(self.layers, images, strict=True):
+            hidden_states = layer(hidden_states, key, value, query)
             query = None
         return self.fc(hidden_states).squeeze(-1)
 

@@ -1,33 +1,45 @@
-"""The benchmarks' own promises: no time for a wrong result, and a script that leaves what it found."""
+"""The benchmarks' own promises: no time for a wrong result, a comparison that sees what became slower, a script that
+leaves what it found."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.side_by_side import DEVICE, Inputs, leaf, measure
+from benchmarks import side_by_side
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.side_by_side import DEVICE, DTYPE, Inputs, Operator, Suite, interleave, leaf, measure, report
+from lion_fast.bench import comparison, results, runs, tuning
+from lion_fast.bench.results import Entry, Run
+from lion_fast.check.cases import CASES
+from lion_fast.cli import main
 from lion_kernels.cost import Cost
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.sh"
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
-class Clock:
-    """Stands for pytest-benchmark's fixture, and counts what it is given."""
+class Recorder:
+    """Stands for pytest-benchmark's fixture, and keeps the times that it is given."""
 
     def __init__(self) -> None:
-        self.extra_info: dict[str, float] = {}
+        self.extra_info: dict = {}
         self.group = ""
-        self.timed = 0
+        self.times: list[float] = []
 
-    def __call__(self, function: Callable[..., None], *args: object) -> None:
-        function(*args)
-        self.timed += 1
+    def pedantic(self, function: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            start = side_by_side.clock()
+            function()
+            self.times.append(side_by_side.clock() - start)
 
 
 def right(x: Tensor, weight: Tensor) -> Tensor:
@@ -46,33 +58,251 @@ def unwritten(x: Tensor, weight: Tensor) -> Tensor:
     return x * weight + torch.where(torch.arange(8, device=DEVICE) == 3, float("nan"), 0.0)
 
 
-@pytest.fixture
-def inputs() -> Inputs:
+def unable(x: Tensor, weight: Tensor) -> Tensor:
+    raise RuntimeError("no kernel for this")
+
+
+def slowed(x: Tensor, weight: Tensor) -> Tensor:
+    time.sleep(0.004)
+    return x * weight
+
+
+def make_inputs() -> Inputs:
     return {"x": leaf(torch.randn(5, 8)), "weight": leaf(torch.randn(8))}
 
 
-def run(clock: Clock, operator: Callable[..., Tensor], inputs: Inputs, backward: bool = True) -> None:
-    costs = Cost(4_300_000, 0), Cost(8_600_000, 0)
-    measure(clock, operator, inputs, plain=right, reference=right, costs=costs, backward=backward, title="product")
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "_last", [])
+    monkeypatch.setattr(side_by_side, "SECONDS", 0.0)
 
 
-@pytest.mark.parametrize(("backward", "floor"), [(False, 1.0), (True, 3.0)])
-def test_what_is_right_is_timed(backward: bool, floor: float, inputs: Inputs) -> None:
-    clock = Clock()
-    run(clock, right, inputs, backward)
-    assert clock.timed == 1
-    assert clock.extra_info == {"floor of an H200 in bf16, us": floor}
-    assert clock.group.startswith(f"product, {'forward+backward' if backward else 'forward'}, ")
+def run(operator: Operator, name: str = "lion_kernels-x", peer: str | None = None, direction: str = "forward+backward"):
+    suite = Suite("product", {"eager": right, name: operator}, plain=right, reference=right)
+    recorder = Recorder()
+    measure(recorder, suite, peer or name, direction, {"rows": 5}, make_inputs, (Cost(1, 0), Cost(1, 0)))
+    return recorder
+
+
+@pytest.mark.parametrize("direction", side_by_side.DIRECTIONS)
+def test_what_is_right_is_timed(direction: str) -> None:
+    recorder = run(right, direction=direction)
+    assert len(recorder.times) >= side_by_side.MIN_ROUNDS
+    assert min(recorder.times) > 0
+    assert recorder.group == f"product, rows 5, {direction}"
+    assert recorder.extra_info["shape"] == {"rows": 5}
+    assert recorder.extra_info["floor_seconds"] > 0
+    median, low, high = recorder.extra_info["ratio"]
+    assert 0 < low <= median <= high
 
 
 @pytest.mark.parametrize(
     ("operator", "tensor"), [(wrong_output, "out"), (wrong_gradient, "weight"), (unwritten, "out")]
 )
-def test_what_is_wrong_is_not(operator: Callable[..., Tensor], tensor: str, inputs: Inputs) -> None:
-    clock = Clock()
+def test_what_is_wrong_is_not(operator: Operator, tensor: str) -> None:
     with pytest.raises(AssertionError, match=rf"wrong {tensor} \(relative error .*\), so no time"):
-        run(clock, operator, inputs)
-    assert clock.timed == 0
+        run(operator)
+    assert run(operator, peer="eager").times  # the right ones are timed beside it
+    side_by_side._last.clear()
+    with pytest.raises(pytest.skip.Exception, match=rf"a peer has no time here: wrong {tensor}"):
+        run(operator, "a peer")
+
+
+def test_a_peer_that_does_not_run_is_skipped_and_ours_fails() -> None:
+    with pytest.raises(pytest.skip.Exception, match="no kernel for this"):
+        run(unable, "a peer")
+    side_by_side._last.clear()
+    with pytest.raises(RuntimeError, match="no kernel for this"):
+        run(unable)
+
+
+def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LION_BENCH_DEADLINE", str(time.time() - 1))
+    with pytest.raises(pytest.skip.Exception, match="time that was given"):
+        run(right)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the order of a CPU's calls")
+def test_peers_take_turns_in_both_orders() -> None:
+    called: list[str] = []
+    calls = {name: ((lambda: None), lambda _, name=name: called.append(name)) for name in "abc"}
+    taken = interleave(calls, 0.0)
+    warm, rounds = called[:3], called[3:]
+    assert warm == ["a", "b", "c"]
+    assert rounds[:6] == ["a", "b", "c", "c", "b", "a"]
+    assert {name: len(times) for name, times in taken.items()} == dict.fromkeys("abc", len(rounds) // 3)
+
+
+def test_memory() -> None:
+    x = torch.randn(1000, 10, device=DEVICE, requires_grad=True)
+    nbytes = 4 * x.numel()
+    assert saved_bytes(lambda x: (x.exp() * 2).sin(), {"x": x}) == 2 * nbytes  # of exp its result, of sin its input
+    assert saved_bytes(lambda x: x * 2, {"x": x}) == 0
+    assert saved_bytes(lambda x: x.sin(), {"x": x}) == 0  # the input is there anyway
+    with torch.no_grad():
+        assert nbytes * 2 <= peak_bytes(lambda: x.exp().sin(), DEVICE) <= nbytes * 2 + 4096
+
+
+def entry(operator: Operator, name: str = "lion_kernels-x") -> Entry:
+    """As `benchmarks/conftest.py` and `lion-fast bench run` make one."""
+    recorder = run(operator, name)
+    seconds = sorted(recorder.times)
+    quantiles = seconds[len(seconds) // 2], seconds[len(seconds) // 5], seconds[-len(seconds) // 5]
+    record = {"group": recorder.group, "seconds": quantiles, "rounds": len(seconds), **recorder.extra_info}
+    return results.make_entry(json.loads(json.dumps(record)))
+
+
+def make_run(*entries: Entry, device: str = "a device") -> Run:
+    environment = results.describe_machine(ROOT) | {"device": device}
+    return Run(environment, entries)
+
+
+def replace_environment(run: Run, **changed: str) -> Run:
+    return replace(run, environment={**run.environment, **changed})
+
+
+def test_a_slowed_kernel_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = results.save(make_run(entry(right)), tmp_path / "a")
+    side_by_side._last.clear()
+    same = results.save(make_run(entry(right)), tmp_path / "b")
+    side_by_side._last.clear()
+    after = results.save(make_run(entry(slowed)), tmp_path / "c")
+    assert main(["bench", "compare", str(before), str(after)]) == 1
+    out = capsys.readouterr().out
+    assert "SLOWER" in out
+    assert "product, rows 5, forward+backward: lion_kernels-x" in out
+    assert "1 times compared: 1 slower, 0 missing" in out
+    assert main(["bench", "compare", str(after), str(same)]) == 0
+    assert "faster" in capsys.readouterr().out
+
+
+ENTRY = Entry("product", "product, forward", "lion_kernels-x", (1.0, 0.98, 1.05), 50)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "regressed"), [((1.10, 1.08, 1.15), False), ((1.2, 1.18, 1.25), True), ((0.5, 0.4, 0.6), False)]
+)
+def test_the_threshold_is_both_runs_spread(seconds: tuple[float, float, float], regressed: bool) -> None:
+    (change,) = comparison.compare(make_run(ENTRY), make_run(replace(ENTRY, seconds=seconds)))
+    assert change.regressed is regressed
+
+
+def test_a_busier_machine_is_no_regression() -> None:
+    before = replace(ENTRY, baseline="eager", ratio=(0.5, 0.49, 0.51))
+    after = replace(before, seconds=(3.0, 2.9, 3.1))
+    assert not comparison.compare(make_run(before), make_run(after))[0].regressed
+    assert comparison.compare(make_run(before), make_run(replace(before, ratio=(0.6, 0.59, 0.61))))[0].regressed
+
+
+def test_a_peer_may_become_slower_and_none_of_ours_missing() -> None:
+    peer = replace(ENTRY, peer="eager")
+    before, after = make_run(ENTRY, peer), make_run(ENTRY, replace(peer, seconds=(9.0, 8.9, 9.1)))
+    assert [change.regressed for change in comparison.compare(before, after)] == [False]
+    lost = make_run(peer, replace(ENTRY, group="another"))
+    assert comparison.missing(before, lost) == [ENTRY]
+    with pytest.raises(ValueError, match="one device"):
+        comparison.compare(before, make_run(ENTRY, device="another"))
+
+
+def test_results_come_back_as_they_were(tmp_path: Path) -> None:
+    full = replace(ENTRY, shape={"rows": 5}, ratio=(1.0, 0.9, 1.1), baseline="eager", peak_bytes=7, other={"aim": 0.5})
+    folder = results.save(make_run(ENTRY, full, replace(ENTRY, suite="other")), tmp_path)
+    assert sorted(file.name for file in folder.iterdir()) == ["other.json", "product.json"]
+    loaded = results.load(folder)
+    assert set(map(repr, loaded.entries)) == set(map(repr, (ENTRY, full, replace(ENTRY, suite="other"))))
+    assert loaded.environment["torch"] == torch.__version__
+    assert [run.entries for run in results.newest(tmp_path)] == [loaded.entries]
+    earlier = replace_environment(make_run(ENTRY), commit="zzz", started="1999-12-31")
+    results.save(earlier, tmp_path)
+    assert [run.entries for run in results.newest(tmp_path)] == [loaded.entries]
+    (folder / "other.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other\.json: expected results"):
+        results.load(folder)
+    with pytest.raises(ValueError, match="found none"):
+        results.load(tmp_path)
+
+
+def test_the_wheel_has_no_benchmarks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "lion_fast" / "bench" / "runs.py"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "run"]) == 2
+    assert "run this in a clone of the project" in capsys.readouterr().err
+    monkeypatch.chdir(ROOT)
+    assert runs.clone() == ROOT
+    assert main(["bench", "run", "nothing"]) == 2
+    assert "suites: expected some of assemble_inputs, " in capsys.readouterr().err
+
+
+def test_bench_run_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "clone"
+    (folder / "benchmarks").mkdir(parents=True)
+    (folder / "benchmarks" / "side_by_side.py").touch()
+    (folder / "benchmarks" / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
+    lines = ["def test_good(benchmark):", "    benchmark.extra_info['note'] = 3", "    benchmark(lambda: 1)"]
+    lines += ["def test_bad(benchmark):", "    assert False"]
+    (folder / "benchmarks" / "bench_thing.py").write_text("\n".join(lines))
+    monkeypatch.setattr(runs, "clone", lambda: folder)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    written, status = runs.run(["thing"], tmp_path / "out", None, quick=True)
+    assert status == 1  # one failed, and the other is there all the same
+    assert written is not None
+    (only,) = results.load(written).entries
+    assert (only.suite, only.peer, only.other) == ("thing", "test_good", {"note": 3})
+
+
+def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from lion_fast.bench.report import write_report
+
+    peer = replace(ENTRY, peer="a peer", seconds=(0.5, 0.49, 0.51))
+    other = replace(ENTRY, group="product, backward")
+    run = make_run(ENTRY, peer, other, replace(other, peer="a peer", seconds=(2.0, 1.9, 2.1)))
+    results.save(run, tmp_path / "results")
+    page, *charts = write_report(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
+    text = page.read_text(encoding="utf-8")
+    assert "In 1 of 2 comparisons a peer is faster" in text
+    assert "| product, forward | a peer | 500 ms | 1 s | 2.00 |" in text
+    assert "**Not measured yet.**" in text
+    assert charts
+    assert all(file.is_file() and f"images/{file.name}" in text for file in charts)
+    with pytest.raises(ValueError, match="found none"):
+        write_report(tmp_path / "nowhere", page)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+def test_tuning_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--tune"]) == 2
+    assert "finds none here" in capsys.readouterr().err
+    assert main(["bench"]) == 2
+    assert "expected run, compare, report or --tune" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="with times that are made up")
+def test_tuning_takes_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    case = next(case for case in CASES if case.operator == "rms_norm")
+    sizes: dict[str, int] = {}
+
+    def clock(call: Callable[[], object]) -> tuning.Seconds:
+        """Eight warps are fastest, and two rows better than one."""
+        with_table = tuning.import_module("lion_kernels.rows").lookup("rms_norm_forward", "D64", dict(sizes))
+        cost = abs(with_table.get("num_warps", 4) - 8) + abs(with_table.get("BT", 32) - 64) / 64 + 1
+        return tuning.Seconds(cost, 0.99 * cost, 1.01 * cost)
+
+    with tuning.table({}) as seen:
+        case.run(tuning.make_tensors(case, DTYPE, DEVICE))
+    sizes.update(seen["rms_norm_forward", "D64"])
+    found = {one.key: one for one in tuning.tune((case,), DEVICE, DTYPE, time.time() + 100, clock)}
+    best = found["rms_norm_forward", "D64"]
+    assert best.sizes == {**sizes, "num_warps": 8, "BT": 64}
+    assert best.after < best.before
+    assert tuning.import_module("lion_kernels.rows").lookup is tuning.configs.lookup  # all is as it was
+
+    monkeypatch.setattr(tuning, "_allowed", lambda dtype: -1.0)  # so every result is wrong
+    with pytest.raises(ArithmeticError, match="differs"):
+        next(tuning.tune((case,), DEVICE, DTYPE, time.time() + 100, clock))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
@@ -88,3 +318,10 @@ def test_the_gpu_script_leaves_what_it_found(tmp_path: Path) -> None:
     command[-1] = "enviroment"
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (2, "no part enviroment\n")
+
+
+def test_report_hands_over_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    report(recorder, {"a": [2.0, 3.0], "b": [1.0, 2.0]}, "a", baseline="b", group="g", suite="s")
+    assert recorder.times == [2.0, 3.0]
+    assert recorder.extra_info["ratio"][0] == pytest.approx(1.75)

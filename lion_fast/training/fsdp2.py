@@ -70,7 +70,7 @@ def train(
     groups = parameter_groups(
         model, lr=settings.lr, weight_decay=settings.weight_decay, boost_lr_scale=settings.boost_lr_scale
     )
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
     schedule = get_scheduler(
         SCHEDULE,
         optimizer,

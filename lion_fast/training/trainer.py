@@ -126,7 +126,7 @@ class LionTrainer(Trainer):
                 weight_decay=settings.weight_decay,
                 boost_lr_scale=settings.boost_lr_scale,
             )
-            self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+            self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
         return self.optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

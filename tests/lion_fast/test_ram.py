@@ -146,6 +146,14 @@ def test_a_tag_needs_more_than_its_own_threshold(tiny):
     assert tiny(picture) == ["b, d, f"]
 
 
+@pytest.mark.parametrize("size", [1, 4, 6, 512])
+def test_logits_do_not_depend_on_how_many_tags_are_computed_at_a_time(tiny, pixels, size, monkeypatch):
+    expected = tiny.logits(pixels).detach()  # with gradients, of all at once
+    monkeypatch.setattr("lion_fast.modeling_ram._TAGS_AT_A_TIME", size)
+    with torch.no_grad():
+        assert relative_error(tiny.logits(pixels), expected) < 1e-6
+
+
 def test_tagging_has_no_dropout_in_training_mode(tiny, pixels):
     picture = Image.linear_gradient("L")
     with torch.no_grad():

@@ -164,5 +164,7 @@ def test_what_makes_no_order_is_refused(two_tasks) -> None:
         ProcessBatches(order, 4, world_size=2)
     with pytest.raises(ValueError, match="start: expected a step of 0 to 70, got 71"):
         ProcessBatches(order, 6, start=71)
-    with pytest.raises(ValueError, match="num_workers, prefetch: expected 0 or more and 1 or more, got -1 and 2"):
+    with pytest.raises(ValueError, match="num_workers: expected 0 or more, got -1"):
         make_loader(order, list, num_workers=-1)
+    with pytest.raises(ValueError, match="prefetch: expected 1 or more, got 0"):
+        make_loader(order, list, prefetch=0)

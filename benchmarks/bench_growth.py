@@ -1,0 +1,60 @@
+"""How a training step and a prefix grow with the batch and the image, in PyTorch on a CPU: the curves of the report.
+
+The model is `bench_model.SMALL`, its images of other sizes by interpolated positions. The sizes of a curve take turns.
+Tokens, adapters and rank vary in `bench_mixture_of_adapters` and `bench_mixture_of_lora_linear`.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import bench_model
+from benchmarks.side_by_side import DEVICE, INTERLEAVED, interleave, report, skip_after_deadline
+
+AXES = {"batch": (1, 2, 4, 8), "image size": (56, 112, 168, 224, 336)}
+SECONDS = 3.0
+pytestmark = [INTERLEAVED, pytest.mark.skipif(DEVICE.type != "cpu", reason="measures the CPU")]
+_last: dict[str, dict[str, list[float]]] = {}
+
+
+def batch_of(size: int, image_size: int) -> dict[str, Tensor]:
+    batch = {name: value[:1].repeat_interleave(size, 0) for name, value in bench_model.make_batch().items()}
+    return {**batch, "pixel_values": torch.randn(size, 3, image_size, image_size)}
+
+
+def step(lion: Any, batch: dict[str, Tensor]) -> Callable[[Any], None]:
+    return lambda _: bench_model.training_step(lion, batch)
+
+
+def curve(axis: str) -> dict[str, list[float]]:
+    if axis not in _last:
+        lion = bench_model.model("torch").train()
+        calls = {}
+        for value in AXES[axis]:
+            size, image_size = (value, 112) if axis == "batch" else (1, value)
+            resized = copy.deepcopy(lion)
+            resized.set_image_size(image_size)
+            calls[str(value)] = (lambda: None), step(resized, batch_of(size, image_size))
+        _last[axis] = interleave(calls, SECONDS)
+    return _last[axis]
+
+
+@pytest.mark.parametrize(("axis", "value"), [(axis, value) for axis, values in AXES.items() for value in values])
+def bench(benchmark: Callable, axis: str, value: int) -> None:
+    skip_after_deadline()
+    fixed = {"image size": 112} if axis == "batch" else {"batch": 1}
+    report(
+        benchmark,
+        {"lion_fast": curve(axis)[str(value)]},
+        "lion_fast",
+        baseline="",
+        group=f"training step, {axis} {value}",
+        suite="growth",
+        direction="training step",
+        shape={axis: value, **fixed},
+        dtype="float32",
+    )

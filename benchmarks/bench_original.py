@@ -1,0 +1,166 @@
+"""Whole parts of LION in PyTorch beside the original's eager form: aggregator, training step, RAM tagging.
+
+`pytest benchmarks` prints the table; it is what a machine without a GPU can tell, so it runs on a CPU only. Both forms
+have the same parameters, inputs and threads and take turns. The aggregator and the tagger have their published sizes,
+the training step that of a small model (`bench_model.SMALL`), with AdamW as `lion-fast train` and as the original
+configure it. Dropout is off, by which the results can be compared.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import bench_model
+from benchmarks.memory import peak_bytes
+from benchmarks.original import OriginalRam, original_lion
+from benchmarks.side_by_side import DEVICE, INTERLEAVED, interleave, relative_error, report, skip_after_deadline
+from lion_fast import RamTagger
+from lion_fast.configuration_lion import LionAggregatorConfig
+from lion_fast.configuration_ram import RamConfig
+from lion_fast.modeling_aggregator import LionAggregator
+from lion_reference.aggregator import Aggregator
+from lion_reference.configuration import AggregatorConfig
+
+# As a share of the original's time.
+AIMS = {"aggregator": 0.9, "training step": 0.85, "RAM tagging": 0.8}
+BOUND = 1e-5
+SECONDS = 8.0
+WIDTH = 1408
+pytestmark = [INTERLEAVED, pytest.mark.skipif(DEVICE.type != "cpu", reason="measures the CPU")]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is timed of each form, and what each computes: they agree, or are as far from the exact result in fp64."""
+
+    calls: dict[str, Callable[[], Any]]
+    outputs: Callable[[], dict[str, Tensor]]
+
+
+def aggregator() -> Pair:
+    """Forward and backward over the three maps of one picture."""
+    torch.manual_seed(0)
+    original = Aggregator(AggregatorConfig(), WIDTH).eval()
+    for parameter in original.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    ours = LionAggregator(LionAggregatorConfig()).eval()
+    ours.load_state_dict(original.state_dict())
+    maps, grad = torch.randn(1, 3, 257, WIDTH), torch.randn(1, 257, WIDTH)
+
+    def forward_original() -> Tensor:
+        return original(maps[:, 0], [maps[:, 1], maps[:, 2]])
+
+    def forward_ours() -> Tensor:
+        return ours(maps)
+
+    def step(forward: Callable[[], Tensor], module: torch.nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            forward().backward(grad)
+            module.zero_grad()
+
+        return run
+
+    return Pair(
+        {"original": step(forward_original, original), "lion_fast": step(forward_ours, ours)},
+        lambda: {"original": forward_original(), "lion_fast": forward_ours()},
+    )
+
+
+def training_step() -> Pair:
+    """Loss, gradients and AdamW's update of the joint stage, one task for the batch as the original has it."""
+    ours = bench_model.model("torch").train()
+    original = original_lion(ours)
+    batch = bench_model.make_batch()
+    batch["task_ids"] = torch.ones_like(batch["task_ids"])
+
+    def step(model: Any, fused: bool) -> Callable[[], None]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=fused)
+
+        def run() -> None:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    with torch.no_grad():  # before a step, after which the parameters differ
+        before = {"original": original(**batch).logits, "lion_fast": ours(**batch).logits}
+        double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+        before["exact"] = copy.deepcopy(ours).double()(**double).logits
+    return Pair({"original": step(original, fused=False), "lion_fast": step(ours, fused=True)}, lambda: before)
+
+
+def ram_tagging() -> Pair:
+    """From pixels to the logits of the 4585 tags, for one picture."""
+    torch.manual_seed(0)
+    tagger = RamTagger(RamConfig()).eval()
+    original = OriginalRam(tagger).eval()
+    pixel_values = torch.randn(1, 3, 384, 384)
+
+    def without_gradients(function: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return torch.no_grad()(lambda: function(pixel_values))
+
+    calls = {"original": without_gradients(original), "lion_fast": without_gradients(tagger.logits)}
+    return Pair(calls, lambda: {name: call() for name, call in calls.items()})
+
+
+PAIRS = {"aggregator": aggregator, "training step": training_step, "RAM tagging": ram_tagging}
+_last: dict[str, tuple[dict[str, list[float]], dict[str, dict[str, Any]], tuple[float, float]]] = {}
+
+
+def spent(call: Callable[[], Any]) -> dict[str, float]:
+    """The share of a call's time in the operators that take most of it, and in the products of matrices together."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    events: list[Any] = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = {event.key.removeprefix("aten::"): round(event.self_cpu_time_total / total, 3) for event in events}
+    products = sum(share for name, share in shares.items() if name in ("mm", "addmm", "bmm", "baddbmm", "baddbmm_"))
+    return {"products": round(products, 3), **dict(list(shares.items())[:6])}
+
+
+def compare(part: str) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]], tuple[float, float]]:
+    """Times, what else there is to say of each form, and the error with its bound."""
+    if part not in _last:
+        _last.clear()
+        pair = PAIRS[part]()
+        outputs = pair.outputs()
+        exact = outputs.get("exact", outputs["original"]).double()
+        error = relative_error(outputs["lion_fast"], exact)
+        bound = max(BOUND, 2 * relative_error(outputs["original"], exact))
+        assert error <= bound, f"wrong {part} (relative error {error:.1e}, allowed {bound:.1e}), so no time"
+        notes = {
+            name: {"peak_bytes": peak_bytes(call, DEVICE), "spent": spent(call)} for name, call in pair.calls.items()
+        }
+        calls = {name: (lambda: None, lambda _, call=call: call()) for name, call in pair.calls.items()}
+        _last[part] = interleave(calls, SECONDS), notes, (error, bound)
+    return _last[part]
+
+
+@pytest.mark.parametrize("form", ["original", "lion_fast"])
+@pytest.mark.parametrize("part", PAIRS)
+def bench(benchmark: Callable, part: str, form: str) -> None:
+    skip_after_deadline()
+    seconds, notes, (error, bound) = compare(part)
+    report(
+        benchmark,
+        seconds,
+        form,
+        baseline="original",
+        group=part,
+        suite="original",
+        shape={"part": part},
+        dtype="float32",
+        **notes[form],
+        error=error,
+        bound=bound,
+        aim=AIMS[part],
+    )

@@ -1,0 +1,78 @@
+"""Runs the clone's benchmarks in a process of their own, and keeps what it measured even if it dies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lion_fast.bench.results import Run, describe_machine, make_entry, save
+
+FOLDER = "benchmarks"
+
+
+def clone() -> Path:
+    """The folder of the project's clone: around this package, or the working directory.
+
+    Raises:
+        ValueError: there is none, as where only the wheel is installed.
+    """
+    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (folder / FOLDER / "side_by_side.py").is_file():
+            return folder
+    raise ValueError(
+        f"no {FOLDER}/ here: the benchmarks are not part of the installed package; "
+        "run this in a clone of the project, or compare results that there are already"
+    )
+
+
+def suites(folder: Path) -> list[str]:
+    return sorted(file.stem.removeprefix("bench_") for file in (folder / FOLDER).glob("bench_*.py"))
+
+
+def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bool) -> tuple[Path | None, int]:
+    """Runs the suites `names`, all if empty, and writes their results.
+
+    Args:
+        out: where DEVICE/DATE-COMMIT goes; the clone's benchmarks/results if None.
+        seconds: after this time no further benchmark begins.
+        quick: few calls of everything: shows that it runs, measures nothing.
+
+    Returns:
+        The folder with the results, None if there are none, and pytest's exit status.
+
+    Raises:
+        ValueError: there is no clone, or no such suite.
+    """
+    folder = clone()
+    known = suites(folder)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"suites: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    described = describe_machine(folder)
+    out = (out or folder / FOLDER / "results").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    records = out / f"records-{os.getpid()}.jsonl"  # stays if this process dies
+    environment = {**os.environ, "LION_BENCH_RECORDS": str(records)}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [".", "kernels", "reference", *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    if seconds is not None:
+        environment["LION_BENCH_DEADLINE"] = str(time.time() + seconds)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-columns=median"]
+    if quick:
+        environment["LION_BENCH_SECONDS"] = "0"
+        command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    command += [f"{FOLDER}/bench_{name}.py" for name in names or known]
+    with subprocess.Popen(command, cwd=folder, env=environment) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # pytest has it too, and ends with what it has
+            status = process.wait()
+    lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
+    if not lines:
+        return None, status or 1
+    written = save(Run(described, tuple(make_entry(json.loads(line)) for line in lines)), out)
+    records.unlink()
+    return written, status

@@ -1,0 +1,185 @@
+"""Finds the tile sizes that are fastest on the GPU at hand, and writes them as its table (`lion_kernels.configs`).
+
+What may be tuned is what the operators look up while they run on the model's own shapes. Each size is varied alone, the
+best kept before the next, and only where a result stays the same to rounding and the gain is beyond the spread.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import walk_packages
+from typing import Any
+
+import torch
+
+import lion_kernels
+from lion_fast.check.cases import CASES, TIMED, Case
+from lion_fast.check.compare import leaves, make_tensors, relative_error, results_of
+from lion_fast.check.timing import Seconds, measure
+from lion_kernels import configs
+
+Key = tuple[str, str]  # an operator's name for its table, and the shape class
+Sizes = dict[str, Any]
+TRIALS = 20  # calls a candidate is timed by
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of one entry of the table: the sizes that are best, and the times before and after in seconds."""
+
+    key: Key
+    sizes: Sizes
+    before: float
+    after: float
+    tried: int
+    refused: int
+
+
+def candidates(name: str, value: Any) -> list[Any]:
+    """Other values for one size; none for a width, which follows from the shape."""
+    if isinstance(value, bool):
+        return [not value]
+    if name == "num_warps":
+        return [number for number in (1, 2, 4, 8, 16) if number != value]
+    if name == "num_stages":
+        return [number for number in (1, 2, 3, 4) if number != value]
+    if name == "BD":
+        return []
+    return [size for size in (value // 2, 2 * value) if size >= 1]
+
+
+@contextmanager
+def table(entries: dict[Key, Sizes]) -> Iterator[dict[Key, Sizes]]:
+    """Within, the operators find `entries` in place of a table, and what they look up is gathered with its default."""
+    seen: dict[Key, Sizes] = {}
+    plain = configs.lookup
+
+    def lookup(operator: str, shape_class: str, default: Sizes) -> Sizes:
+        key = operator, shape_class
+        seen[key] = default
+        return {**default, **entries.get(key, {})}
+
+    names = (info.name for info in walk_packages(lion_kernels.__path__, "lion_kernels.") if "__main__" not in info.name)
+    modules = [module for module in map(import_module, names) if vars(module).get("lookup") is plain]
+    for module in modules:
+        module.lookup = lookup  # type: ignore[attr-defined]
+    try:
+        yield seen
+    finally:
+        for module in modules:
+            module.lookup = plain  # type: ignore[attr-defined]
+
+
+def looked_up(case: Case, device: torch.device, dtype: torch.dtype) -> dict[Key, Sizes]:
+    """The defaults of everything that forward and backward of `case` look up."""
+    with table({}) as seen:
+        results_of(case.run, leaves(make_tensors(case, dtype, device)))
+    return seen
+
+
+def tune(
+    cases: tuple[Case, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    deadline: float,
+    clock: Callable[[Callable[[], object]], Seconds],
+) -> Iterator[Found]:
+    """The entries of `cases` one after the other, each timed by the whole call until `deadline` (of `time.time()`)."""
+    best: dict[Key, Sizes] = {}
+    for case in cases:
+        tensors = make_tensors(case, dtype, device)
+        with table({}) as seen:
+            expected = results_of(case.run, leaves(tensors))
+        for key, default in seen.items():
+            if key in best or time.time() > deadline:
+                continue
+            found = _tune_one(case, tensors, expected, key, default, best, deadline, clock)
+            best[key] = found.sizes
+            yield found
+
+
+def _tune_one(case, tensors, expected, key, default, best, deadline, clock) -> Found:
+    def run(sizes: Sizes) -> Seconds:
+        with table({**best, key: sizes}):
+            got = results_of(case.run, leaves(tensors))
+            for name, value in got.items():
+                if not relative_error(value, expected[name].double()) <= _allowed(value.dtype):
+                    raise ArithmeticError(f"{name} differs")
+            return clock(lambda: results_of(case.run, leaves(tensors)))
+
+    sizes, time_of = dict(default), run(dict(default))
+    before, tried, refused = time_of.median, 0, 0
+    for name, value in default.items():
+        for other in candidates(name, value):
+            if time.time() > deadline:
+                break
+            tried += 1
+            try:
+                seconds = run({**sizes, name: other})
+            except Exception:  # too large for the GPU, not compilable, or wrong: counted, and the sizes stay
+                refused += 1
+                continue
+            if seconds.high < time_of.low:
+                sizes, time_of = {**sizes, name: other}, seconds
+    return Found(key, sizes, before, time_of.median, tried, refused)
+
+
+def _allowed(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+
+
+def run(out: Path | None, seconds: float, dry_run: bool) -> int:
+    """Tunes on this machine's GPU and writes `out`, by default the table that the kernels read. Returns how many
+    entries it has.
+
+    A dry run shows what would be tuned and tries one candidate in Triton's interpreter, on small shapes; it measures
+    nothing and writes nothing.
+
+    Raises:
+        ValueError: there is no GPU, and it is no dry run.
+    """
+    if dry_run:
+        return _dry_run()
+    if not torch.cuda.is_available():
+        raise ValueError("--tune measures on a GPU and finds none here; --dry-run shows what it would tune")
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = out or configs.FOLDER / configs.file_name(torch.cuda.get_device_name(device))
+    entries: dict[str, dict[str, Sizes]] = {}
+    clock = lambda call: measure(call, device, TRIALS)  # noqa: E731
+    for found in tune(TIMED, device, torch.bfloat16, time.time() + seconds, clock):
+        operator, shape_class = found.key
+        print(_line(found), flush=True)
+        if found.after < found.before:
+            entries.setdefault(operator, {})[shape_class] = found.sizes
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")  # each, should it be interrupted
+    count = sum(map(len, entries.values()))
+    print(f"{count} entries better than the default{f', written to {target}' if count else ''}")
+    return count
+
+
+def _line(found: Found) -> str:
+    operator, shape_class = found.key
+    gain = f"{1e6 * found.before:.1f} -> {1e6 * found.after:.1f} us"
+    return f"{operator}, {shape_class}: {gain}, tried {found.tried}, refused {found.refused}: {found.sizes}"
+
+
+def _dry_run() -> int:
+    device, count = torch.device("cpu"), 0
+    smallest = {case.operator: case for case in CASES}  # the last of each operator
+    for case in smallest.values():
+        for (operator, shape_class), default in looked_up(case, device, torch.float32).items():
+            number = sum(len(candidates(name, value)) for name, value in default.items())
+            print(f"{operator}, {shape_class}: {number} candidates around {default}")
+            count += 1
+    case = smallest["rms_norm"]
+    calls = []
+    clock = lambda call: (calls.append(call()), Seconds(1.0, 1.0, 1.0))[1]  # noqa: E731
+    for found in tune((case,), device, torch.float32, time.time() + 60, clock):
+        print(f"tried {found.tried} candidates of {found.key[0]}, refused {found.refused}")
+    print(f"dry run: {count} entries could be tuned here; nothing was measured or written")
+    return count
