@@ -128,8 +128,8 @@ def compile_kernel(spec: KernelSpec, target: str) -> Report:
     )
 
 
-def check(report: Report, spec: KernelSpec, *, may_spill: bool = False) -> list[str]:
-    """What is wrong with `report`, a sentence each; with `may_spill` bytes of stack are not.
+def check(report: Report, spec: KernelSpec) -> list[str]:
+    """What is wrong with `report`, a sentence each.
 
     Shared memory has to fit on every NVIDIA target. Spills, matrix units and wide accesses are asked for on sm_90, the
     target that the configurations are made for; elsewhere it is enough to compile.
@@ -139,7 +139,7 @@ def check(report: Report, spec: KernelSpec, *, may_spill: bool = False) -> list[
     if limit is not None and report.shared_bytes > limit:
         complaints.append(f"{report.shared_bytes} bytes of shared memory, at most {limit} fit")
     if report.target == "sm_90":
-        if report.stack_bytes and not may_spill:
+        if report.stack_bytes:
             complaints.append(f"{report.stack_bytes} bytes of stack: registers spill")
         if spec.matrix and not report.matrix_instructions:
             complaints.append("no matrix instruction (HGMMA)")
@@ -233,11 +233,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules to compile (default: all)")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
     parser.add_argument("--one-each", action="store_true", help="one configuration of each kernel and type only")
-    parser.add_argument(
-        "--may-spill",
-        action="store_true",
-        help="let registers spill: configurations are made for the newest Triton, and others allot otherwise",
-    )
     parser.add_argument("--json", type=Path, metavar="F", help="write configurations, reports and complaints here too")
     parser.add_argument("--page", type=Path, metavar="F", help="write the report as a page of Markdown")
 
@@ -276,7 +271,7 @@ def print_report(options: argparse.Namespace) -> int:
                 flush=True,
             )
             reports[target] = {name: value for name, value in asdict(report).items() if name not in ("name", "target")}
-            complaints += check(report, spec, may_spill=options.may_spill)
+            complaints += check(report, spec)
         entries.append({"module": module, "name": spec.name, **configuration(spec), "targets": reports})
     for complaint in complaints:
         print(complaint, file=sys.stderr)

@@ -26,7 +26,7 @@ class Attention(NamedTuple):
         mask: [B, M] in bool, contiguous; which keys may be attended.
         bias: [H, 2 * reach + 1], contiguous; what is added to a score by distance.
         causal: whether a query may attend only keys up to its own position; the queries are the last positions.
-        seed: of the dropout.
+        seed: of the dropout, [] of int64 where q is; None without.
         i_map: the map's number, which counts in its dropout.
     """
 
@@ -39,7 +39,7 @@ class Attention(NamedTuple):
     reach: int = 0
     causal: bool = False
     dropout_p: float = 0.0
-    seed: int = 0
+    seed: Tensor | None = None
     i_map: int = 0
 
     @property
@@ -48,7 +48,7 @@ class Attention(NamedTuple):
 
     def tile_sizes(self, kernel: str) -> dict[str, int]:
         length = self.k.shape[1] if kernel == "backward_keys" else self.q.shape[1]
-        return tile_sizes(kernel, self.q, length, bias=self.bias is not None, dropout=self.dropout_p > 0.0)
+        return tile_sizes(kernel, self.q, length, bias=self.bias is not None, dropout=self.seed is not None)
 
     def arguments(self, kernel: str) -> dict[str, Any]:
         """What every kernel is given of it, by the arguments' names."""
@@ -65,6 +65,7 @@ class Attention(NamedTuple):
             "p_v": self.v,
             "p_mask": None if self.mask is None else self.mask.view(torch.uint8),
             "p_bias": self.bias,
+            "p_seed": self.seed,
             **strides,
             "queries": self.q.shape[1],
             "keys": self.k.shape[1],
@@ -72,7 +73,6 @@ class Attention(NamedTuple):
             "reach": self.reach,
             "i_map": self.i_map,
             "scale": self.scale,
-            "seed": self.seed,
             "threshold": threshold_of(self.dropout_p),
             "rescale": 1.0 / (1.0 - self.dropout_p),
             "HEAD_DIM": self.q.shape[-1],
@@ -80,7 +80,6 @@ class Attention(NamedTuple):
             "D2": piece2,
             "UNIT": unit,
             "CAUSAL": self.causal,
-            "DROPOUT": self.dropout_p > 0.0,
             "PRECISION": dot_precision(self.q.dtype),
         }
 
@@ -221,19 +220,6 @@ def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{name}: expected on {q.device} (from q), got {x.device}")
 
 
-def draw_seed(seed: int | None, dropout_p: float) -> Tensor | None:
-    """The seed of a call's dropout as a tensor on the CPU; drawn from torch's default generator where None is given."""
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed}")
-    if dropout_p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(2**31 - 1, (), dtype=torch.int64, device="cpu")
-    return torch.tensor(seed, dtype=torch.int64, device="cpu")
-
-
 def specs(
     operator: str,
     head_dim: int,
@@ -253,7 +239,8 @@ def specs(
     Args:
         frozen: "q", "k" or "v": only the kernel that writes its gradient, as it is where that is not asked for.
     """
-    unused = {"p_mask": mask, "p_bias": bias, "p_gate": gate, "p_previous": gate, f"p_d{frozen}": False}
+    optional = {"p_mask": mask, "p_bias": bias, "p_seed": dropout, "p_gate": gate, "p_previous": gate}
+    used = {**optional, f"p_d{frozen}": False}
     features = {"mask": mask, "bias": bias, "gate": gate, "causal": causal, "dropout": dropout, "compact": compact}
     suffix = "".join(f" {name}" for name, on in features.items() if on) + (f" frozen {frozen}" if frozen else "")
     kernels = {
@@ -269,13 +256,12 @@ def specs(
         sizes = default_sizes(kernel, dtype, width, rows, bias=bias, dropout=dropout, compact=compact)
         tile_m, tile_n = sizes["BM"], sizes["BN"]
         constexprs = {
-            **{name: None for name, used in unused.items() if not used and name in function.arg_names},
+            **{name: None for name, on in used.items() if not on and name in function.arg_names},
             "BM": tile_m,
             "BN": tile_n,
             "ROW_TAIL": NARROW if tile_m > NARROW or kernel == "backward_keys" else 0,
             "COLUMN_TAIL": NARROW if tile_n > NARROW or kernel != "backward_keys" else 0,
             "CAUSAL": causal,
-            "DROPOUT": dropout,
         }
         out.append(
             kernel_spec(
@@ -322,6 +308,7 @@ def kernel_spec(
         **dict.fromkeys(("scale", "rescale"), "fp32"),
         **dict.fromkeys(("p_lse", "p_delta", "p_previous"), "*fp32"),
         "p_mask": "*u8",
+        "p_seed": "*i64",
         **kinds,
     }
     return KernelSpec(

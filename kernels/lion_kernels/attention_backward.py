@@ -37,7 +37,7 @@ def _query_step(
 ):
     """One tile of keys more in ds k."""
     b_keep = None
-    if head.DROPOUT:
+    if head.p_seed is not None:
         b_keep = dropout_keep(head, i_row, i_column, BM, BN, False)
     b_k, b_s = load_keys_and_score(b_q, head, i_row, i_column, BM, BN, CHECK)
     # [BM, BN]
@@ -108,6 +108,7 @@ def attention_backward_queries(
     p_v,  # [B, M, H, Dh]
     p_mask,  # [B, M] bytes, or None
     p_bias,  # [H, 2 * reach + 1], or None
+    p_seed,  # [] of int64, or None
     p_gate,  # [S], or None
     p_out,  # [B, L, *, H, Dh], a row is stride_out_row apart from the next
     p_grad,  # [B, L, *, H, Dh], a row is stride_grad_row apart from the next
@@ -132,7 +133,6 @@ def attention_backward_queries(
     reach,
     i_map,
     scale,
-    seed,
     threshold,
     rescale,
     HEAD_DIM: tl.constexpr,
@@ -144,7 +144,6 @@ def attention_backward_queries(
     ROW_TAIL: tl.constexpr,
     COLUMN_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """delta and the queries' gradient, for one tile of queries of one head."""
@@ -171,7 +170,7 @@ def attention_backward_queries(
         Head(
             *located, None if p_mask is None else p_mask + i_b * keys,
             None if p_bias is None else p_bias + i_h * (2 * reach + 1), queries, keys, keys - queries, reach, scale,
-            i_bh, i_map, seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, DROPOUT, PRECISION,
+            i_bh, i_map, p_seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, PRECISION,
         ),
         p_gate, p_out, p_grad, p_lse, p_delta, p_previous, p_dq, stride_out, stride_grad, stride_dq, i_m,
         BM, BN, ROW_TAIL, COLUMN_TAIL,
@@ -191,7 +190,7 @@ def _key_step(
     m_row = o_row < head.queries if CHECK else None
     b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf")) if CHECK else tl.load(p_lse + o_row)
     b_q = load_rows(head.p_q, head.stride_q, i_row, m_row, head, BM)
-    if head.DROPOUT:
+    if head.p_seed is not None:
         b_keep = dropout_keep(head, i_row, i_column, BM, BN, True)
     # [BN, BM]
     b_s = attention_scores(b_q, b_k, head, i_row, i_column, BM, BN, CHECK, True)
@@ -200,12 +199,12 @@ def _key_step(
     b_p = tl.math.exp2(b_s - b_lse[None, :])
     b_g = load_rows(p_grad, stride_grad, i_row, m_row, head, BM)
     if len(b_dv) > 0:
-        b_weights = tl.where(b_keep, b_p, 0.0) if head.DROPOUT else b_p
+        b_weights = tl.where(b_keep, b_p, 0.0) if head.p_seed is not None else b_p
         b_dv = add_weighted(b_dv, b_weights, b_g, head)
     if len(b_dk) > 0:
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0) if CHECK else tl.load(p_delta + o_row)
         b_dp = inner_product(b_v, b_g, head)
-        if head.DROPOUT:
+        if head.p_seed is not None:
             b_dp = tl.where(b_keep, b_dp * head.rescale, 0.0)
         b_dk = add_weighted(b_dk, b_p * (b_dp - b_delta[None, :]), b_q, head)
     return b_dk, b_dv
@@ -280,6 +279,7 @@ def attention_backward_keys(
     p_v,  # [B, M, H, Dh]
     p_mask,  # [B, M] bytes, or None
     p_bias,  # [H, 2 * reach + 1], or None
+    p_seed,  # [] of int64, or None
     p_gate,  # [S], or None
     p_grad,  # [B, L, *, H, Dh], a row is stride_grad_row apart from the next
     p_lse,  # [B, H, L]
@@ -302,7 +302,6 @@ def attention_backward_keys(
     reach,
     i_map,
     scale,
-    seed,
     threshold,
     rescale,
     HEAD_DIM: tl.constexpr,
@@ -314,7 +313,6 @@ def attention_backward_keys(
     ROW_TAIL: tl.constexpr,
     COLUMN_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The keys' and values' gradients, for one tile of keys of one head.
@@ -342,7 +340,7 @@ def attention_backward_keys(
         Head(
             *located, None if p_mask is None else p_mask + i_b * keys,
             None if p_bias is None else p_bias + i_h * (2 * reach + 1), queries, keys, keys - queries, reach, scale,
-            i_bh, i_map, seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, DROPOUT, PRECISION,
+            i_bh, i_map, p_seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, PRECISION,
         ),
         p_gate, p_grad, p_lse, p_delta, p_dk, p_dv, stride_grad, stride_dk, i_n, BM, BN, ROW_TAIL, COLUMN_TAIL,
     )  # fmt: skip

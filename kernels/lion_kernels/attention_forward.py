@@ -27,14 +27,14 @@ from lion_kernels.backend import tl, triton
 # Lengths and strides change from call to call: they must not make a kernel of their own.
 NOT_SPECIALIZED = [
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v") for dim in ("batch", "row", "head")),
-    *("stride_out_row", "stride_grad_row", "queries", "keys", "heads", "reach", "seed", "threshold", "i_map"),
+    *("stride_out_row", "stride_grad_row", "queries", "keys", "heads", "reach", "threshold", "i_map"),
 ]
 
 
 @triton.jit
 def _step(b_out, b_max, b_sum, b_q, head, i_row, i_column, BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr):
     """One tile of keys more: the weighted values, and the running maximum and sum."""
-    if head.DROPOUT:
+    if head.p_seed is not None:
         b_keep = dropout_keep(head, i_row, i_column, BM, BN, False)
     # [BM, BN]
     _, b_s = load_keys_and_score(b_q, head, i_row, i_column, BM, BN, CHECK)
@@ -45,7 +45,7 @@ def _step(b_out, b_max, b_sum, b_q, head, i_row, i_column, BM: tl.constexpr, BN:
     b_p = tl.math.exp2(b_s - b_shift[:, None])
     b_decay = tl.math.exp2(b_max - b_shift)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    if head.DROPOUT:
+    if head.p_seed is not None:
         b_p = tl.where(b_keep, b_p, 0.0)
     b_out = scale_rows(b_out, b_decay[:, None])
     b_v = load_values(head, i_column, BN, CHECK)
@@ -101,6 +101,7 @@ def attention_forward(
     p_v,  # [B, M, H, Dh]
     p_mask,  # [B, M] bytes, or None
     p_bias,  # [H, 2 * reach + 1], or None
+    p_seed,  # [] of int64, or None
     p_out,  # [B, L, *, H, Dh], a row is stride_out_row apart from the next
     p_lse,  # [B, H, L], or None
     stride_q_batch,
@@ -119,7 +120,6 @@ def attention_forward(
     reach,
     i_map,
     scale,
-    seed,
     threshold,
     rescale,
     HEAD_DIM: tl.constexpr,
@@ -131,7 +131,6 @@ def attention_forward(
     ROW_TAIL: tl.constexpr,
     COLUMN_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of queries of one head."""
@@ -151,7 +150,7 @@ def attention_forward(
         Head(
             *located, None if p_mask is None else p_mask + i_b * keys,
             None if p_bias is None else p_bias + i_h * (2 * reach + 1), queries, keys, keys - queries, reach, scale,
-            i_bh, i_map, seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, DROPOUT, PRECISION,
+            i_bh, i_map, p_seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, PRECISION,
         ),
         p_out, p_lse, stride_out, i_m, BM, BN, ROW_TAIL, COLUMN_TAIL,
     )  # fmt: skip

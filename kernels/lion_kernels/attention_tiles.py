@@ -30,7 +30,7 @@ class Head(NamedTuple):
         offset: the position of the first query; that of the first key is 0.
         i_bh: the head's number in the batch.
         i_map: the feature map's number.
-        threshold, rescale: of dropout (`lion_kernels.dropout`), and 1 / (1 - dropout_p).
+        p_seed, threshold, rescale: of dropout (`lion_kernels.dropout`), and 1 / (1 - dropout_p); no seed, no dropout.
         D1, D2: the pieces of HEAD_DIM; D2 is 0 where there is one.
         CAUSAL: whether a query may attend only keys up to its own position.
     """
@@ -50,14 +50,13 @@ class Head(NamedTuple):
     scale: Any
     i_bh: Any
     i_map: Any
-    seed: Any
+    p_seed: Any
     threshold: Any
     rescale: Any
     HEAD_DIM: Any
     D1: Any
     D2: Any
     CAUSAL: Any
-    DROPOUT: Any
     PRECISION: Any
 
 
@@ -234,7 +233,7 @@ def dropout_keep(
     else:
         b_zero = tl.zeros([BM, GROUPS], tl.int32)
         b_group, b_row = b_zero + o_group[None, :], b_zero + o_row[:, None]
-    b_keep = keep_four(head.seed, head.threshold, b_group, b_row, b_zero + head.i_bh, b_zero + head.i_map)
+    b_keep = keep_four(tl.load(head.p_seed), head.threshold, b_group, b_row, b_zero + head.i_bh, b_zero + head.i_map)
     b_keep = tl.reshape(tl.permute(b_keep, (0, 2, 3, 1)), [BN, BM]) if TRANSPOSED else tl.reshape(b_keep, [BM, BN])
     return b_keep != 0
 

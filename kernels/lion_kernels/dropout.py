@@ -2,6 +2,8 @@
 
 Philox4x32-10 (Salmon et al., SC 2011) answers a counter of four words with four random ones: one each for four
 neighbouring columns. A value is kept where the high 24 bits of its word reach 2^24 * dropout_p.
+
+Kernels read the seed from memory: a CUDA graph that is replayed finds there what was written, or drawn, since.
 """
 
 import torch
@@ -22,6 +24,30 @@ def keep_four(seed, threshold, b_0, b_1, b_2, b_3):
     b_2 = ((b_2 >> 8).to(tl.int32) >= threshold).to(tl.int8)
     b_3 = ((b_3 >> 8).to(tl.int32) >= threshold).to(tl.int8)
     return tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
+
+
+def check_dropout(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> None:
+    """Raises ValueError for a probability or a seed that no operator takes which runs on `device`."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim() or seed.device != device):
+        raise ValueError(
+            f"seed: expected torch.int64 [] on {device}, got {seed.dtype} {list(seed.shape)} on {seed.device}"
+        )
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an int64, got {seed}")
+
+
+def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of a call's dropout, [] of int64 on `device`; None where nothing is dropped.
+
+    A missing one comes from the device's generator: nobody waits for it, and a CUDA graph draws it at each replay.
+    """
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), device=device)
+    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def threshold_of(dropout_p: float) -> int:

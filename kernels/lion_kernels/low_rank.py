@@ -29,12 +29,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import DTYPES, LAUNCH, dot_precision, on_device, refuse_uninterpretable, resolve_backend
-from lion_kernels.configs import lookup, shipped
+from lion_kernels.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable, resolve_backend
+from lion_kernels.configs import shipped
 from lion_kernels.gates import FlatGate
 from lion_kernels.low_rank_kernels import (
     hidden_gradient_kernel,
@@ -44,124 +43,8 @@ from lion_kernels.low_rank_kernels import (
     up_gradient_kernel,
     update_kernel,
 )
+from lion_kernels.low_rank_sizes import Problem, cdiv
 from lion_kernels.rows import as_rows
-
-# A channel gate of up to this many tasks is read as whole rows and chosen from; one of more is gathered row by row.
-_ROWS_CHOSEN_FROM = 4
-
-# The hidden tiles of all experts that `update_kernel` holds in registers: a quarter of a multiprocessor's.
-_HIDDEN_BYTES_HELD = 65536
-
-
-class Problem(NamedTuple):
-    """What tiles are chosen by, and every constexpr argument follows from."""
-
-    rows: int
-    channels_in: int
-    channels_out: int
-    experts: int
-    rank: int
-    form: str
-    dtype: torch.dtype
-    named: int = 1  # experts that a row names: k of a sparse gate
-    tasks: int = 1
-    relu: bool = True
-    has_down_bias: bool = True
-    has_up_bias: bool = True
-    has_residual: bool = True
-    has_linear_bias: bool = False
-
-    @property
-    def inner(self) -> int:
-        return self.experts * self.rank
-
-    @property
-    def rows_class(self) -> str:
-        return "decode" if self.rows <= 16 else "few" if self.rows <= 1024 else "many"
-
-    @property
-    def skip(self) -> bool:
-        """Whether tiles look which experts their rows name.
-
-        Otherwise all are computed: with many rows a tile names most experts, and memory, not arithmetic, is the limit.
-        """
-        return self.form == "sparse" and (self.rows <= 64 or self.inner > 256)
-
-    @property
-    def gathers(self) -> bool:
-        """Whether a channel gate has more tasks than are read as whole rows and chosen from."""
-        return self.tasks > _ROWS_CHOSEN_FROM
-
-    @property
-    def group(self) -> int:
-        """Experts that one program of a backward kernel takes: as many as its registers hold, and divide E."""
-        fitting = max(1, (128 if self.dtype.itemsize == 2 else 64) // self._padded_rank)
-        return max(size for size in range(1, self.experts + 1) if size <= fitting and self.experts % size == 0)
-
-    @property
-    def _padded_rank(self) -> int:
-        return max(16, _power_of_2(self.rank))
-
-    def tiles(self, kernel: str) -> dict[str, int]:
-        """Tile sizes, warps and stages of `kernel`: the GPU's table, else sizes that compile everywhere."""
-        decode, few, half = self.rows_class == "decode", self.rows_class != "many", self.dtype.itemsize == 2
-        rows = 16 if few else 128 if half else 64  # without matrix units, fp32 tiles have to fit the registers
-        default = {"num_warps": 4 if few else 8, "num_stages": 3 if half else 2}
-        if kernel == "hidden":
-            inner = self._padded_rank if self.skip else max(16, _power_of_2(self.inner))
-            block = 32 if self.rows_class == "few" else 128
-            default |= {"BM": rows, "BF": min(block, inner), "BK": 128 if few else 64 if half else 32}
-        elif kernel == "update":
-            default |= {"BM": 16 if decode else 128 if half and not few else 32, "BN": 32 if few or not half else 64}
-            default |= {"num_stages": 2}
-            if self.gathers and half and not few:
-                default |= {"BN": 32, "num_warps": 4}  # gathered gates want registers of their own
-        elif kernel == "linear":
-            default |= {"BM": rows, "BN": 64 if few or not half else 128, "BK": 64 if half else 32, "GROUP": 8}
-        elif kernel == "hidden_gradient":
-            default |= {"BM": rows, "BK": 64 if half else 32}
-            if self.form == "channel":
-                default |= {"num_stages": 2}  # what a third stage loads of the gates spills on gfx942
-        elif kernel == "outer":
-            default |= {"BN": 64 if half else 32, "BT": 64 if half else 16, "num_warps": 8}
-        else:
-            default |= {"BN": 32, "num_warps": 4, "num_stages": 1}
-        return lookup(f"low_rank.{kernel}", self.rows_class, default)
-
-    def constants(self, kernel: str, split: bool = False, gate_gradient: bool = False) -> dict[str, Any]:
-        """Every constexpr argument of `kernel`, warps and stages."""
-        tiles = self.tiles(kernel)
-        shape = {"E": self.experts, "RANK": self.rank}
-        gate = {"RP": self._padded_rank, "TASKS": self.tasks, "CHANNEL": self.form == "channel"}
-        names = {"K": self.named, "KP": _power_of_2(self.named), "SKIP": self.skip}
-        choice = {"CHOOSE": not self.gathers}
-        group = {"EG": self.group, "GP": max(16, _power_of_2(self.group))}
-        precision = {"PRECISION": dot_precision(self.dtype)}
-        hidden = {"HAS_DOWN_BIAS": self.has_down_bias, "RELU": self.relu, "SPLIT": split}
-        if kernel == "hidden":
-            return {
-                **shape, **names, **tiles, **precision, "HAS_BIAS": self.has_down_bias, "RELU": self.relu,
-                "SPLIT": split,
-            }  # fmt: skip
-        if kernel == "update":
-            held = tiles["BM"] * self.experts * self._padded_rank * self.dtype.itemsize
-            return {
-                **shape, **gate, **names, **choice, **hidden, **tiles, **precision, "HAS_BIAS": self.has_up_bias,
-                "HAS_RESIDUAL": self.has_residual,
-                "EP": max(16, _power_of_2(self.experts)), "KEEP": not self.skip and held <= _HIDDEN_BYTES_HELD,
-            }  # fmt: skip
-        if kernel == "linear":
-            padded = {"EP": max(16, _power_of_2(self.experts))}
-            bias = {"HAS_LINEAR_BIAS": self.has_linear_bias}
-            return {**shape, **gate, **names, **choice, **padded, **tiles, **precision, **bias, "SPLIT": split}
-        if kernel == "hidden_gradient":
-            return {
-                **shape, **gate, **names, **choice, **group, **tiles, **precision, "HAS_BIAS": self.has_up_bias,
-                "RELU": self.relu, "GATE_GRADIENT": gate_gradient,
-            }  # fmt: skip
-        if kernel == "outer":
-            return {**shape, **gate, **group, **tiles, **precision, "BI": 128}
-        return {**shape, **gate, **tiles, "HAS_BIAS": self.has_up_bias}
 
 
 def forward(
@@ -185,11 +68,11 @@ def forward(
     channels = problem.channels_out
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = torch.empty(problem.rows, channels, dtype=dtype, device=x.device)
-    row_tiles = _cdiv(problem.rows, constants["BM"])
-    programs = _cdiv(264, row_tiles)  # two on each of an H200's 132 multiprocessors
-    channels_per_program = constants["BN"] * _cdiv(_cdiv(channels, programs), constants["BN"])
+    row_tiles = cdiv(problem.rows, constants["BM"])
+    programs = cdiv(264, row_tiles)  # two on each of an H200's 132 multiprocessors
+    channels_per_program = constants["BN"] * cdiv(cdiv(channels, programs), constants["BN"])
     with on_device(x):
-        update_kernel[(row_tiles, _cdiv(channels, channels_per_program))](
+        update_kernel[(row_tiles, cdiv(channels, channels_per_program))](
             hidden, down_bias, up_weight, up_bias, gate.gate, gate.ids, residual, out,
             problem.rows, channels, 0 if residual is None else residual.stride(0), gate.rows_per_gate,
             channels_per_program, splits, **constants, **LAUNCH,
@@ -211,7 +94,7 @@ def launch_linear(
     hidden, splits = launch_hidden(problem, x, lora_a, None, gate, may_split=not keep_hidden)
     constants = problem.constants("linear", split=splits > 1)
     out = torch.empty(problem.rows, problem.channels_out, dtype=x.dtype, device=x.device)
-    programs = _cdiv(problem.rows, constants["BM"]) * _cdiv(problem.channels_out, constants["BN"])
+    programs = cdiv(problem.rows, constants["BM"]) * cdiv(problem.channels_out, constants["BN"])
     with on_device(x):
         linear_kernel[(programs,)](
             x, weight, bias, hidden, lora_b, gate.gate, gate.ids, out,
@@ -228,10 +111,10 @@ def launch_hidden(
     refuse_uninterpretable(x=x)
     tiles = problem.tiles("hidden")
     rows, channels = x.shape
-    row_tiles, inner_tiles = _cdiv(rows, tiles["BM"]), _cdiv(problem.inner, tiles["BF"])
+    row_tiles, inner_tiles = cdiv(rows, tiles["BM"]), cdiv(problem.inner, tiles["BF"])
     splits = 128 // (row_tiles * inner_tiles) if may_split else 1
-    channels_per_split = tiles["BK"] * _cdiv(_cdiv(channels, max(1, splits)), tiles["BK"])
-    splits = _cdiv(channels, channels_per_split)
+    channels_per_split = tiles["BK"] * cdiv(cdiv(channels, max(1, splits)), tiles["BK"])
+    splits = cdiv(channels, channels_per_split)
     if splits > 1:
         hidden = torch.empty(splits, rows, problem.inner, dtype=torch.float32, device=x.device)
     else:
@@ -308,7 +191,7 @@ def _launch_hidden_gradient(
     if gate_gradient:
         dgate = torch.empty(problem.rows, problem.experts, dtype=torch.float32, device=grad.device)
     with on_device(grad):
-        hidden_gradient_kernel[(_cdiv(problem.rows, constants["BM"]), problem.experts // problem.group)](
+        hidden_gradient_kernel[(cdiv(problem.rows, constants["BM"]), problem.experts // problem.group)](
             grad, up_weight, up_bias, gate.gate, gate.ids, hidden, dhidden, dgate,
             problem.rows, problem.channels_out, grad.stride(0), gate.rows_per_gate, **constants, **LAUNCH,
         )  # fmt: skip
@@ -332,11 +215,11 @@ def _launch_up_gradient(
     tiles = problem.tiles("outer")
     channel = gate.form == "channel"
     channels, experts = problem.channels_out, problem.experts
-    groups, channel_tiles = experts // problem.group, _cdiv(channels, tiles["BN"])
+    groups, channel_tiles = experts // problem.group, cdiv(channels, tiles["BN"])
     # A program for each of an H200's multiprocessors, and at least four tiles of rows for each program.
-    splits = max(1, min(132 // (channel_tiles * groups), _cdiv(problem.rows, 4 * tiles["BT"])))
-    rows_per_split = tiles["BT"] * _cdiv(_cdiv(problem.rows, splits), tiles["BT"])
-    splits = _cdiv(problem.rows, rows_per_split)
+    splits = max(1, min(132 // (channel_tiles * groups), cdiv(problem.rows, 4 * tiles["BT"])))
+    rows_per_split = tiles["BT"] * cdiv(cdiv(problem.rows, splits), tiles["BT"])
+    splits = cdiv(problem.rows, rows_per_split)
     parts = (splits, problem.tasks)
     weights = torch.empty(*parts, experts, channels, problem.rank, dtype=torch.float32, device=grad.device)
     biases = torch.empty(*parts, 1 if channel else experts, channels, dtype=torch.float32, device=grad.device)
@@ -347,7 +230,7 @@ def _launch_up_gradient(
             **problem.constants("outer"), **LAUNCH,
         )  # fmt: skip
         constants = problem.constants("up_gradient")
-        up_gradient_kernel[(_cdiv(channels, constants["BN"]), experts)](
+        up_gradient_kernel[(cdiv(channels, constants["BN"]), experts)](
             weights, biases, gate.gate, up_weight, up_bias, dup_weight, dup_bias, dgate, channels, splits,
             **constants, **LAUNCH,
         )  # fmt: skip
@@ -379,99 +262,6 @@ def _problem(
         has_up_bias=up_bias is not None,
         has_residual=has_residual,
     )
-
-
-def _cdiv(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
-
-
-def _power_of_2(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (number - 1).bit_length()
-
-
-def plain_forward(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate: FlatGate,
-    residual: Tensor | None,
-    relu: bool,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """What `forward` computes, in PyTorch."""
-    hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
-    if relu:
-        hidden = F.relu(hidden)
-    by_expert = hidden.unflatten(-1, down_weight.shape[:2])
-    factor = _plain_factor(gate, x.shape[0]).to(x.dtype)
-    if gate.form == "channel":
-        update = torch.einsum("ter,enr->ten", by_expert, up_weight)
-        update = update if up_bias is None else update + up_bias
-        out = (factor * update).sum(1)
-    else:
-        out = torch.einsum("ter,enr->tn", factor.unsqueeze(-1) * by_expert, up_weight)
-        out = out if up_bias is None else out + factor @ up_bias
-    return out if residual is None else residual + out, hidden if keep_hidden else None
-
-
-def plain_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate: FlatGate,
-    relu: bool,
-    needs: Sequence[bool],
-) -> Gradients:
-    """What `backward` computes, in PyTorch."""
-    grad = grad.to(x.dtype)
-    factor = _plain_factor(gate, x.shape[0]).to(x.dtype)
-    by_expert = hidden.unflatten(-1, down_weight.shape[:2])
-    if gate.form == "channel":
-        assert gate.ids is not None
-        rows_of_task = F.one_hot(gate.ids.long(), gate.gate.shape[0]).repeat_interleave(gate.rows_per_gate, 0)
-        rows_of_task = rows_of_task.to(x.dtype)
-        product = torch.einsum("tq,tn,ter->qenr", rows_of_task, grad, by_expert)
-        total = torch.einsum("tq,tn->qn", rows_of_task, grad)
-        dhidden = torch.einsum("ten,tn,enr->ter", factor, grad, up_weight)
-        dup_weight = torch.einsum("qen,qenr->enr", gate.gate.to(x.dtype), product)
-        dup_bias = torch.einsum("qen,qn->en", gate.gate.to(x.dtype), total)
-        dgate = torch.einsum("qenr,enr->qen", product, up_weight)
-        dgate = dgate if up_bias is None else dgate + up_bias * total.unsqueeze(1)
-    else:
-        per_weight = torch.einsum("tn,enr->ter", grad, up_weight)
-        dhidden = per_weight * factor.unsqueeze(-1)
-        dup_weight = torch.einsum("tn,ter->enr", grad, by_expert * factor.unsqueeze(-1))
-        dup_bias = factor.t() @ grad
-        dgate = (per_weight * by_expert).sum(-1)
-        dgate = dgate if up_bias is None else dgate + grad @ up_bias.t()
-        dgate = dgate.view(-1, gate.rows_per_gate, dgate.shape[-1]).sum(1)
-    dhidden = dhidden.flatten(1)
-    if relu:
-        dhidden = dhidden * (hidden > 0)
-    needs_hidden, needs_down_weight, needs_down_bias, needs_up_weight, needs_up_bias, needs_gate = needs
-    return Gradients(
-        dhidden if needs_hidden else None,
-        (dhidden.t() @ x).view(down_weight.shape) if needs_down_weight else None,
-        dhidden.sum(0).view(down_weight.shape[:2]) if needs_down_bias else None,
-        dup_weight if needs_up_weight else None,
-        dup_bias if needs_up_bias else None,
-        dgate.to(gate.gate.dtype) if needs_gate else None,
-    )
-
-
-def _plain_factor(gate: FlatGate, rows: int) -> Tensor:
-    """[T, E, N] of a channel gate, else [T, E]."""
-    if gate.form == "channel":
-        assert gate.ids is not None
-        return gate.gate[gate.ids.long()].repeat_interleave(gate.rows_per_gate, 0)
-    return gate.gate.repeat_interleave(gate.rows_per_gate, 0)
 
 
 def takes(x: Tensor, backend: str, operator: str) -> bool:

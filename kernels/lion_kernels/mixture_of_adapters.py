@@ -20,6 +20,7 @@ from lion_kernels import low_rank
 from lion_kernels.backend import interpreting, through_op
 from lion_kernels.cost import Cost
 from lion_kernels.gates import FlatGate, GateForm, align_left, check_gate, dense_from_sparse, flatten_gate
+from lion_kernels.low_rank_plain import plain_backward, plain_forward
 from lion_kernels.rows import as_rows
 
 
@@ -47,7 +48,7 @@ def _forward(
 @_forward.register_kernel("cpu")
 def _(x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, form, rows_per_gate, relu):
     flat = FlatGate(form, gate, ids, rows_per_gate)
-    run = low_rank.forward if interpreting() else low_rank.plain_forward
+    run = low_rank.forward if interpreting() else plain_forward
     return run(x, down_weight, down_bias, up_weight, up_bias, flat, residual, relu, True)
 
 
@@ -84,7 +85,7 @@ def _backward(
 @_backward.register_kernel("cpu")
 def _(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu, needs):
     flat = FlatGate(form, gate, ids, rows_per_gate)
-    run = low_rank.backward if interpreting() else low_rank.plain_backward
+    run = low_rank.backward if interpreting() else plain_backward
     return _run_backward(run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs)
 
 

@@ -20,6 +20,7 @@ from lion_kernels.backend import interpreting, through_op
 from lion_kernels.configs import lookup
 from lion_kernels.cost import H200, Cost, floor_seconds
 from lion_kernels.gates import FlatGate, check_gate, flatten_gate
+from lion_kernels.low_rank_plain import plain_backward, plain_forward
 from lion_kernels.mixture_of_adapters import compose
 
 # The rate of our product beside the library's, until a table says better for a GPU: an assumption, not a measurement.
@@ -42,9 +43,7 @@ def _run_forward(
 
 
 def _run_plain_forward(x, weight, bias, lora_a, lora_b, gate, keep_hidden):
-    return low_rank.plain_forward(
-        x, lora_a, None, lora_b, None, gate, F.linear(x, weight, bias), False, keep_hidden
-    )  # fmt: skip
+    return plain_forward(x, lora_a, None, lora_b, None, gate, F.linear(x, weight, bias), False, keep_hidden)
 
 
 def fuses(rows: int, channels_in: int, channels_out: int, dtype: torch.dtype) -> bool:
@@ -115,7 +114,7 @@ def _backward(
 
 @_backward.register_kernel("cpu")
 def _(grad, x, hidden, weight, lora_a, lora_b, gate, ids, form, rows_per_gate, needs):
-    run = low_rank.backward if interpreting() else low_rank.plain_backward
+    run = low_rank.backward if interpreting() else plain_backward
     flat = FlatGate(form, gate, ids, rows_per_gate)
     return _run_backward(run, grad, x, hidden, weight, lora_a, lora_b, flat, needs)
 

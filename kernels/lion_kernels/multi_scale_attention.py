@@ -34,6 +34,7 @@ from lion_kernels.backend import (
     triton,
 )
 from lion_kernels.cost import Cost
+from lion_kernels.dropout import check_dropout, seed_tensor
 from lion_kernels.rows import last_contiguous
 
 
@@ -68,7 +69,7 @@ def _attentions(
     dropout_p: float,
 ) -> list[Attention]:
     """Those of the maps; a mask of no elements is none."""
-    q, number = last_contiguous(q), 0 if seed is None else int(seed)
+    q = last_contiguous(q)
     return [
         Attention(
             q,
@@ -77,7 +78,7 @@ def _attentions(
             scale,
             mask if mask.numel() else None,
             dropout_p=dropout_p,
-            seed=number,
+            seed=seed,
             i_map=s,
         )
         for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True))
@@ -299,7 +300,7 @@ def multi_scale_attention(
     key_padding_mask: Tensor | Sequence[Tensor | None] | None = None,
     scale_gate: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Multi-head attention to S feature maps, of which each has a softmax of its own.
@@ -314,8 +315,9 @@ def multi_scale_attention(
         key_padding_mask: [B, L_s], nonzero where a key may be attended; one for all maps, or one (or None) per map.
         scale_gate: [S], factors of a sum over the maps.
         dropout_p: the share of the probabilities that dropout zeroes, of every map by itself; 0 outside training.
-        seed: of dropout, 0 <= seed < 2^63; drawn from torch's default generator on the CPU where None. See
-            `dropout_mask` for the mask that belongs to it, which is the same in both backends.
+        seed: of dropout, an int64, or a tensor [] of one on q's device, which a CUDA graph reads at each replay; None
+            draws one from PyTorch's generator, in a CUDA graph at each replay. The mask that belongs to it, the same in
+            both backends, is `lion_kernels.attention_plain.dropout_mask`.
         backend: "auto", "triton" (fp16, bf16 or fp32, Dh a multiple of 8 up to 128) or "torch" (any).
 
     Returns:
@@ -326,19 +328,20 @@ def multi_scale_attention(
         ValueError: a shape, a dtype, a device, dropout_p, seed or backend that does not fit; the message names it.
     """
     masks = _check(q, keys, values, key_padding_mask, scale_gate)
+    check_dropout(dropout_p, seed, q.device)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = attention.autocast_dtype(q)
     if dtype is not None:
         q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
     chosen = resolve_backend(backend, "multi_scale_attention", q.device)
-    seed_tensor = attention.draw_seed(seed, dropout_p)
+    seed = seed_tensor(seed, dropout_p, q.device)
     if chosen == "triton" and backend == "triton":
         attention.check_supported(q)
     if chosen == "torch" or not attention.supported(q):
-        out = _compose(q, keys, values, masks, scale_gate, seed_tensor, factor, dropout_p)
+        out = _compose(q, keys, values, masks, scale_gate, seed, factor, dropout_p)
     else:
         refuse_uninterpretable(q=q)
-        arguments = (q, list(keys), list(values), masks, scale_gate, seed_tensor, factor, dropout_p)
+        arguments = (q, list(keys), list(values), masks, scale_gate, seed, factor, dropout_p)
         if through_op(q, *keys, *values, scale_gate):
             out = _forward_op(*arguments)[0]
         else:
@@ -399,6 +402,8 @@ def _check(
         raise ValueError(f"key_padding_mask: expected {len(keys)} (from keys), got {len(key_padding_mask)}")
     if scale_gate is not None and tuple(scale_gate.shape) != (len(keys),):
         raise ValueError(f"scale_gate: expected {[len(keys)]} (from keys), got {list(scale_gate.shape)}")
+    if scale_gate is not None and not scale_gate.is_floating_point():
+        raise ValueError(f"scale_gate: expected a floating dtype, got {scale_gate.dtype}")
     masks: list[Tensor] = []
     for s, (k, v, mask) in enumerate(zip(keys, values, key_padding_mask, strict=True)):
         if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, head_dim):

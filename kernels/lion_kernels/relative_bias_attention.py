@@ -46,11 +46,12 @@ from lion_kernels.backend import (
     triton,
 )
 from lion_kernels.cost import Cost
+from lion_kernels.dropout import check_dropout, seed_tensor
 from lion_kernels.rows import last_contiguous
 
 _NOT_SPECIALIZED = [
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v") for dim in ("batch", "row", "head")),
-    *("batch", "queries", "keys", "heads", "reach", "num_buckets", "diagonals", "chunk", "i_map", "seed", "threshold"),
+    *("batch", "queries", "keys", "heads", "reach", "num_buckets", "diagonals", "chunk", "i_map", "threshold"),
 ]
 
 
@@ -68,7 +69,7 @@ def _score_gradient(head, p_grad, p_lse, p_delta, stride_grad, i_row, i_column, 
     b_g = load_rows(p_grad, stride_grad, i_row, m_row, head, BLOCK)
     b_v = load_values(head, i_column, BLOCK, True)
     b_keep = None
-    if head.DROPOUT:
+    if head.p_seed is not None:
         b_keep = dropout_keep(head, i_row, i_column, BLOCK, BLOCK, False)
     return score_gradient(b_p, b_delta, b_g, b_v, b_keep, head)
 
@@ -80,6 +81,7 @@ def _bias_gradient(
     p_v,  # [B, M, H, Dh]
     p_mask,  # [B, M] bytes, or None
     p_bias,  # [H, 2 * reach + 1]
+    p_seed,  # [] of int64, or None
     p_bucket,  # [2 * reach + 1]
     p_grad,  # [B, L, H, Dh]
     p_lse,  # [B, H, L]
@@ -104,7 +106,6 @@ def _bias_gradient(
     chunk,
     i_map,
     scale,
-    seed,
     threshold,
     rescale,
     HEAD_DIM: tl.constexpr,
@@ -113,7 +114,6 @@ def _bias_gradient(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One diagonal of tiles [BLOCK, BLOCK] of one head, over `chunk` elements of the batch: ds by bucket."""
@@ -141,7 +141,7 @@ def _bias_gradient(
         b_total += _score_gradient(
             Head(
                 *located, None if p_mask is None else p_mask + i_b * keys, p_bias, queries, keys, keys - queries, reach,
-                scale, i_bh.to(tl.int32), i_map, seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, DROPOUT, PRECISION,
+                scale, i_bh.to(tl.int32), i_map, p_seed, threshold, rescale, HEAD_DIM, D1, D2, CAUSAL, PRECISION,
             ),
             p_grad + i_b * queries * stride_grad + i_h * HEAD_DIM, p_lse + i_bh * queries, p_delta + i_bh * queries,
             stride_grad, i_row, i_column, BLOCK,
@@ -178,7 +178,7 @@ def _attention(
         reach=max_distance,
         causal=causal,
         dropout_p=dropout_p,
-        seed=0 if seed is None else int(seed),
+        seed=seed,
     )
 
 
@@ -220,7 +220,7 @@ def _launch_bias_gradient(
     (batch, queries, heads, _), keys, num_buckets = one.q.shape, one.k.shape[1], bias_table.shape[0]
     width = sum(split_head_dim(one.q.shape[-1]))
     compact = is_compact(one.q.device)
-    sizes = bias_gradient_sizes(one.q.dtype, width, dropout=one.dropout_p > 0.0, compact=compact)
+    sizes = bias_gradient_sizes(one.q.dtype, width, dropout=one.seed is not None, compact=compact)
     block = sizes["BLOCK"]
     last = triton.cdiv(keys, block) - 1
     if one.causal:
@@ -394,7 +394,7 @@ def relative_bias_attention(
     max_distance: int = 128,
     causal: bool = False,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Multi-head self-attention with T5's relative position bias and without a scale.
@@ -411,8 +411,9 @@ def relative_bias_attention(
         max_distance: the distance from which on all share a bucket.
         causal: whether a query may attend only keys up to its own position.
         dropout_p: the share of the probabilities that dropout zeroes; 0 outside training.
-        seed: of dropout, 0 <= seed < 2^63; drawn from torch's default generator on the CPU where None. See
-            `dropout_mask` for the mask that belongs to it, which is the same in both backends.
+        seed: of dropout, an int64, or a tensor [] of one on q's device, which a CUDA graph reads at each replay; None
+            draws one from PyTorch's generator, in a CUDA graph at each replay. The mask that belongs to it, the same in
+            both backends, is `lion_kernels.attention_plain.dropout_mask`.
         backend: "auto", "triton" (fp16, bf16 or fp32, Dh a multiple of 8 up to 128) or "torch" (any).
 
     Returns:
@@ -423,15 +424,16 @@ def relative_bias_attention(
             names it.
     """
     _check(q, k, v, bias_table, key_padding_mask, bidirectional, max_distance)
+    check_dropout(dropout_p, seed, q.device)
     dtype = attention.autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     mask = None if key_padding_mask is None else key_padding_mask.bool().contiguous()
     chosen = resolve_backend(backend, "relative_bias_attention", q.device)
-    seed_tensor = attention.draw_seed(seed, dropout_p)
+    seed = seed_tensor(seed, dropout_p, q.device)
     if chosen == "triton" and backend == "triton":
         attention.check_supported(q)
-    arguments = (q, k, v, bias_table, mask, seed_tensor, bidirectional, max_distance, causal, dropout_p)
+    arguments = (q, k, v, bias_table, mask, seed, bidirectional, max_distance, causal, dropout_p)
     if chosen == "torch" or not attention.supported(q):
         return _compose(*arguments)
     refuse_uninterpretable(q=q, bias_table=bias_table)
@@ -562,7 +564,7 @@ def _bias_gradient_spec(
         head_dim,
         dtype,
         sizes,
-        {"BLOCK": sizes["BLOCK"], "CAUSAL": False, "DROPOUT": dropout},
+        {"BLOCK": sizes["BLOCK"], "CAUSAL": False, **({} if dropout else {"p_seed": None})},
         {"p_out": "*fp32", "p_bucket": "*i64"},
         product_rows=sizes["BLOCK"],
     )

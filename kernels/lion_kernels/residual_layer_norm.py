@@ -24,7 +24,7 @@ from torch import Tensor
 from lion_kernels.aot import KernelSpec
 from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
 from lion_kernels.cost import Cost
-from lion_kernels.dropout import keep_four, keeps, threshold_of
+from lion_kernels.dropout import check_dropout, keep_four, keeps, seed_tensor, threshold_of
 from lion_kernels.rows import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
 
 MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
@@ -431,8 +431,9 @@ def residual_layer_norm(
         x_bias: [D] or None, the linear layer's bias.
         dropout_p: share of x + x_bias that is dropped, from 0 up to, not including, 1. A module that is not training
             passes 0.
-        seed: of the dropout, an int64 or a tensor [] of one on x's device; None draws one from PyTorch's generator.
-            The same seed drops the same values in every backend: those where `dropout_mask` is 0.
+        seed: of the dropout, an int64, or a tensor [] of one on x's device, which a CUDA graph reads at each replay;
+            None draws one from PyTorch's generator, in a CUDA graph at each replay. The same seed drops the same values
+            in every backend: those where `dropout_mask` is 0.
         backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32, and D up to 4096; for others "auto"
             is "torch".
 
@@ -442,28 +443,19 @@ def residual_layer_norm(
     Raises:
         ValueError: a shape, dtype, device, probability or backend that does not fit; the message names the argument.
     """
-    _check(x, residual, weight, bias, x_bias, dropout_p, seed)
+    _check(x, residual, weight, bias, x_bias)
+    check_dropout(dropout_p, seed, x.device)
     tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "x_bias": x_bias}
     if takes("residual_layer_norm", backend, tensors, MAX_CHANNELS):
-        draw = _seed_tensor(seed, x.device) if dropout_p > 0 else None
-        arguments = (x, residual, weight, bias, x_bias, draw, dropout_p, eps)
+        arguments = (x, residual, weight, bias, x_bias, seed_tensor(seed, dropout_p, x.device), dropout_p, eps)
         if through_op(*tensors.values()):
             return _residual_layer_norm(*arguments)[0]
         return launch_forward(*arguments, statistics=False)[0]
     if dropout_p > 0 and seed is None:
         z = F.dropout(x if x_bias is None else x + x_bias, dropout_p) + residual
     else:
-        z = _sum(x, residual, x_bias, _seed_tensor(seed, x.device) if dropout_p > 0 else None, dropout_p)
+        z = _sum(x, residual, x_bias, seed_tensor(seed, dropout_p, x.device), dropout_p)
     return _plain_norm(z, weight, bias, eps).to(torch.promote_types(x.dtype, residual.dtype))
-
-
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """Drawn and filled on the device, which nobody waits for and a CUDA graph replays."""
-    if isinstance(seed, Tensor):
-        return seed
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (), device=device)
-    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _check(
@@ -472,8 +464,6 @@ def _check(
     weight: Tensor,
     bias: Tensor,
     x_bias: Tensor | None,
-    dropout_p: float,
-    seed: int | Tensor | None,
 ) -> None:
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
@@ -489,15 +479,6 @@ def _check(
     for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} (from x), got {tensor.device}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a number from 0 up to, not including, 1, got {dropout_p}")
-    if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim() or seed.device != x.device):
-        raise ValueError(
-            f"seed: expected torch.int64 [] on {x.device} (from x), "
-            f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
-        )
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected an int64, got {seed}")
 
 
 def cost(rows: int, channels: int, dtype: torch.dtype, *, dropout: bool = False) -> tuple[Cost, Cost]:

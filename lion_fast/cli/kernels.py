@@ -29,7 +29,6 @@ def _run(args: argparse.Namespace) -> int:
     argv: list[object] = ["kernels", "--targets", *args.targets]
     argv += ["--modules", *args.modules] if args.modules else []
     argv += ["--one-each"] if args.one_each else []
-    argv += ["--may-spill"] if args.may_spill else []
     argv += ["--json", args.json] if args.json else []
     argv += ["--page", args.page] if args.page else []
     return run_again(argv, interpret=False)

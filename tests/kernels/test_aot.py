@@ -79,11 +79,6 @@ def test_what_is_wrong_is_said(change: dict, complaint: str) -> None:
     assert complaint in said
 
 
-def test_spills_may_be_let_pass() -> None:
-    assert check(replace(GOOD, stack_bytes=64), SPEC, may_spill=True) == []
-    assert check(replace(GOOD, stack_bytes=64, matrix_instructions=0), SPEC, may_spill=True)
-
-
 def test_elsewhere_it_is_enough_to_compile() -> None:
     assert check(replace(GOOD, target="gfx942", stack_bytes=64, matrix_instructions=0, wide_accesses=0), SPEC) == []
 

@@ -365,3 +365,16 @@ def test_nothing_waits_for_the_gpu(device: torch.device) -> None:
         torch.autograd.grad(out, [inputs["prefix"], inputs["soft_prompt"]], grad)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_reads_new_ids(device: torch.device) -> None:
+    inputs = make_inputs(4, 289, 17, 2048, torch.bfloat16, device)
+    with torch.no_grad():
+        assemble_inputs(**inputs, backend="triton")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = assemble_inputs(**inputs, backend="triton")
+        inputs["input_ids"].copy_(inputs["input_ids"].flip(1))
+        graph.replay()
+        assert torch.equal(out, assemble_inputs(**inputs, backend="triton"))

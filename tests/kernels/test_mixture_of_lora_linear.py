@@ -230,6 +230,8 @@ def test_any_shape(
     widths = (data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70)))
     shape = tuple(data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
     inputs = make_inputs(gate, experts, rank, widths, shape)
+    for name in data.draw(st.sets(st.sampled_from(["x", "weight", "lora_a", "lora_b"]))):
+        inputs[name] = inputs[name].detach().mT.contiguous().mT.requires_grad_()
     expected = outputs_and_gradients(reference, inputs)
     for name, value in outputs_and_gradients(operator(way), cast(inputs, torch.float32, device)).items():
         assert relative_error(value, expected[name]) < 1e-5, name
@@ -286,3 +288,23 @@ def test_large_sizes_on_a_gpu(
     plain = outputs_and_gradients(reference, cast(inputs, torch.bfloat16, device))
     for name, value in outputs_and_gradients(operator(way), cast(inputs, torch.bfloat16, device)).items():
         assert relative_error(value, expected[name]) < 2 * relative_error(plain[name], expected[name]) + 2**-9, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_two_hundred_calls_and_a_cuda_graph_give_the_same_bits(
+    way: str, operator: Callable[[str], Callable[..., Tensor]], device: torch.device
+) -> None:
+    inputs = cast(make_inputs("channel_by_row", 2, 16, (2048, 5120), (4, 417)), torch.bfloat16, device)
+    first = outputs_and_gradients(operator(way), inputs)
+    for _ in range(200):
+        for name, value in outputs_and_gradients(operator(way), inputs).items():
+            assert torch.equal(value, first[name]), name
+    with torch.no_grad():
+        expected = operator(way)(**inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = operator(way)(**inputs)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)

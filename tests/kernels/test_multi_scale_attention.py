@@ -206,7 +206,7 @@ def test_dropout_follows_the_seed_and_the_generator(backend: str, device) -> Non
     def run(**options: Any) -> Tensor:
         return inputs(multi_scale_attention, dropout_p=0.5, backend=backend, **options)
 
-    assert torch.equal(run(seed=3), run(seed=3))
+    assert torch.equal(run(seed=3), run(seed=torch.tensor(3, device=device)))
     assert not torch.equal(run(seed=3), run(seed=4))
     torch.manual_seed(0)
     first, second = run(), run()
@@ -257,7 +257,7 @@ def test_opcheck(case: str, device) -> None:
     inputs = OPCHECK[case].to(device, torch.float32)
     none = torch.empty(0, dtype=torch.bool, device=device)
     masks = [none if mask is None else mask for mask in inputs.masks or [None] * len(inputs.keys)]
-    seed = torch.tensor(5)
+    seed = torch.tensor(5, device=device)
     arguments = (inputs.q, inputs.keys, inputs.values, masks, inputs.scale_gate, seed, 0.2, 0.1)
     forward = torch.ops.lion_kernels.multi_scale_attention.default
     torch.library.opcheck(forward, arguments)
@@ -291,6 +291,28 @@ def test_compiles_in_one_graph(backend: str, device) -> None:
     eager, traced = (torch.autograd.grad(function(*arguments), leaves) for function in (loss, compiled))
     for a, b in zip(eager, traced, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_seed_on_the_device_is_read_at_each_call(backend: str, device) -> None:
+    """Forward and backward, of several maps: as an int of the same value, bit for bit."""
+    inputs = make_inputs(9, (20, 7), 16, gate=True).to(device, torch.float32)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    for number in (SEED, -3):
+        seed.fill_(number)
+        expected = inputs.results(multi_scale_attention, dropout_p=0.5, seed=number, backend=backend)
+        got = inputs.results(multi_scale_attention, dropout_p=0.5, seed=seed, backend=backend)
+        for name, value in got.items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_a_seed_is_not_overwritten_before_backward(device) -> None:
+    inputs = make_inputs(9, (20,), 16).to(device, torch.float32)
+    seed = torch.tensor(1, device=device)
+    out = inputs(multi_scale_attention, dropout_p=0.5, seed=seed, backend="triton")
+    seed.fill_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_a_seed_is_drawn_in_a_compiled_graph(device) -> None:
@@ -391,7 +413,11 @@ def test_cost_is_the_formula() -> None:
         ({"key_padding_mask": [None]}, r"key_padding_mask: expected 2 \(from keys\), got 1"),
         ({"scale_gate": torch.ones(3)}, r"scale_gate: expected \[2\] .*got \[3\]"),
         ({"dropout_p": 1.0}, "dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
-        ({"dropout_p": 0.1, "seed": -1}, r"seed: expected 0 <= seed < 2\*\*63, got -1"),
+        ({"scale_gate": torch.ones(2).long()}, "scale_gate: expected a floating dtype, got torch.int64"),
+        ({"seed": 2**63}, "seed: expected an int64, got 9223372036854775808"),
+        ({"seed": torch.zeros(1).long()}, r"seed: expected torch.int64 \[\] on cpu, got torch.int64 \[1\] on cpu"),
+        ({"seed": torch.tensor(0.0)}, r"seed: expected torch.int64 \[\] on cpu, got torch.float32 \[\] on cpu"),
+        ({"seed": torch.tensor(0, device="meta")}, r"seed: expected torch.int64 \[\] on cpu, .* on meta"),
         ({"backend": "cuda"}, "backend: expected one of 'auto', 'triton', 'torch', got 'cuda'"),
     ],
 )
@@ -449,3 +475,27 @@ def test_cuda_graph(device) -> None:
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_has_a_mask_of_its_own_at_each_replay(device) -> None:
+    """One that the generator draws, or the one that belongs to what the seed's memory holds."""
+    inputs = CASES["gate and mask"].to(device, torch.float16)
+    seed = torch.tensor(1, device=device)
+
+    def run(seed: int | Tensor | None) -> Tensor:
+        return inputs(multi_scale_attention, dropout_p=0.5, seed=seed, backend="triton")
+
+    with torch.no_grad():
+        expected = {number: run(number) for number in (1, 2)}
+        run(None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            drawn, given = run(None), run(seed)
+    draws = []
+    for number in (1, 2):
+        seed.fill_(number)
+        graph.replay()
+        assert torch.equal(given, expected[number])
+        draws.append(drawn.clone())
+    assert not torch.equal(*draws)

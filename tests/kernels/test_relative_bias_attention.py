@@ -191,13 +191,24 @@ def test_dropout_follows_the_seed_and_the_generator(backend: str, device) -> Non
     def run(**options: Any) -> Tensor:
         return inputs(relative_bias_attention, dropout_p=0.5, backend=backend, **options)
 
-    assert torch.equal(run(seed=3), run(seed=3))
+    assert torch.equal(run(seed=3), run(seed=torch.tensor(3, device=device)))
     assert not torch.equal(run(seed=3), run(seed=4))
     torch.manual_seed(0)
     first, second = run(), run()
     torch.manual_seed(0)
     assert torch.equal(run(), first)
     assert not torch.equal(first, second)
+
+
+def test_a_seed_on_the_device_gives_the_same_gradients(device) -> None:
+    """The table's too, whose kernel is its own."""
+    inputs = make_inputs(33, 33, 16, **DECODER).to(device, torch.float32)
+    expected, got = (
+        inputs.results(relative_bias_attention, dropout_p=0.5, seed=seed, backend="triton")
+        for seed in (SEED, torch.tensor(SEED, device=device))
+    )
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_same_bits_every_time(device) -> None:
@@ -218,7 +229,7 @@ def test_without_gradients_it_is_the_same(device) -> None:
 @pytest.mark.parametrize("learn_bias", [True, False])
 def test_opcheck(learn_bias: bool, device) -> None:
     inputs = make_inputs(3, 5, 8, heads=1, mask=True).to(device, torch.float32)
-    tensors = (*inputs.tensors.values(), inputs.options["key_padding_mask"], torch.tensor(5))
+    tensors = (*inputs.tensors.values(), inputs.options["key_padding_mask"], torch.tensor(5, device=device))
     inputs.tensors["bias_table"].requires_grad_(learn_bias)
     options = (False, 64, True, 0.1)  # bidirectional, max_distance, causal, dropout_p
     forward = torch.ops.lion_kernels.relative_bias_attention.default
@@ -329,6 +340,8 @@ def test_cost_counts_what_is_attended() -> None:
         ({"key_padding_mask": torch.ones(2, 3)}, r"key_padding_mask: expected \[2, 4\] .*got \[2, 3\]"),
         ({"max_distance": 8}, r"max_distance: expected more than 8 \(from bias_table\), got 8"),
         ({"dropout_p": -0.1}, "dropout_p: expected 0 <= dropout_p < 1, got -0.1"),
+        ({"seed": -(2**63) - 1}, "seed: expected an int64, got -9223372036854775809"),
+        ({"seed": torch.tensor(0).int()}, r"seed: expected torch.int64 \[\] on cpu, got torch.int32 \[\] on cpu"),
         ({"backend": "cuda"}, "backend: expected one of 'auto', 'triton', 'torch', got 'cuda'"),
     ],
 )
@@ -356,3 +369,22 @@ def test_t5_shape_on_a_gpu(options: dict[str, Any], dtype: torch.dtype, device, 
     for name, value in got[0].items():
         assert relative_error(value, expected[name]) < 2 * relative_error(plain[name], expected[name]), name
         assert all(torch.equal(value, other[name]) for other in got[1:]), name
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_reads_the_seed_at_each_replay(device) -> None:
+    inputs = CASES["decoder and mask"].to(device, torch.float16)
+    seed = torch.tensor(1, device=device)
+
+    def run(seed: int | Tensor) -> Tensor:
+        return inputs(relative_bias_attention, dropout_p=0.5, seed=seed, backend="triton")
+
+    with torch.no_grad():
+        expected = {number: run(number) for number in (1, 2)}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(seed)
+    for number in (1, 2):
+        seed.fill_(number)
+        graph.replay()
+        assert torch.equal(out, expected[number])

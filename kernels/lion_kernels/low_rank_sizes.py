@@ -1,0 +1,134 @@
+"""The sizes that the low-rank kernels are launched with: tiles, warps, stages, and what else is constant in them."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from lion_kernels.backend import dot_precision
+from lion_kernels.configs import lookup
+
+# A channel gate of up to this many tasks is read as whole rows and chosen from; one of more is gathered row by row.
+_ROWS_CHOSEN_FROM = 4
+
+# The hidden tiles of all experts that `update_kernel` holds in registers: a quarter of a multiprocessor's.
+_HIDDEN_BYTES_HELD = 65536
+
+
+class Problem(NamedTuple):
+    """What tiles are chosen by, and every constexpr argument follows from."""
+
+    rows: int
+    channels_in: int
+    channels_out: int
+    experts: int
+    rank: int
+    form: str
+    dtype: torch.dtype
+    named: int = 1  # experts that a row names: k of a sparse gate
+    tasks: int = 1
+    relu: bool = True
+    has_down_bias: bool = True
+    has_up_bias: bool = True
+    has_residual: bool = True
+    has_linear_bias: bool = False
+
+    @property
+    def inner(self) -> int:
+        return self.experts * self.rank
+
+    @property
+    def rows_class(self) -> str:
+        return "decode" if self.rows <= 16 else "few" if self.rows <= 1024 else "many"
+
+    @property
+    def skip(self) -> bool:
+        """Whether tiles look which experts their rows name.
+
+        Otherwise all are computed: with many rows a tile names most experts, and memory, not arithmetic, is the limit.
+        """
+        return self.form == "sparse" and (self.rows <= 64 or self.inner > 256)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a channel gate has more tasks than are read as whole rows and chosen from."""
+        return self.tasks > _ROWS_CHOSEN_FROM
+
+    @property
+    def group(self) -> int:
+        """Experts that one program of a backward kernel takes: as many as its registers hold, and divide E."""
+        fitting = max(1, (128 if self.dtype.itemsize == 2 else 64) // self._padded_rank)
+        return max(size for size in range(1, self.experts + 1) if size <= fitting and self.experts % size == 0)
+
+    @property
+    def _padded_rank(self) -> int:
+        return max(16, _power_of_2(self.rank))
+
+    def tiles(self, kernel: str) -> dict[str, int]:
+        """Tile sizes, warps and stages of `kernel`: the GPU's table, else sizes that compile everywhere."""
+        decode, few, half = self.rows_class == "decode", self.rows_class != "many", self.dtype.itemsize == 2
+        rows = 16 if few else 128 if half else 64  # without matrix units, fp32 tiles have to fit the registers
+        default = {"num_warps": 4 if few else 8, "num_stages": 3 if half else 2}
+        if kernel == "hidden":
+            inner = self._padded_rank if self.skip else max(16, _power_of_2(self.inner))
+            block = 32 if self.rows_class == "few" else 128
+            default |= {"BM": rows, "BF": min(block, inner), "BK": 128 if few else 64 if half else 32}
+        elif kernel == "update":
+            default |= {"BM": 16 if decode else 128 if half and not few else 32, "BN": 32 if few or not half else 64}
+            default |= {"num_stages": 2}
+            if self.gathers and half and not few:
+                default |= {"BN": 32, "num_warps": 4}  # gathered gates want registers of their own
+        elif kernel == "linear":
+            default |= {"BM": rows, "BN": 64 if few or not half else 128, "BK": 64 if half else 32, "GROUP": 8}
+        elif kernel == "hidden_gradient":
+            default |= {"BM": rows, "BK": 64 if half else 32}
+            if self.form == "channel":
+                default |= {"num_stages": 2}  # what a third stage loads of the gates spills on gfx942
+        elif kernel == "outer":
+            default |= {"BN": 64 if half else 32, "BT": 64 if half else 16, "num_warps": 8}
+        else:
+            default |= {"BN": 32, "num_warps": 4, "num_stages": 1}
+        return lookup(f"low_rank.{kernel}", self.rows_class, default)
+
+    def constants(self, kernel: str, split: bool = False, gate_gradient: bool = False) -> dict[str, Any]:
+        """Every constexpr argument of `kernel`, warps and stages."""
+        tiles = self.tiles(kernel)
+        shape = {"E": self.experts, "RANK": self.rank}
+        gate = {"RP": self._padded_rank, "TASKS": self.tasks, "CHANNEL": self.form == "channel"}
+        names = {"K": self.named, "KP": _power_of_2(self.named), "SKIP": self.skip}
+        choice = {"CHOOSE": not self.gathers}
+        group = {"EG": self.group, "GP": max(16, _power_of_2(self.group))}
+        precision = {"PRECISION": dot_precision(self.dtype)}
+        hidden = {"HAS_DOWN_BIAS": self.has_down_bias, "RELU": self.relu, "SPLIT": split}
+        if kernel == "hidden":
+            return {
+                **shape, **names, **tiles, **precision, "HAS_BIAS": self.has_down_bias, "RELU": self.relu,
+                "SPLIT": split,
+            }  # fmt: skip
+        if kernel == "update":
+            held = tiles["BM"] * self.experts * self._padded_rank * self.dtype.itemsize
+            return {
+                **shape, **gate, **names, **choice, **hidden, **tiles, **precision, "HAS_BIAS": self.has_up_bias,
+                "HAS_RESIDUAL": self.has_residual,
+                "EP": max(16, _power_of_2(self.experts)), "KEEP": not self.skip and held <= _HIDDEN_BYTES_HELD,
+            }  # fmt: skip
+        if kernel == "linear":
+            padded = {"EP": max(16, _power_of_2(self.experts))}
+            bias = {"HAS_LINEAR_BIAS": self.has_linear_bias}
+            return {**shape, **gate, **names, **choice, **padded, **tiles, **precision, **bias, "SPLIT": split}
+        if kernel == "hidden_gradient":
+            return {
+                **shape, **gate, **names, **choice, **group, **tiles, **precision, "HAS_BIAS": self.has_up_bias,
+                "RELU": self.relu, "GATE_GRADIENT": gate_gradient,
+            }  # fmt: skip
+        if kernel == "outer":
+            return {**shape, **gate, **group, **tiles, **precision, "BI": 128}
+        return {**shape, **gate, **tiles, "HAS_BIAS": self.has_up_bias}
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def _power_of_2(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (number - 1).bit_length()
