@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, check, convert, data, kernels, quickstart, train
+from lion_fast.cli import ask, check, claims, convert, data, kernels, quickstart, train
 
-_COMMANDS = (quickstart, convert, data, train, ask, check, kernels)
+_COMMANDS = (quickstart, convert, data, train, ask, check, kernels, claims)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
