@@ -76,7 +76,7 @@ _REGION_BY_QFORMER = replace(REGION, visual_input=IMAGE.visual_input, modules=IM
 
 STAGED = (
     Arm("stage1", "stage 1 alone", IMAGE, (1,), IMAGE_KINDS),
-    Arm("stage2", "stage 2 alone", REGION, (2,), REGION_KINDS),
+    Arm("stage2", "aggregator", REGION, (2,), REGION_KINDS),
     Arm("routers", "staged, mixture with routers", JOINT, (3,), _EVERYTHING, after=("stage1", "stage2")),
     Arm("no-routers", "staged, mixture without routers", JOINT, (3,), _EVERYTHING, ("stage1", "stage2"), routed=False),
     Arm(

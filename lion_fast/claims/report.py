@@ -44,10 +44,12 @@ class Difference:
     Args:
         mean: over the seeds.
         reach: half the width of the mean's 95% confidence interval, by Student's t.
+        ahead: seeds in which the arm answers more right.
     """
 
     mean: float
     reach: float
+    ahead: int
 
     @property
     def verdict(self) -> str:
@@ -65,7 +67,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
     if not 2 <= len(ours) <= MAX_SEEDS:
         raise ValueError(f"seeds: expected 2 to {MAX_SEEDS}, got {len(ours)}")
     paired = ours - theirs
-    return Difference(float(paired.mean()), float(_T[len(paired) - 1] * paired.std(ddof=1) / math.sqrt(len(paired))))
+    reach = _T[len(paired) - 1] * paired.std(ddof=1) / math.sqrt(len(paired))
+    return Difference(float(paired.mean()), float(reach), int((paired > 0).sum()))
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def format_page(report: dict[str, Any]) -> str:
     settings, results = report["settings"], report["results"]
     seconds = sum(each["cpu_seconds"] for each in results)
     first, second, third = settings["stage_steps"]
+    true, wrong = (accuracies(results, "tags", accuracy_name("caption", share)) for share in (0.0, WRONG_RATES[-1]))
     return (
         Path(__file__)
         .with_name("page.md")
@@ -145,6 +149,8 @@ def format_page(report: dict[str, Any]) -> str:
             staged_differences=_differences(_STAGED, results),
             grounding=_table([_BY_NAME["stage2"], *GROUNDING], ["rec"], results),
             grounding_differences=_differences(_GROUNDING, results),
+            read=_points(difference(true, wrong)),
+            most_wrong=f"{WRONG_RATES[-1]:.0%}",
             tags=_tags_table(results),
             tags_differences=_differences(_TAGS, results),
         )
@@ -180,13 +186,17 @@ def _tags_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _differences(comparisons: Sequence[Comparison], results: Sequence[dict[str, Any]]) -> str:
-    rows = [["", "against", "", "difference, points", ""]]
+    rows = [["", "against", "", "difference, points", "ahead in seeds", ""]]
     for comparison in comparisons:
         ours, theirs = _BY_NAME[comparison.arm], _BY_NAME[comparison.baseline]
         found = comparison.difference(results)
         of = _KINDS[comparison.kind] + ("" if comparison.wrong is None else f", {comparison.wrong:.0%} wrong")
-        rows.append([ours.label, theirs.label, of, f"{100 * found.mean:+.1f} ± {100 * found.reach:.1f}", found.verdict])
+        rows.append([ours.label, theirs.label, of, _points(found), str(found.ahead), found.verdict])
     return _rows(rows)
+
+
+def _points(found: Difference) -> str:
+    return f"{100 * found.mean:+.1f} ± {100 * found.reach:.1f}"
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:

@@ -152,7 +152,7 @@ def training_batches(
                 if tags is None:
                     told = [", ".join(corrupt_tags(scene_set.scenes[i].tags, rng)) for i in scenes]
                 else:
-                    told = [tags[i] for i in scenes]
+                    told = [tags[int(i)] for i in scenes]
             batch = encode(processor, samples, told, tag_sentence=tag_sentence)
             assert scene_set.features is not None
             yield {**batch, "vision_features": scene_set.features[torch.from_numpy(scenes)].float()}

@@ -84,7 +84,7 @@ def test_arms_train_what_they_say(output_dir: Path, quickstart_dir: Path) -> Non
     # Both go on from the same weights, the two stages' own.
     for name in trained["no-routers"]:
         assert torch.equal(weights["routers"][name], weights["no-routers"][name]), name
-    # The shared adapter is as large as two; its second layer of bias and scale is all that there is less of.
+    # The shared adapter has as many weights as the two of the mixture.
     sizes = {
         name: sum(
             p.numel() for n, p in model.named_parameters() if ".adapter." in n and p.ndim == 2 and "router" not in n
@@ -130,7 +130,7 @@ def test_a_difference_counts_when_its_interval_leaves_out_zero() -> None:
     # By hand: differences 0.10, 0.08, 0.12; mean 0.10, deviation 0.02, t of 2 degrees 4.303.
     assert found.mean == pytest.approx(0.10)
     assert found.reach == pytest.approx(4.303 * 0.02 / 3**0.5, rel=1e-3)
-    assert found.verdict == "better"
+    assert (found.ahead, found.verdict) == (3, "better")
     assert difference(theirs, ours).verdict == "worse"
     assert difference(np.array([0.7, 0.9, 0.5]), theirs).verdict == "within noise"
     with pytest.raises(ValueError, match="seeds: expected 2 to 10, got 1"):
