@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, bench, check, convert, data, demo, kernels, memory, quickstart, tag, train
+from lion_fast.cli import ask, bench, check, claims, convert, data, demo, kernels, memory, quickstart, tag, train
 
-_COMMANDS = (quickstart, convert, data, train, memory, ask, tag, demo, check, kernels, bench)
+_COMMANDS = (quickstart, convert, data, train, memory, ask, tag, demo, check, kernels, bench, claims)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

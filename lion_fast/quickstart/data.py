@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from lion_fast.configuration_lion import TASKS
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import IGNORED, TAG_SENTENCE, LionProcessor
+from lion_fast.quickstart.models import IMAGE_SIZE
 from lion_fast.scenes import Sample, Scene, SceneGenerator, corrupt_tags
 
 _CHUNK = 64  # scenes that a worker hands over at once
@@ -50,6 +51,14 @@ class SceneSet:
         return self._samples[index][kind]
 
 
+def easy_scenes(seed: int, image_size: int = IMAGE_SIZE, text_rate: float = 0.1) -> SceneGenerator:
+    """Scenes that a model of a few hundred thousand parameters can learn in minutes: one or two objects, few signs.
+
+    Training shows more signs than evaluation, so that six words are learnt from fewer scenes.
+    """
+    return SceneGenerator(seed, image_size, num_objects=(1, 2), text_rate=text_rate)
+
+
 def render(generator: SceneGenerator, count: int, processor: LionProcessor, label: str) -> SceneSet:
     """The first `count` scenes of a generator, drawn on all cores.
 
@@ -81,14 +90,18 @@ def compute_features(model: LionForCausalLM, scene_set: SceneSet, batch_size: in
 
 
 def encode(
-    processor: LionProcessor, samples: Sequence[Sample], tags: Sequence[str] | None = None, with_labels: bool = True
+    processor: LionProcessor,
+    samples: Sequence[Sample],
+    tags: Sequence[str] | None = None,
+    with_labels: bool = True,
+    tag_sentence: str = TAG_SENTENCE,
 ) -> dict[str, Tensor]:
     """The text part of a batch, as `LionProcessor` makes it, for pictures that are already features."""
     questions = [sample.text for sample in samples]
     prompts = questions
     if tags is not None:
         token = processor.soft_prompt_token
-        hints = [TAG_SENTENCE.format(soft_prompt=token, tags=listed) if listed else "" for listed in tags]
+        hints = [tag_sentence.format(soft_prompt=token, tags=listed) if listed else "" for listed in tags]
         prompts = [hint + question for hint, question in zip(hints, questions, strict=True)]
     prompt = processor.tokenizer(prompts, padding=True, return_tensors="pt")
     question = processor.qformer_tokenizer(questions, padding=True, return_tensors="pt")
@@ -121,20 +134,25 @@ def training_batches(
     batch_size: int,
     rng: np.random.Generator,
     tag_rate: float = 0.2,
+    tags: Sequence[str] | None = None,
+    tag_sentence: str = TAG_SENTENCE,
 ) -> Iterator[dict[str, Tensor]]:
     """Endless batches of one kind of instruction each, `kinds` in turn, so that lengths within a batch are alike.
 
     Places are asked for where there is a choice (see `scenes_with_a_choice`). A share `tag_rate` of the batches carries
-    the tags of an imperfect tagger (see `scenes.corrupt_tags`).
+    tags: those given, one string per scene, or an imperfect tagger's (see `scenes.corrupt_tags`).
     """
     everything, choices = np.arange(len(scene_set)), scenes_with_a_choice(scene_set)
     while True:
         for kind in kinds:
             scenes = rng.choice(choices if kind == "rec" else everything, size=batch_size)
             samples = [pick(scene_set.samples(i, kind), rng) for i in scenes]
-            tags = None
+            told = None
             if rng.random() < tag_rate:
-                tags = [", ".join(corrupt_tags(scene_set.scenes[i].tags, rng)) for i in scenes]
-            batch = encode(processor, samples, tags)
+                if tags is None:
+                    told = [", ".join(corrupt_tags(scene_set.scenes[i].tags, rng)) for i in scenes]
+                else:
+                    told = [tags[int(i)] for i in scenes]
+            batch = encode(processor, samples, told, tag_sentence=tag_sentence)
             assert scene_set.features is not None
             yield {**batch, "vision_features": scene_set.features[torch.from_numpy(scenes)].float()}

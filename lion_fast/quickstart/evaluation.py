@@ -8,7 +8,7 @@ import torch
 
 from lion_fast.boxes import iou, parse_boxes
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.processing_lion import LionProcessor
+from lion_fast.processing_lion import TAG_SENTENCE, LionProcessor
 from lion_fast.quickstart.data import SceneSet, encode
 from lion_fast.scenes import Sample
 
@@ -35,13 +35,17 @@ def answer(
     indices: Sequence[int],
     samples: Sequence[Sample],
     batch_size: int = 128,
+    tags: Sequence[str] | None = None,
+    tag_sentence: str = TAG_SENTENCE,
 ) -> list[str]:
-    """The model's greedy answers to `samples`, each about the scene of its index, without tags."""
+    """The model's greedy answers to `samples`, each about the scene of its index; `tags` are one string per scene."""
     model.eval()
     answers = []
     for start in range(0, len(samples), batch_size):
         chosen = list(indices[start : start + batch_size])
-        batch = encode(processor, samples[start : start + batch_size], with_labels=False)
+        told = None if tags is None else [tags[i] for i in chosen]
+        asked = samples[start : start + batch_size]
+        batch = encode(processor, asked, told, with_labels=False, tag_sentence=tag_sentence)
         if scene_set.features is None:
             batch["pixel_values"] = scene_set.pixel_values(chosen)
         else:
@@ -57,12 +61,7 @@ def evaluate(model: LionForCausalLM, processor: LionProcessor, scene_set: SceneS
     rng = np.random.default_rng(0)
 
     def ask(kind: str, per_scene: int) -> list[tuple[Sample, str]]:
-        indices, samples = [], []
-        for index in range(len(scene_set)):
-            pool = scene_set.samples(index, kind)
-            for pick in rng.permutation(len(pool))[:per_scene]:
-                indices.append(index)
-                samples.append(pool[pick])
+        indices, samples = choose(scene_set, kind, per_scene, rng)
         return list(zip(samples, answer(model, processor, scene_set, indices, samples), strict=True))
 
     captions, questions, places = ask("caption", 1), ask("vqa", 2), ask("rec", 2)
@@ -71,6 +70,17 @@ def evaluate(model: LionForCausalLM, processor: LionProcessor, scene_set: SceneS
         float(np.mean([got == sample.answer for sample, got in questions])),
         float(np.mean([is_located(sample, got) for sample, got in places])),
     )
+
+
+def choose(scene_set: SceneSet, kind: str, per_scene: int, rng: np.random.Generator) -> tuple[list[int], list[Sample]]:
+    """Up to `per_scene` samples of a kind of every scene, and the scenes' indices."""
+    indices, samples = [], []
+    for index in range(len(scene_set)):
+        pool = scene_set.samples(index, kind)
+        for number in rng.permutation(len(pool))[:per_scene]:
+            indices.append(index)
+            samples.append(pool[number])
+    return indices, samples
 
 
 def is_located(sample: Sample, got: str) -> bool:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lion_fast.modeling_lion import LionForCausalLM
+from lion_fast.quickstart.muon import build_optimizers, matrices_of
+
 
 @dataclass
 class Run:
@@ -52,3 +55,22 @@ def train(
             bar.update()
     run.seconds = time.perf_counter() - start
     return run
+
+
+def train_lion(
+    name: str,
+    model: LionForCausalLM,
+    kinds: tuple[str, ...],
+    batches: Iterator[dict[str, Tensor]],
+    steps: int,
+    *,
+    muon_lr: float,
+    adamw_lr: float,
+) -> Run:
+    """Train what requires gradients of a model, on batches that carry all layers' vision features."""
+    model.train()
+    optimizers = build_optimizers([model], matrices_of(model), muon_lr=muon_lr, adamw_lr=adamw_lr)
+    # A model that reads the last layer alone takes it out of all.
+    layers = len(model.config.feature_layers)
+    losses = (model(**{**batch, "vision_features": batch["vision_features"][:, :layers]}).loss for batch in batches)
+    return train(name, kinds, losses, optimizers, steps)

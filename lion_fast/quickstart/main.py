@@ -12,19 +12,18 @@ from torch import Tensor
 
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
-from lion_fast.quickstart.data import SceneSet, compute_features, render, training_batches
+from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
 from lion_fast.quickstart.evaluation import Metrics, answer, evaluate
-from lion_fast.quickstart.loop import Run, train
-from lion_fast.quickstart.models import IMAGE_SIZE, build_config, build_processor
-from lion_fast.quickstart.muon import build_optimizers
+from lion_fast.quickstart.loop import Run, train_lion
+from lion_fast.quickstart.models import build_config, build_processor
 from lion_fast.quickstart.parallel import side_by_side
 from lion_fast.quickstart.report import Showpiece, draw_curves, draw_grid, format_table
 from lion_fast.quickstart.standins import train_language, train_vision
 from lion_fast.scenes import SceneGenerator
 from lion_fast.stages import STAGES, Stage, carry_over, copy_frozen, freeze_for_stage
 
-_KINDS = {1: ("caption", "vqa"), 2: ("rec",), 3: ("caption", "rec", "vqa", "rec")}
-_MUON_LR, _ADAMW_LR = {1: 0.01, 2: 0.006, 3: 0.004}, {1: 1.5e-3, 2: 3e-3, 3: 1.5e-3}
+KINDS = {1: ("caption", "vqa"), 2: ("rec",), 3: ("caption", "rec", "vqa", "rec")}
+MUON_LR, ADAMW_LR = {1: 0.01, 2: 0.006, 3: 0.004}, {1: 1.5e-3, 2: 3e-3, 3: 1.5e-3}
 _SHOWN, _SHOWN_SIZE = 8, 384
 
 
@@ -99,8 +98,8 @@ def run(
 
     say("Scenes: coloured shapes and signs, with captions, questions and boxes")
     processor = build_processor()
-    train_set = render(_scenes(2 * seed, text_rate=0.25), settings.train_scenes, processor, "training scenes")
-    test_set = render(_scenes(2 * seed + 1), settings.test_scenes, processor, "unseen scenes")
+    train_set = render(easy_scenes(2 * seed, text_rate=0.25), settings.train_scenes, processor, "training scenes")
+    test_set = render(easy_scenes(2 * seed + 1), settings.test_scenes, processor, "unseen scenes")
 
     say("Step 0: stand-ins for EVA and Flan-T5, frozen from here on")
     torch.manual_seed(seed)
@@ -139,21 +138,13 @@ def run(
         "seconds": {each.name: round(each.seconds, 1) for each in runs},
         "threads": torch.get_num_threads(),
     }
-    _write(output_dir, joint, processor, test_set, _scenes(2 * seed + 1, _SHOWN_SIZE), runs, rows)
+    _write(output_dir, joint, processor, test_set, easy_scenes(2 * seed + 1, _SHOWN_SIZE), runs, rows)
     report["seconds"]["total"] = round(time.perf_counter() - start, 1)
     (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     say(f"\n{format_table(rows)}\n\n{report['seconds']['total']:.0f} seconds in all; written to {output_dir}:")
     for path in sorted(output_dir.iterdir()):
         say(f"  {path.name}")
     return report
-
-
-def _scenes(seed: int, image_size: int = IMAGE_SIZE, text_rate: float = 0.1) -> SceneGenerator:
-    """Scenes that a model of a few hundred thousand parameters can learn in minutes: one or two objects, few signs.
-
-    Training shows more signs than evaluation, so that six words are learnt from fewer scenes.
-    """
-    return SceneGenerator(seed, image_size, num_objects=(1, 2), text_rate=text_rate)
 
 
 def _train_standins(
@@ -198,19 +189,11 @@ def _train_stage(
     seed: int,
 ) -> Run:
     freeze_for_stage(model, stage)
-    model.train()
-    matrices = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and _is_map(n)]
-    number = stage.number
-    optimizers = build_optimizers([model], matrices, muon_lr=_MUON_LR[number], adamw_lr=_ADAMW_LR[number])
-    kinds, layers = _KINDS[number], len(model.config.feature_layers)
+    number, kinds = stage.number, KINDS[stage.number]
     batches = training_batches(processor, train_set, kinds, settings.batch_size, _seeded(seed, stage.name))
-    losses = (model(**{**batch, "vision_features": batch["vision_features"][:, :layers]}).loss for batch in batches)
-    return train(f"stage {number}", kinds, losses, optimizers, settings.stage_steps[number - 1])
-
-
-def _is_map(name: str) -> bool:
-    """Whether a matrix maps vectors to vectors; embeddings and the routers' tables do not."""
-    return "embeddings" not in name and "router" not in name
+    steps = settings.stage_steps[number - 1]
+    rates = {"muon_lr": MUON_LR[number], "adamw_lr": ADAMW_LR[number]}
+    return train_lion(f"stage {number}", model, kinds, batches, steps, **rates)
 
 
 def _write(

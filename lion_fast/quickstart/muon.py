@@ -72,6 +72,15 @@ def build_optimizers(
     ]
 
 
+def matrices_of(model: nn.Module) -> list[nn.Parameter]:
+    """Trained matrices that map vectors to vectors, Muon's part; embeddings and the routers' tables do not."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.ndim == 2 and "embeddings" not in name and "router" not in name
+    ]
+
+
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Matrices [..., M, N] with the same singular vectors and singular values near 1 (Newton-Schulz iteration)."""
     tall = matrices.shape[-2] > matrices.shape[-1]

@@ -20,16 +20,16 @@ from lion_fast.quickstart.evaluation import Metrics, is_located
 from lion_fast.quickstart.loop import Run
 from lion_fast.scenes import Sample, Scene
 
-_INK, _MUTED, _GOOD, _BAD = "#1f2933", "#7b8794", "#0b7a4b", "#c0392b"
+_INK, MUTED, _GOOD, _BAD = "#1f2933", "#7b8794", "#0b7a4b", "#c0392b"
 _PREDICTED, _TRUE = "#ff2d87", "#ffffff"
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-_STYLE: Any = {
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": "#cbd2d9",
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -62,7 +62,7 @@ def format_table(rows: dict[str, Metrics]) -> str:
 def draw_grid(pieces: Sequence[Showpiece], path: Path, columns: int = 4) -> None:
     """Pictures with the predicted box over the true one, the expression above and the predicted caption below."""
     rows = -(-len(pieces) // columns)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 4.25 * rows), dpi=110, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
@@ -113,12 +113,12 @@ def _draw_box(axis: Axes, box: Sequence[float], size: int, color: str, width: fl
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """Loss by step for every piece of training, one line per kind of instruction."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(runs), figsize=(3.3 * len(runs), 3.1), dpi=110, squeeze=False)
         for axis, run in zip(axes.flat, runs, strict=True):
             losses, steps = np.array(run.losses), np.arange(1, len(run.losses) + 1)
             owners = np.array([run.kinds[i % len(run.kinds)] for i in range(len(losses))])
-            for color, kind in zip(_LINES, dict.fromkeys(run.kinds), strict=False):
+            for color, kind in zip(LINES, dict.fromkeys(run.kinds), strict=False):
                 own = owners == kind
                 axis.plot(steps[own], losses[own], color=color, alpha=0.22, lw=0.8)
                 axis.plot(steps[own], _smoothed(losses[own]), color=color, lw=1.8, label=kind)

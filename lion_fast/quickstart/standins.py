@@ -92,7 +92,7 @@ def train_language(
                 task_ids=batch["task_ids"],
             ).loss
 
-    matrices = [module.weight for name, module in _linears(language_model) if ".adapter." not in name]
+    matrices = [module.weight for name, module in linears(language_model) if ".adapter." not in name]
     optimizers = build_optimizers([language_model, facts], matrices, muon_lr=0.008, adamw_lr=9e-3)
     return train("language stand-in", _LANGUAGE_KINDS, losses(), optimizers, steps)
 
@@ -164,7 +164,7 @@ def _words(scene: Scene, number: int) -> list[str]:
     return [word for word in (o.kind, o.color, o.size, o.text, place) if word]
 
 
-def _linears(language_model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linears(language_model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The linear maps of a language model's blocks."""
     for name, module in language_model.named_modules():
         if isinstance(module, nn.Linear) and ".block." in name:
@@ -202,7 +202,7 @@ def _init_language(model: Any) -> None:
     In the encoder a token is not the first to attend to itself. The decoder's first block looks at everything alike, so
     that the second, which looks for what is like that, prefers the object that the question speaks of.
     """
-    for name, module in _linears(model):
+    for name, module in linears(model):
         attention: Any = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".q"):
             rotation = torch.linalg.qr(torch.randn(module.in_features, module.in_features)).Q
