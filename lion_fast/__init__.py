@@ -7,6 +7,7 @@ from lion_fast.configuration_ram import RamConfig
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
+from lion_fast.zero_shot_tagger import ZeroShotTagger
 
 AutoConfig.register("lion", LionConfig)
 AutoConfig.register("lion_vision", LionVisionConfig)
@@ -26,4 +27,5 @@ __all__ = [
     "LionVisionConfig",
     "RamConfig",
     "RamTagger",
+    "ZeroShotTagger",
 ]
