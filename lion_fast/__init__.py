@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.configuration_ram import RamConfig
+from lion_fast.image_features import ImageFeatures
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
@@ -20,6 +21,7 @@ AutoModelForImageTextToText.register(LionConfig, LionForCausalLM)
 AutoProcessor.register(LionConfig, LionProcessor)
 
 __all__ = [
+    "ImageFeatures",
     "LionAggregatorConfig",
     "LionConfig",
     "LionForCausalLM",
