@@ -16,6 +16,7 @@ from transformers import InstructBlipQFormerModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
+from lion_fast.adapters import MixtureOfAdapters
 from lion_fast.attention import prefer_kernel_attention
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.expect import expect_ids, expect_shape
@@ -157,6 +158,26 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
             ValueError: `image_size` is no multiple of the patch size.
         """
         self.vision_model.set_image_size(image_size)
+
+    def fold_adapters(self) -> None:
+        """Fold scale and gate into the adapters' up-projections, per task, until `unfold_adapters`: for inference.
+
+        Batches may still mix tasks; results differ by rounding. The parameters stay as they are, and so does what
+        `save_pretrained` writes. Fold on the device on which the model is to run, and again after changing weights.
+
+        Raises:
+            RuntimeError: the adapters' parameters are offloaded. While folded, a pass that asks for gradients of the
+                adapters raises it too, and so does loading other weights.
+        """
+        for module in self.modules():
+            if isinstance(module, MixtureOfAdapters):
+                module.fold()
+
+    def unfold_adapters(self) -> None:
+        """Undo `fold_adapters`, exactly."""
+        for module in self.modules():
+            if isinstance(module, MixtureOfAdapters):
+                module.unfold()
 
     def get_vision_features(self, pixel_values: Tensor) -> Tensor:
         """The vision tower's layers that the Q-Former and the aggregator read.
