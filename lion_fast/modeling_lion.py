@@ -26,6 +26,7 @@ from lion_fast.modeling_aggregator import LionAggregator
 from lion_fast.modeling_text import language_model_class
 from lion_fast.modeling_vision import LionVisionModel
 from lion_fast.operators import PrefixEmbedding, run_on_kernels
+from lion_fast.quantization import keep_trained_modules
 
 
 @dataclass
@@ -122,6 +123,13 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
             run_on_kernels(self, config.kernel_backend)
         self.post_init()
         self.generation_config = lion_generation_config(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of every transformers model; a `quantization_config` leaves what LION trains in the model's dtype."""
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = keep_trained_modules(kwargs["quantization_config"])
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
