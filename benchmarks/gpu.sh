@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in parts, on a machine where nothing can be installed.
 #
-#   benchmarks/gpu.sh OUT [PART ...]      parts: environment gpu-tests kernel-tests check operators model sanitizer
+#   benchmarks/gpu.sh OUT [PART ...]      parts: environment gpu-tests kernel-tests check operators model generation sanitizer
 #
 # Each part stops by itself within eight minutes and leaves OUT/PART.json (tests: .xml) and its output in OUT/log.txt, so
 # that one that dies takes nothing along. Needs python3 (or PYTHON=...) with torch, triton, transformers and pytest; optional
@@ -9,7 +9,7 @@
 # Without a GPU it is a dry run: the same lines, on small shapes.
 set -uo pipefail
 
-PARTS=(environment gpu-tests kernel-tests check operators model sanitizer)
+PARTS=(environment gpu-tests kernel-tests check operators model generation sanitizer)
 if [ $# -lt 1 ]; then
   sed -n '2,10s/^# \{0,1\}//p' "$0"
   exit 2
@@ -121,6 +121,10 @@ model() {
   benchmarks_of model $SECONDS_EACH benchmarks/bench_model.py
 }
 
+generation() {
+  benchmarks_of generation $SECONDS_EACH benchmarks/bench_model_generation.py
+}
+
 sanitizer() {
   local tool status=0
   if [ -z "$GPU" ] || ! command -v compute-sanitizer > /dev/null; then
@@ -141,7 +145,7 @@ sanitizer() {
 table=()
 failed=0
 for part in "${PARTS[@]}"; do
-  case " environment gpu-tests kernel-tests check operators model sanitizer " in
+  case " environment gpu-tests kernel-tests check operators model generation sanitizer " in
     *" $part "*) ;;
     *) echo "no part $part" >&2; exit 2 ;;
   esac

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers.quantizers import AutoQuantizationConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 KEPT_MODULES = (
     "qformer",

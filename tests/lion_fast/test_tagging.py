@@ -1,5 +1,6 @@
 """Tags that come from a tagger: asked by the processor, and the ready one on a zero-shot classifier."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import (
 from lion_fast import LionProcessor, RamTagger, ZeroShotTagger
 from lion_fast.conversion_ram import convert_ram
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
 TAGS = ["dog", "cart", "man", "tree", "street"]
 WORDS = ["<pad>", "<end>", "<unknown>", "a", "photo", "of", ".", *TAGS]
 
@@ -143,6 +145,16 @@ def test_tags_are_embedded_once_and_loaded_taggers_agree(tmp_path: Path) -> None
     assert texts.count(len(TAGS)) == 1
     assert set(texts) == {1, len(TAGS)}
     assert first == ZeroShotTagger(model, made, TAGS, threshold=0.2, max_tags=3)(images)
+
+
+def test_the_page_s_example_runs(processor: LionProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in classifier("clip"):
+        part.save_pretrained(tmp_path / "openai" / "clip-vit-base-patch32")
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in re.findall(r"```py\n(.*?)```", PAGE, flags=re.DOTALL) if "ZeroShotTagger" in block)
+    names = {"processor": processor, "pictures": [picture(0), picture(1)], "questions": ["Why?"] * 3}
+    exec(compile(code, "docs/generation.md", "exec"), names)
+    assert names["batch"].input_ids.shape[0] == 2
 
 
 @pytest.mark.parametrize(
