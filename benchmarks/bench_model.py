@@ -101,7 +101,7 @@ def make_batch() -> dict[str, Tensor]:
 
 def prefix(lion: LionForCausalLM, batch: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        lion.get_visual_prefix(lion.get_vision_features(batch["pixel_values"]), batch["qformer_input_ids"])
+        lion.get_visual_prefix(lion.encode_images(batch["pixel_values"]), batch["qformer_input_ids"])
 
 
 def training_step(lion: LionForCausalLM, batch: dict[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh OUT [PART ...]
 #
-# Parts: environment gpu-tests kernel-tests check adapters lora attention rows tuning model sanitizer
+# Parts: environment gpu-tests kernel-tests check adapters lora attention rows tuning model generation sanitizer
 # (operators: adapters lora attention rows). Each stops by itself within eight minutes and leaves OUT/PART.json (tests:
 # .xml; benchmarks: OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and `compare` read) and its
 # output in OUT/log.txt, so that one that dies takes nothing along. Needs python3 (or PYTHON=...) with torch, triton,
@@ -12,7 +12,7 @@
 # Without a GPU it is a dry run: the same lines, on small shapes.
 set -uo pipefail
 
-ALL=(environment gpu-tests kernel-tests check adapters lora attention rows tuning model sanitizer)
+ALL=(environment gpu-tests kernel-tests check adapters lora attention rows tuning model generation sanitizer)
 OPERATORS=(adapters lora attention rows)
 if [ $# -lt 1 ]; then
   sed -n '2,13s/^# \{0,1\}//p' "$0"
@@ -132,6 +132,10 @@ tuning() {
   else
     limited $SECONDS_EACH "$PYTHON" -m lion_fast bench --tune --tune-seconds $((SECONDS_EACH - 60)) --table "$OUT/tuning.json"
   fi
+}
+
+generation() {
+  benchmarks_of model_generation
 }
 
 sanitizer() {

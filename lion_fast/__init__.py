@@ -5,9 +5,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.configuration_ram import RamConfig
 from lion_fast.drop_in import apply_lion_kernels
+from lion_fast.image_features import ImageFeatures
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
+from lion_fast.zero_shot_tagger import ZeroShotTagger
 
 AutoConfig.register("lion", LionConfig)
 AutoConfig.register("lion_vision", LionVisionConfig)
@@ -20,6 +22,7 @@ AutoModelForImageTextToText.register(LionConfig, LionForCausalLM)
 AutoProcessor.register(LionConfig, LionProcessor)
 
 __all__ = [
+    "ImageFeatures",
     "LionAggregatorConfig",
     "LionConfig",
     "LionForCausalLM",
@@ -27,5 +30,6 @@ __all__ = [
     "LionVisionConfig",
     "RamConfig",
     "RamTagger",
+    "ZeroShotTagger",
     "apply_lion_kernels",
 ]

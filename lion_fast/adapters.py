@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
+from lion_fast.attention import on_kernels
+from lion_fast.folded_adapters import FoldedAdapters, StackedAdapters
 from lion_kernels import mixture_of_adapters
 
 
@@ -61,6 +63,7 @@ class MixtureOfAdapters(nn.Module):
     """
 
     adapters: list[LowRankAdapter]
+    folded: FoldedAdapters | StackedAdapters | None
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -75,6 +78,8 @@ class MixtureOfAdapters(nn.Module):
                 self.register_parameter(
                     f"router_ratio{index + 1}", nn.Parameter(torch.empty(config.num_tasks, config.hidden_size))
                 )
+        self.folded = None
+        self.register_load_state_dict_pre_hook(_refuse_to_load_folded)
 
     def reset_parameters(self) -> None:
         for index in range(len(self.adapters) if self.has_router else 0):
@@ -89,20 +94,49 @@ class MixtureOfAdapters(nn.Module):
         ratios = [getattr(self, f"router_ratio{index + 1}") for index in range(len(self.adapters))]
         return torch.stack(ratios, dim=1) * scales.unsqueeze(1)
 
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Compute once what every call computes from weights alone, until `unfold`.
+
+        Raises:
+            RuntimeError: parameters are offloaded, so that there is nothing to compute with.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise RuntimeError(
+                "fold_adapters: expected the adapters' parameters in memory, got some that are offloaded"
+            )
+        operands = self._operands()
+        if on_kernels(self.kernel_backend, operands[0].device):
+            self.folded = StackedAdapters(*operands, kernel_backend=self.kernel_backend)
+        else:
+            self.folded = FoldedAdapters(*operands)
+
+    def unfold(self) -> None:
+        """Compute everything in each call again."""
+        self.folded = None
+
+    def _operands(self) -> tuple[Tensor, ...]:
+        """Down weight [E, r, D] and bias [E, r], up weight [E, D, r] and bias [E, D], and the gate."""
+        scales, *parameters = zip(*(adapter() for adapter in self.adapters), strict=True)
+        return *(torch.stack(parameter) for parameter in parameters), self.gate(torch.cat(scales))
+
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor | None) -> Tensor:
         """Args: hidden_states and residual [B, L, D]; task_ids int64 [B], needed where there is a router."""
         if self.has_router and task_ids is None:
             raise ValueError("task_ids: expected one id per sequence for the adapters' router, got None")
-        parameters = zip(*(adapter() for adapter in self.adapters), strict=True)
-        scales, down_weights, down_biases, up_weights, up_biases = parameters
+        task_ids = task_ids if self.has_router else None
+        if self.folded is not None:
+            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+                raise RuntimeError(
+                    "folded adapters get no gradients: call unfold_adapters() before training, or compute under "
+                    "torch.no_grad()"
+                )
+            return self.folded(hidden_states, residual, task_ids)
         return mixture_of_adapters(
-            hidden_states,
-            torch.stack(down_weights),
-            torch.stack(down_biases),
-            torch.stack(up_weights),
-            torch.stack(up_biases),
-            self.gate(torch.cat(scales)),
-            task_ids=task_ids if self.has_router else None,
-            residual=residual,
-            backend=self.kernel_backend,
+            hidden_states, *self._operands(), task_ids=task_ids, residual=residual, backend=self.kernel_backend
         )
+
+
+def _refuse_to_load_folded(adapters: MixtureOfAdapters, *args: object) -> None:
+    if adapters.folded is not None:
+        raise RuntimeError("folded adapters keep computing with the weights they had: call unfold_adapters() before")

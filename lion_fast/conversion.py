@@ -20,7 +20,8 @@ from transformers.activations import ACT2FN
 from lion_fast.checkpoints import CheckpointError, TensorInfo, naming, scan, write_sharded
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.conversion_ram import convert_ram
-from lion_fast.modeling_lion import LionForCausalLM, lion_generation_config
+from lion_fast.generation import lion_generation_config
+from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor, build_processor
 
 # What no tensor tells: EVA-g's head width, and the constants of LION's aggregator.

@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +95,22 @@ def image_suffixes() -> frozenset[str]:
     """Endings of the names of files that `load_image` reads, in lower case with their dot."""
     Image.init()
     return frozenset(suffix for suffix, known in Image.registered_extensions().items() if known in _FORMATS)
+
+
+def load_batches(images: ImageLike | Sequence[ImageLike], batch_size: int) -> Iterator[list[Image.Image]]:
+    """`load_image` of one picture or of each in a sequence, `batch_size` at a time: files are opened batch by batch.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: as `load_image`, naming the picture's place (`images[3]`); ValueError
+            also for a `batch_size` below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        images = [images]
+    for start in range(0, len(images), batch_size):
+        batch = enumerate(images[start : start + batch_size], start)
+        yield [load_image(image, f"images[{place}]") for place, image in batch]
 
 
 def _read(path: str, name: str) -> Image.Image:

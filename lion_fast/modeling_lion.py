@@ -12,21 +12,21 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    InstructBlipQFormerModel,
-    PreTrainedModel,
-)
+from transformers import InstructBlipQFormerModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
+from lion_fast.adapters import MixtureOfAdapters
 from lion_fast.attention import prefer_kernel_attention
 from lion_fast.configuration_lion import LionConfig
+from lion_fast.expect import expect_ids, expect_shape
+from lion_fast.generation import LionGenerationMixin, lion_generation_config
+from lion_fast.image_features import ImageFeatures
 from lion_fast.modeling_aggregator import LionAggregator
 from lion_fast.modeling_text import language_model_class
 from lion_fast.modeling_vision import LionVisionModel
 from lion_fast.operators import PrefixEmbedding, run_on_kernels
+from lion_fast.quantization import keep_trained_modules
 
 
 @dataclass
@@ -39,12 +39,16 @@ class LionOutput(ModelOutput):
             for a decoder-only language model, [B, Lv + L, vocabulary] for the whole input.
         visual_prefix: [B, Lv, text hidden size], the visual tokens that the language model read.
         language_model_outputs: everything else that the language model returned.
+        inputs_embeds: [B, Lv + L, text hidden size], the language model's input; only with `inputs_only`.
+        attention_mask: [B, Lv + L], its mask; only with `inputs_only`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     visual_prefix: Tensor | None = None
     language_model_outputs: ModelOutput | None = None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Tensor | None = None
 
 
 class Float32LayerNorm(nn.LayerNorm):
@@ -56,7 +60,7 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-class LionForCausalLM(PreTrainedModel, GenerationMixin):
+class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
     `kernel_backend` (see `LionConfig`) chooses between lion_kernels and PyTorch, for this model alone: its modules have
@@ -123,6 +127,13 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
         self.generation_config = lion_generation_config(config)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of every transformers model; a `quantization_config` leaves what LION trains in the model's dtype."""
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = keep_trained_modules(kwargs["quantization_config"])
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
@@ -164,10 +175,31 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self.vision_model.set_image_size(image_size)
 
+    def fold_adapters(self) -> None:
+        """Fold scale and gate into the adapters' up-projections, per task, until `unfold_adapters`: for inference.
+
+        Batches may still mix tasks; results differ by rounding. The parameters stay as they are, and so does what
+        `save_pretrained` writes. Fold on the device on which the model is to run, and again after changing weights.
+
+        Raises:
+            RuntimeError: the adapters' parameters are offloaded. While folded, a pass that asks for gradients of the
+                adapters raises it too, and so does loading other weights.
+        """
+        for module in self.modules():
+            if isinstance(module, MixtureOfAdapters):
+                module.fold()
+
+    def unfold_adapters(self) -> None:
+        """Undo `fold_adapters`, exactly."""
+        for module in self.modules():
+            if isinstance(module, MixtureOfAdapters):
+                module.unfold()
+
     def get_vision_features(self, pixel_values: Tensor) -> Tensor:
         """The vision tower's layers that the Q-Former and the aggregator read.
 
-        The tower is frozen in LION, so these may be computed once per image and passed as `vision_features`.
+        The tower is frozen in LION, so these may be computed once per image and passed as `vision_features`, also in
+        training; `encode_images` goes on to all that depends on the image alone.
 
         Args:
             pixel_values: [B, 3, image_size, image_size].
@@ -177,16 +209,50 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         """
         return self.vision_model(pixel_values, layers=self.config.feature_layers)
 
+    def encode_images(self, pixel_values: Tensor | None = None, vision_features: Tensor | None = None) -> ImageFeatures:
+        """What does not depend on the question, once per picture: vision tower and aggregator.
+
+        `forward` and `generate` take the result as `image_features`, and any choice of it: `features[[0, 0, 1]]` for
+        two questions about the first picture and one about the second. It is differentiable: under `torch.no_grad()`
+        it takes less memory.
+
+        Args:
+            pixel_values: [B, 3, image_size, image_size].
+            vision_features: [B, S, N, vision hidden size] from `get_vision_features`, instead of `pixel_values`.
+
+        Raises:
+            ValueError: both arguments or neither, or one of another shape.
+        """
+        if vision_features is None:
+            if pixel_values is None:
+                raise ValueError("pixel_values: expected either pixel_values or vision_features, got neither")
+            vision_features = self.get_vision_features(pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("pixel_values: expected either pixel_values or vision_features, got both")
+        layers, visual_input = len(self.config.feature_layers), self.config.visual_input
+        if vision_features.dim() != 4 or vision_features.shape[1] != layers:
+            raise ValueError(
+                f"vision_features: expected [B, {layers}, N, {self.config.vision_config.hidden_size}], "
+                f"got {list(vision_features.shape)}"
+            )
+        qformer_context = aggregated = None
+        if visual_input != "AGGREGATOR":
+            qformer_context = self.vision_layernorm(vision_features[:, 0].to(self.query_tokens.dtype))
+        if visual_input != "QFORMER":
+            hidden_states = self.aggregator(vision_features.to(self.aggregator.dtype))
+            aggregated = self.aggregator_projection(self.aggregator_layernorm(hidden_states))
+        return ImageFeatures(qformer_context, aggregated)
+
     def get_visual_prefix(
         self,
-        vision_features: Tensor,
+        image_features: ImageFeatures,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """The visual tokens of the language model's input: the Q-Former's, then the aggregator's.
 
         Args:
-            vision_features: [B, S, N, vision hidden size] from `get_vision_features`.
+            image_features: of B pictures, from `encode_images`.
             qformer_input_ids: int64 [B, Lq], the question in the Q-Former's vocabulary; needed where the model
                 has a Q-Former.
             qformer_attention_mask: [B, Lq], 0 at padding; all ones if None.
@@ -195,46 +261,40 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
             [B, config.num_visual_tokens, text hidden size].
 
         Raises:
-            ValueError: `qformer_input_ids` is missing, or its batch size is not that of `vision_features`.
+            ValueError: `qformer_input_ids` is missing, or its batch size is not that of `image_features`.
         """
-        layers, visual_input = len(self.config.feature_layers), self.config.visual_input
-        if vision_features.dim() != 4 or vision_features.shape[1] != layers:
-            raise ValueError(
-                f"vision_features: expected [B, {layers}, N, {self.config.vision_config.hidden_size}], "
-                f"got {list(vision_features.shape)}"
-            )
         parts = []
-        if visual_input != "AGGREGATOR":
-            parts.append(self._query_tokens_of(vision_features[:, 0], qformer_input_ids, qformer_attention_mask))
-        if visual_input != "QFORMER":
-            aggregated = self.aggregator(vision_features.to(self.aggregator.dtype))
-            parts.append(self.aggregator_projection(self.aggregator_layernorm(aggregated)))
+        if image_features.qformer_context is not None:
+            context = image_features.qformer_context
+            parts.append(self._query_tokens_of(context, qformer_input_ids, qformer_attention_mask))
+        if image_features.aggregated is not None:
+            parts.append(image_features.aggregated)
         return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
 
     def _query_tokens_of(
-        self, last_layer: Tensor, qformer_input_ids: Tensor | None, qformer_attention_mask: Tensor | None
+        self, context: Tensor, qformer_input_ids: Tensor | None, qformer_attention_mask: Tensor | None
     ) -> Tensor:
         if qformer_input_ids is None:
             raise ValueError("qformer_input_ids: expected the question as int64 [B, Lq], got None")
-        batch = last_layer.shape[0]
-        _expect_shape("qformer_input_ids", qformer_input_ids, (batch, None))
+        batch = context.shape[0]
+        expect_shape("qformer_input_ids", qformer_input_ids, (batch, None))
         if qformer_attention_mask is None:
             qformer_attention_mask = torch.ones_like(qformer_input_ids)
-        _expect_shape("qformer_attention_mask", qformer_attention_mask, tuple(qformer_input_ids.shape))
+        expect_shape("qformer_attention_mask", qformer_attention_mask, tuple(qformer_input_ids.shape))
         qformer = self.config.qformer_config
         if qformer_input_ids.shape[1] > qformer.max_position_embeddings:
             raise ValueError(
                 f"qformer_input_ids: expected at most {qformer.max_position_embeddings} tokens "
                 f"(qformer_config.max_position_embeddings), got {qformer_input_ids.shape[1]}"
             )
-        _expect_ids("qformer_input_ids", qformer_input_ids, qformer.vocab_size)
+        expect_ids("qformer_input_ids", qformer_input_ids, qformer.vocab_size)
         queries = self.query_tokens.expand(batch, -1, -1)
         attend_queries = qformer_attention_mask.new_ones(queries.shape[:2])
         hidden_states = self.qformer(
             input_ids=qformer_input_ids,
             attention_mask=torch.cat([attend_queries, qformer_attention_mask], dim=1),
             query_embeds=queries,
-            encoder_hidden_states=self.vision_layernorm(last_layer.to(self.query_tokens.dtype)),
+            encoder_hidden_states=context,
         ).last_hidden_state
         return self.qformer_projection(hidden_states[:, : queries.shape[1]])
 
@@ -266,24 +326,27 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         qformer_attention_mask: Tensor | None,
         task_ids: Tensor | None,
         vision_features: Tensor | None,
+        image_features: ImageFeatures | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The visual prefix, and the language model's input [visual | text] with its mask."""
-        if pixel_values is not None and vision_features is not None:
-            raise ValueError("pixel_values: expected either pixel_values or vision_features, got both")
-        picture = pixel_values if vision_features is None else vision_features
-        if picture is None:
-            raise ValueError("pixel_values: expected either pixel_values or vision_features, got neither")
-        batch = picture.shape[0]
-        _expect_shape("input_ids", input_ids, (batch, None))
+        given = {"pixel_values": pixel_values, "vision_features": vision_features, "image_features": image_features}
+        pictures = {name: value for name, value in given.items() if value is not None}
+        if len(pictures) != 1:
+            raise ValueError(
+                f"pixel_values: expected either pixel_values, vision_features or image_features, "
+                f"got {' and '.join(pictures) or 'neither'}"
+            )
+        batch = len(next(iter(pictures.values())))
+        expect_shape("input_ids", input_ids, (batch, None))
         # The soft prompt's token may lie beyond the table.
-        _expect_ids("input_ids", input_ids, self.config.text_config.vocab_size, also=self.config.soft_prompt_token_id)
+        expect_ids("input_ids", input_ids, self.config.text_config.vocab_size, also=self.config.soft_prompt_token_id)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        _expect_shape("attention_mask", attention_mask, tuple(input_ids.shape))
+        expect_shape("attention_mask", attention_mask, tuple(input_ids.shape))
         self._check_task_ids(task_ids, batch)
-        if vision_features is None:
-            vision_features = self.get_vision_features(picture)
-        prefix = self.get_visual_prefix(vision_features, qformer_input_ids, qformer_attention_mask)
+        if image_features is None:
+            image_features = self.encode_images(pixel_values, vision_features)
+        prefix = self.get_visual_prefix(image_features, qformer_input_ids, qformer_attention_mask)
         inputs_embeds = self._embed(prefix, input_ids)
         attend_prefix = attention_mask.new_ones(prefix.shape[:2])
         return prefix, inputs_embeds, torch.cat([attend_prefix, attention_mask], dim=1)
@@ -293,8 +356,8 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
             if self.config.has_router:
                 raise ValueError("task_ids: expected int64 [B] (0 region_level, 1 image_level), got None")
             return
-        _expect_shape("task_ids", task_ids, (batch,))
-        _expect_ids("task_ids", task_ids, self.config.text_config.num_tasks)
+        expect_shape("task_ids", task_ids, (batch,))
+        expect_ids("task_ids", task_ids, self.config.text_config.num_tasks)
 
     def forward(
         self,
@@ -306,9 +369,11 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
         task_ids: Tensor | None = None,
         labels: Tensor | None = None,
         vision_features: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_only: bool = False,
         **kwargs: Any,
     ) -> LionOutput | tuple:
         """Loss and logits for a batch that may mix tasks.
@@ -321,10 +386,12 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
             qformer_input_ids, qformer_attention_mask: [B, Lq], the question in the Q-Former's vocabulary.
             task_ids: int64 [B], 0 region_level or 1 image_level; may be None for a model without a router.
             labels: int64 [B, Lt], the answers; -100 is ignored.
-            vision_features: [B, S, N, vision hidden size], instead of `pixel_values`.
+            vision_features: [B, S, N, vision hidden size] from `get_vision_features`, instead of `pixel_values`.
+            image_features: of B pictures, from `encode_images`, instead of either.
             decoder_input_ids, decoder_attention_mask: [B, Lt] for an encoder-decoder; made of `labels` if None.
             num_items_in_batch: number of target tokens over the accumulation steps; the summed loss is divided
                 by it, which makes gradient accumulation exact.
+            inputs_only: put the language model's input together and stop there, as `generate` wants it.
             kwargs: handed to the language model (`output_hidden_states`, `use_cache`, ...).
 
         Raises:
@@ -341,12 +408,15 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
             qformer_attention_mask,
             task_ids,
             vision_features,
+            image_features,
         )
+        if inputs_only:
+            return LionOutput(visual_prefix=prefix, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
         if labels is not None:
-            _expect_shape("labels", labels, (inputs_embeds.shape[0], None))
+            expect_shape("labels", labels, (inputs_embeds.shape[0], None))
             if labels.shape[1] == 0:
                 raise ValueError(f"labels: expected one token or more per answer, got {list(labels.shape)}")
-            _expect_ids("labels", labels, self.config.text_config.vocab_size, also=-100)
+            expect_ids("labels", labels, self.config.text_config.vocab_size, also=-100)
         run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
         if self.config.is_encoder_decoder:
             kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
@@ -398,65 +468,6 @@ class LionForCausalLM(PreTrainedModel, GenerationMixin):
             outputs.logits = outputs.logits[:, :-1]
         return outputs
 
-    @torch.no_grad()
-    def generate(
-        self,
-        pixel_values: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        qformer_input_ids: Tensor | None = None,
-        qformer_attention_mask: Tensor | None = None,
-        task_ids: Tensor | None = None,
-        vision_features: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Token ids of the answers, after an encoder-decoder's start token, or what `return_dict_in_generate` asks for.
-
-        Args:
-            pixel_values: as the arguments after it, as for `forward`. With precomputed `encoder_outputs` none of them
-                but `attention_mask` and `task_ids` are needed.
-            kwargs: everything that transformers' `generate` takes; `self.generation_config` holds the defaults
-                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens; top_p 0.9 with `do_sample`).
-                `labels` is ignored: `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
-        """
-        kwargs.pop("labels", None)
-        if kwargs.get("do_sample"):
-            kwargs.setdefault("top_p", 0.9)  # LION's; in the generation config, beam search would warn of it
-        self.language_model.generation_config = self.generation_config
-        if "encoder_outputs" not in kwargs:
-            if input_ids is None:
-                raise ValueError("input_ids: expected int64 [B, L], got None")
-            _, kwargs["inputs_embeds"], attention_mask = self._assemble_inputs(
-                pixel_values,
-                input_ids,
-                attention_mask,
-                qformer_input_ids,
-                qformer_attention_mask,
-                task_ids,
-                vision_features,
-            )
-        else:
-            self._check_task_ids(task_ids, kwargs["encoder_outputs"][0].shape[0])
-        if self.config.has_router:
-            kwargs["task_ids"] = task_ids
-        return self.language_model.generate(attention_mask=attention_mask, **kwargs)
-
-
-def lion_generation_config(config: LionConfig) -> GenerationConfig:
-    """LION's generation defaults, with the token ids of the language model."""
-    text = config.text_config
-    return GenerationConfig(
-        num_beams=5,
-        max_new_tokens=256,
-        min_length=1,
-        repetition_penalty=1.5,
-        length_penalty=1.0,
-        decoder_start_token_id=getattr(text, "decoder_start_token_id", None),
-        bos_token_id=getattr(text, "bos_token_id", None),
-        eos_token_id=getattr(text, "eos_token_id", None),
-        pad_token_id=getattr(text, "pad_token_id", None),
-    )
-
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Cross-entropy of logits [B, Lt, V] at labels [B, Lt] (-100 ignored), unshifted.
@@ -467,25 +478,3 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tens
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     loss = F.cross_entropy(logits, labels.to(logits.device).flatten(), ignore_index=-100, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
-def _expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """Raise unless `tensor` is one of `shape`; None stands for any length."""
-    expected = ", ".join("L" if want is None else str(want) for want in shape)
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: expected a tensor [{expected}], got {type(tensor).__name__}")
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, got) for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name}: expected [{expected}], got {list(tensor.shape)}")
-
-
-def _expect_ids(name: str, ids: Tensor, rows: int, also: int | None = None) -> None:
-    """Raise unless all ids are in 0..rows - 1 or equal to `also`."""
-    # On a GPU the comparison would wait for the device, where an index out of range fails in the gather.
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or type(ids) is not Tensor:
-        return  # a subclass may have no values, as those that only know their shapes
-    outside = set(ids[(ids < 0) | (ids >= rows)].tolist()) - {also}
-    if outside:
-        raise ValueError(f"{name}: expected ids in 0..{rows - 1}, got {sorted(outside)}")

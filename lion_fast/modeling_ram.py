@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 from lion_fast.attention import attend
 from lion_fast.checkpoints import CheckpointError
 from lion_fast.configuration_ram import RamConfig
-from lion_fast.images import ImageLike, load_image, load_images
+from lion_fast.images import ImageLike, load_batches, load_images
 
 TAG_LIST_FILE = "tag_list.txt"
 TAG_THRESHOLDS_FILE = "tag_thresholds.txt"
@@ -229,19 +229,13 @@ class RamTagger(PreTrainedModel):
             FileNotFoundError, TypeError: as `load_image`.
             ValueError: as `load_image`; also for a model without tags and thresholds, or a `batch_size` below 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
         tags, tag_thresholds = self.tags, self.tag_thresholds
         if tags is None or tag_thresholds is None:
             raise ValueError("tags, tag_thresholds: expected both when the model was made, got none")
-        if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-            images = [images]
         thresholds = torch.tensor(tag_thresholds)
         strings = []
         with _evaluating(self):
-            for start in range(0, len(images), batch_size):
-                batch = enumerate(images[start : start + batch_size], start)
-                pictures = [load_image(image, f"images[{index}]") for index, image in batch]
+            for pictures in load_batches(images, batch_size):
                 probabilities = self.logits(self._to_pixels(pictures)).float().sigmoid().cpu()
                 strings += [", ".join(compress(tags, shown)) for shown in (probabilities > thresholds).tolist()]
         return strings

@@ -37,7 +37,10 @@ class LionVisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # keys have none
-        qkv = self.qkv(hidden_states, bias)
+        if isinstance(getattr(self.qkv, "base_layer", self.qkv), FusedProjection):  # LoRA has it as its base
+            qkv = self.qkv(hidden_states, bias)
+        else:
+            qkv = self.qkv(hidden_states) + bias  # a quantized layer stands in its place
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, Dh] each
         return self.proj(attend(self, query, key, value))
 

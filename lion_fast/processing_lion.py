@@ -1,9 +1,10 @@
 """Pictures, questions, tags and answers as the tensors that `LionForCausalLM` reads."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from PIL import Image
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -26,6 +27,9 @@ IGNORED = -100  # label that the loss passes over
 
 Tags = str | Sequence[str] | None
 """Tags of one picture: as LION writes them (`"dog, cart, man"`), one string per tag, or none."""
+
+Tagger = Callable[[list[Image.Image]], Sequence[Tags]]
+"""What gives each of a list of pictures its tags: a `RamTagger`, a `ZeroShotTagger`, any function."""
 
 
 class LionProcessor(ProcessorMixin):
@@ -97,9 +101,9 @@ class LionProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Sequence[ImageLike] | None,
         text: str | Sequence[str],
-        tags: Tags | Sequence[Tags] = None,
+        tags: Tags | Sequence[Tags] | Tagger = None,
         task: str | Sequence[str] = "image_level",
         text_target: str | Sequence[str] | None = None,
         return_tensors: str | None = "pt",
@@ -110,10 +114,11 @@ class LionProcessor(ProcessorMixin):
         `text_target` the prompt is cut to `max_txt_len`, on the left, so hint and tags go first; otherwise it is whole.
 
         Args:
-            images: one picture or B of them, anything that `lion_fast.images.load_image` reads.
+            images: one picture or B of them, anything that `lion_fast.images.load_image` reads; None for pictures that
+                the model has encoded already (`encode_images`), which leaves out `pixel_values`.
             text: one question (or instruction) or B of them.
             tags: per picture, `"dog, cart, man"`, a list of strings, or None or "" for no tag sentence; None for no
-                tags at all.
+                tags at all; or a tagger, such as a `RamTagger`, which is asked once about each different picture.
             task: `"image_level"` (captions, questions) or `"region_level"` (boxes), which the adapters' router goes by;
                 one for all or one each.
             text_target: one answer or B of them, for training.
@@ -127,17 +132,20 @@ class LionProcessor(ProcessorMixin):
         Raises:
             FileNotFoundError, ValueError, TypeError: for a picture that cannot be read (see `load_image`).
             ValueError: for arguments of different lengths, a blank question, an unknown task, tags for a model without
-                soft prompt, or a question or tags in which the soft prompt's token stands.
+                soft prompt, a question or tags in which the soft prompt's token stands, or a tagger without pictures.
             TypeError: for text, tags or tasks that are not strings.
         """
         questions = _strings(text, "text")
-        pictures = load_images(images)
-        if len(pictures) != len(questions):
+        pictures = None if images is None else load_images(images)
+        if pictures is not None and len(pictures) != len(questions):
             raise ValueError(
                 f"text: expected one question per picture, got {len(questions)} for {len(pictures)} pictures; "
                 "pass a picture once for each of its questions"
             )
-        tags_by_sample = _tags_by_sample(tags, len(questions), single=isinstance(text, str))
+        if callable(tags):
+            tags_by_sample = _ask(tags, pictures)
+        else:
+            tags_by_sample = _tags_by_sample(tags, len(questions), single=isinstance(text, str))
         prompts = [
             self._prompt(*sample, place) for place, sample in enumerate(zip(questions, tags_by_sample, strict=True))
         ]
@@ -145,13 +153,14 @@ class LionProcessor(ProcessorMixin):
         prompt = self.tokenizer(prompts, padding=True, **(cut if text_target is not None else {}))
         question = self.qformer_tokenizer(questions, padding=True, **cut)
         data = {
-            "pixel_values": self.image_processor(pictures, return_tensors=return_tensors)["pixel_values"],
             "input_ids": prompt["input_ids"],
             "attention_mask": prompt["attention_mask"],
             "qformer_input_ids": question["input_ids"],
             "qformer_attention_mask": question["attention_mask"],
             "task_ids": _task_ids(task, len(questions)),
         }
+        if pictures is not None:
+            data["pixel_values"] = self.image_processor(pictures, return_tensors=return_tensors)["pixel_values"]
         if text_target is not None:
             data["labels"] = self._labels(_strings(text_target, "text_target", len(questions)))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -275,11 +284,26 @@ def _tags_by_sample(tags: Tags | Sequence[Tags], count: int, single: bool) -> li
     if tags is None:
         return [""] * count
     if not isinstance(tags, Sequence):
-        raise TypeError(f"tags: expected None, a string or a list of one entry per picture, got {type(tags).__name__}")
+        raise TypeError(
+            f"tags: expected None, a string or a list of one entry per picture, or a tagger, got {type(tags).__name__}"
+        )
     of_one_sample = isinstance(tags, str) or (single and all(isinstance(tag, str) for tag in tags))
     entries = [tags] if of_one_sample else tags
     _check_count(entries, "tags", count)
     return ["" if entry is None else _joined_tags(entry, f"tags[{i}]") for i, entry in enumerate(entries)]
+
+
+def _ask(tagger: Tagger, pictures: list[Image.Image] | None) -> list[str]:
+    """A tagger's tags of each picture in one string; pictures that are equal are tagged together."""
+    if pictures is None:
+        raise ValueError("tags: expected no tagger where there are no images for it, got one")
+    contents = [(picture.size, picture.tobytes()) for picture in pictures]
+    different = dict(zip(contents, pictures, strict=True))
+    found = tagger(list(different.values()))
+    if isinstance(found, str) or len(found) != len(different):
+        raise ValueError(f"tags: expected the tagger to give {len(different)} pictures one entry each, got {found!r}")
+    tags = dict(zip(different, _tags_by_sample(found, len(found), single=False), strict=True))
+    return [tags[content] for content in contents]
 
 
 def _joined_tags(tags: object, name: str) -> str:

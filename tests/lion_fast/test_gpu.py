@@ -204,3 +204,31 @@ def test_two_hundred_times_the_same_bits(build: Build, batch: dict[str, Tensor])
     for _ in range(200):
         for name, value in outputs(model, batch).items():
             assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folded_adapters(build: Build, batch: dict[str, Tensor], family: str) -> None:
+    """On the kernels what is kept are their operands, so not a bit changes; without them it is another rounding."""
+    with torch.no_grad():
+        model = build(family, torch.bfloat16, "triton")
+        plain = model(**batch).logits
+        model.fold_adapters()
+        assert torch.equal(model(**batch).logits, plain)
+        model = build(family, torch.float32, "torch")
+        plain = model(**batch).logits
+        model.fold_adapters()
+        assert relative_error(model(**batch).logits, plain) < 1e-4
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_generation_with_compiled_steps_in_cuda_graphs(
+    build: Build, batch: dict[str, Tensor], family: str, num_beams: int
+) -> None:
+    """What transformers does by itself with a static cache on a GPU."""
+    model, inputs = build(family, torch.float32, "triton"), without_labels(batch)
+    search = {"num_beams": num_beams, "max_new_tokens": 8, "min_new_tokens": 8}
+    expected = model.generate(**inputs, **search)
+    model.fold_adapters()
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, **search, cache_implementation="static"), expected)

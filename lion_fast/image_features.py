@@ -1,0 +1,51 @@
+"""What LION computes of a picture whatever is asked about it: once per picture, for any number of questions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of B pictures, from `LionForCausalLM.encode_images`.
+
+    Indexing picks pictures, once or more often, and always gives features of a batch: `features[2]`, `features[:4]`,
+    `features[[0, 0, 1]]`, `features[mask]`.
+
+    Args:
+        qformer_context: [B, N, vision hidden size], what the Q-Former attends to; None for a model without one.
+        aggregated: [B, N, text hidden size], the aggregator's visual tokens; None for a model without one.
+    """
+
+    qformer_context: Tensor | None = None
+    aggregated: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(part for part in (self.qformer_context, self.aggregated) if part is not None))
+
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> "ImageFeatures":
+        picked = [index] if isinstance(index, int) else index
+        return self._map(lambda part: part[picked])
+
+    def repeat_interleave(self, repeats: int | Tensor) -> "ImageFeatures":
+        """Each picture as often as it has questions, in their order.
+
+        Args:
+            repeats: one number for all, or one per picture, int64 [B].
+        """
+        return self._map(lambda part: torch.repeat_interleave(part, _on(part, repeats), dim=0))
+
+    def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
+        """On another device or in another dtype; arguments as of `Tensor.to`."""
+        return self._map(lambda part: part.to(*args, **kwargs))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "ImageFeatures":
+        parts = (self.qformer_context, self.aggregated)
+        return ImageFeatures(*(None if part is None else change(part) for part in parts))
+
+
+def _on(part: Tensor, repeats: int | Tensor) -> Any:
+    return repeats.to(part.device) if isinstance(repeats, Tensor) else repeats

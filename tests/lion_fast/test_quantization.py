@@ -1,0 +1,173 @@
+"""Eight and four bits: which layers a quantizer finds, what that saves, and answers where bitsandbytes is installed."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from lion_fast import LionConfig, LionForCausalLM
+from lion_fast.configuration_lion import FLAN_T5_XL
+from lion_fast.modeling_vision import FusedProjection
+from lion_fast.quantization import KEPT_MODULES, keep_trained_modules
+from lion_fast.stages import STAGES
+
+Make = Callable[..., LionForCausalLM]
+MakeBatch = Callable[..., dict[str, Tensor]]
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
+FAMILIES = ("t5", "llama", "qwen2", "qwen3")
+XXL = {"d_model": 4096, "d_ff": 10240, "num_heads": 64}
+# Widths of which bitsandbytes' four-bit kernel for CPUs takes a whole number of blocks.
+WIDE: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128,
+        "image_size": 28, "patch_size": 14,
+    },
+    "aggregator_config": {
+        "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 24, "feature_layers": [2, 1, 0],
+        "projection_size": 40,
+    },
+}  # fmt: skip
+
+
+def quantized(model: LionForCausalLM, subclasses: bool = False) -> set[str]:
+    """Names of the layers that a quantizer of transformers' takes with `KEPT_MODULES`.
+
+    bitsandbytes takes no subclass of `nn.Linear`, as the vision tower's fused projection is; torchao and quanto do.
+    """
+    kept = HfQuantizer.get_modules_to_not_convert(model, list(KEPT_MODULES), model._keep_in_fp32_modules)
+    linears = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    taken = (name for name, kind in linears.items() if subclasses or kind is nn.Linear)
+    return {name for name in taken if should_convert_module(name, kept)}
+
+
+def weight_bytes(model: LionForCausalLM, bits: int) -> int:
+    """Of a model in bf16 whose quantized layers have 8 or 4 bits per weight, and bitsandbytes' scales in fp32."""
+    layers = {f"{name}.weight" for name in quantized(model)} if bits < 16 else set()
+    total = 0
+    for name, parameter in model.named_parameters():
+        if name not in layers:
+            total += 2 * parameter.numel()
+        elif bits == 8:
+            total += parameter.numel() + 4 * parameter.shape[0]  # a scale per row
+        else:
+            total += parameter.numel() // 2 + 4 * -(-parameter.numel() // 64)  # a scale per 64 weights
+    return total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantizers_find_the_frozen_layers_alone(make_config: Callable[..., LionConfig], family: str) -> None:
+    with torch.device("meta"):
+        model = LionForCausalLM(make_config(family))
+    found = quantized(model, subclasses=True)
+    joint = STAGES[2]
+    assert not [name for name in found if joint.trains(name)]
+    assert all(name.startswith(("vision_model.blocks.", "language_model.")) for name in found)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    frozen = {name for name in linears if not joint.trains(name)}
+    left = {name for name in frozen - found if not name.endswith(".wo")}  # T5's, that transformers keeps
+    assert left == {"language_model.lm_head"}
+    assert found - quantized(model) == {f"vision_model.blocks.{block}.attn.qkv" for block in range(3)}
+
+
+def test_another_layer_in_the_fused_projection_s_place(make_model: Make, make_batch: MakeBatch) -> None:
+    """As a quantizer puts it there: one that takes no bias."""
+    model, batch = make_model(), make_batch()
+    expected = model.get_vision_features(batch["pixel_values"])
+    for block in model.vision_model.blocks:
+        plain = nn.Linear(16, 48, bias=False)
+        plain.weight = block.attn.qkv.weight
+        block.attn.qkv = plain
+        block.attn.v_bias.data.normal_()
+    biased = model.get_vision_features(batch["pixel_values"])
+    assert not torch.allclose(biased, expected, atol=1e-4)  # the bias counts
+    for block in model.vision_model.blocks:
+        fused = FusedProjection(16, 48, bias=False)
+        fused.weight = block.attn.qkv.weight
+        block.attn.qkv = fused
+    torch.testing.assert_close(model.get_vision_features(batch["pixel_values"]), biased)
+
+
+@pytest.mark.parametrize("setting", ["llm_int8_skip_modules", "modules_to_not_convert"])
+def test_configurations_get_the_modules_to_keep(setting: str) -> None:
+    if setting == "llm_int8_skip_modules":
+        given: Any = BitsAndBytesConfig(load_in_8bit=True)
+        own: Any = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["qformer"])
+        as_dict = keep_trained_modules({"quant_method": "bitsandbytes", "load_in_4bit": True})
+        assert as_dict.llm_int8_skip_modules == list(KEPT_MODULES)
+    else:
+        given, own = object.__new__(TorchAoConfig), object.__new__(TorchAoConfig)
+        given.modules_to_not_convert, own.modules_to_not_convert = None, ["qformer"]
+    assert getattr(keep_trained_modules(given), setting) == list(KEPT_MODULES)
+    assert getattr(keep_trained_modules(own), setting) == ["qformer"]
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, LionForCausalLM]:
+    sizes = {"LION-FlanT5-XL": FLAN_T5_XL, "LION-FlanT5-XXL": {**FLAN_T5_XL, **XXL}}
+    with torch.device("meta"):
+        return {name: LionForCausalLM(LionConfig(text_config=text)) for name, text in sizes.items()}
+
+
+def test_the_page_s_memory_is_computed(published: dict[str, LionForCausalLM]) -> None:
+    rows = re.findall(r"^\| (LION-\S+) \| (.*) \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(published)
+    for name, cells in rows:
+        model = published[name]
+        text = model.config.text_config
+        tokens = model.config.num_visual_tokens + 64
+        cache = 2 * text.num_decoder_layers * text.num_heads * text.d_kv * 2 * (tokens + 20)
+        figures = [*(weight_bytes(model, bits) for bits in (16, 8, 4)), 5 * cache]
+        assert cells.split(" | ") == [f"{figure / 1e9:.1f}" for figure in figures], (name, figures)
+
+
+def test_xl_in_bfloat16_leaves_room_on_24_gigabytes(published: dict[str, LionForCausalLM]) -> None:
+    """Weights, adapters folded beside themselves, and a batch of 8 pictures with 5 beams each."""
+    model = published["LION-FlanT5-XL"]
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".adapter." in name)
+    cache = 8 * 5 * 2 * 24 * 2048 * 2 * (289 + 64 + 20)
+    assert weight_bytes(model, 16) + 2 * 2 * adapters + cache < 0.75 * 24e9
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_answers_in_fewer_bits(make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str, bits: int) -> None:
+    pytest.importorskip("bitsandbytes", reason="8 and 4 bits need bitsandbytes")
+    text = make_model(family).config.text_config.to_dict()
+    t5, decoder = (
+        {"d_model": 64, "d_ff": 128, "d_kv": 16},
+        {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+    )
+    text |= t5 if family == "t5" else decoder
+    model, batch = make_model(text_config=text, **WIDE), make_batch(labels=True)
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path / "full")
+    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32)
+    few = LionForCausalLM.from_pretrained(tmp_path / "full", quantization_config=settings, dtype=torch.float32).eval()
+    kinds = {name: type(module).__name__ for name, module in few.named_modules()}
+    assert {name for name, kind in kinds.items() if kind in ("Linear8bitLt", "Linear4bit")} == quantized(model)
+    logits = few(**batch).logits
+    error = ((logits - expected).norm() / expected.norm()).item()
+    assert 0 < error < (0.02 if bits == 8 else 0.2)
+    labels = batch.pop("labels")
+    tokens = few.generate(**batch, max_new_tokens=4)
+    few.fold_adapters()
+    assert torch.equal(few.generate(**batch, max_new_tokens=4), tokens)
+    if bits == 8:
+        (code,) = (
+            block for block in re.findall(r"```py\n(.*?)```", PAGE.read_text(), flags=re.DOTALL) if "8bit" in block
+        )
+        names: dict[str, Any] = {"LionForCausalLM": LionForCausalLM, "path": tmp_path / "full"}
+        exec(compile(code, str(PAGE), "exec"), names)
+        assert sum(type(module).__name__ == "Linear8bitLt" for module in names["model"].modules()) == len(
+            quantized(model)
+        )
+    few.save_pretrained(tmp_path / "few")
+    loaded = LionForCausalLM.from_pretrained(tmp_path / "few").eval()
+    torch.testing.assert_close(loaded(**batch, labels=labels).logits, logits)

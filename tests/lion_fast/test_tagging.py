@@ -1,0 +1,173 @@
+"""Tags that come from a tagger: asked by the processor, and the ready one on a zero-shot classifier."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
+)
+
+from lion_fast import LionProcessor, RamTagger, ZeroShotTagger
+from lion_fast.conversion_ram import convert_ram
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+TAGS = ["dog", "cart", "man", "tree", "street"]
+WORDS = ["<pad>", "<end>", "<unknown>", "a", "photo", "of", ".", *TAGS]
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def processor(converted: Path) -> LionProcessor:
+    return LionProcessor.from_pretrained(converted)
+
+
+def test_a_tagger_is_asked_once_about_each_different_picture(processor: LionProcessor, tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "one.png")
+    asked: list[int] = []
+
+    def tagger(pictures: list[Image.Image]) -> list[str | list[str] | None]:
+        asked.append(len(pictures))
+        answers = {picture(0).tobytes(): "dog, cart", picture(1).tobytes(): ["man"], picture(2).tobytes(): None}
+        return [answers[one.tobytes()] for one in pictures]
+
+    images = [picture(0), tmp_path / "one.png", picture(0), picture(2), str(tmp_path / "one.png")]
+    questions = [f"What is number {n}?" for n in range(5)]
+    batch = processor(images, questions, tags=tagger)
+    assert asked == [3]
+    expected = processor(images, questions, tags=["dog, cart", "man", "dog, cart", None, "man"])
+    assert torch.equal(batch.input_ids, expected.input_ids)
+    assert torch.equal(
+        processor(picture(1), "Why?", tags=tagger).input_ids, processor(picture(1), "Why?", "man").input_ids
+    )
+
+
+@pytest.mark.parametrize("answer", [["dog", "cat"], [], "d"])
+def test_a_tagger_that_does_not_answer_each_picture_is_named(processor: LionProcessor, answer: Sequence[str]) -> None:
+    with pytest.raises(ValueError, match="tags: expected the tagger to give 1 pictures one entry each, got"):
+        processor(picture(0), "Why?", tags=lambda _: answer)
+
+
+def test_a_tagger_needs_pictures(processor: LionProcessor) -> None:
+    with pytest.raises(ValueError, match="tags: expected no tagger where there are no images"):
+        processor(None, "Why?", tags=lambda pictures: ["dog"] * len(pictures))
+
+
+def test_ram_tags_for_the_processor(processor: LionProcessor, golden_dir: Path, tmp_path: Path) -> None:
+    ram = golden_dir / "ram_tiny"
+    files = {"ram": "ram_tiny.pth", "tags": "ram_tag_list.txt", "thresholds": "ram_tag_list_threshold.txt"}
+    convert_ram(**{name: ram / file for name, file in files.items()}, out_dir=tmp_path / "ram")
+    tagger = RamTagger.from_pretrained(tmp_path / "ram")
+    images = [ram / f"image{place}.png" for place in (0, 1, 0)]
+    batch = processor(images, ["Why?"] * 3, tags=tagger)
+    assert torch.equal(batch.input_ids, processor(images, ["Why?"] * 3, tags=tagger(images)).input_ids)
+
+
+def words() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", model_max_length=10
+    )
+
+
+def classifier(kind: str) -> tuple[CLIPModel | SiglipModel, CLIPProcessor | SiglipProcessor]:
+    text = {
+        "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 10,
+        "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "clip":
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+        size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+        made = model, CLIPProcessor(CLIPImageProcessorPil(**size), words())
+    else:
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        made = model, SiglipProcessor(SiglipImageProcessorPil(size={"height": 16, "width": 16}), words())
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that pictures and tags differ
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_probabilities_are_the_classifier_s(kind: str) -> None:
+    model, made = classifier(kind)
+    model.eval()
+    pictures = [picture(seed) for seed in range(3)]
+    texts = [f"a photo of a {tag}." for tag in TAGS]
+    padding = "max_length" if kind == "siglip" else True
+    with torch.no_grad():
+        logits = model(**made(text=texts, images=pictures, padding=padding, return_tensors="pt")).logits_per_image
+    expected = logits.softmax(-1) if kind == "clip" else logits.sigmoid()
+    assert expected.std(0).min() > 1e-3  # it tells the pictures apart
+    tagger = ZeroShotTagger(model, made, TAGS)
+    torch.testing.assert_close(tagger.probabilities(pictures), expected, rtol=1e-4, atol=1e-6)
+    for threshold, max_tags in ((0.0, 2), (expected.median().item(), 5)):
+        tagger = ZeroShotTagger(model, made, TAGS, threshold=threshold, max_tags=max_tags)
+        for tags, row in zip(tagger(pictures, batch_size=2), expected, strict=True):
+            best = row.argsort(descending=True)[:max_tags].tolist()
+            assert tags == ", ".join(tag for place, tag in enumerate(TAGS) if place in best and row[place] > threshold)
+
+
+def test_tags_are_embedded_once_and_loaded_taggers_agree(tmp_path: Path) -> None:
+    model, made = classifier("clip")
+    model.save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    tagger = ZeroShotTagger.from_pretrained(tmp_path, TAGS, threshold=0.2, max_tags=3)
+    texts: list[int] = []
+    tagger.model.text_model.register_forward_hook(lambda _, __, out: texts.append(len(out.pooler_output)))
+    images = [picture(0), picture(1), picture(2)]
+    first = tagger(images, batch_size=2)
+    assert first == tagger(images, batch_size=1) == [tagger(one)[0] for one in images]
+    assert texts.count(len(TAGS)) == 1
+    assert set(texts) == {1, len(TAGS)}
+    assert first == ZeroShotTagger(model, made, TAGS, threshold=0.2, max_tags=3)(images)
+
+
+def test_the_page_s_example_runs(processor: LionProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in classifier("clip"):
+        part.save_pretrained(tmp_path / "openai" / "clip-vit-base-patch32")
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in re.findall(r"```py\n(.*?)```", PAGE, flags=re.DOTALL) if "ZeroShotTagger" in block)
+    names = {"processor": processor, "pictures": [picture(0), picture(1)], "questions": ["Why?"] * 3}
+    exec(compile(code, "docs/generation.md", "exec"), names)
+    assert names["batch"].input_ids.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tags": []}, "tags: expected a list of one tag or more"),
+        ({"tags": "dog"}, "tags: expected a list"),
+        ({"max_tags": 0}, "max_tags: expected 1 or more, got 0"),
+        ({"template": "a photo"}, "template: expected {} in the place of the tag"),
+        ({"model": torch.nn.Linear(2, 2)}, "model: expected one with a logit_scale, as CLIP and SigLIP, got Linear"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings: dict, message: str) -> None:
+    model, made = classifier("clip")
+    with pytest.raises(ValueError, match=message):
+        ZeroShotTagger(**{"model": model, "processor": made, "tags": TAGS, **settings})
