@@ -88,8 +88,9 @@ def look_inside(model: LionForCausalLM, batch: dict[str, Tensor], answer_ids: Te
         if decoder:
             model(**batch, decoder_input_ids=answer_ids[:, :-1], use_cache=False)  # the last token reads nothing
         else:
-            prefix_inputs = ("vision_features", "qformer_input_ids", "qformer_attention_mask")
-            model.get_visual_prefix(**{name: batch[name] for name in prefix_inputs if name in batch})
+            image_features = model.encode_images(vision_features=batch["vision_features"])
+            question = ("qformer_input_ids", "qformer_attention_mask")
+            model.get_visual_prefix(image_features, **{name: batch[name] for name in question if name in batch})
     shares, maps = {}, []
     if decoder:
         read = _mean_weights(decoder, outputs)
