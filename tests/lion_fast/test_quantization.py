@@ -150,11 +150,16 @@ def test_answers_in_fewer_bits(make_model: Make, make_batch: MakeBatch, tmp_path
     model.save_pretrained(tmp_path / "full")
     settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32)
     few = LionForCausalLM.from_pretrained(tmp_path / "full", quantization_config=settings, dtype=torch.float32).eval()
+    # Before any pass: on a CPU bitsandbytes packs 4 bits anew in the first one, and saves another model then.
+    few.save_pretrained(tmp_path / "few")
     kinds = {name: type(module).__name__ for name, module in few.named_modules()}
     assert {name for name, kind in kinds.items() if kind in ("Linear8bitLt", "Linear4bit")} == quantized(model)
     logits = few(**batch).logits
-    error = ((logits - expected).norm() / expected.norm()).item()
-    assert 0 < error < (0.02 if bits == 8 else 0.2)
+    assert not torch.allclose(logits, expected)
+    # Against its own weights made whole again, as small random weights amplify what rounding them changes.
+    twin = LionForCausalLM.from_pretrained(tmp_path / "full", quantization_config=settings, dtype=torch.float32)
+    whole = twin.dequantize().float().eval()(**batch).logits
+    assert ((logits - whole).norm() / whole.norm()).item() < 0.05
     labels = batch.pop("labels")
     tokens = few.generate(**batch, max_new_tokens=4)
     few.fold_adapters()
@@ -168,6 +173,5 @@ def test_answers_in_fewer_bits(make_model: Make, make_batch: MakeBatch, tmp_path
         assert sum(type(module).__name__ == "Linear8bitLt" for module in names["model"].modules()) == len(
             quantized(model)
         )
-    few.save_pretrained(tmp_path / "few")
     loaded = LionForCausalLM.from_pretrained(tmp_path / "few").eval()
     torch.testing.assert_close(loaded(**batch, labels=labels).logits, logits)
