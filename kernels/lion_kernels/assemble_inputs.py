@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
+from lion_kernels.backend import (
+    LAUNCH,
+    can_read,
+    interpreting,
+    on_device,
+    refuse_uninterpretable,
+    through_op,
+    tl,
+    triton,
+)
 from lion_kernels.configs import lookup, shipped
 from lion_kernels.cost import Cost
 from lion_kernels.rows import last_contiguous, partial_sums, row_spec, takes
@@ -290,8 +299,7 @@ def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Te
     for name, tensor in (("prefix", prefix), ("input_ids", input_ids), ("soft_prompt", soft_prompt)):
         if tensor.device != embedding.device:
             raise ValueError(f"{name}: expected device {embedding.device} (from embedding), got {tensor.device}")
-    # A subclass may have no values, as those that only know their shapes.
-    if input_ids.device.type == "cpu" and type(input_ids) is Tensor and not torch.compiler.is_compiling():
+    if can_read(input_ids):
         strange = (input_ids != soft_prompt_id) & ((input_ids < 0) | (input_ids >= vocabulary))
         if strange.any():
             ids = input_ids[strange].unique().tolist()

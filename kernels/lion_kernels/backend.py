@@ -91,6 +91,12 @@ def through_op(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def can_read(ids: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU that would wait for the device, and a trace or a tensor class of
+    somebody's own, such as one that only knows its shape, may have none."""
+    return ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: TF32 for fp32 inputs only where PyTorch's own products are allowed it."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

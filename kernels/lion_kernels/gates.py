@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lion_kernels.backend import can_read
+
 GateForm = Literal["channel", "dense", "sparse"]
 
 
@@ -120,10 +122,9 @@ def _check_leading(name: str, given: torch.Size, x: Tensor) -> None:
 def _check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}")
-    # On a GPU the comparison would wait for the device. There a task out of range weighs nothing in the kernels, which
-    # read no further than the table; an expert fails in the scatter, as a task does in PyTorch's gather. A subclass may
-    # have no values, as those that only know their shapes.
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or type(ids) is not Tensor:
+    # On a GPU a task out of range weighs nothing in the kernels, which read no further than the table; an expert fails
+    # in the scatter, as a task does in PyTorch's gather.
+    if not can_read(ids):
         return
     outside = ids[(ids < low) | (ids >= high)]
     if outside.numel():
