@@ -1,10 +1,6 @@
 """A checkpoint of a few thousand parameters, pictures to ask it about, and processes that can be killed."""
 
 import json
-import multiprocessing
-import os
-import runpy
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +15,7 @@ from lion_fast.bulk import BulkJob
 from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
 from lion_fast.scenes import SceneGenerator
 from tests.lion_fast.bulk.inputs import CORRUPT, COUNT
+from tests.lion_fast.processes import starting
 
 PROCESS = Path(__file__).with_name("bulk_process.py")
 
@@ -113,20 +110,6 @@ def make_job(checkpoint: Path, pictures: Path, tmp_path: Path) -> Callable[..., 
 
 @pytest.fixture(scope="session")
 def start() -> Iterator[Callable[..., Any]]:
-    """Start a `bulk_process`; forked from a server that has imported everything, it is there at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lion_fast.bulk"])
-
-    def begin(job: BulkJob, **arguments: Any) -> Any:
-        given = {"job": asdict(job), **arguments}
-        process = context.Process(
-            target=runpy.run_path,
-            args=(str(PROCESS),),
-            kwargs={"init_globals": {"ARGUMENTS": given}, "run_name": "__main__"},
-        )
-        process.start()
-        return process
-
-    with pytest.MonkeyPatch.context() as patch:  # for the server, which starts with the first process
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        yield begin
+    """Start a `bulk_process`."""
+    with starting(PROCESS, ["lion_fast.bulk"]) as begin:
+        yield lambda job, **arguments: begin(job=asdict(job), **arguments)

@@ -1,9 +1,5 @@
 """A tiny model, recipes that train it, files to train it on, and processes that do."""
 
-import multiprocessing
-import os
-import runpy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_
 from lion_fast.scenes import write_scenes
 from lion_fast.training import load_recipe
 from lion_fast.training.recipe import Recipe
+from tests.lion_fast.processes import starting
 from tests.lion_fast.training.runs import Files, MakeRecipe
 
 PROCESS = Path(__file__).with_name("training_process.py")
@@ -110,20 +107,6 @@ def tagger_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start() -> Iterator[Callable[..., Any]]:
-    """Start a `training_process`; forked from a server that has imported everything, it is there at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lion_fast.training.run", "lion_fast.training.fsdp2", "torch.utils.tensorboard"])
-
-    def begin(recipe: Recipe, **arguments: Any) -> Any:
-        given = {"recipe": recipe.model_dump(mode="json"), **arguments}
-        process = context.Process(
-            target=runpy.run_path,
-            args=(str(PROCESS),),
-            kwargs={"init_globals": {"ARGUMENTS": given}, "run_name": "__main__"},
-        )
-        process.start()
-        return process
-
-    with pytest.MonkeyPatch.context() as patch:  # for the server, which starts with the first process
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        yield begin
+    """Start a `training_process`."""
+    with starting(PROCESS, ["lion_fast.training.run", "lion_fast.training.fsdp2", "torch.utils.tensorboard"]) as begin:
+        yield lambda recipe, **arguments: begin(recipe=recipe.model_dump(mode="json"), **arguments)
