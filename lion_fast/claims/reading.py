@@ -16,7 +16,7 @@ from lion_fast.processing_lion import TAG_SENTENCE, LionProcessor
 from lion_fast.quickstart.data import SceneSet, encode, pick
 from lion_fast.quickstart.loop import Run, train
 from lion_fast.quickstart.muon import build_optimizers
-from lion_fast.quickstart.standins import Facts, linears
+from lion_fast.quickstart.standins import Facts, linears, told_loss
 
 _NUM_FACTS = 16  # tokens that a scene is told in, as many as stage 1 shows
 _HIDDEN = (0.0, 0.8)  # share of a scene's words that it is not told, drawn per batch, so that tags are worth reading
@@ -57,14 +57,7 @@ def teach_tags(
                     )
                     facts.is_word = is_word & (torch.rand(is_word.shape) >= rng.uniform(*_HIDDEN))
                     told = facts.tell(scenes, _NUM_FACTS, rng)
-                    words = language_model.get_input_embeddings()(batch["input_ids"])
-                    mask = torch.cat([torch.ones(told.shape[:2], dtype=torch.long), batch["attention_mask"]], dim=1)
-                    yield language_model(
-                        inputs_embeds=torch.cat([told, words], dim=1),
-                        attention_mask=mask,
-                        labels=batch["labels"],
-                        task_ids=batch["task_ids"],
-                    ).loss
+                    yield told_loss(language_model, told, batch)
 
     matrices = [module.weight for _, module in linears(language_model)]
     optimizers = build_optimizers([model], matrices, muon_lr=0.004, adamw_lr=3e-3)

@@ -83,18 +83,26 @@ def train_language(
         for scenes, samples in _language_samples(scene_set, batch_size, rng):
             batch = encode(processor, samples)
             told = facts.tell(scenes, int(rng.choice(_NUM_FACTS)), rng)
-            inputs_embeds = torch.cat([told, language_model.get_input_embeddings()(batch["input_ids"])], dim=1)
-            attention_mask = torch.cat([torch.ones(told.shape[:2], dtype=torch.long), batch["attention_mask"]], dim=1)
-            yield language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                labels=batch["labels"],
-                task_ids=batch["task_ids"],
-            ).loss
+            yield told_loss(language_model, told, batch)
 
     matrices = [module.weight for name, module in linears(language_model) if ".adapter." not in name]
     optimizers = build_optimizers([language_model, facts], matrices, muon_lr=0.008, adamw_lr=9e-3)
     return train("language stand-in", _LANGUAGE_KINDS, losses(), optimizers, steps)
+
+
+def told_loss(language_model: Any, told: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of answers about scenes that the language model is told of before it reads the question.
+
+    Args:
+        told: [B, N, hidden size], from `Facts.tell`.
+        batch: of text alone, from `encode`.
+    """
+    return language_model(
+        inputs_embeds=torch.cat([told, language_model.get_input_embeddings()(batch["input_ids"])], dim=1),
+        attention_mask=torch.cat([torch.ones(told.shape[:2], dtype=torch.long), batch["attention_mask"]], dim=1),
+        labels=batch["labels"],
+        task_ids=batch["task_ids"],
+    ).loss
 
 
 def _language_samples(
