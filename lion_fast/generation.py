@@ -33,9 +33,8 @@ class LionGenerationMixin(GenerationMixin):
         """Token ids of the answers, after an encoder-decoder's start token, or what `return_dict_in_generate` asks for.
 
         Args:
-            pixel_values, input_ids, attention_mask, qformer_input_ids, qformer_attention_mask, task_ids,
-                vision_features, image_features: as for `forward`. With precomputed `encoder_outputs` none of them but
-                `attention_mask` and `task_ids` are needed.
+            pixel_values: as the arguments after it, as for `forward`. With precomputed `encoder_outputs` none of them
+                but `attention_mask` and `task_ids` are needed.
             kwargs: everything that transformers' `generate` takes; `self.generation_config` holds the defaults
                 (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens; top_p 0.9 with `do_sample`).
                 `labels` is ignored: `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.

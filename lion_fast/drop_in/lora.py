@@ -1,6 +1,6 @@
 """LoRA layers of PEFT in one product each, and training with batches that mix adapters.
 
-    y = x W^T + b + sum_e scaling_e * (x A_e^T + 0) B_e^T        (mixture_of_lora_linear)
+    y = x W^T + b + sum_e scaling_e * (x A_e^T) B_e^T        (mixture_of_lora_linear)
 
 over the active adapters, or over the adapter that `model(..., adapter_names=[...])` names for each sample. PEFT takes
 `adapter_names` outside training only, and of its per-layer hooks none is left when gradient checkpointing computes a
