@@ -16,8 +16,8 @@ import torch
 
 from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.bulk import BulkJob, run
-from lion_fast.bulk.answering import default_device, dtype_on
 from lion_fast.bulk.outputs import read_rows
+from lion_fast.loading import compute_dtype, default_device
 from lion_fast.prompts import CAPTION_INSTRUCTION
 from lion_fast.scenes import SceneGenerator
 
@@ -40,7 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def looped(pictures: Path) -> tuple[list[str], float, float]:
     """Captions one by one, and the seconds and CPU seconds they took."""
     device = default_device()
-    model = LionForCausalLM.from_pretrained(CHECKPOINT, dtype=dtype_on(device)).eval().to(device)
+    model = LionForCausalLM.from_pretrained(CHECKPOINT, dtype=compute_dtype(device)).eval().to(device)
     processor = LionProcessor.from_pretrained(CHECKPOINT)
 
     def caption(path: Path) -> str:
@@ -76,7 +76,7 @@ def bench_job(
     seconds, out = benchmark.pedantic(job)
     after = os.times()
     got = [row["caption"] for row in read_rows(out)]
-    if dtype_on(default_device()) is torch.float32:
+    if compute_dtype(default_device()) is torch.float32:
         assert got == looped[0], "other rows than single calls give, so no rate"
     report(benchmark, seconds, sum(after[:2]) + sum(after[2:4]) - sum(before[:4]))
 

@@ -1,4 +1,4 @@
-"""Loading a model that has to be whole."""
+"""Loading a model that has to be whole, where and in what it is to compute."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,16 @@ from transformers.utils import logging
 
 from lion_fast.checkpoints import CheckpointError, naming
 from lion_fast.modeling_lion import LionForCausalLM
+
+
+def default_device(local_rank: int = 0) -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What LION computes in unless it is told otherwise: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def load_complete(directory: Path, dtype: torch.dtype) -> Any:

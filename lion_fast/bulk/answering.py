@@ -11,7 +11,7 @@ from lion_fast.bulk.job import BulkJob
 from lion_fast.bulk.outputs import Row
 from lion_fast.bulk.preparing import Encode, Inputs, LionEncoder, Prepared, TaggerEncoder
 from lion_fast.checkpoints import naming
-from lion_fast.loading import load_complete
+from lion_fast.loading import compute_dtype, load_complete
 from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
 
@@ -21,7 +21,7 @@ class Answerer(ABC):
 
     Args:
         job: names the model's directory.
-        device: float32 on a CPU, bfloat16 on a GPU.
+        device: where it computes, in `dtype_of(job, device)`.
 
     Attributes:
         encode: makes of pictures what the model reads; it is pickled to where that is done.
@@ -56,7 +56,7 @@ class LionAnswerer(Answerer):
         directory = Path(job.model)
         with naming(directory, "a directory with LION's processor"):
             self.processor = LionProcessor.from_pretrained(directory)
-        self.model = load_complete(directory, dtype_on(device)).to(device)
+        self.model = load_complete(directory, compute_dtype(device)).to(device)
         self.encode = LionEncoder(job, self.processor)
         limits = {"num_beams": job.num_beams, "max_new_tokens": job.max_new_tokens}
         self.limits = {name: value for name, value in limits.items() if value is not None}
@@ -74,7 +74,7 @@ class TagAnswerer(Answerer):
     def __init__(self, job: BulkJob, device: torch.device):
         super().__init__(job, device)
         with naming(job.model, "a directory with a RamTagger"):
-            tagger: Any = RamTagger.from_pretrained(job.model, dtype=dtype_on(device))
+            tagger: Any = RamTagger.from_pretrained(job.model, dtype=dtype_of(job, device))
         self.tagger = tagger.to(device)
         self.encode = TaggerEncoder(tagger.config.vision_config.image_size)
 
@@ -89,10 +89,6 @@ def load_answerer(job: BulkJob, device: torch.device) -> Answerer:
     return (TagAnswerer if job.command == "tag" else LionAnswerer)(job, device)
 
 
-def default_device(local_rank: int = 0) -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def dtype_of(job: BulkJob, device: torch.device) -> torch.dtype:
+    """What a job's model computes in; the tagger in float32, as for single pictures: tags hang on thresholds."""
+    return torch.float32 if job.command == "tag" else compute_dtype(device)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lion_fast.bulk.answering import dtype_on, load_answerer
+from lion_fast.bulk.answering import dtype_of, load_answerer
 from lion_fast.bulk.job import BulkJob
 from lion_fast.bulk.outputs import ROWS_PER_PART, Row
 from lion_fast.bulk.preparing import Prepared, Preparer
@@ -59,7 +59,7 @@ def run_on_ray(
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         source = open_source(job)
-        dtype = dtype_on(torch.device("cuda" if gpus else "cpu"))
+        dtype = dtype_of(job, torch.device("cuda" if gpus else "cpu"))
         output, done = begin(job, source, dtype, rows_per_part)
         batches = plan_batches(source.lengths, done, batch_size)
         writer = output.open(0, 1)

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lion_fast.bulk.answering import default_device, dtype_on, load_answerer
+from lion_fast.bulk.answering import dtype_of, load_answerer
 from lion_fast.bulk.job import BulkJob, record_settings
 from lion_fast.bulk.outputs import ROWS_PER_PART, Output, Row, Writer, open_output
 from lion_fast.bulk.preparing import Prepared, Preparer
 from lion_fast.bulk.sources import Source, open_source
 from lion_fast.data.loader import checked_workers
+from lion_fast.loading import default_device
 
 _BATCHES_PER_WINDOW = 32
 
@@ -75,7 +76,7 @@ def run(
     with process_group() as (rank, world_size):
         device = device or default_device(int(os.environ.get("LOCAL_RANK", "0")))
         source = open_source(job)
-        output, done = begin(job, source, dtype_on(device), rows_per_part)
+        output, done = begin(job, source, dtype_of(job, device), rows_per_part)
         batches = plan_batches(source.lengths, done, batch_size)[rank::world_size]
         answer = load_answerer(job, device)
         writer = output.open(rank, world_size)

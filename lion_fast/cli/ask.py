@@ -78,19 +78,17 @@ def _locate(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace, question: str, task: str) -> str:
-    import torch
-
     from lion_fast.checkpoints import naming
-    from lion_fast.loading import load_complete
+    from lion_fast.loading import compute_dtype, default_device, load_complete
     from lion_fast.processing_lion import LionProcessor
 
     if not args.model.is_dir():
         raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     with naming(args.model, "a directory with LION's processor"):
         processor = LionProcessor.from_pretrained(args.model)
     batch = processor(images=args.image, text=question, tags=args.tags, task=task, return_tensors="pt")
-    model = load_complete(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+    model = load_complete(args.model, compute_dtype(device)).to(device)
     limits = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     ids = model.generate(**batch.to(device), **{name: value for name, value in limits.items() if value is not None})
     return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()

@@ -34,6 +34,7 @@ def _run(args: argparse.Namespace) -> int:
     from lion_fast.check.cases import OPERATORS
     from lion_fast.check.report import run_check
     from lion_fast.cli.processes import run_again
+    from lion_fast.loading import default_device
     from lion_kernels.backend import HAS_TRITON, interpreting
 
     unknown = sorted(set(args.operators or ()) - set(OPERATORS))
@@ -41,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--operators: expected some of {', '.join(OPERATORS)}, got {', '.join(unknown)}")
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so no kernel runs")
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, got {device}")
     interpret = device.type == "cpu"

@@ -123,15 +123,13 @@ def _shards(args: argparse.Namespace) -> None:
 
 
 def _tag(args: argparse.Namespace) -> None:
-    import torch
-
     from lion_fast.data import add_tags
+    from lion_fast.loading import default_device
     from lion_fast.modeling_ram import RamTagger
 
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tagger: Any = RamTagger.from_pretrained(args.ram)
     dataset = _open(args)
-    tagged, bad = add_tags(dataset, args.out, tagger.to(device), batch_size=args.batch_size)
+    tagged, bad = add_tags(dataset, args.out, tagger.to(args.device or default_device()), batch_size=args.batch_size)
     print(f"{args.out}: {tagged} pictures tagged; {dataset.num_bad_lines} bad lines and {bad} bad pictures left out")
 
 

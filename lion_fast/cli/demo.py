@@ -31,9 +31,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> None:
-    import torch
-
     from lion_fast.demo.answering import Answerer
+    from lion_fast.loading import default_device
 
     if not args.model.is_dir():
         raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
@@ -42,9 +41,7 @@ def _run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(f"no package {error.name}; install it with: pip install 'lion-fast[demo]'") from error
 
-    answerer = Answerer.from_pretrained(
-        args.model, args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    answerer = Answerer.from_pretrained(args.model, args.device or default_device())
     with serving(answerer, str(args.model), host=args.host, port=args.port) as address:
         print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
         if args.host not in _LOOPBACK:

@@ -24,9 +24,9 @@ def _run(args: argparse.Namespace) -> None:
     import torch
 
     from lion_fast.checkpoints import naming
+    from lion_fast.loading import default_device
     from lion_fast.modeling_ram import RamTagger
 
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with naming(args.ram, "a directory with a RamTagger"):
-        tagger: Any = RamTagger.from_pretrained(args.ram)
-    print(*tagger.to(device)([args.image]))
+        tagger: Any = RamTagger.from_pretrained(args.ram, dtype=torch.float32)
+    print(*tagger.to(args.device or default_device())([args.image]))

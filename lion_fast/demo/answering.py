@@ -13,7 +13,7 @@ from PIL import Image
 from lion_fast.boxes import parse_boxes
 from lion_fast.checkpoints import naming
 from lion_fast.demo.insight import Insight, look_inside
-from lion_fast.loading import load_complete
+from lion_fast.loading import compute_dtype, load_complete
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
@@ -111,8 +111,7 @@ class Answerer:
         """
         with naming(directory, "a directory with LION's processor"):
             processor = LionProcessor.from_pretrained(directory)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = load_complete(directory, dtype).to(device)
+        model = load_complete(directory, compute_dtype(device)).to(device)
         tagger: Any = None
         if (directory / "ram").is_dir():
             with naming(directory / "ram", "a RAM tagger"):
