@@ -194,8 +194,8 @@ def _growth(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
             "the tokens' own traffic outweighs them. The PyTorch backend folds the gate into the up-projection where "
             "a sequence has more rows than the rank, and adds the adapters one by one below; with more adapters its "
             "one product grows by their rank alone, where the eager form goes over all tokens twice more for each. The "
-            "eager form bends again at 8 adapters: what it holds is then more than the allocator keeps for the next "
-            "call, and the system hands it out anew, page by page.\n"
+            "eager form bends again at 8 adapters, in part because what it holds is then more than the allocator keeps "
+            "for the next call, and the system hands it out anew, page by page; the rest is not explained.\n"
         )
     if "growth" in drawn:
         yield f"![A training step by batch and image size](images/{drawn['growth'].name})\n"
