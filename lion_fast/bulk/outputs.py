@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lion_fast.bulk.tables import expect_pyarrow
-from lion_fast.data.files import whole_or_not
+from lion_fast.data.files import to_disk, whole_or_not
 
 Row = dict[str, Any]
 
@@ -176,7 +176,7 @@ class ParquetOutput(Output):
             pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), file)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(self.path)
+        to_disk(self.path)
 
     def _parts(self) -> list[Path]:
         return sorted(self.path.glob("part-*.parquet"))
@@ -261,12 +261,3 @@ def _end_of_last_line(file: Any) -> int:
             return start + newline + 1
         end = start
     return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring renames in it to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

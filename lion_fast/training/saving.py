@@ -19,6 +19,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lion_fast.data.files import to_disk
+
 SEAL = "complete.json"
 ASIDE = ".aside"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -53,7 +55,7 @@ def written_aside(
             seal(aside)
             remove(target)
             os.rename(aside, target)
-            _to_disk(target.parent)
+            to_disk(target.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save and safetensors say by errors of their own that a disk is full.
         shutil.rmtree(aside, ignore_errors=True)
@@ -72,13 +74,13 @@ def seal(directory: Path) -> None:
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SEAL):
         files[str(path.relative_to(directory))] = {"size": path.stat().st_size, "sha256": _digest(path)}
-        _to_disk(path)
+        to_disk(path)
     with (directory / SEAL).open("w", encoding="utf-8") as file:
         json.dump(files, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     for path in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
-        _to_disk(path)
+        to_disk(path)
 
 
 def damage(directory: Path) -> str | None:
@@ -140,11 +142,3 @@ def clear_aside(run_dir: Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
