@@ -10,9 +10,10 @@ for gradients.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -92,10 +93,24 @@ ON_KERNELS = pytest.mark.parametrize("model", ["kernels"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def model(converted: Path, request: pytest.FixtureRequest) -> LionForCausalLM:
+def model(converted: Path, request: pytest.FixtureRequest) -> Iterator[LionForCausalLM]:
     if request.param == "kernels" and not interpreting():
         pytest.skip("these models are on the CPU, where kernels run in Triton's interpreter only")
-    return LionForCausalLM.from_pretrained(converted, **SETTINGS[request.param]).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        # The interpreter takes as long for a tile of 16 rows, which suits fp32 on a GPU, as for one of 128.
+        for module, sizes in (("attention_sizes", "default_sizes"), ("relative_bias_attention", "bias_gradient_sizes")):
+            kernels = import_module(f"lion_kernels.{module}")
+            patch.setattr(kernels, sizes, in_16_bits(getattr(kernels, sizes)))
+        yield LionForCausalLM.from_pretrained(converted, **SETTINGS[request.param]).eval()
+
+
+def in_16_bits(sizes: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+    """`sizes` as they are for 16-bit values, whatever the dtype."""
+
+    def larger(*arguments: Any, **features: Any) -> dict[str, int]:
+        return sizes(*(torch.float16 if isinstance(x, torch.dtype) else x for x in arguments), **features)
+
+    return larger
 
 
 @pytest.fixture
