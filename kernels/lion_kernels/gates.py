@@ -78,6 +78,8 @@ def check_gate(
     Raises:
         ValueError: a shape, a dtype, or (where reading values does not wait for a device) an id does not fit.
     """
+    if not gate.is_floating_point():
+        raise ValueError(f"gate: expected a floating dtype, got {gate.dtype}")
     if task_ids is not None and expert_ids is not None:
         raise ValueError("task_ids, expert_ids: expected at most one of them, got both")
     if task_ids is not None:
@@ -105,10 +107,12 @@ def align_left(tensor: Tensor, rows: int, trailing: int) -> Tensor:
 
 
 def dense_from_sparse(gate: Tensor, expert_ids: Tensor, experts: int) -> Tensor:
-    """Weights [..., experts] of a sparse gate; an expert named twice counts twice."""
-    slots = torch.where(expert_ids < 0, experts, expert_ids).long()  # "none" falls in a column that is cut off
-    weights = gate.new_zeros(*gate.shape[:-1], experts + 1).scatter_add(-1, slots, gate)
-    return weights[..., :experts]
+    """Weights [..., experts] of a sparse gate; an expert named twice counts twice, what is no expert not at all.
+
+    By comparison: a scatter would add with atomics, in no fixed order where an expert is named more than twice.
+    """
+    named = expert_ids.unsqueeze(-1) == torch.arange(experts, device=expert_ids.device)  # [..., k, E]
+    return torch.where(named, gate.unsqueeze(-1), 0).sum(-2)
 
 
 def _check_leading(name: str, given: torch.Size, x: Tensor) -> None:
@@ -120,10 +124,8 @@ def _check_leading(name: str, given: torch.Size, x: Tensor) -> None:
 
 
 def _check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}")
-    # On a GPU a task out of range weighs nothing in the kernels, which read no further than the table; an expert fails
-    # in the scatter, as a task does in PyTorch's gather.
     if not can_read(ids):
         return
     outside = ids[(ids < low) | (ids >= high)]

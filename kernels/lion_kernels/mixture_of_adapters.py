@@ -156,7 +156,9 @@ def mixture_of_adapters(
         gate: [R, E, D] with `task_ids` (channel gate), [..., k] with `expert_ids` (sparse gate), else [..., E]
             (dense gate). Leading dimensions follow x's from the left; see `lion_kernels.gates`.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
-        expert_ids: integers [..., k] in 0..E-1, -1 for none.
+        expert_ids: integers [..., k] in 0..E-1, -1 for none. Nothing waits for a GPU to look at ids: there, and in a
+            compiled graph, one out of range weighs nothing and has no gradient, except that "torch" gathers the gate
+            by `task_ids`, where PyTorch counts a negative one from the end and fails on one that is too large.
         residual: [..., D] like x, or None for nothing added.
         activation: "relu" or "identity".
         backend: "auto", "triton" or "torch". "triton" takes fp32, fp16 and bf16; gate and residual may have another
@@ -318,6 +320,10 @@ def _check(
 ) -> None:
     if activation not in ("relu", "identity"):
         raise ValueError(f"activation: expected 'relu' or 'identity', got {activation!r}")
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
+    if residual is not None and not residual.is_floating_point():
+        raise ValueError(f"residual: expected a floating dtype, got {residual.dtype}")
     channels = x.shape[-1]
     if down_weight.dim() != 3 or down_weight.shape[-1] != channels:
         raise ValueError(f"down_weight: expected [E, r, D] with D={channels} (from x), got {list(down_weight.shape)}")

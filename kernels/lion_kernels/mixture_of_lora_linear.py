@@ -185,7 +185,9 @@ def mixture_of_lora_linear(
             (dense gate). Leading dimensions follow x's from the left; see `lion_kernels.gates`.
         scaling: of the update: alpha / r in LoRA's words.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
-        expert_ids: integers [..., k] in 0..E-1, -1 for none.
+        expert_ids: integers [..., k] in 0..E-1, -1 for none. Nothing waits for a GPU to look at ids: there, and in a
+            compiled graph, one out of range weighs nothing and has no gradient, except that "torch" gathers the gate
+            by `task_ids`, where PyTorch counts a negative one from the end and fails on one that is too large.
         backend: "auto", "triton" or "torch". "triton" takes fp32, fp16 and bf16; the gate may have another dtype than
             x and the weights.
 
@@ -237,6 +239,8 @@ def cost(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x: expected floating [..., Din], got {x.dtype} {list(x.shape)}")
     width = x.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight: expected [Dout, {width}] (Din from x), got {list(weight.shape)}")

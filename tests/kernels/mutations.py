@@ -222,8 +222,8 @@ MUTATIONS = [
     Mutation(
         "take no expert for the first",
         "gates.py",
-        "torch.where(expert_ids < 0, experts, expert_ids).long()",
-        "torch.where(expert_ids < 0, 0, expert_ids).long()",
+        "named = expert_ids.unsqueeze(-1) ==",
+        "named = expert_ids.clamp(min=0).unsqueeze(-1) ==",
         (_adapters("sparse"),),
     ),
     Mutation(
