@@ -4,8 +4,9 @@
     dup = g * gate * Phi(gate)
     dgate = g * up * (Phi(gate) + gate * phi(gate))     phi its density
 
-Saved for backward: gate and up, nothing else. The GELU and its slope are computed again from the gate, which costs less
-than reading them would; so there is no choice to offer.
+Saved for backward: gate and up, nothing else. The GELU and its slope are computed again from the gate. There is no
+option to keep them: backward needs both factors, gate * Phi(gate) and up * slope, so it would hold and read as many
+tensors as it does, and forward would write two more beside the one that it returns.
 """
 
 import itertools

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,7 +32,7 @@ def exact(inputs: Inputs) -> Inputs:
     return outputs_and_gradients(reference, cast(inputs, torch.float64, "cpu"))
 
 
-SHAPES = [(1, 64), (17, 176), (257, 8), (2, 3, 1408), (3, 2048), (2, 5120), (5, 1025), (7, 1), (33,)]
+SHAPES = [(1, 64), (17, 176), (257, 8), (2, 3, 1408), (3, 2048), (2, 5120), (5, 1025), (7, 1), (33,), (417, 64)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -112,6 +113,34 @@ def test_backward_saves_the_inputs_alone(device: torch.device) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         gated_gelu(**inputs, backend="triton")
     assert [tensor.data_ptr() for tensor in saved] == [value.data_ptr() for value in inputs.values()]
+
+
+def test_a_checkpoint_recomputes_it_but_not_the_product_after_it(device: torch.device) -> None:
+    """As the documentation shows: of a trained linear layer's input nothing is held."""
+    gate, up = make_inputs((17, 48), torch.float32, device).values()
+    weight = torch.randn(32, 48, device=device, requires_grad=True)
+    calls, held = [], []
+
+    def gelu_and_down(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        out = gated_gelu(gate, up, backend="triton")
+        calls.append("gated_gelu")
+        out = F.linear(out, weight)
+        calls.append("linear")
+        return out
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        return tensor
+
+    expected = torch.autograd.grad(gelu_and_down(gate, up, weight).sum(), (gate, up, weight))
+    calls.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out: Any = checkpoint(gelu_and_down, gate, up, weight, use_reentrant=False)
+    given = {tensor.data_ptr() for tensor in (gate, up, weight)}
+    assert all(tensor.numel() == 0 or tensor.data_ptr() in given for tensor in held)
+    got = torch.autograd.grad(out.sum(), (gate, up, weight))
+    assert calls == ["gated_gelu", "linear", "gated_gelu"]
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
 def test_without_gradients_the_result_is_the_same(device: torch.device) -> None:
