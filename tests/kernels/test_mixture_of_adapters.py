@@ -46,12 +46,24 @@ def make_inputs(gate: str, experts: int, rank: int, channels: int, shape: tuple[
     return {**inputs, "gate": randn(*leading, experts)}
 
 
-SIZES = [(1, 4, 64, (3, 5)), (2, 16, 72, (2, 17)), (3, 8, 40, (257,)), (8, 12, 32, (1, 1))]
+SIZES = [
+    (1, 4, 64, (3, 5), "identity"),
+    (2, 16, 72, (2, 17), "relu"),
+    (3, 8, 40, (257,), "relu"),
+    (8, 12, 32, (1, 1), "identity"),
+]
+# Models' widths, from the narrowest to the widest: every rank, 1 to 16 experts, and rows that no tile divides.
+MODEL_SIZES = [
+    ("channel", 2, 64, 1408, (1, 17)),
+    ("channel_by_row", 8, 4, 2048, (3,)),
+    ("dense", 3, 16, 4096, (1,)),
+    ("dense_by_sequence", 1, 8, 176, (1, 417)),
+    ("sparse", 16, 64, 64, (17,)),
+]
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("activation", ["relu", "identity"])
-@pytest.mark.parametrize(("experts", "rank", "channels", "shape"), SIZES)
+@pytest.mark.parametrize(("experts", "rank", "channels", "shape", "activation"), SIZES)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_the_reference(
@@ -75,6 +87,24 @@ def test_agrees_with_the_reference(
         for name, value in got.items():
             assert value.dtype == dtype
             assert relative_error(value, expected[name]) < tolerance, (name, dtype)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("gate", "experts", "rank", "channels", "shape"), MODEL_SIZES)
+def test_sizes_of_models(
+    gate: str,
+    experts: int,
+    rank: int,
+    channels: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+    relative_error: Measure,
+) -> None:
+    inputs = make_inputs(gate, experts, rank, channels, shape)
+    expected = outputs_and_gradients(reference, inputs)
+    got = outputs_and_gradients(mixture_of_adapters, cast(inputs, torch.float32, device), backend="triton")
+    for name, value in got.items():
+        assert relative_error(value, expected[name]) < 1e-5, name
 
 
 @pytest.mark.usefixtures("poison")
@@ -335,6 +365,11 @@ def test_cost_is_the_floor_of_the_published_sizes() -> None:
         ({"activation": "gelu"}, "activation: expected 'relu' or 'identity', got 'gelu'"),
         ({"up_bias": torch.zeros(2, 32)}, r"up_bias: expected torch.float64 \(as x\), got torch.float32"),
         ({"residual": torch.zeros(3, 5, 32, device="meta")}, r"residual: expected on cpu \(as x\), got meta"),
+        ({"x": torch.tensor(1.0)}, r"x: expected floating \[..., D\], got torch.float32 \[\]"),
+        ({"x": torch.zeros(3, 5, 32).long()}, r"x: expected floating \[..., D\], got torch.int64 \[3, 5, 32\]"),
+        ({"gate": torch.zeros(4, 2, 32).long()}, "gate: expected a floating dtype, got torch.int64"),
+        ({"residual": torch.zeros(3, 5, 32).bool()}, "residual: expected a floating dtype, got torch.bool"),
+        ({"task_ids": torch.zeros(3).to(torch.complex64)}, "task_ids: expected integers, got torch.complex64"),
         ({"backend": "cuda"}, "backend: expected one of 'auto', 'triton', 'torch', got 'cuda'"),
         ({"backend": "triton"}, "x: expected float32, float16 or bfloat16 with backend='triton', got torch.float64"),
     ],

@@ -61,7 +61,7 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[..., T
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("experts", "rank", "widths", "shape"),
-    [(1, 4, (64, 40), (3, 5)), (3, 16, (72, 136), (2, 17)), (8, 12, (32, 48), (1, 1))],
+    [(1, 4, (64, 40), (3, 5)), (3, 16, (72, 136), (2, 17)), (8, 64, (176, 64), (1, 1))],
 )
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("way", WAYS)
@@ -85,6 +85,33 @@ def test_agrees_with_the_reference(
     with torch.no_grad():
         out = operator(way)(**cast(inputs, torch.float32, device), scaling=0.5)
     assert relative_error(out, expected["out"]) < 1e-5
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("way", "gate", "experts", "rank", "widths", "shape"),
+    [
+        ("fused", "channel", 2, 64, (1408, 176), (1, 17)),
+        ("library", "channel_by_row", 2, 8, (176, 2048), (3,)),
+        ("fused", "dense", 3, 4, (4096, 64), (1,)),
+        ("library", "sparse", 16, 16, (64, 64), (417,)),
+    ],
+)
+def test_sizes_of_models(
+    way: str,
+    gate: str,
+    experts: int,
+    rank: int,
+    widths: tuple[int, int],
+    shape: tuple[int, ...],
+    operator: Callable[[str], Callable[..., Tensor]],
+    device: torch.device,
+    relative_error: Measure,
+) -> None:
+    inputs = make_inputs(gate, experts, rank, widths, shape)
+    expected = outputs_and_gradients(reference, inputs)
+    for name, value in outputs_and_gradients(operator(way), cast(inputs, torch.float32, device)).items():
+        assert relative_error(value, expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
@@ -255,6 +282,8 @@ def test_cost() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"x": torch.tensor(1.0)}, r"x: expected floating \[..., Din\], got torch.float32 \[\]"),
+        ({"gate": torch.zeros(4, 2, 40).bool()}, "gate: expected a floating dtype, got torch.bool"),
         ({"weight": torch.zeros(40, 31)}, r"weight: expected \[Dout, 32\] \(Din from x\), got \[40, 31\]"),
         ({"bias": torch.zeros(41)}, r"bias: expected \[40\], got \[41\]"),
         ({"lora_a": torch.zeros(2, 8, 31)}, r"lora_a: expected \[E, r, 32\] \(Din from x\), got \[2, 8, 31\]"),

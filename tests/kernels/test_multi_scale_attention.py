@@ -94,6 +94,7 @@ CASES = {
     "a row and a column apart": make_inputs(129, (65,), 88, heads=1),
     "257": make_inputs(257, (257,), 24, heads=1, batch=1),
     "maps of several lengths": make_inputs(33, (17, 1, 70), 40),
+    "417": make_inputs(17, (417,), 96, heads=1, batch=1),
     "gate": make_inputs(17, (17, 40), 72, gate=True),
     "gate and mask": make_inputs(70, (17, 1, 70), 16, gate=True, mask=True),
     "one map and a gate": make_inputs(20, (33,), 128, gate=True, mask=True),

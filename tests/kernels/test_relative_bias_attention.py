@@ -72,8 +72,8 @@ CASES = {
     "decoder": make_inputs(65, 65, 24, **DECODER),
     "decoder and mask": make_inputs(70, 100, 88, mask=True, max_distance=30, **DECODER),
     "causal with both series": make_inputs(33, 33, 16, causal=True, max_distance=12, buckets=16),
-    "one step of decoding": make_inputs(1, 90, 64, **DECODER),
-    "a few steps of decoding": make_inputs(5, 90, 64, mask=True, **DECODER),
+    "one step of decoding": make_inputs(1, 417, 64, **DECODER),
+    "a few steps of decoding": make_inputs(17, 257, 80, mask=True, **DECODER),
 }
 
 

@@ -56,7 +56,7 @@ def plain(inputs: Inputs, dropout: dict[str, Any]) -> Inputs:
     return outputs_and_gradients(reference, inputs, dropout_mask=None if mask is None else mask.to(inputs["x"]))
 
 
-SHAPES = [(1, 64), (17, 176), (257, 64), (2, 3, 1408), (3, 2048), (2, 4096), (5, 101)]
+SHAPES = [(1, 64), (17, 176), (257, 64), (2, 3, 1408), (3, 2048), (2, 4096), (5, 101), (417, 64)]
 with_and_without_dropout = pytest.mark.parametrize("dropout", [{}, DROPOUT], ids=["", "dropout"])
 
 

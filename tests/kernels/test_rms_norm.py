@@ -38,7 +38,7 @@ def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return outputs_and_gradients(reference, cast(inputs, torch.float64, "cpu"))
 
 
-SHAPES = [(1, 64), (17, 176), (257, 64), (2, 3, 1408), (3, 2048), (2, 4096), (5, 100), (2, 8192), (3, 4)]
+SHAPES = [(1, 64), (17, 176), (257, 64), (2, 3, 1408), (3, 2048), (2, 4096), (5, 100), (2, 8192), (3, 4), (417, 64)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
