@@ -395,7 +395,8 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
             kwargs: handed to the language model (`output_hidden_states`, `use_cache`, ...).
 
         Raises:
-            ValueError: shapes or ids that do not fit; the message names the argument.
+            ValueError: shapes or ids that do not fit; the message names the argument. Nothing waits for a GPU to look
+                at ids: there the device itself fails, with the same words.
         """
         if input_ids is None:
             raise ValueError("input_ids: expected int64 [B, L], got None")

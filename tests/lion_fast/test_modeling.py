@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.adapters import MixtureOfAdapters
 from lion_fast.configuration_lion import FLAN_T5_XL
+from lion_fast.expect import expect_ids
 from lion_fast.modeling_lion import token_cross_entropy
 
 FAMILIES = ("t5", "llama", "qwen2", "qwen3")
@@ -459,6 +460,20 @@ def test_bad_input_is_named(make_model: Make, make_batch: MakeBatch, change: dic
     batch = {**make_batch(labels=True), **change}
     with pytest.raises(ValueError, match=message):
         make_model()(**batch)
+
+
+def test_ids_that_nobody_may_wait_for_fail_where_they_are() -> None:
+    """In a compiled graph, as on a GPU: later, but in the same words."""
+
+    def checked(ids: Tensor) -> Tensor:
+        expect_ids("labels", ids, 2, also=-100)
+        return ids + 1
+
+    compiled = torch.compile(checked, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.tensor([0, -100, 1])).tolist() == [1, -99, 2]
+    for wrong in (-1, 2):
+        with pytest.raises(RuntimeError, match=r"labels: expected ids in 0\.\.1"):
+            compiled(torch.tensor([0, -100, wrong]))
 
 
 @pytest.mark.parametrize(
