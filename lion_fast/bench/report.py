@@ -43,7 +43,7 @@ attention at least as fast as FlexAttention.
 
 
 def write_report(results: Path, page: Path) -> list[Path]:
-    """Writes `page` and its charts (images/bench_*.png beside it), and returns all files.
+    """Writes `page` and the charts (images/bench_*.png beside it; the operators' pages show theirs), returns all files.
 
     Raises:
         ValueError: `results` holds no run.
@@ -55,13 +55,15 @@ def write_report(results: Path, page: Path) -> list[Path]:
         )
     images = page.parent / "images"
     files = []
+    operators = charts.draw_operators(runs, images)
+    files += operators.values()
     text = [HEAD]
     if not any(run.environment["gpu"] for run in runs):
         text += ["**No GPU has run anything yet**: everything below about GPUs is a model, and says so.\n", AIMS]
     for number, run in enumerate(runs):
         drawn = charts.draw(run, images, f"bench_{number}_")
         files += drawn.values()
-        text += list(_sections(run, drawn))
+        text += list(_sections(run, drawn | operators))
     files.append(charts.draw_model(images))
     text += list(_model())
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def _sections(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         if name in drawn:
             yield f"![{words}](images/{drawn[name].name})\n"
     yield from _growth(run, drawn)
-    yield from _tables(run)
+    yield from _tables(run, drawn)
 
 
 def _original(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
@@ -207,10 +209,12 @@ def _growth(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         )
 
 
-def _tables(run: Run) -> Iterator[str]:
+def _tables(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
     for suite in dict.fromkeys(entry.suite for entry in run.entries if entry.suite not in ("original", "growth")):
         entries = [entry for entry in run.entries if entry.suite == suite]
         yield f"### {suite}\n"
+        if suite in drawn:
+            yield f"![Every peer by shape and direction](images/{drawn[suite].name})\n"
         yield "| | peer | median (20 to 80 %) | of the baseline | floor reached | peak | kept | error |"
         yield "|---|---|---|---|---|---|---|---|"
         for entry in entries:
