@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks import side_by_side
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.side_by_side import DEVICE, DTYPE, Inputs, Operator, Suite, interleave, leaf, measure, report
+from benchmarks.work import work
 from lion_fast.bench import comparison, results, runs, tuning
 from lion_fast.bench.results import Entry, Run
 from lion_fast.check.cases import CASES
@@ -78,7 +79,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(operator: Operator, name: str = "lion_kernels-x", peer: str | None = None, direction: str = "forward+backward"):
-    suite = Suite("product", {"eager": right, name: operator}, plain=right, reference=right)
+    alone = frozenset({"forward alone"})
+    suite = Suite("product", {"eager": right, name: operator}, plain=right, reference=right, forward_only=alone)
     recorder = Recorder()
     measure(recorder, suite, peer or name, direction, {"rows": 5}, make_inputs, (Cost(1, 0), Cost(1, 0)))
     return recorder
@@ -114,6 +116,28 @@ def test_a_peer_that_does_not_run_is_skipped_and_ours_fails() -> None:
     side_by_side._last.clear()
     with pytest.raises(RuntimeError, match="no kernel for this"):
         run(unable)
+
+
+def test_a_peer_without_a_backward_is_timed_forward() -> None:
+    def forward_alone(x: Tensor, weight: Tensor) -> Tensor:
+        assert not x.requires_grad, weight.requires_grad
+        return x * weight
+
+    assert run(forward_alone, "forward alone", direction="forward").times
+    with pytest.raises(pytest.skip.Exception, match="forward alone has no backward"):
+        run(forward_alone, "forward alone", direction="backward")
+    assert run(forward_alone, "forward alone", peer="eager").times
+    side_by_side._last.clear()
+    with pytest.raises(pytest.skip.Exception, match="wrong out"):
+        run(wrong_output, "forward alone", direction="forward")
+
+
+def test_the_least_work_of_a_model_is_its_products() -> None:
+    linear = torch.nn.Linear(8, 4)
+    x = torch.randn(5, 8)
+    assert work(lambda: linear(x).relu(), linear.parameters()) == Cost(4 * (8 * 4 + 4), 2 * 5 * 8 * 4)
+    assert work(lambda: linear(x).sum().backward(), linear.parameters()).flops == 2 * 2 * 5 * 8 * 4
+    assert work(lambda: x * x, [x]) == Cost(0, 0)
 
 
 def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,20 +276,36 @@ def test_bench_run_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.
     assert (only.suite, only.peer, only.other) == ("thing", "test_good", {"note": 3})
 
 
+def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as died:
+        pass
+    described = results.describe_machine(ROOT)
+    records = tmp_path / f"records-{died.pid}.jsonl"
+    entry = {"suite": "s", "group": "g", "peer": "p", "seconds": [1.0, 0.9, 1.1], "rounds": 3}
+    records.write_text(f"{json.dumps(described)}\n{json.dumps(entry)}\n{{'suite': 's', 'gro", encoding="utf-8")
+    running = tmp_path / f"records-{os.getpid()}.jsonl"
+    running.write_text(f"{json.dumps(described)}\n", encoding="utf-8")
+    (folder,) = runs.recover(tmp_path)
+    assert [entry.peer for entry in results.load(folder).entries] == ["p"]
+    assert not records.exists()
+    assert running.exists()
+
+
 def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from lion_fast.bench.report import write_report
 
-    peer = replace(ENTRY, peer="a peer", seconds=(0.5, 0.49, 0.51))
+    entry = replace(ENTRY, direction="forward", floor_seconds=0.4)
+    peer = replace(entry, peer="a peer", seconds=(0.5, 0.49, 0.51))
     other = replace(ENTRY, group="product, backward")
-    run = make_run(ENTRY, peer, other, replace(other, peer="a peer", seconds=(2.0, 1.9, 2.1)))
+    run = make_run(entry, peer, other, replace(other, peer="a peer", seconds=(2.0, 1.9, 2.1)))
     results.save(run, tmp_path / "results")
     page, *charts = write_report(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
     text = page.read_text(encoding="utf-8")
     assert "In 1 of 2 comparisons a peer is faster" in text
     assert "| product, forward | a peer | 500 ms | 1 s | 2.00 |" in text
     assert "**Not measured yet.**" in text
-    assert charts
+    assert any(file.name == "bench_product.png" for file in charts)
     assert all(file.is_file() and f"images/{file.name}" in text for file in charts)
     with pytest.raises(ValueError, match="found none"):
         write_report(tmp_path / "nowhere", page)
