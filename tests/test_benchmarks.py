@@ -3,6 +3,7 @@ leaves what it found."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -358,6 +359,30 @@ def test_the_gpu_script_leaves_what_it_found(tmp_path: Path) -> None:
     command[-1] = "enviroment"
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (2, "no part enviroment\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_the_gpu_script_stops_when_it_is_interrupted(tmp_path: Path) -> None:
+    """As by a terminal, whose signal reaches the script alone; nothing has to be killed, and no further part begins."""
+    waits = "import time; print('begun', flush=True); time.sleep(100)"
+    python = tmp_path / "python"
+    waiting = f'{sys.executable} -c "$2" {sys.executable} -c "{waits}"'
+    python.write_text(f'#!/usr/bin/env bash\ncase "$2" in *execvp*) exec {waiting} ;; esac\n')
+    python.chmod(0o755)
+    command = [str(SCRIPT), str(tmp_path / "out"), "environment", "rows", "tuning"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHON": str(python)}, **pipe) as script:
+        lines = []
+        while not lines or lines[-1] != "begun\n":
+            lines.append(script.stdout.readline())
+            assert lines[-1], lines
+        os.killpg(script.pid, signal.SIGINT)
+        rest, _ = script.communicate(timeout=60)
+    assert script.returncode == 1
+    assert "KeyboardInterrupt" in rest
+    assert "environment    passed" in rest
+    assert "rows           failed" in rest
+    assert "tuning" not in rest
 
 
 def test_report_hands_over_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
