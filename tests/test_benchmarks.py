@@ -225,6 +225,9 @@ def test_a_peer_may_become_slower_and_none_of_ours_missing() -> None:
     assert [change.regressed for change in comparison.compare(before, after)] == [False]
     lost = make_run(peer, replace(ENTRY, group="another"))
     assert comparison.missing(before, lost) == [ENTRY]
+    assert not comparison.compare(before, make_run(peer))  # nothing of ours is right any more
+    with pytest.raises(ValueError, match="same suites"):
+        comparison.compare(before, make_run(replace(ENTRY, suite="another")))
     with pytest.raises(ValueError, match="one device"):
         comparison.compare(before, make_run(ENTRY, device="another"))
 
