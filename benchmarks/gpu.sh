@@ -38,6 +38,7 @@ if [ -n "${PEERS:-}" ]; then
   unpacked=$(mktemp -d) || exit 2
   trap 'rm -rf "$unpacked"' EXIT
   for wheel in "$PEERS"/*.whl; do
+    [ -e "$wheel" ] || { echo "no wheels in $PEERS" >&2; exit 2; }
     "$PYTHON" -m zipfile -e "$wheel" "$unpacked" || exit 2
   done
   PYTHONPATH+=:$unpacked
