@@ -290,6 +290,8 @@ def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
     running = tmp_path / f"records-{os.getpid()}.jsonl"
     running.write_text(f"{json.dumps(described)}\n", encoding="utf-8")
     (folder,) = runs.recover(tmp_path)
+    records.write_text(json.dumps(described), encoding="utf-8")  # died at once
+    assert not runs.recover(tmp_path)
     assert [entry.peer for entry in results.load(folder).entries] == ["p"]
     assert not records.exists()
     assert running.exists()

@@ -97,7 +97,7 @@ def _runs(pid: int) -> bool:
 def _collect(records: Path, out: Path) -> Path | None:
     """The results of a file with the machine in its first line and a benchmark in each that follows."""
     text = records.read_text(encoding="utf-8")
-    described, *lines = [json.loads(line) for line in text[: text.rfind("\n")].splitlines()]  # the last may be cut off
-    written = save(Run(described, tuple(map(make_entry, lines))), out) if lines else None
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be cut off
+    written = save(Run(lines[0], tuple(map(make_entry, lines[1:]))), out) if len(lines) > 1 else None
     records.unlink()
     return written
