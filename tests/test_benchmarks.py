@@ -1,7 +1,9 @@
 """The benchmarks' own promises: no time for a wrong result, a comparison that sees what became slower, a script that
 leaves what it found."""
 
+import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lion_kernels
 from benchmarks import side_by_side
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.side_by_side import DEVICE, DTYPE, Inputs, Operator, Suite, interleave, leaf, measure, report
@@ -278,6 +281,22 @@ def test_bench_run_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.
     assert written is not None
     (only,) = results.load(written).entries
     assert (only.suite, only.peer, only.other) == ("thing", "test_good", {"note": 3})
+
+
+@pytest.mark.parametrize("operator", sorted(set(lion_kernels.__all__) - {"BACKENDS", "resolve_backend"}))
+def test_every_operator_has_a_suite_whose_peers_are_right(operator: str) -> None:
+    """At the smallest of its shapes, where on a CPU nothing is compiled."""
+    suite = importlib.import_module(f"benchmarks.bench_{operator}")
+    (cases,) = (mark for mark in suite.bench.pytestmark if mark.name == "parametrize")
+    shapes = [case.values[0] for case in reversed(cases.args[1])]
+    shape = min(shapes, key=lambda shape: math.prod(size for size in shape.values() if isinstance(size, int)))
+    recorder = Recorder()
+    suite.bench(recorder, shape, "forward", "lion_kernels-torch")
+    assert recorder.times
+    assert len(recorder.extra_info["ratio"]) == 3
+    ((_, compared),) = side_by_side._last
+    assert not compared.problems
+    assert set(compared.memory) == set(suite.peers(shape)) - compared.suite.forward_only
 
 
 def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
