@@ -200,7 +200,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Times of each call by rounds, in which all take turns: forwards in one round, in reverse in the next.
 
-    On a GPU by its own events, with a cold cache; elsewhere by the clock, as the caches are.
+    On a GPU by its own events, with a cold cache; elsewhere by the clock (one thread's own), as the caches are.
 
     Args:
         calls: by name, what is not timed, and what is, given what that returned.
@@ -229,10 +229,12 @@ def interleave(
 
 
 def _by_clock(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], float]:
+    """One thread's own time, which leaves out when other processes had its core; of several threads what all waited."""
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     given = prepare()
-    start = time.perf_counter()
+    start = now()
     call(given)
-    seconds = time.perf_counter() - start
+    seconds = now() - start
     return lambda: seconds
 
 

@@ -68,7 +68,9 @@ def unable(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def slowed(x: Tensor, weight: Tensor) -> Tensor:
-    time.sleep(0.004)
+    until = time.process_time() + 0.004  # of this process: one thread's time has no sleep in it
+    while time.process_time() < until:
+        pass
     return x * weight
 
 
