@@ -24,16 +24,25 @@ from pathlib import Path
 from typing import Any
 
 from lion_kernels.backend import LAUNCH, interpreting
+from lion_kernels.configs import COMPACT_BELOW
 
 # (backend, architecture, threads of a warp) as Triton names them.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-_MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"v_mfma"}
+# Bytes of shared memory that a program may have. A target with little of it is launched with compact sizes.
+SHARED_LIMITS = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+_MATRIX = {"sm_80": r"\bHMMA", "sm_89": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"v_mfma"}
 # 16 bytes a thread and more, or whole tiles; and fewer. (A cache hint, LTC128B, is no width.)
 _WIDE = {
     "cuda": r"\b(?:LDG|STG|LDGSTS)(?:\.\w+)*\.(?:128|256)\b|\bUBLKCP|\bUTMA(?:LDG|STG|RED)",
@@ -58,6 +67,7 @@ class KernelSpec:
         matrix: whether it has to use the matrix units.
         wide_access: whether it has to read or write 16 bytes at once.
         divisible: names of integer arguments that are multiples of 16. Pointers always are.
+        compact: whether it is launched where `is_compact`, or elsewhere; on every GPU where None.
     """
 
     name: str
@@ -69,6 +79,13 @@ class KernelSpec:
     matrix: bool
     wide_access: bool = True
     divisible: tuple[str, ...] = ()
+    compact: bool | None = None
+
+    @property
+    def targets(self) -> list[str]:
+        """Those on which it is launched."""
+        limits = SHARED_LIMITS.items()
+        return [target for target, limit in limits if self.compact in (None, limit < COMPACT_BELOW)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class Report:
 
 
 def compile_kernel(spec: KernelSpec, target: str) -> Report:
-    """Compiles `spec` for `target` ("sm_80", "sm_90", "sm_100" or "gfx942"); no GPU is needed.
+    """Compiles `spec` for `target`, one of `TARGETS`; no GPU is needed.
 
     Raises:
         ValueError: unknown target.
@@ -131,12 +148,12 @@ def compile_kernel(spec: KernelSpec, target: str) -> Report:
 def check(report: Report, spec: KernelSpec) -> list[str]:
     """What is wrong with `report`, a sentence each.
 
-    Shared memory has to fit on every NVIDIA target. Spills, matrix units and wide accesses are asked for on sm_90, the
+    Shared memory has to fit on every target. Spills, matrix units and wide accesses are asked for on sm_90, the
     target that the configurations are made for; elsewhere it is enough to compile.
     """
     complaints = []
-    limit = SHARED_LIMITS.get(report.target)
-    if limit is not None and report.shared_bytes > limit:
+    limit = SHARED_LIMITS[report.target]
+    if report.shared_bytes > limit:
         complaints.append(f"{report.shared_bytes} bytes of shared memory, at most {limit} fit")
     if report.target == "sm_90":
         if report.stack_bytes:
@@ -158,10 +175,10 @@ def all_specs() -> Iterator[tuple[str, KernelSpec]]:
 
 
 def one_each(specs: Iterable[tuple[str, KernelSpec]]) -> Iterator[tuple[str, KernelSpec]]:
-    """The first spec of each kernel, module and type of values: enough to see whether a compiler takes the kernels."""
+    """The first spec of each kernel, module, type of values and size of GPU: enough to see what a compiler takes."""
     seen = set()
     for module, spec in specs:
-        key = module, spec.kernel, frozenset(spec.signature.values())
+        key = module, spec.kernel, frozenset(spec.signature.values()), spec.compact
         if key not in seen:
             seen.add(key)
             yield module, spec
@@ -259,7 +276,10 @@ def print_report(options: argparse.Namespace) -> int:
     print(f"{'kernel':<72} {'target':<7} regs stack  shared matrix  wide narrow")
     for module, spec in specs:
         reports = {}
-        for target in options.targets:
+        targets = [target for target in spec.targets if target in options.targets]
+        if not targets:
+            continue
+        for target in targets:
             try:
                 report = compile_kernel(spec, target)
             except Exception as error:  # whatever the compiler raises is one more finding, and the others still count

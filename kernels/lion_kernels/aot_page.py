@@ -15,7 +15,8 @@ A cell holds registers a thread, bytes of stack where registers spill, KiB of sh
 units, and accesses to global memory: of 16 bytes a thread and more, then of fewer. Instructions are counted where they
 stand in the code, not as often as they run. Asked for on sm_90 are no stack, at most {limit:.0f} KiB of shared memory,
 matrix instructions in every kernel that multiplies tiles of 16-bit values, and accesses of 16 bytes; elsewhere a kernel
-has to compile, and its shared memory to fit.
+has to compile, and its shared memory to fit. GPUs with little of it (sm_89 is GeForce's 40 series, L4 and L40S) get
+compact sizes; a cell is empty where a GPU gets the others.
 """
 
 
@@ -55,7 +56,7 @@ def _coverage(kernels: list[dict[str, Any]], target: str) -> str:
 
 def _cell(report: dict[str, int] | None) -> str:
     if report is None:
-        return "not compiled"
+        return ""
     said = [f"{report['registers']} registers"]
     if report["stack_bytes"]:
         said.append(f"**{report['stack_bytes']} stack**")

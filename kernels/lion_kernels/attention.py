@@ -275,6 +275,7 @@ def specs(
                 {"p_dq": "*fp32"} if gate else {},
                 # Without dq only delta is left, which is no matrix product.
                 product_rows=0 if frozen == "q" else tile_n if kernel == "backward_keys" else tile_m,
+                compact=compact,
             )
         )
     return out
@@ -294,6 +295,7 @@ def kernel_spec(
     kinds: dict[str, str],
     *,
     product_rows: int,
+    compact: bool,
 ) -> KernelSpec:
     """`function` as it is launched with the arguments of an `Attention`.
 
@@ -327,4 +329,5 @@ def kernel_spec(
         num_stages=sizes["num_stages"],
         # Warp groups multiply 64 rows at least, and nothing multiplies fp32 without rounding it.
         matrix=dtype != torch.float32 and product_rows >= 64,
+        compact=compact,
     )

@@ -1,12 +1,10 @@
 """The sizes that the attention kernels are launched with: pieces of a head dimension, tiles, warps and stages."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from lion_kernels.backend import triton
-from lion_kernels.configs import lookup
+from lion_kernels.configs import is_compact, lookup
 
 NARROW = 16  # the least rows or columns that a matrix product takes
 
@@ -64,6 +62,8 @@ def default_sizes(
         tile = (16, 32 if compact or width > 96 else 64, 4)
     elif compact:
         tile = (32 if width > 96 and kernel == "backward_queries" else 64, 32, wide)
+    elif rows == "some" and bias and width > 96:
+        tile = (64, 16 if dropout and kernel == "backward_queries" else 32, 4)
     elif rows == "some":
         tile = (64, 32 if dropout else 64, 8 if kernel == "backward_queries" or dropout else 4)
     else:
@@ -74,7 +74,9 @@ def default_sizes(
 
 def _compact_key_tile(width: int, bias: bool, dropout: bool) -> tuple[int, int, int]:
     """Queries, keys and warps of "backward_keys" in 16 bits and 64 KiB."""
-    if dropout and (bias or width > 96):
+    if width > 96:
+        return (16 if bias or dropout else 32), 32, 8
+    if dropout and bias:
         return 16, 64, 8
     return 32, 64, 8 if width > 64 else 4
 
@@ -96,14 +98,3 @@ def bias_gradient_sizes(dtype: torch.dtype, width: int, *, dropout: bool, compac
         stages = 1 if compact else 3 if dropout and width > 64 else 2
         return {"BLOCK": 16 if compact else 32, "num_warps": 8, "num_stages": stages}
     return {"BLOCK": 32 if compact or (dropout and width > 64) else 64, "num_warps": 8, "num_stages": 1}
-
-
-def is_compact(device: torch.device) -> bool:
-    """Whether a program has less shared memory on `device` than on data-center GPUs since the A100."""
-    return device.type == "cuda" and _shared_memory(device) < 160 * 1024
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    # PyTorch tells for NVIDIA's; AMD's have 64 KiB, or more.
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)

@@ -14,6 +14,9 @@ import torch
 
 FOLDER = Path(__file__).parent / "configs"
 
+# Bytes of shared memory that a program may have on data-center GPUs since the A100; below, sizes are compact.
+COMPACT_BELOW = 160 * 1024
+
 
 def lookup(operator: str, shape_class: str, default: dict[str, Any]) -> dict[str, Any]:
     """`default`, with what the current GPU's table says about `operator` at `shape_class` in its place.
@@ -33,6 +36,20 @@ def shipped(operator: str) -> list[dict[str, Any]]:
 def file_name(gpu: str) -> str:
     """The file of a GPU's table: "NVIDIA H200" -> "nvidia_h200.json"."""
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
+
+
+def is_compact(device: torch.device) -> bool:
+    """Whether a program has less shared memory on `device` than on data-center GPUs since the A100.
+
+    99 KiB on GeForce's and on the L4 and L40S, 64 KiB on AMD's.
+    """
+    return device.type == "cuda" and _shared_memory(device) < COMPACT_BELOW
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    # PyTorch tells for NVIDIA's; AMD's have 64 KiB, or more.
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
 
 
 def _gpu() -> str | None:

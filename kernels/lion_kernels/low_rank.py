@@ -26,6 +26,7 @@ expand (2310.18547).
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from lion_kernels.aot import KernelSpec
 from lion_kernels.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable, resolve_backend
-from lion_kernels.configs import shipped
+from lion_kernels.configs import is_compact, shipped
 from lion_kernels.gates import FlatGate
 from lion_kernels.low_rank_kernels import (
     hidden_gradient_kernel,
@@ -260,6 +261,7 @@ def _problem(
         relu=relu,
         has_down_bias=down_bias is not None,
         has_up_bias=up_bias is not None,
+        compact=is_compact(x.device),
         has_residual=has_residual,
     )
 
@@ -328,14 +330,16 @@ def kernel_specs() -> list[KernelSpec]:
         "up_gradient": up_gradient_kernel,
         "linear": linear_kernel,
     }
-    for problem_name, (problem, used) in _TYPICAL.items():
+    for (problem_name, (typical, used)), compact in product(_TYPICAL.items(), (False, True)):
+        problem = typical._replace(compact=compact)
         split = problem.rows_class == "decode"
         for kernel_name in used:
             kernel = kernels[kernel_name]
             constants = problem.constants(kernel_name, split=split, gate_gradient=problem.form != "channel")
             tables = [{}, *shipped(f"low_rank.{kernel_name}")]
             for number, table in enumerate(tables):
-                name = f"low_rank.{kernel_name}[{problem_name}]" + (f"[table {number}]" if number else "")
+                name = f"low_rank.{kernel_name}[{problem_name}{', compact' if compact else ''}]"
+                name += f"[table {number}]" if number else ""
                 specs.append(_spec(name, kernel, problem, kernel_name, {**constants, **table}, split))
     return specs
 
@@ -376,4 +380,5 @@ def _spec(
             "channels_per_split",
             "channels_per_program",
         ),
+        compact=problem.compact,
     )

@@ -31,6 +31,7 @@ class Problem(NamedTuple):
     has_up_bias: bool = True
     has_residual: bool = True
     has_linear_bias: bool = False
+    compact: bool = False  # whether it runs on a GPU that `is_compact`
 
     @property
     def inner(self) -> int:
@@ -67,7 +68,7 @@ class Problem(NamedTuple):
         """Tile sizes, warps and stages of `kernel`: the GPU's table, else sizes that compile everywhere."""
         decode, few, half = self.rows_class == "decode", self.rows_class != "many", self.dtype.itemsize == 2
         rows = 16 if few else 128 if half else 64  # without matrix units, fp32 tiles have to fit the registers
-        default = {"num_warps": 4 if few else 8, "num_stages": 3 if half else 2}
+        default = {"num_warps": 4 if few else 8, "num_stages": 3 if half and not self.compact else 2}
         if kernel == "hidden":
             inner = self._padded_rank if self.skip else max(16, _power_of_2(self.inner))
             block = 32 if self.rows_class == "few" else 128

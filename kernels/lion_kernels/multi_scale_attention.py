@@ -15,6 +15,7 @@ one map takes; what is here mixes maps. One map with q, k and v from the same so
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -442,24 +443,27 @@ def kernel_specs() -> list[KernelSpec]:
     """Every kernel as it ships, for the ahead-of-time report."""
     name = "multi_scale_attention"
     specs: list[KernelSpec] = []
-    for head_dim in (8, 40, 64, 80, 88, 96, 128):
-        specs += attention.specs(name, head_dim)
-    for head_dim in (64, 88, 128):
-        specs += attention.specs(name, head_dim, mask=True, gate=True, dropout=True)
-        specs += attention.specs(name, head_dim, torch.float32, mask=True, gate=True, dropout=True)
-        for frozen in ("q", "k", "v"):
-            specs += attention.specs(name, head_dim, frozen=frozen)
-        for rows in ("few", "some"):
-            specs += attention.specs(name, head_dim, rows=rows, mask=True)
-    specs.append(
-        KernelSpec(
-            name=f"{name} mix bf16 3x1408",
-            kernel=_mix,
-            signature={"p_maps": "*bf16", "p_gate": "*fp32", "p_out": "*bf16", "rows": "i32"},
-            constexprs={"MAPS": 3, "CHANNELS": 1408, "BLOCK": 1024},
-            num_warps=4,
-            num_stages=2,
-            matrix=False,
+    for compact in (False, True):
+        sized = partial(attention.specs, name, compact=compact)
+        for head_dim in (8, 40, 64, 80, 88, 96, 128):
+            specs += sized(head_dim)
+        for head_dim in (64, 88, 128):
+            specs += sized(head_dim, mask=True, gate=True, dropout=True)
+            specs += sized(head_dim, torch.float32, mask=True, gate=True, dropout=True)
+            for frozen in ("q", "k", "v"):
+                specs += sized(head_dim, frozen=frozen)
+            for rows in ("few", "some"):
+                specs += sized(head_dim, rows=rows, mask=True)
+    for kind in ("bf16", "fp32"):
+        specs.append(
+            KernelSpec(
+                name=f"{name} mix {kind} 3x1408",
+                kernel=_mix,
+                signature={"p_maps": f"*{kind}", "p_gate": f"*{kind}", "p_out": f"*{kind}", "rows": "i32"},
+                constexprs={"MAPS": 3, "CHANNELS": 1408, "BLOCK": 1024},
+                num_warps=4,
+                num_stages=2,
+                matrix=False,
+            )
         )
-    )
     return specs

@@ -15,8 +15,8 @@ O(L + M) of them.
 # A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-import functools
 import math
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from lion_kernels import attention
 from lion_kernels.aot import KernelSpec
 from lion_kernels.attention import Attention
 from lion_kernels.attention_plain import draw_keep, library_attention, plain_attention, plain_attention_backward
-from lion_kernels.attention_sizes import bias_gradient_sizes, is_compact, split_head_dim
+from lion_kernels.attention_sizes import bias_gradient_sizes, split_head_dim
 from lion_kernels.attention_tiles import (
     Head,
     dropout_keep,
@@ -45,6 +45,7 @@ from lion_kernels.backend import (
     tl,
     triton,
 )
+from lion_kernels.configs import is_compact
 from lion_kernels.cost import Cost
 from lion_kernels.dropout import check_dropout, seed_tensor
 from lion_kernels.rows import last_contiguous
@@ -269,7 +270,7 @@ def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: i
     return first + torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
 
 
-@functools.cache
+@cache
 def bucket_by_distance(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
     """The buckets of the distances -max_distance .. max_distance, computed on the CPU whose logarithm is the reference.
 
@@ -539,21 +540,24 @@ def kernel_specs() -> list[KernelSpec]:
     """Every kernel as it ships, for the ahead-of-time report."""
     name = "relative_bias_attention"
     specs: list[KernelSpec] = []
-    for head_dim in (64, 128):
-        specs += attention.specs(name, head_dim, bias=True, mask=True)
-        specs += attention.specs(name, head_dim, bias=True, mask=True, causal=True)
-        specs += attention.specs(name, head_dim, bias=True, mask=True, causal=True, dropout=True)
-        specs += attention.specs(name, head_dim, rows="few", bias=True, mask=True)
-        for dropout in (False, True):
-            specs += [_bias_gradient_spec(name, head_dim, dtype, dropout) for dtype in (torch.bfloat16, torch.float32)]
-    # In fp32 head dimensions above 96 spill: without the matrix units they are slow anyway.
-    specs += attention.specs(name, 64, torch.float32, bias=True, mask=True, dropout=True)
+    for compact in (False, True):
+        biased = partial(attention.specs, name, bias=True, mask=True, compact=compact)
+        for head_dim in (64, 128):
+            specs += biased(head_dim)
+            specs += biased(head_dim, causal=True)
+            specs += biased(head_dim, causal=True, dropout=True)
+            specs += biased(head_dim, rows="few")
+            specs += biased(head_dim, rows="some", causal=True)
+            specs += biased(head_dim, rows="some", causal=True, dropout=True)
+            for dropout in (False, True):
+                for dtype in (torch.bfloat16, torch.float32):
+                    specs.append(_bias_gradient_spec(name, head_dim, dtype, dropout, compact))
+        # In fp32 head dimensions above 96 spill: without the matrix units they are slow anyway.
+        specs += biased(64, torch.float32, dropout=True)
     return specs
 
 
-def _bias_gradient_spec(
-    name: str, head_dim: int, dtype: torch.dtype, dropout: bool, compact: bool = False
-) -> KernelSpec:
+def _bias_gradient_spec(name: str, head_dim: int, dtype: torch.dtype, dropout: bool, compact: bool) -> KernelSpec:
     sizes = bias_gradient_sizes(dtype, sum(split_head_dim(head_dim)), dropout=dropout, compact=compact)
     kind = "fp32" if dtype == torch.float32 else "bf16"
     suffix = f"{' dropout' if dropout else ''}{' compact' if compact else ''}"
@@ -567,4 +571,5 @@ def _bias_gradient_spec(
         {"BLOCK": sizes["BLOCK"], "CAUSAL": False, **({} if dropout else {"p_seed": None})},
         {"p_out": "*fp32", "p_bucket": "*i64"},
         product_rows=sizes["BLOCK"],
+        compact=compact,
     )

@@ -17,6 +17,7 @@ from tests.lion_fast.gradients import expect_same_gradients
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_give_what_one_gives(

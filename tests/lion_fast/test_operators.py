@@ -332,6 +332,7 @@ def test_half_precision(make_model: Make, make_batch: MakeBatch, tmp_path: Path,
     assert error["triton"] < 2 * error["torch"] < 0.1
 
 
+@pytest.mark.slow
 def test_thirty_two_training_steps(make_model: Make, make_batch: MakeBatch) -> None:
     """The same curve, the same parameters and the same answers.
 
