@@ -159,7 +159,7 @@ def _operator(suite: str, figure: Any, runs: Sequence[Run]) -> bool:
     measured = [(run, entries) for run in runs if (entries := [e for e in _of(run, suite) if e.direction])]
     shapes = [list(dict.fromkeys(entry.label for entry in entries)) for _, entries in measured]
     colors = _colors(sorted({entry.peer for _, entries in measured for entry in entries}))
-    figure.set_size_inches(10, 1.2 + sum(0.7 + 0.24 * len(labels) for labels in shapes))
+    figure.set_size_inches(10, 1.2 + sum(max(2.4, 0.7 + 0.24 * len(labels)) for labels in shapes))
     ratios = {"height_ratios": [len(labels) + 1 for labels in shapes]}
     panels = figure.subplots(len(measured), len(DIRECTIONS), sharey="row", squeeze=False, gridspec_kw=ratios)
     for row, (run, entries), labels in zip(panels, measured, shapes, strict=True):
