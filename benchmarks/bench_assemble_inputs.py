@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import ON_GPU, cases, star
+from benchmarks.shapes import ON_GPU, cases, one_compiled, star
 from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels.assemble_inputs import assemble_inputs, cost
 from lion_reference import assemble_inputs as reference
@@ -45,15 +45,20 @@ def eager(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Ten
 
 PEERS: dict[str, Operator] = {
     "eager": eager,
+    "torch.compile": torch.compile(eager),
     "lion_kernels-torch": partial(assemble_inputs, soft_prompt_id=SOFT_PROMPT_ID, backend="torch"),
 }
 if DEVICE.type == "cuda":
-    PEERS["torch.compile"] = torch.compile(eager)
     PEERS["lion_kernels-triton"] = partial(assemble_inputs, soft_prompt_id=SOFT_PROMPT_ID, backend="triton")
-SUITE = Suite("assemble_inputs", PEERS, plain=eager, reference=partial(reference, soft_prompt_id=SOFT_PROMPT_ID))
 
 
-@cases(SHAPES, lambda _: PEERS)
+def peers(shape: dict[str, int]) -> dict[str, Operator]:
+    return one_compiled(PEERS, shape, SHAPES)
+
+
+@cases(SHAPES, peers)
 def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
+    reads = partial(reference, soft_prompt_id=SOFT_PROMPT_ID)
+    suite = Suite("assemble_inputs", peers(shape), plain=eager, reference=reads)
     costs = cost(shape["batch"], PREFIX_LENGTH, LENGTH, shape["channels"], DTYPE)
-    measure(benchmark, SUITE, peer, direction, shape, partial(make_inputs, shape), costs)
+    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)

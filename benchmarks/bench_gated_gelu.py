@@ -33,10 +33,10 @@ def eager(gate: Tensor, up: Tensor) -> Tensor:
 
 PEERS: dict[str, Operator] = {
     "eager": eager,
+    "torch.compile": torch.compile(eager),
     "lion_kernels-torch": partial(gated_gelu, backend="torch"),
 }
 if DEVICE.type == "cuda":
-    PEERS["torch.compile"] = torch.compile(eager)
     PEERS["lion_kernels-triton"] = partial(gated_gelu, backend="triton")
 
 

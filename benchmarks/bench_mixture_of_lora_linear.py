@@ -85,12 +85,12 @@ def plain(**inputs: Tensor) -> Tensor:
 
 PEERS: dict[str, Operator] = {
     "eager": eager,
+    "torch.compile": torch.compile(plain),
     "lion_kernels-torch": partial(mixture_of_lora_linear, bias=None, backend="torch"),
 }
 if peft is not None:
     PEERS["PEFT"] = with_peft
 if DEVICE.type == "cuda":
-    PEERS["torch.compile"] = torch.compile(plain)
     PEERS["lion_kernels-triton"] = partial(mixture_of_lora_linear, bias=None, backend="triton")
 SHAPES = [{"routing": "soft", **shape} for shape in mixtures(BASE)]
 # One adapter a sequence costs the same however many there are; on a CPU only the tokens vary.

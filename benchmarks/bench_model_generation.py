@@ -2,10 +2,12 @@
 
 `pytest benchmarks/bench_model_generation.py` prints the table: on a GPU LION-FlanT5-XL's sizes in bf16, on a CPU a
 small model in fp32 with PyTorch alone. The measure is the plain form of the model, eager attention and PyTorch's
-operators under transformers' `generate`; every other way is timed only if its loss is that form's, and says how many
-times as fast it is. Every answer has the same number of tokens.
+operators under transformers' `generate`; every other way takes turns with it, and is timed only if its loss is that
+form's. Every answer has the same number of tokens. The floor is that of the plain form's matrix products and their
+weights alone.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_model import DEVICE, DTYPE, LARGE, SMALL
+from benchmarks.bench_model import LARGE, SMALL
+from benchmarks.memory import peak_bytes
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, interleave, rates, report, skip_after_deadline
+from benchmarks.work import work
 from lion_fast import LionConfig, LionForCausalLM
+from lion_fast.check.timing import quantiles
+from lion_kernels.cost import floor_seconds
 
 ON_GPU = DEVICE.type == "cuda"
 NEW_TOKENS = 20 if ON_GPU else 4
 PROMPT_TOKENS = 64  # tags and instruction
+BOUND = 2e-2 if DTYPE.itemsize < 4 else 1e-5  # of the loss, relative
+SECONDS = 60.0 if ON_GPU else 3.0  # of the turns of one job
 MANY = 64 if ON_GPU else 4
 
 
@@ -34,20 +43,20 @@ class Way(NamedTuple):
 
 WAYS = {
     "plain": Way(attention="eager"),
-    "PyTorch": Way(),
-    "PyTorch, folded": Way(folded=True),
+    "lion_fast-torch": Way(),
+    "lion_fast-torch, folded": Way(folded=True),
 }
 if ON_GPU:
     WAYS |= {
-        "kernels": Way("triton"),
-        "kernels, folded": Way("triton", folded=True),
-        "kernels, folded, static cache": Way("triton", folded=True, cache="static"),
+        "lion_fast-triton": Way("triton"),
+        "lion_fast-triton, folded": Way("triton", folded=True),
+        "lion_fast-triton, folded, static cache": Way("triton", folded=True, cache="static"),
     }
 JOBS = {f"{MANY} pictures, 5 beams": (MANY, 5), "1 picture, 1 beam": (1, 1), "1 picture, 5 beams": (1, 5)}
-medians: dict[tuple[str, str], float] = {}
+pytestmark = INTERLEAVED
 
 
-@functools.lru_cache(maxsize=1)  # one at a time: LION-FlanT5-XL takes 8 GB
+@functools.cache
 def model(kernel_backend: str, attention: str | None) -> LionForCausalLM:
     """The adapters' up-projections, zero in a new model, are random."""
     config = LionConfig(kernel_backend=kernel_backend, **(LARGE if ON_GPU else SMALL))
@@ -59,6 +68,15 @@ def model(kernel_backend: str, attention: str | None) -> LionForCausalLM:
             if "up_proj" in name:
                 parameter.normal_(std=0.02)
     return made.requires_grad_(False).to(DTYPE).eval()
+
+
+@functools.cache
+def folded(kernel_backend: str, attention: str | None) -> LionForCausalLM:
+    """A model that shares the parameters of one that is not folded."""
+    source = model(kernel_backend, attention)
+    twin = copy.deepcopy(source, {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())})
+    twin.fold_adapters()
+    return twin
 
 
 def make_batch(pictures: int) -> dict[str, Tensor]:
@@ -80,47 +98,61 @@ def loss_of(lion: LionForCausalLM) -> float:
 
 
 @functools.cache
-def expected_loss() -> float:
-    return loss_of(model("torch", "eager"))
+def error(way: str) -> float:
+    """How far the way's loss is from the plain form's."""
+    expected = loss_of(model("torch", "eager"))
+    return abs(loss_of(lion_of(WAYS[way])) - expected) / abs(expected)
+
+
+def lion_of(way: Way) -> LionForCausalLM:
+    return (folded if way.folded else model)(way.kernel_backend, way.attention)
+
+
+def captioning(way: Way, job: str) -> Callable[[], None]:
+    pictures, beams = JOBS[job]
+    lion, batch = lion_of(way), make_batch(pictures)
+    search: dict[str, Any] = {"num_beams": beams, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    if way.cache is not None:
+        search["cache_implementation"] = way.cache
+
+    def run() -> None:
+        assert lion.generate(**batch, **search).shape[1] == 1 + NEW_TOKENS
+
+    return run
+
+
+@functools.cache
+def times(job: str) -> tuple[dict[str, list[float]], dict[str, int], float]:
+    """The right ways' times and peak memory, and the floor."""
+    run = {name: captioning(way, job) for name, way in WAYS.items() if error(name) <= BOUND}
+    for call in run.values():
+        call()  # compiles, and fills what is cached
+    peaks = {name: peak_bytes(call, DEVICE) for name, call in run.items()}
+    floor = floor_seconds(work(run["plain"], lion_of(WAYS["plain"]).parameters()), rates(), DTYPE)
+    calls = {name: ((lambda: None), lambda _, call=call: call()) for name, call in run.items()}
+    return interleave(calls, SECONDS), peaks, floor
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("job", JOBS)
 def bench(benchmark: Any, job: str, way: str) -> None:
-    backend, attention, folded, cache = WAYS[way]
-    expected = expected_loss()
-    lion = model(backend, attention)
+    skip_after_deadline()
+    assert error(way) <= BOUND, f"wrong loss (relative error {error(way):.1e}, allowed {BOUND:.1e}), so no time"
+    seconds, peaks, floor = times(job)
     pictures, beams = JOBS[job]
-    batch = make_batch(pictures)
-    search: dict[str, Any] = {"num_beams": beams, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
-    if cache is not None:
-        search["cache_implementation"] = cache
-    if folded:
-        lion.fold_adapters()
-    try:
-        loss = loss_of(lion)
-        allowed = 2e-2 if DTYPE.itemsize < 4 else 1e-5
-        assert abs(loss - expected) <= allowed * abs(expected), f"wrong loss ({loss}, not {expected}), so no time"
-        time(benchmark, lambda: lion.generate(**batch, **search))
-    finally:
-        lion.unfold_adapters()
-    benchmark.group = f"LION, {job}, {NEW_TOKENS} tokens, {DTYPE}, {DEVICE.type}"
-    medians[job, way] = benchmark.stats.stats.median
-    benchmark.extra_info["captions per second"] = round(pictures / medians[job, way], 2)
-    if (job, "plain") in medians:
-        benchmark.extra_info["times as fast as plain"] = round(medians[job, "plain"] / medians[job, way], 2)
-
-
-def time(benchmark: Any, generate: Callable[[], Tensor]) -> None:
-    def run() -> None:
-        ids = generate()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        assert ids.shape[1] == 1 + NEW_TOKENS
-
-    run()  # compiles, and fills what is cached
-    if ON_GPU:
-        torch.cuda.reset_peak_memory_stats()
-    benchmark(run)
-    if ON_GPU:
-        benchmark.extra_info["peak memory, GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    report(
+        benchmark,
+        seconds,
+        way,
+        baseline="plain",
+        group=f"LION, {job}, {NEW_TOKENS} tokens",
+        suite="model_generation",
+        direction="generation",
+        shape={"pictures": pictures, "beams": beams},
+        dtype=str(DTYPE).removeprefix("torch."),
+        floor_seconds=floor,
+        peak_bytes=peaks[way],
+        error=error(way),
+        bound=BOUND,
+    )
+    benchmark.extra_info["captions per second"] = round(pictures / quantiles(seconds[way]).median, 2)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.shapes import cases
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.shapes import cases, one_compiled
+from benchmarks.side_by_side import DEVICE, DTYPE, FLEX_FORWARD, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels import multi_scale_attention
 from lion_kernels.multi_scale_attention import cost
 from lion_reference import multi_scale_attention as reference
@@ -72,34 +73,39 @@ def sdpa_by(backend: SDPBackend) -> Attention:
     return call
 
 
+compiled_flex = torch.compile(flex_attention)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return compiled_flex(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
 PEERS: dict[str, Operator] = {
     "eager": gathered(reference),
     "SDPA": map_by_map(sdpa),
+    "FlexAttention": map_by_map(flex),
+    "torch.compile": torch.compile(gathered(reference)),
     "lion_kernels-torch": gathered(partial(multi_scale_attention, backend="torch")),
 }
 if DEVICE.type == "cuda":
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled_flex = torch.compile(flex_attention)
     PEERS |= {
         "SDPA-flash": map_by_map(sdpa_by(SDPBackend.FLASH_ATTENTION)),
         "SDPA-cuDNN": map_by_map(sdpa_by(SDPBackend.CUDNN_ATTENTION)),
         "SDPA-efficient": map_by_map(sdpa_by(SDPBackend.EFFICIENT_ATTENTION)),
-        "FlexAttention": map_by_map(
-            lambda q, k, v: compiled_flex(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-        ),
-        "torch.compile": torch.compile(gathered(reference)),
         "lion_kernels-triton": gathered(partial(multi_scale_attention, backend="triton")),
     }
     if flash_attn_func is not None:
         PEERS["flash-attn"] = map_by_map(flash_attn_func)
 
 
-SUITE = Suite("multi_scale_attention", PEERS, plain=gathered(reference), reference=gathered(reference))
+def peers(shape: dict) -> dict[str, Operator]:
+    return one_compiled(PEERS, shape, SHAPES)
 
 
-@cases(SHAPES, lambda _: PEERS)
+@cases(SHAPES, peers)
 def bench(benchmark: Callable, shape: dict, direction: str, peer: str) -> None:
+    formula = gathered(reference)
+    suite = Suite("multi_scale_attention", peers(shape), formula, formula, forward_only=FLEX_FORWARD)
     queries, maps, heads, head_dim = PARTS[shape["part"]]
     q, k = (torch.empty(shape["batch"], length, heads, head_dim, dtype=DTYPE) for length in (queries, 257))
-    measure(benchmark, SUITE, peer, direction, shape, partial(make_inputs, shape), cost(q, [k] * maps))
+    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), cost(q, [k] * maps))

@@ -2,7 +2,7 @@
 
 `pytest benchmarks` prints the table. Shapes are LION-FlanT5-XL's (32 heads of 64, 32 buckets): an encoder over prefix
 and text (417, and 1024 with long questions and tags), and a decoding step of a few and of many sequences. flash-attn
-takes no such bias. FlexAttention has no backward on a CPU, so it is a peer on a GPU only.
+takes no such bias. FlexAttention has no backward on a CPU.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.shapes import cases
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.shapes import cases, one_compiled
+from benchmarks.side_by_side import DEVICE, DTYPE, FLEX_FORWARD, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels import relative_bias_attention
 from lion_kernels.relative_bias_attention import cost
 from lion_reference import relative_bias_attention as reference
@@ -80,25 +81,25 @@ def in_decoder(operator: Operator) -> Operator:
 PEERS: dict[str, Operator] = {
     "eager": in_decoder(reference),
     "SDPA with a mask": sdpa,
+    "FlexAttention": flex(torch.compile(flex_attention)),
+    "torch.compile": torch.compile(in_decoder(reference)),
     "lion_kernels-torch": in_decoder(partial(relative_bias_attention, backend="torch")),
 }
 if DEVICE.type == "cuda":
-    from torch.nn.attention.flex_attention import flex_attention
+    PEERS["lion_kernels-triton"] = in_decoder(partial(relative_bias_attention, backend="triton"))
 
-    PEERS |= {
-        "FlexAttention": flex(torch.compile(flex_attention)),
-        "torch.compile": torch.compile(in_decoder(reference)),
-        "lion_kernels-triton": in_decoder(partial(relative_bias_attention, backend="triton")),
-    }
+
+def peers(shape: dict) -> dict[str, Operator]:
+    return one_compiled(PEERS, shape, SHAPES)
 
 
 def suite(shape: dict) -> Suite:
-    peers = {name: partial(peer, decoder=shape["stack"] == "decoder") for name, peer in PEERS.items()}
+    called = {name: partial(peer, decoder=shape["stack"] == "decoder") for name, peer in peers(shape).items()}
     formula = partial(in_decoder(reference), decoder=shape["stack"] == "decoder")
-    return Suite("relative_bias_attention", peers, plain=formula, reference=formula)
+    return Suite("relative_bias_attention", called, formula, formula, forward_only=FLEX_FORWARD)
 
 
-@cases(SHAPES, lambda _: PEERS)
+@cases(SHAPES, peers)
 def bench(benchmark: Callable, shape: dict, direction: str, peer: str) -> None:
     q, k = (torch.empty(shape["batch"], shape[n], HEADS, HEAD_DIM, dtype=DTYPE) for n in ("queries", "keys"))
     costs = cost(q, k, causal=shape["stack"] == "decoder", learn_bias=True)

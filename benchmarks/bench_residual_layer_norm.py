@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.shapes import ON_GPU, cases, star
+from benchmarks.shapes import ON_GPU, cases, one_compiled, star
 from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
 from lion_kernels.residual_layer_norm import cost, residual_layer_norm
 from lion_reference import residual_layer_norm as reference
@@ -42,10 +42,10 @@ def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Ten
 
 PEERS: dict[str, Operator] = {
     "eager": eager,
+    "torch.compile": torch.compile(eager),
     "lion_kernels-torch": partial(residual_layer_norm, eps=EPS, backend="torch"),
 }
 if DEVICE.type == "cuda":
-    PEERS["torch.compile"] = torch.compile(eager)
     PEERS["lion_kernels-triton"] = partial(residual_layer_norm, eps=EPS, backend="triton")
     if liger_layer_norm is not None:
         PEERS["Liger"] = lambda x, residual, weight, bias, x_bias: liger_layer_norm(
@@ -53,8 +53,12 @@ if DEVICE.type == "cuda":
         )
 
 
-@cases(SHAPES, lambda _: PEERS)
+def peers(shape: dict[str, int]) -> dict[str, Operator]:
+    return one_compiled(PEERS, shape, SHAPES)
+
+
+@cases(SHAPES, peers)
 def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
-    suite = Suite("residual_layer_norm", PEERS, plain=eager, reference=partial(reference, eps=EPS))
+    suite = Suite("residual_layer_norm", peers(shape), plain=eager, reference=partial(reference, eps=EPS))
     costs = cost(shape["images"] * TOKENS, shape["channels"], DTYPE)
     measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)

@@ -49,10 +49,10 @@ def fused(x: Tensor, weight: Tensor) -> Tensor:
 PEERS: dict[str, Operator] = {
     "eager": eager,
     "F.rms_norm": fused,
+    "torch.compile": torch.compile(eager),
     "lion_kernels-torch": partial(rms_norm, eps=EPS, backend="torch"),
 }
 if DEVICE.type == "cuda":
-    PEERS["torch.compile"] = torch.compile(eager)
     PEERS["lion_kernels-triton"] = partial(rms_norm, eps=EPS, backend="triton")
     if liger_rms_norm is not None:
         PEERS["Liger"] = lambda x, weight: liger_rms_norm(x, weight, EPS, in_place=False)

@@ -12,9 +12,10 @@ from lion_fast.check.timing import quantiles
 
 @pytest.fixture(autouse=True)
 def _record(request: pytest.FixtureRequest) -> Iterator[None]:
+    given = request.node.funcargs  # an interrupted test has none
     yield
     records = os.environ.get("LION_BENCH_RECORDS")
-    benchmark = request.node.funcargs.get("benchmark")
+    benchmark = given.get("benchmark")
     if records is None or benchmark is None or benchmark.stats is None or benchmark.has_error:
         return
     times = benchmark.stats.stats.data

@@ -6,9 +6,9 @@
 # Parts: environment gpu-tests kernel-tests check adapters lora attention rows tuning model generation sanitizer
 # (operators: adapters lora attention rows). Each stops by itself within eight minutes and leaves OUT/PART.json (tests:
 # .xml; benchmarks: OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and `compare` read) and its
-# output in OUT/log.txt, so that one that dies takes nothing along. Needs python3 (or PYTHON=...) with torch, triton,
-# transformers, pytest and pytest-benchmark, and nothing else. PEERS=DIR names a folder of wheels (flash-attn,
-# liger-kernel, peft ...), which are unpacked and measured beside.
+# output in OUT/log.txt, so that one that dies takes nothing along; interrupted, it stops with what it has. Needs
+# python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else. PEERS=DIR
+# names a folder of wheels (flash-attn, liger-kernel, peft ...), which are unpacked and measured beside.
 # Without a GPU it is a dry run: the same lines, on small shapes.
 set -uo pipefail
 
@@ -38,6 +38,7 @@ if [ -n "${PEERS:-}" ]; then
   unpacked=$(mktemp -d) || exit 2
   trap 'rm -rf "$unpacked"' EXIT
   for wheel in "$PEERS"/*.whl; do
+    [ -e "$wheel" ] || { echo "no wheels in $PEERS" >&2; exit 2; }
     "$PYTHON" -m zipfile -e "$wheel" "$unpacked" || exit 2
   done
   PYTHONPATH+=:$unpacked
@@ -53,11 +54,25 @@ else
   PROCESSES=1
 fi
 
-# The first argument is how long the command may take, in seconds; ten before that it is asked to stop.
+# What a script in the background starts ignores SIGINT, which asks it to stop, unless it is set to be heard.
+HEARING='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])'
+
+# The first argument is how long the command may take, in seconds; ten before that it is asked to stop, and so it is
+# where the script is interrupted: a terminal does not reach it.
 limited() {
-  local seconds=$1
+  local seconds=$1 running status
   shift
-  timeout --signal=INT --kill-after=10 $((seconds - 10)) "$@"
+  timeout --signal=INT --kill-after=10 $((seconds - 10)) "$PYTHON" -c "$HEARING" "$@" &
+  running=$!
+  trap 'kill -INT "$running" 2>/dev/null' INT TERM
+  wait "$running"
+  status=$?
+  while kill -0 "$running" 2>/dev/null; do # the trap has ended the wait
+    wait "$running"
+    status=$?
+  done
+  trap - INT TERM
+  return "$status"
 }
 
 run_tests() { # where the report goes, then pytest's arguments
@@ -157,13 +172,16 @@ sanitizer() {
 
 table=()
 failed=0
+stopped=
+trap 'stopped=1' INT TERM
 for part in "${PARTS[@]}"; do
   start=$SECONDS
   echo "=== $part" | tee -a "$LOG"
-  "$part" 2>&1 | tee -a "$LOG"
+  "$part" 2>&1 | tee -i -a "$LOG"
   status=${PIPESTATUS[0]}
   [ "$status" -eq 0 ] || failed=1
   table+=("$(printf '%-14s %-22s %4d s' "$part" "$(case $status in 0) echo passed ;; 124 | 137) echo "stopped by its limit" ;; *) echo "failed ($status)" ;; esac)" $((SECONDS - start)))")
+  [ -z "$stopped" ] || break
 done
 echo "=== ${GPU:-dry run without a GPU}, $(git rev-parse --short HEAD 2>/dev/null || echo 'no commit')" | tee -a "$LOG"
 printf '%s\n' "${table[@]}" | tee -a "$LOG"

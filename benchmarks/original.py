@@ -24,7 +24,7 @@ class OriginalAdapters(nn.Module):
         self.mixture = mixture
 
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor) -> Tensor:
-        task = int(task_ids[0])
+        task = task_ids[:1]  # an index that a GPU does not wait for
         updates = []
         for number, adapter in enumerate(self.mixture.adapters, 1):
             scale, down_weight, down_bias, up_weight, up_bias = adapter()
@@ -37,7 +37,8 @@ def original_lion(model: LionForCausalLM) -> LionForCausalLM:
     """A copy of `model` with parameters of its own, attention and adapters as in the original."""
     config = copy.deepcopy(model.config)
     config.kernel_backend = "torch"
-    original = LionForCausalLM._from_config(config, attn_implementation="eager")
+    with model.device:
+        original = LionForCausalLM._from_config(config, attn_implementation="eager").to(model.dtype)
     original.load_state_dict(model.state_dict())
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in original.named_parameters():

@@ -27,6 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 DIRECTIONS = ("forward", "backward", "forward+backward")
 FP32_BOUND = 1e-5
+FLEX_FORWARD = frozenset() if DEVICE.type == "cuda" else frozenset({"FlexAttention"})  # no backward on a CPU
 OURS = "lion"  # how the names of this project's own operators begin
 SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25"))  # of the turns of one comparison, on a CPU
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
@@ -44,6 +45,7 @@ class Suite:
         plain: the same mathematics in plain PyTorch; in half precision a result may be twice as far off as its.
         reference: likewise, for fp64.
         baseline: the one of `operators` that the others' times are divided by.
+        forward_only: those of `operators` that have no backward on this device.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Suite:
     plain: Operator
     reference: Operator
     baseline: str = "eager"
+    forward_only: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -81,6 +84,10 @@ class Comparison:
                 bounds[name] = max(rounding, 2 * relative_error(value, exact[name]))
         for peer, operator in self.suite.operators.items():
             try:
+                if peer in self.suite.forward_only:
+                    out = self._calls(operator, "forward")[1](None)
+                    self.errors[peer] = _worst({"out": out}, exact, bounds)
+                    continue
                 self.errors[peer] = _worst(results(operator, self.inputs), exact, bounds)
                 both = self._calls(operator, "forward+backward")[1]
                 self.memory[peer] = peak_bytes(both, DEVICE), saved_bytes(operator, self.inputs)
@@ -90,7 +97,9 @@ class Comparison:
     def seconds(self, direction: str) -> dict[str, list[float]]:
         """The time of every right peer in each round; a round's times were taken one after the other."""
         if direction not in self.times:
-            right = {peer: op for peer, op in self.suite.operators.items() if peer not in self.problems}
+            unable = self.suite.forward_only if direction != "forward" else ()
+            left_out = {*self.problems, *unable}
+            right = {peer: op for peer, op in self.suite.operators.items() if peer not in left_out}
             self.times[direction] = interleave({peer: self._calls(op, direction) for peer, op in right.items()})
         return self.times[direction]
 
@@ -101,13 +110,14 @@ class Comparison:
     def _calls(self, operator: Operator, direction: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         """What comes before a time, and what is timed with what that gave."""
         wanted = [value for value in self.inputs.values() if value.requires_grad]
+        detached = {name: value.detach() for name, value in self.inputs.items()}
 
         def forward(_: Any = None) -> Tensor:
             return operator(**self.inputs)
 
         def without_gradients(_: Any = None) -> Tensor:
             with torch.no_grad():
-                return operator(**self.inputs)
+                return operator(**detached)
 
         def backward(out: Tensor) -> Any:
             return torch.autograd.grad(out, wanted, self._gradient(out))
@@ -148,9 +158,11 @@ def measure(
         if peer == suite.baseline or peer.startswith(OURS):
             raise problem
         pytest.skip(f"{peer} has no time here: {str(problem) or type(problem).__name__}")
+    if peer in suite.forward_only and direction != "forward":
+        pytest.skip(f"{peer} has no backward on this device")
     seconds = comparison.seconds(direction)
     error, bound = comparison.errors[peer]
-    peak, saved = comparison.memory[peer]
+    peak, saved = comparison.memory.get(peer, (None, None))
     report(
         benchmark,
         seconds,
@@ -188,23 +200,26 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Times of each call by rounds, in which all take turns: forwards in one round, in reverse in the next.
 
-    On a GPU by its own events, with a cold cache; elsewhere by the clock, as the caches are.
+    On a GPU by its own events, with a cold cache; elsewhere by the clock (one thread's own), as the caches are.
 
     Args:
         calls: by name, what is not timed, and what is, given what that returned.
-        seconds: how long about, `SECONDS` if None; there are never fewer than five rounds.
+        seconds: how long about, there are never fewer than five rounds; None is `SECONDS` on a CPU, and as many rounds
+            as there may be on a GPU.
     """
     if not calls:
         return {}
-    start = time.perf_counter()
-    for prepare, call in calls.values():
-        for _ in range(3 if DEVICE.type == "cuda" else 1):
+    once = 1.0
+    for _ in range(3 if DEVICE.type == "cuda" else 1):
+        start = time.perf_counter()
+        for prepare, call in calls.values():
             call(prepare())
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    once = time.perf_counter() - start
-    wanted = math.ceil((SECONDS if seconds is None else seconds) / once)
-    rounds = MAX_ROUNDS if DEVICE.type == "cuda" else min(MAX_ROUNDS, max(MIN_ROUNDS, wanted))
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        once = time.perf_counter() - start
+    if seconds is None:
+        seconds = math.inf if DEVICE.type == "cuda" else SECONDS
+    rounds = math.ceil(min(MAX_ROUNDS, max(MIN_ROUNDS, seconds / once)))
     time_call = _by_events() if DEVICE.type == "cuda" else _by_clock
     taken: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
     for number in range(rounds):
@@ -214,10 +229,12 @@ def interleave(
 
 
 def _by_clock(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], float]:
+    """One thread's own time, which leaves out when other processes had its core; of several threads what all waited."""
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     given = prepare()
-    start = time.perf_counter()
+    start = now()
     call(given)
-    seconds = time.perf_counter() - start
+    seconds = now() - start
     return lambda: seconds
 
 

@@ -1,8 +1,11 @@
 """The benchmarks' own promises: no time for a wrong result, a comparison that sees what became slower, a script that
 leaves what it found."""
 
+import importlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,9 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import lion_kernels
 from benchmarks import side_by_side
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.side_by_side import DEVICE, DTYPE, Inputs, Operator, Suite, interleave, leaf, measure, report
+from benchmarks.work import work
 from lion_fast.bench import comparison, results, runs, tuning
 from lion_fast.bench.results import Entry, Run
 from lion_fast.check.cases import CASES
@@ -63,7 +68,9 @@ def unable(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def slowed(x: Tensor, weight: Tensor) -> Tensor:
-    time.sleep(0.004)
+    until = time.process_time() + 0.004  # of this process: one thread's time has no sleep in it
+    while time.process_time() < until:
+        pass
     return x * weight
 
 
@@ -78,7 +85,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(operator: Operator, name: str = "lion_kernels-x", peer: str | None = None, direction: str = "forward+backward"):
-    suite = Suite("product", {"eager": right, name: operator}, plain=right, reference=right)
+    alone = frozenset({"forward alone"})
+    suite = Suite("product", {"eager": right, name: operator}, plain=right, reference=right, forward_only=alone)
     recorder = Recorder()
     measure(recorder, suite, peer or name, direction, {"rows": 5}, make_inputs, (Cost(1, 0), Cost(1, 0)))
     return recorder
@@ -114,6 +122,28 @@ def test_a_peer_that_does_not_run_is_skipped_and_ours_fails() -> None:
     side_by_side._last.clear()
     with pytest.raises(RuntimeError, match="no kernel for this"):
         run(unable)
+
+
+def test_a_peer_without_a_backward_is_timed_forward() -> None:
+    def forward_alone(x: Tensor, weight: Tensor) -> Tensor:
+        assert not x.requires_grad, weight.requires_grad
+        return x * weight
+
+    assert run(forward_alone, "forward alone", direction="forward").times
+    with pytest.raises(pytest.skip.Exception, match="forward alone has no backward"):
+        run(forward_alone, "forward alone", direction="backward")
+    assert run(forward_alone, "forward alone", peer="eager").times
+    side_by_side._last.clear()
+    with pytest.raises(pytest.skip.Exception, match="wrong out"):
+        run(wrong_output, "forward alone", direction="forward")
+
+
+def test_the_least_work_of_a_model_is_its_products() -> None:
+    linear = torch.nn.Linear(8, 4)
+    x = torch.randn(5, 8)
+    assert work(lambda: linear(x).relu(), linear.parameters()) == Cost(4 * (8 * 4 + 4), 2 * 5 * 8 * 4)
+    assert work(lambda: linear(x).sum().backward(), linear.parameters()).flops == 2 * 2 * 5 * 8 * 4
+    assert work(lambda: x * x, [x]) == Cost(0, 0)
 
 
 def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +230,9 @@ def test_a_peer_may_become_slower_and_none_of_ours_missing() -> None:
     assert [change.regressed for change in comparison.compare(before, after)] == [False]
     lost = make_run(peer, replace(ENTRY, group="another"))
     assert comparison.missing(before, lost) == [ENTRY]
+    assert not comparison.compare(before, make_run(peer))  # nothing of ours is right any more
+    with pytest.raises(ValueError, match="same suites"):
+        comparison.compare(before, make_run(replace(ENTRY, suite="another")))
     with pytest.raises(ValueError, match="one device"):
         comparison.compare(before, make_run(ENTRY, device="another"))
 
@@ -252,20 +285,54 @@ def test_bench_run_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.
     assert (only.suite, only.peer, only.other) == ("thing", "test_good", {"note": 3})
 
 
+@pytest.mark.parametrize("operator", sorted(set(lion_kernels.__all__) - {"BACKENDS", "resolve_backend"}))
+def test_every_operator_has_a_suite_whose_peers_are_right(operator: str) -> None:
+    """At the smallest of its shapes, where on a CPU nothing is compiled."""
+    suite = importlib.import_module(f"benchmarks.bench_{operator}")
+    (cases,) = (mark for mark in suite.bench.pytestmark if mark.name == "parametrize")
+    shapes = [case.values[0] for case in reversed(cases.args[1])]
+    shape = min(shapes, key=lambda shape: math.prod(size for size in shape.values() if isinstance(size, int)))
+    recorder = Recorder()
+    suite.bench(recorder, shape, "forward", "lion_kernels-torch")
+    assert recorder.times
+    assert len(recorder.extra_info["ratio"]) == 3
+    ((_, compared),) = side_by_side._last
+    assert not compared.problems
+    assert set(compared.memory) == set(suite.peers(shape)) - compared.suite.forward_only
+
+
+def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as died:
+        pass
+    described = results.describe_machine(ROOT)
+    records = tmp_path / f"records-{died.pid}.jsonl"
+    entry = {"suite": "s", "group": "g", "peer": "p", "seconds": [1.0, 0.9, 1.1], "rounds": 3}
+    records.write_text(f"{json.dumps(described)}\n{json.dumps(entry)}\n{{'suite': 's', 'gro", encoding="utf-8")
+    running = tmp_path / f"records-{os.getpid()}.jsonl"
+    running.write_text(f"{json.dumps(described)}\n", encoding="utf-8")
+    (folder,) = runs.recover(tmp_path)
+    records.write_text(json.dumps(described), encoding="utf-8")  # died at once
+    assert not runs.recover(tmp_path)
+    assert [entry.peer for entry in results.load(folder).entries] == ["p"]
+    assert not records.exists()
+    assert running.exists()
+
+
 def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from lion_fast.bench.report import write_report
 
-    peer = replace(ENTRY, peer="a peer", seconds=(0.5, 0.49, 0.51))
+    entry = replace(ENTRY, direction="forward", floor_seconds=0.4)
+    peer = replace(entry, peer="a peer", seconds=(0.5, 0.49, 0.51))
     other = replace(ENTRY, group="product, backward")
-    run = make_run(ENTRY, peer, other, replace(other, peer="a peer", seconds=(2.0, 1.9, 2.1)))
+    run = make_run(entry, peer, other, replace(other, peer="a peer", seconds=(2.0, 1.9, 2.1)))
     results.save(run, tmp_path / "results")
     page, *charts = write_report(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
     text = page.read_text(encoding="utf-8")
     assert "In 1 of 2 comparisons a peer is faster" in text
     assert "| product, forward | a peer | 500 ms | 1 s | 2.00 |" in text
     assert "**Not measured yet.**" in text
-    assert charts
+    assert any(file.name == "bench_product.png" for file in charts)
     assert all(file.is_file() and f"images/{file.name}" in text for file in charts)
     with pytest.raises(ValueError, match="found none"):
         write_report(tmp_path / "nowhere", page)
@@ -318,6 +385,30 @@ def test_the_gpu_script_leaves_what_it_found(tmp_path: Path) -> None:
     command[-1] = "enviroment"
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (2, "no part enviroment\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_the_gpu_script_stops_when_it_is_interrupted(tmp_path: Path) -> None:
+    """As by a terminal, whose signal reaches the script alone; nothing has to be killed, and no further part begins."""
+    waits = "import time; print('begun', flush=True); time.sleep(100)"
+    python = tmp_path / "python"
+    waiting = f'{sys.executable} -c "$2" {sys.executable} -c "{waits}"'
+    python.write_text(f'#!/usr/bin/env bash\ncase "$2" in *execvp*) exec {waiting} ;; esac\n')
+    python.chmod(0o755)
+    command = [str(SCRIPT), str(tmp_path / "out"), "environment", "rows", "tuning"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHON": str(python)}, **pipe) as script:
+        lines = []
+        while not lines or lines[-1] != "begun\n":
+            lines.append(script.stdout.readline())
+            assert lines[-1], lines
+        os.killpg(script.pid, signal.SIGINT)
+        rest, _ = script.communicate(timeout=60)
+    assert script.returncode == 1
+    assert "KeyboardInterrupt" in rest
+    assert "environment    passed" in rest
+    assert "rows           failed" in rest
+    assert "tuning" not in rest
 
 
 def test_report_hands_over_the_times(monkeypatch: pytest.MonkeyPatch) -> None:

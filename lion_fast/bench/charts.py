@@ -1,6 +1,7 @@
 """The report's charts. Times have logarithmic axes, shares begin at zero, and what is no measurement says so."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from lion_fast.bench import scaling
 from lion_fast.bench.results import Entry, Run
 
 _COLORS = {"ours": "#0b6e4f", "eager": "#b23a48", "original": "#b23a48", "floor": "#6c757d"}
+DIRECTIONS = ("forward", "backward", "forward+backward")
 _OTHERS = ("#3a6ea5", "#c77d0a", "#7b4b94", "#4d908e", "#577590", "#9c6644", "#2f3e46", "#d62828")
 
 
@@ -23,6 +25,17 @@ def draw(run: Run, folder: Path, prefix: str) -> dict[str, Path]:
     return {name: file for name, chart in charts.items() if (file := _save(folder / f"{prefix}{name}.png", chart, run))}
 
 
+def draw_operators(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
+    """A chart of every operator with times of its peers, for all devices, by name, as `folder`/bench_NAME.png."""
+    timed = [entry for run in runs for entry in run.entries if entry.direction in DIRECTIONS]
+    files = {}
+    for suite in dict.fromkeys(entry.suite for entry in timed):
+        file = _save(folder / f"bench_{suite}.png", partial(_operator, suite), runs)
+        assert file is not None
+        files[suite] = file
+    return files
+
+
 def draw_model(folder: Path) -> Path:
     """The cost model's curves for GPUs."""
     file = _save(folder / "bench_model_of_gpus.png", _model_of_gpus, None)
@@ -30,7 +43,7 @@ def draw_model(folder: Path) -> Path:
     return file
 
 
-def _save(file: Path, chart: Callable[[Any, Any], bool], run: Run | None) -> Path | None:
+def _save(file: Path, chart: Callable[[Any, Any], bool], run: Run | Sequence[Run] | None) -> Path | None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,6 +151,36 @@ def _floors(figure: Any, run: Run) -> bool:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=2)
+    return True
+
+
+def _operator(suite: str, figure: Any, runs: Sequence[Run]) -> bool:
+    """A row of panels a device, a panel a direction, a line a shape, a dot a peer."""
+    measured = [(run, entries) for run in runs if (entries := [e for e in _of(run, suite) if e.direction])]
+    shapes = [list(dict.fromkeys(entry.label for entry in entries)) for _, entries in measured]
+    colors = _colors(sorted({entry.peer for _, entries in measured for entry in entries}))
+    figure.set_size_inches(10, 1.2 + sum(max(2.4, 0.7 + 0.24 * len(labels)) for labels in shapes))
+    ratios = {"height_ratios": [len(labels) + 1 for labels in shapes]}
+    panels = figure.subplots(len(measured), len(DIRECTIONS), sharey="row", squeeze=False, gridspec_kw=ratios)
+    for row, (run, entries), labels in zip(panels, measured, shapes, strict=True):
+        for axes, direction in zip(row, DIRECTIONS, strict=True):
+            for entry in (entry for entry in entries if entry.direction == direction):
+                place = -labels.index(entry.label)
+                median, low, high = (1e3 * seconds for seconds in entry.seconds)
+                axes.plot([low, high], [place] * 2, color=colors[entry.peer], alpha=0.5)
+                axes.plot(median, place, "o", markersize=4, alpha=0.8, color=colors[entry.peer], label=entry.peer)
+                if entry.floor_seconds:
+                    floor = 1e3 * entry.floor_seconds
+                    axes.plot(floor, place, "|", markersize=9, color=_COLORS["floor"], label="floor of this device")
+            axes.set(xscale="log", xlabel="ms", title=direction)
+        row[0].set_yticks([-place for place in range(len(labels))], labels)
+        row[0].set_ylim(-len(labels) + 0.4, 0.6)
+        row[0].set_ylabel(f"{run.device}\n{entries[0].dtype}")
+    legend = {
+        word: handle for axes in panels.flat for handle, word in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5)
+    figure.suptitle(f"{suite}: median and middle 60 %", x=0.01, ha="left", fontsize=10)
     return True
 
 

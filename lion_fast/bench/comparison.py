@@ -41,13 +41,13 @@ def compare(before: Run, after: Run) -> list[Change]:
     at least 3 % above it.
 
     Raises:
-        ValueError: the runs are of different devices, or have no time in common.
+        ValueError: the runs are of different devices, or of different suites and shapes.
     """
     if before.device != after.device:
         raise ValueError(f"expected two runs on one device, got {before.device!r} and {after.device!r}")
     old = {_key(entry): entry for entry in before.entries if entry.ours}
     changes = [_change(old[_key(entry)], entry) for entry in after.entries if entry.ours and _key(entry) in old]
-    if not changes:
+    if not changes and not missing(before, after):
         raise ValueError("expected times of the same suites and shapes in both runs, got none")
     return sorted(changes, key=lambda change: -change.factor)
 

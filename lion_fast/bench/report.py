@@ -20,7 +20,10 @@ against the reference in fp64 before it is timed, and a wrong one has no time. T
 is the least time in which the device could do it: the bytes that must move and the operations, by the copy bandwidth
 and the matrix rate that it reached in the same run; small inputs stay in a cache that is faster, and pass it. *Peak* is
 the most memory that a forward and backward hold beyond their inputs, *kept* what forward keeps for backward. On a GPU,
-device events with a cold cache; on a CPU, the clock with the caches as they are.
+device events with a cold cache; on a CPU, the clock with the caches as they are, of one thread its own, which leaves
+out the time that other processes had. What `torch.compile` or FlexAttention
+compile is measured at a few shapes on a GPU, at one on a CPU. Of the whole model the floor is that of the matrix
+products and their weights alone.
 
 ```
 lion-fast bench run rms_norm --quick --out runs/bench   # one suite to see that it runs
@@ -36,14 +39,14 @@ Running needs a clone; results can be compared anywhere.
 """
 
 AIMS = """\
-**Aims on an H200 in bf16**, none of them measured yet: adapter mixture forward at least 85 % of its floor, 6x eager and
-2.5x `torch.compile`; backward at least 75 % of its floor; attention at 257 x 88 at least 1.25x the best peer; T5's
-attention at least as fast as FlexAttention.
+**Aims on an H200 in bf16**{measured}: adapter mixture forward at least 85 % of its floor, 6x eager and 2.5x
+`torch.compile`; backward at least 75 % of its floor; attention at 257 x 88 at least 1.25x the best peer; T5's attention
+at least as fast as FlexAttention.
 """
 
 
 def write_report(results: Path, page: Path) -> list[Path]:
-    """Writes `page` and its charts (images/bench_*.png beside it), and returns all files.
+    """Writes `page` and the charts (images/bench_*.png beside it; the operators' pages show theirs), returns all files.
 
     Raises:
         ValueError: `results` holds no run.
@@ -55,13 +58,17 @@ def write_report(results: Path, page: Path) -> list[Path]:
         )
     images = page.parent / "images"
     files = []
+    operators = charts.draw_operators(runs, images)
+    files += operators.values()
     text = [HEAD]
-    if not any(run.environment["gpu"] for run in runs):
-        text += ["**No GPU has run anything yet**: everything below about GPUs is a model, and says so.\n", AIMS]
+    on_gpu = any(run.environment["gpu"] for run in runs)
+    if not on_gpu:
+        text.append("**No GPU has run anything yet**: everything below about GPUs is a model, and says so.\n")
+    text.append(AIMS.format(measured="" if on_gpu else ", none of them measured yet"))
     for number, run in enumerate(runs):
         drawn = charts.draw(run, images, f"bench_{number}_")
         files += drawn.values()
-        text += list(_sections(run, drawn))
+        text += list(_sections(run, drawn | operators))
     files.append(charts.draw_model(images))
     text += list(_model())
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +103,7 @@ def _sections(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         if name in drawn:
             yield f"![{words}](images/{drawn[name].name})\n"
     yield from _growth(run, drawn)
-    yield from _tables(run)
+    yield from _tables(run, drawn)
 
 
 def _original(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
@@ -138,8 +145,9 @@ def _profile(entry: Entry, base: Entry) -> str:
         products = entry.other["spent"]["products"]
         text += (
             f" The products of matrices are {products:.0%} of ours. The original has the same ones, and PyTorch's "
-            f"library computes them: if all else took no time, the ratio would be {products * entry.ratio[0]:.2f}."
-        )
+            f"library computes them: if all else took no time, the ratio would be {products * entry.ratio[0]:.2f}. "
+            f"{entry.other.get('tried', '')}"
+        ).rstrip()
     return text + "\n"
 
 
@@ -189,6 +197,7 @@ def _growth(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
     yield "### How cost grows, measured\n"
     if "adapters" in drawn:
         yield f"![Mixture of adapters by tokens, experts, rank and channels](images/{drawn['adapters'].name})\n"
+    if "adapters" in drawn and not run.environment["gpu"]:  # of a GPU's bends nothing is known before there are some
         yield (
             "Few tokens cost what their weights and the calls cost, whatever their number; the curve bends up where "
             "the tokens' own traffic outweighs them. The PyTorch backend folds the gate into the up-projection where "
@@ -207,10 +216,12 @@ def _growth(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         )
 
 
-def _tables(run: Run) -> Iterator[str]:
+def _tables(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
     for suite in dict.fromkeys(entry.suite for entry in run.entries if entry.suite not in ("original", "growth")):
         entries = [entry for entry in run.entries if entry.suite == suite]
         yield f"### {suite}\n"
+        if suite in drawn:
+            yield f"![Every peer by shape and direction](images/{drawn[suite].name})\n"
         yield "| | peer | median (20 to 80 %) | of the baseline | floor reached | peak | kept | error |"
         yield "|---|---|---|---|---|---|---|---|"
         for entry in entries:

@@ -53,7 +53,9 @@ def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bo
     described = describe_machine(folder)
     out = (out or folder / FOLDER / "results").resolve()
     out.mkdir(parents=True, exist_ok=True)
+    recover(out)
     records = out / f"records-{os.getpid()}.jsonl"  # stays if this process dies
+    records.write_text(json.dumps(described) + "\n", encoding="utf-8")
     # Within a test on several processes, whose workers a benchmark takes for its own and then does not measure.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment["LION_BENCH_RECORDS"] = str(records)
@@ -72,9 +74,30 @@ def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bo
             status = process.wait()
         except KeyboardInterrupt:  # pytest has it too, and ends with what it has
             status = process.wait()
-    lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
-    if not lines:
-        return None, status or 1
-    written = save(Run(described, tuple(make_entry(json.loads(line)) for line in lines)), out)
+    written = _collect(records, out)
+    return written, status if written else status or 1
+
+
+def recover(out: Path) -> list[Path]:
+    """Makes results of the records that runs which died have left in `out`, and returns the folders they went to."""
+    left = [file for file in sorted(out.glob("records-*.jsonl")) if not _runs(int(file.stem.removeprefix("records-")))]
+    return [folder for file in left if (folder := _collect(file, out))]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _collect(records: Path, out: Path) -> Path | None:
+    """The results of a file with the machine in its first line and a benchmark in each that follows."""
+    text = records.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be cut off
+    written = save(Run(lines[0], tuple(map(make_entry, lines[1:]))), out) if len(lines) > 1 else None
     records.unlink()
-    return written, status
+    return written

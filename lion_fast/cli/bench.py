@@ -68,9 +68,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> None:
     from lion_fast.bench.report import write_report
-    from lion_fast.bench.runs import clone
+    from lion_fast.bench.runs import clone, recover
 
     results = args.results or clone() / "benchmarks" / "results"
+    for folder in recover(results):
+        print(f"found what a run that died had measured: {folder}")
     page = args.page or clone() / "docs" / "benchmarks.md"
     for file in write_report(results, page):
         print(file)

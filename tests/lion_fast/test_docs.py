@@ -3,16 +3,21 @@
 `docs/data.md` has a test of its own, which also makes the files that its commands read.
 """
 
+import ast
 import contextlib
+import importlib
 import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch.distributed.run import get_args_parser
 
 import lion_kernels
 from lion_fast.cli import main
@@ -49,9 +54,30 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks(page, "") for line in block.splitlines()]
+    fenced = [*blocks(page, ""), *blocks(page, "sh")]
+    lines = [line.split("#")[0].strip() for block in fenced for line in block.splitlines()]
     lines = [line.replace("python -m lion_fast", "lion-fast") for line in lines]
-    return [line for line in lines if line.startswith("lion-fast ")]
+    return [line for line in lines if line.startswith(("lion-fast ", "torchrun "))]
+
+
+def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
+    """The arguments of `lion-fast`, and its exit status; as torchrun's only process where that starts it."""
+    name, *arguments = shlex.split(line)
+    if name == "lion-fast":
+        return arguments, main(arguments)
+    launch = get_args_parser().parse_args(arguments)
+    if launch.no_python:
+        assert launch.training_script == "lion-fast"
+        return launch.training_script_args, main(launch.training_script_args)
+    assert launch.module
+    module = importlib.import_module(launch.training_script)
+    monkeypatch.setattr(sys, "argv", [launch.training_script, *launch.training_script_args])
+    start = partial(dist.init_process_group, store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(dist, "init_process_group", start)
+    with pytest.raises((OSError, ValueError)) as caught:
+        module.main()
+    print(caught.value, file=sys.stderr)
+    return ["train", *launch.training_script_args], 2
 
 
 ELSEWHERE = {"docs/data.md"}
@@ -72,16 +98,15 @@ def test_the_code_runs(page: str) -> None:
 
 @pytest.mark.usefixtures("_after_quickstart")
 @pytest.mark.parametrize("page", WITH_COMMANDS)
-def test_the_commands_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_run(page: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     names = dict.fromkeys(re.findall(r"--config (\S+)", PAGES[page]))
     for name, content in zip(names, blocks(page, "yaml"), strict=False):
         Path(name).write_text(content, encoding="utf-8")
     for line in commands(page):
-        arguments = shlex.split(line)[1:]
         try:
-            status = main(arguments)
+            arguments, status = run_command(line, monkeypatch)
         except SystemExit as stop:  # --help
-            status = stop.code
+            arguments, status = shlex.split(line)[1:], stop.code
         captured = capsys.readouterr()
         wanting = [message for start, message in WANTING.items() if " ".join(arguments).startswith(start)]
         if wanting and "--print-recipe" not in arguments:
@@ -91,6 +116,15 @@ def test_the_commands_run(page: str, capsys: pytest.CaptureFixture[str]) -> None
             assert status == 0 or "holds no box" in captured.err
         else:
             assert status == 0, captured.err
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "py")])
+def test_code_that_wants_downloads_names_what_there_is(page: str) -> None:
+    """What it does is tested with small models of its own, in test_tagging.py and test_quantization.py."""
+    for code in blocks(page, "py"):
+        imports = [node for node in ast.parse(code).body if isinstance(node, ast.ImportFrom)]
+        assert imports
+        exec(compile(ast.Module(imports, []), page, "exec"), {})
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
@@ -109,6 +143,8 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 def test_every_operator_has_a_page(operator: str) -> None:
     page = PAGES[f"docs/operators/{operator}.md"]
     assert f"{operator}(" in "".join(blocks(f"docs/operators/{operator}.md", "python"))
+    assert f"](../images/bench_{operator}.png)" in page
+    assert (ROOT / "docs" / "images" / f"bench_{operator}.png").is_file()
     for path in re.findall(r"`((?:kernels|reference|benchmarks)/[^`]+)`", page):
         assert (ROOT / path).exists(), path
     assert f"]({operator}.md)" in PAGES["docs/operators/index.md"]
