@@ -14,22 +14,24 @@ from torch import Tensor, nn
 
 from lion_fast import LionForCausalLM, RamTagger
 from lion_fast.adapters import MixtureOfAdapters
+from lion_fast.configuration_lion import TASKS
 
 
 class OriginalAdapters(nn.Module):
-    """residual + (ratio_1 * A_1(x) + ratio_2 * A_2(x)) with the ratios of the batch's one task."""
+    """residual + (ratio_1 * A_1(x) + ratio_2 * A_2(x)) with the ratios of `TASK`, one for the whole batch."""
+
+    TASK = TASKS.index("image_level")
 
     def __init__(self, mixture: MixtureOfAdapters):
         super().__init__()
         self.mixture = mixture
 
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor) -> Tensor:
-        task = int(task_ids[0])
         updates = []
         for number, adapter in enumerate(self.mixture.adapters, 1):
             scale, down_weight, down_bias, up_weight, up_bias = adapter()
             update = F.linear(F.relu(F.linear(hidden_states, down_weight, down_bias)), up_weight, up_bias)
-            updates.append(getattr(self.mixture, f"router_ratio{number}")[task] * (scale * update))
+            updates.append(getattr(self.mixture, f"router_ratio{number}")[self.TASK] * (scale * update))
         return residual + sum(updates[1:], updates[0])
 
 
@@ -42,11 +44,16 @@ def original_lion(model: LionForCausalLM) -> LionForCausalLM:
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in original.named_parameters():
         parameter.requires_grad_(trained[name])
-    for module in list(original.modules()):
+    use_original_adapters(original)
+    return original.train(model.training)
+
+
+def use_original_adapters(model: LionForCausalLM) -> None:
+    """In place, on the same parameters."""
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MixtureOfAdapters):
                 setattr(module, name, OriginalAdapters(child))
-    return original.train(model.training)
 
 
 class OriginalRam(nn.Module):
