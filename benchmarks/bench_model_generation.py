@@ -30,7 +30,7 @@ class Way(NamedTuple):
     kernel_backend: str = "torch"
     original: bool = False
     folded: bool = False
-    cache: str | None = None  # transformers' `cache_implementation`; on a GPU it compiles the step of a static one
+    cache: str | None = None  # transformers' `cache_implementation`; a static one's steps it compiles, with one beam
 
 
 WAYS = {
