@@ -1,10 +1,10 @@
 """Captions: how many per second in batches, and how long one takes, from pixels to tokens, with random weights.
 
 `pytest benchmarks/bench_model_generation.py` prints the table: on a GPU LION-FlanT5-XL's sizes in bf16, on a CPU a
-small model in fp32 with PyTorch alone. The measure is the plain form of the model, eager attention and PyTorch's
-operators under transformers' `generate`; every other way takes turns with it, and is timed only if its loss is that
-form's. Every answer has the same number of tokens. The floor is that of the plain form's matrix products and their
-weights alone.
+small model in fp32 with PyTorch alone. The measure is the original's eager form, its adapters one after the other and
+its attention with a matrix of scores, under transformers' `generate`; every other way takes turns with it, and is timed
+only if its loss is that form's. Every answer has the same number of tokens. The floor is that of the original form's
+matrix products and their weights alone.
 """
 
 import copy
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.bench_model import LARGE, SMALL
 from benchmarks.memory import peak_bytes
+from benchmarks.original import use_original_adapters
 from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, interleave, rates, report, skip_after_deadline
 from benchmarks.work import work
 from lion_fast import LionConfig, LionForCausalLM
@@ -36,13 +37,13 @@ class Way(NamedTuple):
     """How the model is run."""
 
     kernel_backend: str = "torch"
-    attention: str | None = None  # transformers' name; None for what the backend prefers
+    original: bool = False
     folded: bool = False
-    cache: str | None = None  # transformers' `cache_implementation`; on a GPU it compiles the step of a static one
+    cache: str | None = None  # transformers' `cache_implementation`; a static one's steps it compiles, with one beam
 
 
 WAYS = {
-    "plain": Way(attention="eager"),
+    "original": Way(original=True),
     "lion_fast-torch": Way(),
     "lion_fast-torch, folded": Way(folded=True),
 }
@@ -57,23 +58,25 @@ pytestmark = INTERLEAVED
 
 
 @functools.cache
-def model(kernel_backend: str, attention: str | None) -> LionForCausalLM:
+def model(kernel_backend: str, original: bool) -> LionForCausalLM:
     """The adapters' up-projections, zero in a new model, are random."""
     config = LionConfig(kernel_backend=kernel_backend, **(LARGE if ON_GPU else SMALL))
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        made = LionForCausalLM._from_config(config, attn_implementation=attention)
+        made = LionForCausalLM._from_config(config, attn_implementation="eager" if original else None)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "up_proj" in name:
                 parameter.normal_(std=0.02)
+    if original:
+        use_original_adapters(made)
     return made.requires_grad_(False).to(DTYPE).eval()
 
 
 @functools.cache
-def folded(kernel_backend: str, attention: str | None) -> LionForCausalLM:
+def folded(kernel_backend: str, original: bool) -> LionForCausalLM:
     """A model that shares the parameters of one that is not folded."""
-    source = model(kernel_backend, attention)
+    source = model(kernel_backend, original)
     twin = copy.deepcopy(source, {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())})
     twin.fold_adapters()
     return twin
@@ -99,13 +102,13 @@ def loss_of(lion: LionForCausalLM) -> float:
 
 @functools.cache
 def error(way: str) -> float:
-    """How far the way's loss is from the plain form's."""
-    expected = loss_of(model("torch", "eager"))
+    """How far the way's loss is from the original form's."""
+    expected = loss_of(model("torch", True))
     return abs(loss_of(lion_of(WAYS[way])) - expected) / abs(expected)
 
 
 def lion_of(way: Way) -> LionForCausalLM:
-    return (folded if way.folded else model)(way.kernel_backend, way.attention)
+    return (folded if way.folded else model)(way.kernel_backend, way.original)
 
 
 def captioning(way: Way, job: str) -> Callable[[], None]:
@@ -128,7 +131,7 @@ def times(job: str) -> tuple[dict[str, list[float]], dict[str, int], float]:
     for call in run.values():
         call()  # compiles, and fills what is cached
     peaks = {name: peak_bytes(call, DEVICE) for name, call in run.items()}
-    floor = floor_seconds(work(run["plain"], lion_of(WAYS["plain"]).parameters()), rates(), DTYPE)
+    floor = floor_seconds(work(run["original"], lion_of(WAYS["original"]).parameters()), rates(), DTYPE)
     calls = {name: ((lambda: None), lambda _, call=call: call()) for name, call in run.items()}
     return interleave(calls, SECONDS), peaks, floor
 
@@ -144,7 +147,7 @@ def bench(benchmark: Any, job: str, way: str) -> None:
         benchmark,
         seconds,
         way,
-        baseline="plain",
+        baseline="original",
         group=f"LION, {job}, {NEW_TOKENS} tokens",
         suite="model_generation",
         direction="generation",

@@ -43,11 +43,16 @@ def original_lion(model: LionForCausalLM) -> LionForCausalLM:
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in original.named_parameters():
         parameter.requires_grad_(trained[name])
-    for module in list(original.modules()):
+    use_original_adapters(original)
+    return original.train(model.training)
+
+
+def use_original_adapters(model: LionForCausalLM) -> None:
+    """In place, on the same parameters."""
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MixtureOfAdapters):
                 setattr(module, name, OriginalAdapters(child))
-    return original.train(model.training)
 
 
 class OriginalRam(nn.Module):

@@ -1,6 +1,5 @@
 """Running a job: in one process, in several that `torchrun` starts, or on Ray (`lion_fast.bulk.ray`)."""
 
-import multiprocessing
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from lion_fast.bulk.job import BulkJob, record_settings
 from lion_fast.bulk.outputs import ROWS_PER_PART, Output, Row, Writer, open_output
 from lion_fast.bulk.preparing import Prepared, Preparer
 from lion_fast.bulk.sources import Source, open_source
-from lion_fast.data.loader import checked_workers
+from lion_fast.data.loader import checked_workers, start_method
 from lion_fast.loading import default_device
 
 _BATCHES_PER_WINDOW = 32
@@ -85,7 +84,7 @@ def run(
             _Batches(batches, Preparer(job, source, answer.encode)),
             batch_size=None,
             num_workers=num_workers if batches else 0,
-            multiprocessing_context=_context() if num_workers and batches else None,
+            multiprocessing_context=start_method() if num_workers and batches else None,
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
         )
@@ -208,14 +207,6 @@ def process_group() -> Iterator[tuple[int, int]]:
     finally:
         if joining:
             dist.destroy_process_group()
-
-
-def _context() -> str | None:
-    """How workers are started: forked, they are there at once, and end when this process is killed.
-
-    Those of a server of forks, which newer Pythons prefer, would outlive it.
-    """
-    return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 
 def _meet(word: Any) -> Any:

@@ -1,6 +1,7 @@
 """A loader that keeps a GPU busy: pictures are decoded in workers, ahead of the model, into pinned memory."""
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def make_loader(
     Args:
         order: says which samples.
         collate_fn: makes a batch of samples, such as `lambda samples: samples`. It runs in the workers, and is pickled
-            where Python starts them afresh.
+            where workers are not forked.
         batch_size: samples of a batch; by default this process's share of a step.
         rank, world_size: which process this is, of how many.
         start: step to begin at.
@@ -48,6 +49,7 @@ def make_loader(
         batch_sampler=ProcessBatches(order, size, rank=rank, world_size=world_size, start=start),  # type: ignore[arg-type]
         collate_fn=collate_fn,
         num_workers=num_workers,
+        multiprocessing_context=start_method() if num_workers else None,
         prefetch_factor=prefetch if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(order.seed),
@@ -66,3 +68,12 @@ def checked_workers(num_workers: int | None) -> int:
     if num_workers < 0:
         raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
     return num_workers
+
+
+def start_method() -> str | None:
+    """How workers are started: on Linux forked, so that they are there at once, and end when this process is killed.
+
+    Those of a server of forks, from which Python 3.14 and newer starts them by itself, hold the end of the pipe whose
+    closing would tell that server: they and it outlive a process that is killed.
+    """
+    return "fork" if sys.platform == "linux" else None

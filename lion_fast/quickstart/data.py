@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from lion_fast.configuration_lion import TASKS
+from lion_fast.data.loader import start_method
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import IGNORED, TAG_SENTENCE, LionProcessor
 from lion_fast.quickstart.models import IMAGE_SIZE
@@ -72,7 +73,13 @@ def render(generator: SceneGenerator, count: int, processor: LionProcessor, labe
             f"got {generator.image_size}"
         )
     subset: Any = Subset(generator, range(count))  # type: ignore[arg-type]
-    loader = DataLoader(subset, batch_size=_CHUNK, num_workers=os.cpu_count() or 1, collate_fn=list)
+    loader = DataLoader(
+        subset,
+        batch_size=_CHUNK,
+        num_workers=os.cpu_count() or 1,
+        multiprocessing_context=start_method(),
+        collate_fn=list,
+    )
     scenes = []
     with tqdm(total=count, desc=label, unit="scene", leave=False) as bar:
         for chunk in loader:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from lion_fast.checkpoints import CheckpointError, naming
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.data.files import whole_or_not
+from lion_fast.data.loader import start_method
 from lion_fast.data.order import TrainingOrder
 from lion_fast.data.records import DataError
 from lion_fast.data.seeding import seed_everything
@@ -267,6 +268,7 @@ def training_arguments(recipe: Recipe, evaluates: bool = True) -> TrainingArgume
         save_strategy="steps",
         save_steps=recipe.checkpoints.every,
         dataloader_num_workers=recipe.data.workers,
+        dataloader_multiprocessing_context=start_method() if recipe.data.workers else None,
         dataloader_prefetch_factor=recipe.data.prefetch if recipe.data.workers else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,

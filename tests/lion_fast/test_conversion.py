@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lion_fast import LionForCausalLM, LionProcessor, conversion
+from lion_fast import LionForCausalLM, LionProcessor, RamTagger, conversion
 from lion_fast.checkpoints import CheckpointError
+from lion_fast.cli import main
 from lion_fast.conversion import convert_checkpoint, original_name
 
 State = dict[str, Tensor]
@@ -359,15 +360,22 @@ def test_ram_needs_its_three_files(sources: dict[str, Path], tmp_path: Path) -> 
         convert_checkpoint(**sources, out=tmp_path / "out", ram=tmp_path / "ram.pth")
 
 
-def test_ram_s_tagger_stands_beside_the_model(sources: dict[str, Path], golden_dir: Path, tmp_path: Path) -> None:
-    from lion_fast import RamTagger
-
+def test_ram_s_tagger_stands_beside_the_model(
+    sources: dict[str, Path], golden_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command: the golden logits and tags of what it wrote; `test_ram.py` has every stage."""
     ram = golden_dir / "ram_tiny"
-    files = {"ram": "ram_tiny.pth", "ram_tags": "ram_tag_list.txt", "ram_thresholds": "ram_tag_list_threshold.txt"}
-    report = convert_checkpoint(**sources, out=tmp_path / "out", **{name: ram / file for name, file in files.items()})
-    assert "ram_tiny.pth: " in str(report)
-    tags = RamTagger.from_pretrained(tmp_path / "out" / "ram")([ram / f"image{i}.png" for i in range(3)])
-    assert tags == json.loads((ram / "meta.json").read_text())["tags"]
+    files = {"ram": "ram_tiny.pth", "ram-tags": "ram_tag_list.txt", "ram-thresholds": "ram_tag_list_threshold.txt"}
+    given = sources | {name: ram / file for name, file in files.items()} | {"out": tmp_path / "out"}
+    assert main(["convert", *(part for name, path in given.items() for part in (f"--{name}", str(path)))]) == 0
+    assert "ram_tiny.pth: " in capsys.readouterr().out
+    tagger = RamTagger.from_pretrained(tmp_path / "out" / "ram", dtype=torch.float32)
+    pictures = [ram / f"image{i}.png" for i in range(3)]
+    assert tagger(pictures) == json.loads((ram / "meta.json").read_text())["tags"]
+    expected = load_file(ram / "expected.safetensors")["logits"]
+    with torch.no_grad():
+        logits = tagger.logits(tagger.preprocess(pictures))
+    assert ((logits - expected).norm() / expected.norm()).item() < 1e-5
 
 
 def test_a_failure_while_writing_leaves_nothing(

@@ -1,6 +1,8 @@
 """Order: data sets that take turns, batches of alike length, several processes, resumption."""
 
 import itertools
+import multiprocessing
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,18 @@ def test_a_loader_goes_on_with_the_same_pictures(pictures: Path, write_lines) ->
     assert len({place for ((place, _),) in whole[:5]}) == 5
     assert batches(3, 0) == whole[3:]
     assert batches(7, 2) == whole[7:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_workers_are_forked_whatever_python_s_default(pictures: Path, write_lines) -> None:
+    """It is a server of forks from Python 3.14 on, which a function that cannot be pickled would not get to."""
+    order = order_of({"a": JsonlDataset(write_lines({}, {}))}, steps=2, batch_size=1)
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert list(make_loader(order, lambda samples: len(samples), num_workers=1)) == [1, 1]
+    finally:
+        multiprocessing.set_start_method(default, force=True)
 
 
 def test_loading_leaves_the_process_s_random_numbers_alone(pictures: Path, write_lines) -> None:
