@@ -82,10 +82,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-@functools.cache
-def model(backend: str) -> LionForCausalLM:
+def build(backend: str, sizes: dict[str, Any]) -> LionForCausalLM:
     """For joint training; the adapters' up-projections, zero in a new model, are random."""
-    config = LionConfig(kernel_backend=backend, **(LARGE if DEVICE.type == "cuda" else SMALL))
+    config = LionConfig(kernel_backend=backend, **sizes)
     torch.manual_seed(0)
     with torch.device(DEVICE):
         made = LionForCausalLM(config)
@@ -97,7 +96,12 @@ def model(backend: str) -> LionForCausalLM:
         # compute with at full speed.
         made.language_model.lm_head.weight.mul_(config.text_config.hidden_size**-0.5)
     freeze_for_stage(made, STAGES[-1])
-    return made.to(DTYPE)
+    return made
+
+
+@functools.cache
+def model(backend: str) -> LionForCausalLM:
+    return build(backend, LARGE if DEVICE.type == "cuda" else SMALL).to(DTYPE)
 
 
 def make_batch() -> dict[str, Tensor]:

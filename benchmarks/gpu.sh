@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu.sh OUT [PART ...]
 #
-# Parts: environment gpu-tests kernel-tests check adapters lora attention rows tuning model generation sanitizer
-# (operators: adapters lora attention rows). Each stops by itself within eight minutes and leaves OUT/PART.json (tests:
+# Parts: environment gpu-tests kernel-tests check adapters lora attention rows tuning model step-16 step-64 generation
+# sanitizer (operators: adapters lora attention rows). Each stops by itself within eight minutes and leaves OUT/PART.json (tests:
 # .xml; benchmarks: OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and `compare` read) and its
 # output in OUT/log.txt, so that one that dies takes nothing along; interrupted, it stops with what it has. Needs
 # python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else. PEERS=DIR
@@ -12,7 +12,7 @@
 # Without a GPU it is a dry run: the same lines, on small shapes.
 set -uo pipefail
 
-ALL=(environment gpu-tests kernel-tests check adapters lora attention rows tuning model generation sanitizer)
+ALL=(environment gpu-tests kernel-tests check adapters lora attention rows tuning model step-16 step-64 generation sanitizer)
 OPERATORS=(adapters lora attention rows)
 if [ $# -lt 1 ]; then
   sed -n '2,13s/^# \{0,1\}//p' "$0"
@@ -139,6 +139,14 @@ rows() {
 
 model() {
   benchmarks_of model
+}
+
+step-16() { # pictures, of LION-FlanT5-XL; in a dry run two, of a small model
+  LION_STEP_PICTURES=$([ -n "$GPU" ] && echo 16 || echo 2) benchmarks_of training_step
+}
+
+step-64() {
+  LION_STEP_PICTURES=$([ -n "$GPU" ] && echo 64 || echo 4) benchmarks_of training_step
 }
 
 tuning() {

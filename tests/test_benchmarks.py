@@ -338,6 +338,21 @@ def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere", page)
 
 
+def test_the_report_has_training_steps() -> None:
+    """In images a second, shares of the original's time and memory and of the matrix rate; eager may lack memory."""
+    from lion_fast.bench.report import _training_steps
+
+    settings: dict = {"suite": "training_step_16", "group": "16", "shape": {"pictures": 16}, "baseline": "original"}
+    ours = replace(ENTRY, **settings, peer="lion_fast", seconds=(0.2, 0.19, 0.22), ratio=(0.25, 0.24, 0.26))
+    ours = replace(ours, peak_bytes=30_000_000_000, floor_seconds=0.1, other={"images_per_second": 80.0})
+    eager = replace(ours, peer="original", peak_bytes=60_000_000_000, ratio=None)
+    alone = replace(ours, group="64", shape={"pictures": 64}, ratio=None)
+    rows = list(_training_steps(make_run(eager, ours, alone)))
+    assert "| pictures 16 | lion_fast | 200 ms (190 ms to 220 ms) | 80.0 | 0.25 | 30000 MB | 50% | 50% |" in rows
+    assert "| pictures 64 | lion_fast | 200 ms (190 ms to 220 ms) | 80.0 |  | 30000 MB |  | 50% |" in rows
+    assert not list(_training_steps(make_run(ENTRY)))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
 def test_tuning_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--tune"]) == 2

@@ -56,7 +56,8 @@ def _(x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, form, 
 def _(x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, form, rows_per_gate, relu):
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     experts, rank, _ = down_weight.shape
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], experts * rank)
+    out = x.new_empty(x.shape[0], up_weight.shape[1], dtype=dtype)
+    return out, x.new_empty(x.shape[0], experts * rank)
 
 
 @torch.library.custom_op("lion_kernels::mixture_of_adapters_backward", mutates_args=(), device_types="cuda")
@@ -179,7 +180,7 @@ def mixture_of_adapters(
     low_rank.check_placement(x, weights, others)
     relu = activation == "relu"
     if low_rank.takes(x, backend, "mixture_of_adapters"):
-        return _run_kernels(x, weights, gate, task_ids, expert_ids, residual, form, relu)
+        return run_kernels(x, weights, gate, task_ids, expert_ids, residual, form, relu)
     return compose(x, weights, gate, task_ids, expert_ids, residual, form, relu)
 
 
@@ -201,7 +202,7 @@ def cost(
     )
 
 
-def _run_kernels(
+def run_kernels(
     x: Tensor,
     weights: dict[str, Tensor | None],
     gate: Tensor,
@@ -211,7 +212,7 @@ def _run_kernels(
     form: GateForm,
     relu: bool,
 ) -> Tensor:
-    channels = x.shape[-1]
+    """The operator by the kernels; up_weight [E, N, r] and residual [..., N] may have another width than x."""
     rows, weights = low_rank.cast_for_kernels(x, weights)
     down_weight, up_weight = weights["down_weight"], weights["up_weight"]
     assert down_weight is not None
@@ -224,7 +225,7 @@ def _run_kernels(
         out, _ = _forward(*arguments, flat.gate, flat.ids, residual, form, flat.rows_per_gate, relu)
     else:
         out, _ = low_rank.forward(*arguments, flat, residual, relu, False)
-    return out.view(*x.shape[:-1], channels).to(x.dtype)
+    return out.view(*x.shape[:-1], up_weight.shape[1]).to(x.dtype)
 
 
 def compose(

@@ -8,7 +8,8 @@ The gate's forms and the gradients of the update are `mixture_of_adapters`', wit
     dx = g W + sum_e d hidden_e A_e        dW = g^T x        db = sum_t g_t
 
 Two ways to y, chosen by shape: the low-rank part in the tile loop of the product with W, or W by the library's product
-and the update added to it, which moves y twice more.
+and the update added to it, which moves y twice more. The second is the one where the update reads another input than W,
+as with LoRA's dropout.
 """
 
 import torch
@@ -21,7 +22,7 @@ from lion_kernels.configs import lookup
 from lion_kernels.cost import H200, Cost, floor_seconds
 from lion_kernels.gates import FlatGate, check_gate, flatten_gate
 from lion_kernels.low_rank_plain import plain_backward, plain_forward
-from lion_kernels.mixture_of_adapters import compose
+from lion_kernels.mixture_of_adapters import compose, run_kernels
 
 # The rate of our product beside the library's, until a table says better for a GPU: an assumption, not a measurement.
 _ASSUMED_EFFICIENCY = 0.75
@@ -171,6 +172,7 @@ def mixture_of_lora_linear(
     scaling: float = 1.0,
     task_ids: Tensor | None = None,
     expert_ids: Tensor | None = None,
+    update_input: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`x W^T + b + scaling * sum_e g_e * (x A_e^T) B_e^T`, differentiable in every floating-point argument.
@@ -188,6 +190,7 @@ def mixture_of_lora_linear(
         expert_ids: integers [..., k] in 0..E-1, -1 for none. Nothing waits for a GPU to look at ids: there, and in a
             compiled graph, one out of range weighs nothing and has no gradient, except that "torch" gathers the gate
             by `task_ids`, where PyTorch counts a negative one from the end and fails on one that is too large.
+        update_input: [..., Din] in x's dtype, what the A_e read instead of x, such as `dropout(x)`.
         backend: "auto", "triton" or "torch". "triton" takes fp32, fp16 and bf16; the gate may have another dtype than
             x and the weights.
 
@@ -197,18 +200,22 @@ def mixture_of_lora_linear(
     Raises:
         ValueError: a shape, a dtype, a device or a backend that does not fit; the message names the argument.
     """
-    _check(x, weight, bias, lora_a, lora_b)
+    _check(x, weight, bias, lora_a, lora_b, update_input)
     experts, _, _ = lora_a.shape
     channels = weight.shape[0]
     form = check_gate(gate, x, experts, channels, task_ids, expert_ids)
     weights = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
-    low_rank.check_placement(x, weights, {"gate": gate, "task_ids": task_ids, "expert_ids": expert_ids})
+    others = {"gate": gate, "task_ids": task_ids, "expert_ids": expert_ids, "update_input": update_input}
+    low_rank.check_placement(x, weights, others)
     if scaling != 1.0:
         gate = gate * scaling
-    if not low_rank.takes(x, backend, "mixture_of_lora_linear"):
+    on_kernels = low_rank.takes(x, backend, "mixture_of_lora_linear")
+    if update_input is not None or not on_kernels:
         base = F.linear(x, weight, bias)
         pair = {"down_weight": lora_a, "down_bias": None, "up_weight": lora_b, "up_bias": None}
-        return compose(x, pair, gate, task_ids, expert_ids, base, form, relu=False)
+        read = x if update_input is None else update_input
+        run = run_kernels if on_kernels else compose
+        return run(read, pair, gate, task_ids, expert_ids, base, form, relu=False)
     rows, cast = low_rank.cast_for_kernels(x, weights)
     arguments = (rows, cast["weight"], cast["bias"], cast["lora_a"], cast["lora_b"])
     flat = flatten_gate(form, gate, x.shape[:-1], experts, task_ids, expert_ids)
@@ -238,7 +245,9 @@ def cost(
     )
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, update_input: Tensor | None
+) -> None:
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected floating [..., Din], got {x.dtype} {list(x.shape)}")
     width = x.shape[-1]
@@ -251,3 +260,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+    if update_input is not None and (update_input.shape != x.shape or update_input.dtype != x.dtype):
+        raise ValueError(
+            f"update_input: expected {list(x.shape)} in {x.dtype} like x, "
+            f"got {list(update_input.shape)} in {update_input.dtype}"
+        )

@@ -2,12 +2,13 @@
 
     y = x W^T + b + sum_e scaling_e * (x A_e^T) B_e^T        (mixture_of_lora_linear)
 
-over the active adapters, or over the adapter that `model(..., adapter_names=[...])` names for each sample. PEFT takes
+over the active adapters, or over the adapter that `model(..., adapter_names=[...])` names for each sample. With
+`lora_dropout` the A_e read what PEFT's own dropout makes of x, so that it draws the same numbers. PEFT takes
 `adapter_names` outside training only, and of its per-layer hooks none is left when gradient checkpointing computes a
 layer again; both are dealt with here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -38,12 +39,14 @@ class MixedBatch:
         self.names: Sequence[str] | None = None
         self.was_mixed = False
         self._routes: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[tuple, Tensor] = {}
 
     @contextmanager
     def passing(self, names: Sequence[str] | None) -> Iterator[None]:
         """A forward pass, or in backward the second one of a checkpointed layer."""
         self.names, before = names, self.names
         self._routes.clear()
+        self._rows.clear()
         try:
             yield
         finally:
@@ -64,6 +67,13 @@ class MixedBatch:
             gate = torch.tensor(weights, dtype=torch.float32).to(device).unsqueeze(1)
             self._routes[key] = gate, torch.tensor(ids).to(device).unsqueeze(1)
         return self._routes[key]
+
+    def rows(self, names: Sequence[str], adapter: str, device: torch.device) -> Tensor:
+        """The samples of one adapter, made once for all layers."""
+        key = (tuple(names), adapter, device)
+        if key not in self._rows:
+            self._rows[key] = torch.tensor([i for i, name in enumerate(names) if name == adapter]).to(device)
+        return self._rows[key]
 
 
 class ForgetsNoNames:
@@ -105,6 +115,7 @@ class LoraLinearOnKernels(ForgetsNoNames):
     scaling: dict[str, float]
     active_adapters: list[str]
     merged: bool
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
@@ -112,9 +123,10 @@ class LoraLinearOnKernels(ForgetsNoNames):
         others = any(value is not None for name, value in kwargs.items() if name != "adapter_names")
         wanted = self.active_adapters if names is None else set(names)
         adapters = [name for name in self.lora_A if name in wanted]
-        if args or others or not self._fuses(x, adapters):
+        if args or others or not self._fuses(x, adapters, names):
             return super(ForgetsNoNames, self).forward(x, *args, **kwargs)  # type: ignore[misc]
         self._check_forward_args(x, adapter_names=names)  # type: ignore[attr-defined]
+        dropped = self._dropped(x, adapters, names)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # as the base layer would have it, its result too
         scalings = [self.scaling[name] for name in adapters]
@@ -131,13 +143,14 @@ class LoraLinearOnKernels(ForgetsNoNames):
             _stack([self.lora_B[name].weight for name in adapters], rank_dim=1),
             gate,
             expert_ids=ids,
+            update_input=None if dropped is None else dropped.to(x.dtype),
             backend=self.kernel_backend,
         )
         if not any(self.lora_bias[name] for name in adapters):
             return out
         return out + self._update_of_bias(adapters, gate, ids, x.dim()).to(out.dtype)
 
-    def _fuses(self, x: Tensor, adapters: list[str]) -> bool:
+    def _fuses(self, x: Tensor, adapters: list[str], names: Sequence[str] | None) -> bool:
         """Whether the kernels compute what PEFT would."""
         if not adapters or self.disable_adapters or self.merged or not on_kernels(self.kernel_backend, x.device):
             return False
@@ -146,11 +159,30 @@ class LoraLinearOnKernels(ForgetsNoNames):
         one_dtype = torch.is_autocast_enabled(x.device.type) or all(
             linear.weight.dtype == x.dtype for linear in linears
         )
+        # Several that are active at once each read an input of their own.
+        one_input = len(adapters) == 1 or names is not None or not self._drops(adapters)
         return (
             one_dtype
+            and one_input
             and all(is_plain_linear(linear) for linear in linears)
-            and not any(_drops(self.lora_dropout[name]) or name in self.lora_variant for name in adapters)
+            and not any(name in self.lora_variant for name in adapters)
         )
+
+    def _drops(self, adapters: list[str]) -> bool:
+        dropouts = [self.lora_dropout[name] for name in adapters]
+        return any(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in dropouts)  # PEFT has nn.Identity
+
+    def _dropped(self, x: Tensor, adapters: list[str], names: Sequence[str] | None) -> Tensor | None:
+        """What the updates read, where that is not x; in a mixed batch dropped adapter by adapter."""
+        if not self._drops(adapters):
+            return None
+        if names is None:
+            return self.lora_dropout[adapters[0]](self._cast_input_dtype(x, self.lora_A[adapters[0]].weight.dtype))
+        dropped = x.clone()
+        for name in adapters:
+            rows = self.mixed_batch.rows(names, name, x.device)
+            dropped.index_copy_(0, rows, self.lora_dropout[name](x[rows]))
+        return dropped
 
     def _update_of_bias(self, adapters: list[str], gate: Tensor, ids: Tensor | None, dims: int) -> Tensor:
         """sum_e g_e b_e with the biases of the B: [Dout], or in a mixed batch [B, 1, ..., Dout]."""
@@ -224,10 +256,6 @@ def _naming(module: Any, names: Sequence[str]) -> Iterator[None]:
             hook.remove()
 
 
-def _drops(dropout: nn.Module) -> bool:
-    return dropout.training and getattr(dropout, "p", 0) > 0  # PEFT has nn.Identity for none
-
-
 def _stack(weights: list[Tensor], rank_dim: int) -> Tensor:
     """[E, ...] of weights whose ranks may differ: what is missing to the largest is zero, and adds nothing."""
     rank = max(weight.shape[rank_dim] for weight in weights)
@@ -290,9 +318,9 @@ def _partly_left(layer: Any) -> Iterator[str]:
     if layer.lora_variant:
         yield "PEFT computes the adapters that are " + _variants(layer)
     dropped = {name: dropout.p for name, dropout in layer.lora_dropout.items() if getattr(dropout, "p", 0)}
-    if dropped:
+    if dropped and len(layer.lora_A) > 1:
         shares = ", ".join(f"{name!r} {p}" for name, p in dropped.items())
-        yield f"lora_dropout ({shares}): in training PEFT computes it, as base and update read different inputs"
+        yield f"lora_dropout ({shares}): PEFT computes several at once in training, as each reads another input"
     weights = {part[name].weight.dtype for part in (layer.lora_A, layer.lora_B) for name in part}
     if weights != {layer.base_layer.weight.dtype}:
         yield "adapters of another dtype than the base layer: outside autocast PEFT computes the update in theirs"

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_fast.data.files import to_disk
 
@@ -56,17 +57,23 @@ def written_aside(
             remove(target)
             os.rename(aside, target)
             to_disk(target.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save and safetensors say by errors of their own that a disk is full.
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        # torch.save, safetensors and distributed checkpoints say by errors of their own that a disk is full.
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, RuntimeError) and not _is_about_files(error):
+        failures = [error]
+        if isinstance(error, CheckpointException):
+            failures = [cause for cause, _ in error.failures.values()]
+        about_files = next(filter(_is_about_files, failures), None)
+        if about_files is None:
             raise
-        raise OSError(f"{target}: cannot be written ({' '.join(str(error).split())})") from error
+        raise OSError(f"{target}: cannot be written ({' '.join(str(about_files).split())})") from error
     wait_for_all()
 
 
-def _is_about_files(error: RuntimeError) -> bool:
-    return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "iostream error"))
+def _is_about_files(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "iostream error"))
+    return isinstance(error, OSError | SafetensorError)
 
 
 def seal(directory: Path) -> None:

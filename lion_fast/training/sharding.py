@@ -13,9 +13,11 @@ from lion_fast.modeling_lion import LionForCausalLM
 def shard(model: LionForCausalLM, precision: Literal["bf16", "fp32"]) -> LionForCausalLM:
     """Shard every block, then what is left, over all processes, in place.
 
-    Under bf16 the trained parameters are gathered in bfloat16 and stay float32 in their shards.
+    Under bf16 the trained parameters are gathered in bfloat16 and stay float32 in their shards; gradients are summed
+    over processes in float32.
     """
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if precision == "bf16" else MixedPrecisionPolicy()
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if precision == "bf16" else MixedPrecisionPolicy()
     for block in model.blocks():
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
@@ -23,5 +25,10 @@ def shard(model: LionForCausalLM, precision: Literal["bf16", "fp32"]) -> LionFor
 
 
 def gathered_state(model: nn.Module) -> dict[str, Any]:
-    """All parameters of a sharded model, whole and on the CPU, on the first process; on the others nothing."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """All of a sharded model's state, whole and on the CPU, on the first process; on the others nothing.
+
+    What has several names, as T5's embeddings, comes under the first: the copies no longer show that they are one.
+    """
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: value for name, value in state.items() if name in own}

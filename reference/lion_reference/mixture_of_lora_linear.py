@@ -20,6 +20,7 @@ def mixture_of_lora_linear(
     scaling: float = 1.0,
     task_ids: Tensor | None = None,
     expert_ids: Tensor | None = None,
+    update_input: Tensor | None = None,
 ) -> Tensor:
     """A linear layer plus E gated updates of rank r, one floating dtype throughout.
 
@@ -27,6 +28,7 @@ def mixture_of_lora_linear(
         x: [..., Din].
         weight, bias: [Dout, Din], [Dout] or None.
         lora_a, lora_b: [E, r, Din], [E, Dout, r].
+        update_input: [..., Din], read by the updates instead of x (LoRA's dropout).
         gate: [R, E, Dout] with `task_ids`, [..., k] with `expert_ids`, [..., E] with neither (see `expand_gate`).
 
     Returns: [..., Dout].
@@ -43,7 +45,7 @@ def mixture_of_lora_linear(
     if bias is not None and bias.shape != (width_out,):
         raise ValueError(f"bias: expected {[width_out]}, got {list(bias.shape)}")
     factor = expand_gate(gate, x.shape[:-1], num_experts, width_out, task_ids=task_ids, expert_ids=expert_ids)
-    low_rank = einsum(x, lora_a, "... i, e r i -> ... e r")
+    low_rank = einsum(x if update_input is None else update_input, lora_a, "... i, e r i -> ... e r")
     update = einsum(low_rank, lora_b, "... e r, e o r -> ... e o")
     out = x @ weight.T + scaling * (factor * update).sum(-2)
     return out if bias is None else out + bias

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lion_kernels import mixture_of_lora_linear
@@ -111,6 +112,29 @@ def test_sizes_of_models(
     inputs = make_inputs(gate, experts, rank, widths, shape)
     expected = outputs_and_gradients(reference, inputs)
     for name, value in outputs_and_gradients(operator(way), cast(inputs, torch.float32, device)).items():
+        assert relative_error(value, expected[name]) < 1e-5, name
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("way", ["torch", "library"])
+def test_updates_may_read_an_input_of_their_own(
+    way: str,
+    gate: str,
+    operator: Callable[[str], Callable[..., Tensor]],
+    device: torch.device,
+    relative_error: Measure,
+) -> None:
+    inputs = make_inputs(gate, 3, 4, (40, 72), (2, 9))
+    dropped = torch.nn.functional.dropout(inputs["x"].detach(), 0.5)
+    inputs["update_input"] = dropped.requires_grad_()
+    expected = outputs_and_gradients(reference, inputs, scaling=0.5)
+    got = outputs_and_gradients(operator(way), cast(inputs, torch.float32, device), scaling=0.5)
+    assert "update_input" in got
+    if gate.startswith("dense"):  # ids are looked at, which fake tensors do not take
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert operator(way)(**cast(inputs, torch.float32, device)).shape == expected["out"].shape
+    for name, value in got.items():
         assert relative_error(value, expected[name]) < 1e-5, name
 
 
@@ -292,6 +316,7 @@ def test_cost() -> None:
         ({"task_ids": torch.tensor([0, 4, 1])}, r"task_ids: expected values from 0 to 3, got \[4\]"),
         ({"lora_b": torch.zeros(2, 40, 8)}, r"lora_b: expected torch.float64 \(as x\), got torch.float32"),
         ({"bias": torch.zeros(40, device="meta")}, r"bias: expected on cpu \(as x\), got meta"),
+        ({"update_input": torch.zeros(3, 5, 32)}, r"update_input: expected \[3, 5, 32\] in torch.float64 like x, got"),
         ({"backend": "triton"}, "x: expected float32, float16 or bfloat16 with backend='triton', got torch.float64"),
     ],
 )

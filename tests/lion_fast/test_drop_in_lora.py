@@ -215,22 +215,53 @@ def test_wrong_names_are_peft_s_error_and_leave_nothing_behind(ids: Tensor) -> N
         expect_same_bits(results_of(model, ids), expected)
 
 
-def test_dropout_is_peft_s_in_training_and_listed(ids: Tensor) -> None:
-    model = make_peft(lora_dropout=0.5)
-    found = []
+def test_dropout_draws_what_peft_draws(ids: Tensor, launches: list[str]) -> None:
+    """With the same seed the same logits and gradients; several adapters at once are left to PEFT, and listed."""
+    model = make_peft(lora_dropout=0.5).train()
+    found: list[tuple[Results, Results]] = []
     for apply in (False, True):
         if apply:
             result = apply_lion_kernels(model, backend="triton")
-            reasons = {m.reason for m in result.left if m.class_name == "Linear"}
-            assert reasons == {
-                "lora_dropout ('first' 0.5): in training PEFT computes it, as base and update read different inputs"
+            assert {m.reason for m in result.left if m.class_name == "Linear"} == {
+                "lora_dropout ('first' 0.5): PEFT computes several at once in training, as each reads another input"
             }
-        evaluated = results_of(model.eval(), ids)
-        layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
-        torch.manual_seed(0)
-        found.append((evaluated, [layer.train()(torch.ones(3, 5, layer.in_features)).detach() for layer in layers]))
-    expect_same(found[1][0], found[0][0])
-    assert all(torch.equal(got, wanted) for got, wanted in zip(found[1][1], found[0][1], strict=True))
+        both: list[Results] = []
+        for active in (["first"], ["first", "second"]):
+            model.base_model.set_adapter(active)
+            torch.manual_seed(0)
+            both.append(results_of(model, ids))
+        found.append((both[0], both[1]))
+    for got, expected in zip(found[1], found[0], strict=True):
+        expect_same(got, expected)
+    launches.clear()
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj  # which has the one adapter
+    layer(torch.ones(3, 5, 16))
+    assert "update_kernel" in launches
+    torch.manual_seed(1)
+    assert not torch.equal(results_of(model, ids)[0], found[1][1][0])
+
+
+def test_a_mixed_batch_drops_each_adapter_s_inputs(ids: Tensor) -> None:
+    class Halves(nn.Module):
+        """A dropout without chance, so that samples one by one are the oracle."""
+
+        p = 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.p if self.training else x
+
+    def make() -> Any:
+        model = make_peft()
+        for module in model.modules():
+            if isinstance(module, peft.tuners.lora.Linear):
+                module.lora_dropout["first"] = Halves()
+        return model.train()
+
+    expected = one_at_a_time(make(), ids, NAMES)
+    model = make()
+    apply_lion_kernels(model, backend="triton")
+    expect_same(results_of(model, ids, adapter_names=NAMES), expected)
+    assert not torch.allclose(results_of(model.eval(), ids, adapter_names=NAMES)[0], expected[0])
 
 
 def test_dora_is_left(ids: Tensor) -> None:

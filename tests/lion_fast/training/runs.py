@@ -41,7 +41,7 @@ def weights_of(run_dir: Path | str) -> dict[str, Tensor]:
 
 def finish(*processes: Any) -> None:
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)  # ends a hang; a busy machine takes its time
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

@@ -11,7 +11,7 @@ import torch
 
 from lion_fast import LionForCausalLM
 from lion_fast.training import RecipeError, saving, train
-from tests.lion_fast.training.runs import Files, MakeRecipe, finish, losses_of, run_on, weights_of
+from tests.lion_fast.training.runs import Files, MakeRecipe, finish, free_port, losses_of, run_on, weights_of
 
 
 def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files, tmp_path: Path) -> None:
@@ -41,20 +41,25 @@ def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any]
     assert not (Path(killed.output_dir) / saving.ASIDE / "checkpoint-40").exists()
 
 
+@pytest.mark.parametrize("engine", ["trainer", "fsdp2"])
 def test_a_full_disk_leaves_the_last_checkpoint(
-    make_recipe: MakeRecipe, start: Callable[..., Any], tmp_path: Path
+    make_recipe: MakeRecipe, start: Callable[..., Any], tmp_path: Path, engine: str
 ) -> None:
     recipe = make_recipe(3, "steps=4")
+    group: dict[str, Any] = {"engine": engine}
+    group |= {"rank": 0, "port": free_port()} if engine == "fsdp2" else {}
     train(recipe.model_copy(update={"output_dir": str(tmp_path / "whole")}))
     size = (tmp_path / "whole" / "model" / "model.safetensors").stat().st_size
-    process = start(recipe, file_limit=size // 2, error_to=str(tmp_path / "error"))
+    process = start(recipe, file_limit=size // 4, error_to=str(tmp_path / "error"), **group)
     process.join(timeout=120)
     assert process.exitcode == 1
     assert "checkpoint-2: cannot be written" in (tmp_path / "error").read_text()
     assert saving.checkpoints(Path(recipe.output_dir)) == []
-    finish(start(recipe, resume=True))
-    expected = weights_of(tmp_path / "whole")
-    assert all(torch.equal(value, expected[name]) for name, value in weights_of(recipe.output_dir).items())
+    finish(start(recipe, resume=True, **group))
+    assert_same_model(Path(recipe.output_dir), tmp_path / "whole")
+    if engine == "trainer":
+        expected = weights_of(tmp_path / "whole")
+        assert all(torch.equal(value, expected[name]) for name, value in weights_of(recipe.output_dir).items())
 
 
 def test_two_processes_are_one(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files) -> None:
@@ -101,6 +106,19 @@ def test_trainer_shards_as_well(make_recipe: MakeRecipe, start: Callable[..., An
     assert not any(model[1].values()), "the final save has all weights and no others"
     with pytest.raises(RecipeError, match=r"parallel: expected 'ddp' in a process that torchrun has not started"):
         train(make_recipe(3, "parallel=fsdp", name="alone"))
+
+
+def test_bf16_is_sharded_too(make_recipe: MakeRecipe, start: Callable[..., Any]) -> None:
+    """Gathered in bfloat16, norms included: losses are one process's but for bfloat16's rounding."""
+    settings = ("precision=bf16", "model.dropout=0.0", "steps=2", "checkpoints.every=2")
+    train(one := make_recipe(3, *settings, name="one"))
+    sharded = make_recipe(3, *settings, "parallel=fsdp", name="sharded")
+    run_on(2, start, sharded)
+    expected = losses_of(one.output_dir)
+    assert losses_of(sharded.output_dir) == pytest.approx(expected, rel=2e-3)
+    dtypes = {name: value.dtype for name, value in weights_of(sharded.output_dir).items()}
+    assert dtypes == {name: value.dtype for name, value in weights_of(one.output_dir).items()}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
 
 
 def assert_same_model(run_dir: Path, expected_dir: Path) -> None:
