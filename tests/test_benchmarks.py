@@ -410,7 +410,9 @@ def test_the_gpu_script_stops_when_it_is_interrupted(tmp_path: Path) -> None:
     waiting = f'{sys.executable} -c "$2" {sys.executable} -c "{waits}"'
     python.write_text(f'#!/usr/bin/env bash\ncase "$2" in *execvp*) exec {waiting} ;; esac\n')
     python.chmod(0o755)
-    command = [str(SCRIPT), str(tmp_path / "out"), "environment", "rows", "tuning"]
+    # A shell cannot hear what was ignored when it began, as SIGINT is where these tests run in the background.
+    hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", hears, str(SCRIPT), str(tmp_path / "out"), "environment", "rows", "tuning"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     with subprocess.Popen(command, env={**os.environ, "PYTHON": str(python)}, **pipe) as script:
         lines = []
