@@ -4,18 +4,19 @@
 #   benchmarks/gpu.sh OUT [PART ...]
 #
 # Parts: environment gpu-tests kernel-tests check adapters lora attention rows tuning model step-16 step-64 generation
-# sanitizer (operators: adapters lora attention rows). Each stops by itself within eight minutes and leaves OUT/PART.json (tests:
-# .xml; benchmarks: OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and `compare` read) and its
-# output in OUT/log.txt, so that one that dies takes nothing along; interrupted, it stops with what it has. Needs
-# python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else. PEERS=DIR
-# names a folder of wheels (flash-attn, liger-kernel, peft ...), which are unpacked and measured beside.
+# sanitizer (operators: adapters lora attention rows). Each stops by itself within eight minutes and leaves
+# OUT/PART.json (tests: .xml; benchmarks: OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and
+# `compare` read) and its output in OUT/log.txt, so that one that dies takes nothing along; interrupted from a terminal,
+# it stops with what it has. Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and
+# pytest-benchmark, and nothing else. PEERS=DIR names a folder of wheels (flash-attn, liger-kernel, peft ...), which
+# are unpacked and measured beside.
 # Without a GPU it is a dry run: the same lines, on small shapes.
 set -uo pipefail
 
 ALL=(environment gpu-tests kernel-tests check adapters lora attention rows tuning model step-16 step-64 generation sanitizer)
 OPERATORS=(adapters lora attention rows)
 if [ $# -lt 1 ]; then
-  sed -n '2,13s/^# \{0,1\}//p' "$0"
+  sed -n '2,14s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -60,11 +61,11 @@ HEARING='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); o
 # The first argument is how long the command may take, in seconds; ten before that it is asked to stop, and so it is
 # where the script is interrupted: a terminal does not reach it.
 limited() {
-  local seconds=$1 running status
+  local seconds=$1 running status interrupted=
   shift
   timeout --signal=INT --kill-after=10 $((seconds - 10)) "$PYTHON" -c "$HEARING" "$@" &
   running=$!
-  trap 'kill -INT "$running" 2>/dev/null' INT TERM
+  trap 'interrupted=1; kill -INT "$running" 2>/dev/null' INT TERM
   wait "$running"
   status=$?
   while kill -0 "$running" 2>/dev/null; do # the trap has ended the wait
@@ -72,6 +73,7 @@ limited() {
     status=$?
   done
   trap - INT TERM
+  [ -z "$interrupted" ] || exit "$status" # a part is a shell of its own: none of its other commands begins
   return "$status"
 }
 
