@@ -279,9 +279,14 @@ def report(
         pairs = zip(seconds[peer], seconds[baseline], strict=True)
         ratio = quantiles([mine / other for mine, other in pairs])
         benchmark.extra_info.update(baseline=baseline, ratio=[ratio.median, ratio.low, ratio.high])
+    replay(benchmark, seconds[peer])
+
+
+def replay(benchmark: Any, seconds: Sequence[float]) -> None:
+    """Hands times that were taken before to pytest-benchmark, whose timer is `clock`."""
     _ticks.clear()
-    _ticks.extend(itertools.chain.from_iterable((0.0, value) for value in seconds[peer]))
-    benchmark.pedantic(lambda: None, rounds=len(seconds[peer]))
+    _ticks.extend(itertools.chain.from_iterable((0.0, value) for value in seconds))
+    benchmark.pedantic(lambda: None, rounds=len(seconds))
 
 
 def skip_after_deadline() -> None:
