@@ -21,7 +21,8 @@ def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
 def expect_ids(name: str, ids: Tensor, rows: int, also: int | None = None) -> None:
     """Raise ValueError unless all ids are in 0..rows - 1 or equal to `also`.
 
-    Where nobody may wait for the values, on a GPU and in a compiled graph, the device fails later, with the same words.
+    Where nobody may wait for the values, nothing is raised here: on a CPU a compiled graph raises RuntimeError with the
+    same words; on CUDA an assertion of the device prints them, and the process cannot use that GPU any more.
     """
     known = (ids >= 0) & (ids < rows)
     if also is not None:

@@ -396,7 +396,7 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
 
         Raises:
             ValueError: shapes or ids that do not fit; the message names the argument. Nothing waits for a GPU to look
-                at ids: there the device itself fails, with the same words.
+                at ids: there an assertion of the device prints the same words, and the process has to end.
         """
         if input_ids is None:
             raise ValueError("input_ids: expected int64 [B, L], got None")
