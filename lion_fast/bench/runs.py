@@ -80,7 +80,8 @@ def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bo
 
 def recover(out: Path) -> list[Path]:
     """Makes results of the records that runs which died have left in `out`, and returns the folders they went to."""
-    left = [file for file in sorted(out.glob("records-*.jsonl")) if not _runs(int(file.stem.removeprefix("records-")))]
+    found = [(file, file.stem.removeprefix("records-")) for file in sorted(out.glob("records-*.jsonl"))]
+    left = [file for file, process in found if process.isdigit() and not _runs(int(process))]
     return [folder for file in left if (folder := _collect(file, out))]
 
 
