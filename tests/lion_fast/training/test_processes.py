@@ -51,7 +51,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     train(recipe.model_copy(update={"output_dir": str(tmp_path / "whole")}))
     size = (tmp_path / "whole" / "model" / "model.safetensors").stat().st_size
     process = start(recipe, file_limit=size // 4, error_to=str(tmp_path / "error"), **group)
-    process.join(timeout=120)
+    process.join(timeout=300)
     assert process.exitcode == 1
     assert "checkpoint-2: cannot be written" in (tmp_path / "error").read_text()
     assert saving.checkpoints(Path(recipe.output_dir)) == []
