@@ -20,7 +20,7 @@ against the reference in fp64 before it is timed, and a wrong one has no time. T
 is the least time in which the device could do it: the bytes that must move and the operations, by the copy bandwidth
 and the matrix rate that it reached in the same run; small inputs stay in a cache that is faster, and pass it. *Peak* is
 the most memory that a forward and backward hold beyond their inputs, *kept* what forward keeps for backward. On a GPU,
-device events with a cold cache; on a CPU, the processor time of the one thread that computes, which leaves out what
+device events with a cold cache; on a CPU, the clock, or of a single thread its processor time, which leaves out what
 other processes had, with the caches as they are. `torch.compile` and FlexAttention, which compile for long, are
 measured at a few shapes on a GPU, at one on a CPU. The whole model's floor is that of the matrix products and their
 weights alone.
