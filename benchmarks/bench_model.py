@@ -1,8 +1,8 @@
 """The whole model with random weights, beside the original's form: its prefix, a step of training, and generation.
 
 `pytest benchmarks` prints the table: on a GPU LION-FlanT5-XL's sizes in bf16 with both backends, on a CPU a small model
-in fp32 with PyTorch's. All take turns on the same weights and inputs. A form is timed only if its loss and gradients
-are the original's. The floor is that of the matrix products and their weights alone.
+in fp32 with PyTorch's. All take turns on the same weights and inputs. A form is timed only if its loss is the
+original's, and in fp32 its gradients are. The floor is that of the matrix products and their weights alone.
 """
 
 import functools
@@ -14,23 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import peak_bytes
 from benchmarks.original import original_lion
-from benchmarks.side_by_side import (
-    DEVICE,
-    DTYPE,
-    INTERLEAVED,
-    interleave,
-    rates,
-    relative_error,
-    report,
-    skip_after_deadline,
-)
-from benchmarks.work import work
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, relative_error, report, skip_after_deadline
+from benchmarks.work import Timed, timed
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.configuration_lion import FLAN_T5_XL
 from lion_fast.stages import STAGES, freeze_for_stage
-from lion_kernels.cost import floor_seconds
 
 BACKENDS = ["torch", "triton"] if DEVICE.type == "cuda" else ["torch"]
 BATCH = 8 if DEVICE.type == "cuda" else 2
@@ -170,17 +159,14 @@ def errors() -> dict[str, tuple[float, float]]:
 
 
 @functools.cache
-def times(job: str) -> tuple[dict[str, list[float]], dict[str, int], float]:
-    """The forms' times and peak memory, and the floor."""
+def times(job: str) -> Timed:
+    """Of the forms that are right."""
     batch = make_batch()
     right = [name for name in FORMS if all(map(float.__le__, errors()[name], BOUNDS))]
     for lion in forms().values():
         lion.train(job == "training step")
-    run = {name: functools.partial(JOBS[job], forms()[name], batch) for name in right}
-    peaks = {name: peak_bytes(call, DEVICE) for name, call in run.items()}
-    floor = floor_seconds(work(run["original"], forms()["original"].parameters()), rates(), DTYPE)
-    calls = {name: ((lambda: None), lambda _, call=call: call()) for name, call in run.items()}
-    return interleave(calls, SECONDS), peaks, floor
+    calls = {name: functools.partial(JOBS[job], forms()[name], batch) for name in right}
+    return timed(calls, forms()["original"].parameters(), SECONDS)
 
 
 @pytest.mark.parametrize("form", FORMS)

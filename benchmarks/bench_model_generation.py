@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_model import LARGE, SMALL
-from benchmarks.memory import peak_bytes
 from benchmarks.original import use_original_adapters
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, interleave, rates, report, skip_after_deadline
-from benchmarks.work import work
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, report, skip_after_deadline
+from benchmarks.work import Timed, timed
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.check.timing import quantiles
-from lion_kernels.cost import floor_seconds
 
 ON_GPU = DEVICE.type == "cuda"
 NEW_TOKENS = 20 if ON_GPU else 4
@@ -125,15 +123,12 @@ def captioning(way: Way, job: str) -> Callable[[], None]:
 
 
 @functools.cache
-def times(job: str) -> tuple[dict[str, list[float]], dict[str, int], float]:
-    """The right ways' times and peak memory, and the floor."""
-    run = {name: captioning(way, job) for name, way in WAYS.items() if error(name) <= BOUND}
-    for call in run.values():
+def times(job: str) -> Timed:
+    """Of the ways that are right."""
+    calls = {name: captioning(way, job) for name, way in WAYS.items() if error(name) <= BOUND}
+    for call in calls.values():
         call()  # compiles, and fills what is cached
-    peaks = {name: peak_bytes(call, DEVICE) for name, call in run.items()}
-    floor = floor_seconds(work(run["original"], lion_of(WAYS["original"]).parameters()), rates(), DTYPE)
-    calls = {name: ((lambda: None), lambda _, call=call: call()) for name, call in run.items()}
-    return interleave(calls, SECONDS), peaks, floor
+    return timed(calls, lion_of(WAYS["original"]).parameters(), SECONDS)
 
 
 @pytest.mark.parametrize("way", WAYS)

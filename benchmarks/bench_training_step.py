@@ -30,6 +30,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.original import original_lion
 from benchmarks.side_by_side import DEVICE, INTERLEAVED, interleave, rates, report, skip_after_deadline
 from lion_fast import LionForCausalLM
+from lion_fast.check.timing import quantiles
 from lion_fast.training.memory import checkpoint_blocks
 from lion_kernels.cost import Cost, floor_seconds
 
@@ -67,8 +68,7 @@ def models() -> dict[str, LionForCausalLM]:
     for parameter in ours.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPE)
-    with DEVICE:
-        original = original_lion(ours)
+    original = original_lion(ours)
     frozen = {name: p for name, p in ours.named_parameters() if not p.requires_grad}
     for name, parameter in original.named_parameters():
         if name in frozen:
@@ -172,7 +172,6 @@ def bench(benchmark: Callable, pictures: int, checkpointed: bool, peer: str) -> 
             raise found.problems[peer]
         pytest.skip(f"{peer} has no time here: {' '.join(str(found.problems[peer]).split())[:200]}")
     error, bound = error_and_bound()
-    median = sorted(found.times[peer])[len(found.times[peer]) // 2]
     report(
         benchmark,
         found.times,
@@ -185,5 +184,5 @@ def bench(benchmark: Callable, pictures: int, checkpointed: bool, peer: str) -> 
         floor_seconds=found.floor,
         peak_bytes=found.peaks[peer],
         **({"error": error, "bound": bound} if peer == "lion_fast" else {}),
-        images_per_second=pictures / median,
+        images_per_second=pictures / quantiles(found.times[peer]).median,
     )

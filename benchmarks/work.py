@@ -1,14 +1,35 @@
-"""What a call of a whole model has to do at least: the operations of its matrix products, and reading their weights."""
+"""What calls of a whole model take, by turns, and what they have to do at least.
 
-from collections.abc import Callable, Iterable
-from typing import Any
+That is the operations of its matrix products, and reading their weights.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lion_kernels.cost import Cost
+from benchmarks.memory import peak_bytes
+from benchmarks.side_by_side import DEVICE, DTYPE, interleave, rates
+from lion_kernels.cost import Cost, floor_seconds
+
+
+class Timed(NamedTuple):
+    """Of each call the times, in seconds by rounds, and the peak memory in bytes; and the floor in seconds."""
+
+    seconds: dict[str, list[float]]
+    peaks: dict[str, int]
+    floor: float
+
+
+def timed(calls: Mapping[str, Callable[[], Any]], original: Iterable[Tensor], seconds: float) -> Timed:
+    """Takes `calls` by turns, for about `seconds`; the floor is that of the one named "original" with its weights."""
+    peaks = {name: peak_bytes(call, DEVICE) for name, call in calls.items()}
+    floor = floor_seconds(work(calls["original"], original), rates(), DTYPE)
+    turns = {name: ((lambda: None), lambda _, call=call: call()) for name, call in calls.items()}
+    return Timed(interleave(turns, seconds), peaks, floor)
 
 
 def work(call: Callable[[], Any], weights: Iterable[Tensor]) -> Cost:
