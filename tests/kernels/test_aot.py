@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import lion_kernels
 from lion_kernels.aot import (
     TARGETS,
     KernelSpec,
@@ -40,18 +39,19 @@ GOOD = Report(
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
+def run_uninterpreted(*command: str | Path) -> subprocess.CompletedProcess:
+    """Python in a process of its own, because this one may interpret its kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles_ahead_of_time(target: str, tmp_path: Path) -> None:
-    """One configuration of each kernel for each maker's GPUs; all of them, for all targets, are CI's own step.
-
-    In a process of its own, because this one may interpret its kernels.
-    """
+    """One configuration of each kernel for each maker's GPUs; all of them, for all targets, are CI's own step."""
     found = tmp_path / "report.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(lion_kernels.__file__).parents[1])
-    command = [sys.executable, "-m", "lion_kernels", "--one-each", "--targets", target, "--json", str(found)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = run_uninterpreted("-m", "lion_kernels", "--one-each", "--targets", target, "--json", found)
     assert found.is_file(), run.stderr
     report = json.loads(found.read_text(encoding="utf-8"))
     assert not report["complaints"], "\n".join(report["complaints"])
@@ -62,10 +62,7 @@ def test_compiles_ahead_of_time(target: str, tmp_path: Path) -> None:
 
 def test_what_is_compiled_is_what_is_launched() -> None:
     """The types of every argument of every kernel, as Triton itself tells them of real calls of the operators."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    script = Path(__file__).with_name("launches.py")
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    run = run_uninterpreted(Path(__file__).with_name("launches.py"))
     assert run.returncode == 0, run.stderr
     launched = json.loads(run.stdout)
     compiled: dict[str, dict[str, set[str]]] = {}
