@@ -1,0 +1,215 @@
+"""The rows of the ledger, by which the project is judged: LION's operators at the sizes that it runs them in, and it.
+
+`benchmarks/bench_headline.py` measures the operators' on a GPU, the ledger shows them all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SUITE = "headline"
+FORWARD, BACKWARD = "forward", "backward"
+BOTH = (FORWARD, BACKWARD)
+Shape = Mapping[str, int | float | str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the results of a headline are found.
+
+    Attributes:
+        suite, shape: as its entries have them.
+        directions: those in which it measures the same as the headline.
+    """
+
+    suite: str
+    shape: Shape
+    directions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One operator, or the whole model, at one shape: a row of the ledger for each direction.
+
+    Attributes:
+        operator: as `lion_kernels` names it, or what of the model is measured.
+        label: the shape in words.
+        shape: sizes and forms by name.
+        directions: "forward", "backward", or of the whole model what its suite calls them.
+        suite: which measures it.
+        elsewhere: other suites that measure the same; what differs in anything that costs time is not the same.
+    """
+
+    operator: str
+    label: str
+    shape: Shape
+    directions: tuple[str, ...] = BOTH
+    suite: str = SUITE
+    elsewhere: tuple[Source, ...] = field(default=())
+
+    @property
+    def entry_shape(self) -> dict[str, int | float | str]:
+        """The shape of its entries: those of the suite of all operators say which."""
+        return {"operator": self.operator, **self.shape} if self.suite == SUITE else dict(self.shape)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return Source(self.suite, self.entry_shape, self.directions), *self.elsewhere
+
+
+def _rows_alike(operator: str, channels: int, label: str) -> Headline:
+    """Rows of 16 sequences of 1024, which the operator's own suite measures, too."""
+    shape = {"tokens": 16 * 1024, "channels": channels}
+    return Headline(operator, label, shape, elsewhere=(Source(operator, shape, BOTH),))
+
+
+def _step(pictures: int, checkpointed: bool = False, size: str = "LION-FlanT5-XL") -> Headline:
+    label = f"{size}, {pictures} pictures{', blocks computed again in backward' if checkpointed else ''}"
+    shape = {"pictures": pictures, "checkpointed": checkpointed}
+    return Headline("training step", label, shape, ("",), f"training_step_{pictures}")
+
+
+def _generation(pictures: int, beams: int, tokens: int, size: str = "LION-FlanT5-XL") -> Headline:
+    words = [f"{n} {name}{'s' if n > 1 else ''}" for n, name in ((pictures, "picture"), (beams, "beam"))]
+    label = f"{size}, {', '.join(words)}, {tokens} tokens"
+    shape = {"pictures": pictures, "beams": beams}
+    return Headline("generation", label, shape, ("generation",), "model_generation")
+
+
+# On a GPU, at the sizes of LION-FlanT5-XL; sparse gates at XXL's width.
+HEADLINES: tuple[Headline, ...] = (
+    Headline(
+        "mixture_of_adapters",
+        "16 x 1024 tokens, D 2048, E 2, r 64, channel gates, mixed tasks",
+        # mixture_of_adapters' own suite has one task in all sequences, which is less work.
+        {"gate": "channel", "tasks": "mixed", "batch": 16, "length": 1024, "channels": 2048, "experts": 2, "rank": 64},
+    ),
+    Headline(
+        "mixture_of_adapters",
+        "5 x 1 tokens (a step of decoding), D 2048, E 2, r 64, channel gates",
+        {"gate": "channel", "tasks": "one", "batch": 5, "length": 1, "channels": 2048, "experts": 2, "rank": 64},
+        (FORWARD,),
+        elsewhere=(
+            Source("mixture_of_adapters", {"channels": 2048, "experts": 2, "rank": 64, "tokens": 5}, (FORWARD,)),
+        ),
+    ),
+    Headline(
+        "mixture_of_adapters",
+        "16 x 1024 tokens, D 4096, E 8, r 64, sparse gates, k 2",
+        {"gate": "sparse", "chosen": 2, "batch": 16, "length": 1024, "channels": 4096, "experts": 8, "rank": 64},
+    ),
+    Headline(
+        "mixture_of_lora_linear",
+        "16 x 1024 tokens, 2048 to 2048, E 2, r 64, channel gates, mixed tasks",
+        {"gate": "channel", "tasks": "mixed", "batch": 16, "length": 1024, "channels": 2048, "experts": 2, "rank": 64},
+    ),
+    Headline(
+        "mixture_of_lora_linear",
+        "5 x 1 tokens (a step of decoding), 4096 to 4096, E 8, r 64, sparse gates, k 2",
+        {"gate": "sparse", "chosen": 2, "batch": 5, "length": 1, "channels": 4096, "experts": 8, "rank": 64},
+        (FORWARD,),
+    ),
+    Headline(
+        "multi_scale_attention",
+        "EVA: 64 x 16 heads of 88, 257 queries and keys",
+        {"batch": 64, "heads": 16, "queries": 257, "keys": 257, "head_dim": 88},
+        elsewhere=(Source("multi_scale_attention", {"part": "EVA", "batch": 64}, BOTH),),
+    ),
+    Headline(
+        "multi_scale_attention",
+        "Q-Former: 64 x 12 heads of 64, 32 queries, 257 keys",
+        {"batch": 64, "heads": 12, "queries": 32, "keys": 257, "head_dim": 64},
+        elsewhere=(Source("multi_scale_attention", {"part": "Q-Former", "batch": 64}, BOTH),),
+    ),
+    Headline(
+        "relative_bias_attention",
+        "T5's encoder: 16 x 32 heads of 64, 417 queries and keys; no gradient of the table",
+        {"stack": "encoder", "batch": 16, "heads": 32, "queries": 417, "keys": 417, "head_dim": 64},
+        elsewhere=(  # backward it computes the table's gradient as well
+            Source(
+                "relative_bias_attention", {"stack": "encoder", "batch": 16, "queries": 417, "keys": 417}, (FORWARD,)
+            ),
+        ),
+    ),
+    Headline(
+        "relative_bias_attention",
+        "T5's decoder: 16 x 32 heads of 64, 1 query, 417 keys",
+        {"stack": "decoder", "batch": 16, "heads": 32, "queries": 1, "keys": 417, "head_dim": 64},
+        (FORWARD,),
+    ),
+    _rows_alike("rms_norm", 2048, "16,384 x 2048"),
+    Headline(
+        "residual_layer_norm",
+        "64 x 257 x 1408, dropout 0.1",
+        {"images": 64, "tokens": 257, "channels": 1408, "dropout": 0.1},
+    ),
+    _rows_alike("gated_gelu", 5120, "16,384 x 5120"),
+    Headline(
+        "assemble_inputs",
+        "16 x (289 + 128) x 2048",
+        {"batch": 16, "prefix": 289, "length": 128, "channels": 2048},
+    ),
+    _step(16),
+    _step(64),
+    _step(64, checkpointed=True),  # eager keeps more of 64 pictures than one GPU holds
+    _generation(64, 5, 20),
+    _generation(1, 5, 20),
+    _generation(1, 1, 20),
+)
+
+
+def _on_a_cpu(operator: str, label: str, shape: Shape, directions: tuple[str, ...] = BOTH) -> Headline:
+    return Headline(operator, label, shape, directions, suite=operator)
+
+
+def _beside_the_original(part: str) -> Headline:
+    return Headline(part, "beside the original's eager form", {"part": part}, ("",), "original")
+
+
+# On a CPU: what the operators' own suites measure there, and the parts of the model that they hold to the original.
+CPU_HEADLINES: tuple[Headline, ...] = (
+    _on_a_cpu(
+        "mixture_of_adapters",
+        "1,280 tokens, D 2048, E 2, r 64, channel gates",
+        {"channels": 2048, "experts": 2, "rank": 64, "tokens": 1280},
+        (*BOTH, "forward+backward"),
+    ),
+    _on_a_cpu(
+        "mixture_of_adapters",
+        "5 x 1 tokens (a step of decoding), D 2048, E 2, r 64, channel gates",
+        {"channels": 2048, "experts": 2, "rank": 64, "tokens": 5},
+        (FORWARD,),
+    ),
+    _on_a_cpu(
+        "mixture_of_lora_linear",
+        "1,280 tokens, 2048 to 2048, E 8, r 8, dense gates",
+        {"routing": "soft", "channels": 2048, "experts": 8, "rank": 8, "tokens": 1280},
+    ),
+    _on_a_cpu("multi_scale_attention", "EVA: 4 x 16 heads of 88, 257 queries and keys", {"part": "EVA", "batch": 4}),
+    _on_a_cpu(
+        "multi_scale_attention",
+        "Q-Former: 4 x 12 heads of 64, 32 queries, 257 keys",
+        {"part": "Q-Former", "batch": 4},
+    ),
+    _on_a_cpu(
+        "relative_bias_attention",
+        "T5's encoder: 32 heads of 64, 417 queries and keys",
+        {"stack": "encoder", "batch": 1, "queries": 417, "keys": 417},
+    ),
+    _on_a_cpu(
+        "relative_bias_attention",
+        "T5's decoder: 5 x 32 heads of 64, 1 query, 64 keys",
+        {"stack": "decoder", "batch": 5, "queries": 1, "keys": 64},
+        (FORWARD,),
+    ),
+    _on_a_cpu("rms_norm", "1,280 x 2048", {"tokens": 1280, "channels": 2048}),
+    _on_a_cpu("residual_layer_norm", "4 x 257 x 1408", {"images": 4, "channels": 1408}),
+    _on_a_cpu("gated_gelu", "1,280 x 5120", {"channels": 5120, "tokens": 1280}),
+    _on_a_cpu("assemble_inputs", "4 x (289 + 64) x 2048", {"batch": 4, "channels": 2048}),
+    _beside_the_original("aggregator"),
+    _beside_the_original("RAM tagging"),
+    _beside_the_original("training step"),
+    _step(4, size="a small model"),
+    _step(4, checkpointed=True, size="a small model"),
+    _generation(4, 5, 4, size="a small model"),
+    _generation(1, 1, 4, size="a small model"),
+)
