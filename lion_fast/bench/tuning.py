@@ -18,8 +18,8 @@ import torch
 
 import lion_kernels
 from lion_fast.check.cases import CASES, TIMED, Case
-from lion_fast.check.compare import leaves, make_tensors, relative_error, results_of
-from lion_fast.check.timing import Seconds, measure
+from lion_fast.check.compare import Draw, leaves, make_tensors, relative_error, results_of
+from lion_fast.check.timing import Clock, Seconds, measure
 from lion_kernels import configs
 
 Key = tuple[str, str]  # an operator's name for its table, and the shape class
@@ -91,25 +91,26 @@ def tune(
     """The entries of `cases` one after the other, each timed by the whole call until `deadline` (of `time.time()`)."""
     best: dict[Key, Sizes] = {}
     for case in cases:
-        tensors = make_tensors(case, dtype, device)
+        tensors, draw = make_tensors(case, dtype, device), Draw(device)
         with table({}) as seen:
-            expected = results_of(case.run, leaves(tensors))
+            expected = results_of(case.run, leaves(tensors), draw)
         for key, default in seen.items():
             if key in best or time.time() > deadline:
                 continue
-            found = _tune_one(case, tensors, expected, key, default, best, deadline, clock)
+            found = _tune_one(case, tensors, draw, expected, key, default, best, deadline, clock)
             best[key] = found.sizes
             yield found
 
 
-def _tune_one(case, tensors, expected, key, default, best, deadline, clock) -> Found:
+def _tune_one(case, tensors, draw, expected, key, default, best, deadline, clock) -> Found:
     def run(sizes: Sizes) -> Seconds:
         with table({**best, key: sizes}):
-            got = results_of(case.run, leaves(tensors))
+            inputs = leaves(tensors)
+            got = results_of(case.run, inputs, draw)
             for name, value in got.items():
-                if not relative_error(value, expected[name].double()) <= _allowed(value.dtype):
+                if not relative_error(value, expected[name].double()) <= allowed(value.dtype):
                     raise ArithmeticError(f"{name} differs")
-            return clock(lambda: results_of(case.run, leaves(tensors)))
+            return clock(lambda: results_of(case.run, inputs, draw))
 
     sizes, time_of = dict(default), run(dict(default))
     before, tried, refused = time_of.median, 0, 0
@@ -128,7 +129,8 @@ def _tune_one(case, tensors, expected, key, default, best, deadline, clock) -> F
     return Found(key, sizes, before, time_of.median, tried, refused)
 
 
-def _allowed(dtype: torch.dtype) -> float:
+def allowed(dtype: torch.dtype) -> float:
+    """How far results under other sizes may be from each other, relative: sums in another order, then rounded."""
     return 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
 
 
@@ -149,7 +151,8 @@ def run(out: Path | None, seconds: float, dry_run: bool) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     target = out or configs.FOLDER / configs.file_name(torch.cuda.get_device_name(device))
     entries: dict[str, dict[str, Sizes]] = {}
-    clock = lambda call: measure(call, device, TRIALS)  # noqa: E731
+    cold = Clock(device)
+    clock = lambda call: measure(None, lambda _: call(), device, cold, TRIALS)  # noqa: E731
     for found in tune(TIMED, device, torch.bfloat16, time.time() + seconds, clock):
         operator, shape_class = found.key
         print(_line(found), flush=True)

@@ -75,18 +75,32 @@ def _maps(tensors: Tensors, name: str) -> list[Tensor]:
     return [value for key, value in tensors.items() if key.startswith(f"{name}.")]
 
 
+def _where(generator: torch.Generator | None) -> torch.device | None:
+    """Where its values are drawn; without one, where torch makes tensors, which may be a device that holds none."""
+    return None if generator is None else generator.device
+
+
 def _randn(generator: torch.Generator, *size: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+    return torch.randn(*size, generator=generator, device=_where(generator), dtype=torch.float64) * scale
+
+
+def _randint(generator: torch.Generator, low: int, high: int, size: tuple[int, ...]) -> Tensor:
+    return torch.randint(low, high, size, generator=generator, device=_where(generator))
+
+
+def _mask(generator: torch.Generator, *size: int) -> Tensor:
+    """True for about seven of ten."""
+    return torch.rand(*size, generator=generator, device=_where(generator)) > 0.3
 
 
 def _gate(generator: torch.Generator, form: str, shape: tuple[int, ...], experts: int, channels: int) -> Tensors:
     """A gate of `form` for x [*shape, D]; channel: for three tasks, sparse: two experts a row or none."""
     if form in ("channel", "channel by row"):
         rows = shape[:1] if form == "channel" else shape
-        ids = torch.randint(0, 3, rows, generator=generator)
+        ids = _randint(generator, 0, 3, rows)
         return {"gate": _randn(generator, 3, experts, channels), "task_ids": ids}
     if form == "sparse":
-        ids = torch.randint(-1, experts, (*shape, 2), generator=generator)
+        ids = _randint(generator, -1, experts, (*shape, 2))
         return {"gate": _randn(generator, *ids.shape), "expert_ids": ids}
     leading = {"dense": shape, "dense by sequence": shape[:1], "dense for all": ()}[form]
     return {"gate": _randn(generator, *leading, experts)}
@@ -177,7 +191,7 @@ def _maps_attention(
         if mixed:
             tensors["scale_gate"] = _randn(generator, len(lengths))
             for s, length in enumerate(lengths):
-                mask = torch.rand(batch, length, generator=generator) > 0.3
+                mask = _mask(generator, batch, length)
                 mask[0] &= s > 0
                 tensors[f"key_padding_mask.{s}"] = mask
         return tensors
@@ -211,7 +225,7 @@ def _biased_attention(
             "bias_table": _randn(generator, 32, heads),
         }
         if mask:
-            tensors["key_padding_mask"] = torch.rand(batch, keys, generator=generator) > 0.3
+            tensors["key_padding_mask"] = _mask(generator, batch, keys)
             tensors["key_padding_mask"][0] = False
         return tensors
 
@@ -257,7 +271,7 @@ def _assemble(
     batch: int, prefix_length: int, length: int, channels: int, vocabulary: int, *, timed: bool = False
 ) -> Case:
     def make(generator: torch.Generator) -> Tensors:
-        input_ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+        input_ids = _randint(generator, 0, vocabulary, (batch, length))
         input_ids[:, length // 2] = vocabulary  # the soft prompt's, beyond the table
         input_ids[-1, -1] = vocabulary
         return {

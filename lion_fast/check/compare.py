@@ -47,14 +47,15 @@ def compare(case: Case, dtype: torch.dtype, device: torch.device, *, repeats: in
     outcome = Outcome(case.operator, case.label, name_of(dtype))
     tensors = make_tensors(case, dtype, device)
     oracle = device if case.cost else torch.device("cpu")
-    exact = results_of(case.reference, leaves(tensors, torch.float64, oracle))
-    plain = results_of(case.reference, leaves(tensors)) if dtype.itemsize < 4 else None
+    draw = Draw(oracle)
+    exact = results_of(case.reference, leaves(tensors, torch.float64, oracle), draw)
+    plain = results_of(case.reference, leaves(tensors), draw) if dtype.itemsize < 4 else None
     try:
         with poisoned_memory(), counted_launches() as launches:
-            got = _kernel_results(case, tensors)
+            got = _kernel_results(case, tensors, draw)
         # On a GPU not in deterministic mode, which would hide what else of torch's an operator uses.
-        first = got if device.type == "cpu" else _kernel_results(case, tensors)
-        others = (_kernel_results(case, tensors) for _ in range(repeats - 1))
+        first = got if device.type == "cpu" else _kernel_results(case, tensors, draw)
+        others = (_kernel_results(case, tensors, draw) for _ in range(repeats - 1))
         differing = {name for other in others for name in first if not torch.equal(first[name], other[name])}
     except Exception as error:  # whatever a kernel dies of is a finding, and the other cases still count
         outcome.problems.append(f"{type(error).__name__}: {error}")
@@ -76,16 +77,36 @@ def compare(case: Case, dtype: torch.dtype, device: torch.device, *, repeats: in
     return outcome
 
 
-def _kernel_results(case: Case, tensors: Tensors) -> Tensors:
+class Draw:
+    """The gradient of an output: random values that every dtype holds, the same for every dtype, drawn once.
+
+    Args:
+        device: where they are drawn, which a model's own shapes would take long for on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._drawn: dict[torch.Size, Tensor] = {}
+
+    def __call__(self, out: Tensor) -> Tensor:
+        if out.shape not in self._drawn:
+            generator = torch.Generator(self.device).manual_seed(1)
+            values = torch.randn(out.shape, generator=generator, device=self.device)
+            self._drawn[out.shape] = values.half().bfloat16()
+        return self._drawn[out.shape].to(out)
+
+
+def _kernel_results(case: Case, tensors: Tensors, draw: Draw) -> Tensors:
     """As in training, and the output as it is computed where nothing asks for a gradient."""
-    results = results_of(case.run, leaves(tensors))
+    results = results_of(case.run, leaves(tensors), draw)
     with torch.no_grad():
         return {**results, INFERENCE: case.run(tensors)}
 
 
 def make_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """The same values for every dtype, as far as it holds them."""
-    tensors = case.make(torch.Generator().manual_seed(0))
+    """The same values for every dtype, as far as it holds them; the model's own shapes are drawn on `device`."""
+    drawn_on = device if case.cost else torch.device("cpu")
+    tensors = case.make(torch.Generator(drawn_on).manual_seed(0))
     return {name: value.to(device, _kind(value, dtype)) for name, value in tensors.items()}
 
 
@@ -101,12 +122,12 @@ def leaves(tensors: Tensors, dtype: torch.dtype | None = None, device: torch.dev
     }
 
 
-def results_of(operator: Callable[[Tensors], Tensor], tensors: Tensors) -> Tensors:
-    """The output, and the gradient of every leaf for a random gradient of the output that every dtype holds."""
+def results_of(operator: Callable[[Tensors], Tensor], tensors: Tensors, draw: Draw | None = None) -> Tensors:
+    """The output, and the gradient of every leaf for the random gradient of the output that `draw` gives."""
+    draw = draw or Draw(torch.device("cpu"))
     out = operator(tensors)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half().bfloat16().to(out)
     wanted = [name for name, value in tensors.items() if value.requires_grad]
-    gradients = torch.autograd.grad(out, [tensors[name] for name in wanted], grad)
+    gradients = torch.autograd.grad(out, [tensors[name] for name in wanted], draw(out))
     return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 

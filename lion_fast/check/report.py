@@ -12,7 +12,8 @@ import torch
 from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import Outcome, compare, leaves, make_tensors, name_of
 from lion_fast.check.environment import environment
-from lion_fast.check.timing import Seconds, measure, measure_rates
+from lion_fast.check.timing import Clock, Seconds, measure, measure_rates
+from lion_fast.check.worker import Task, side_by_side
 from lion_kernels.backend import interpreting
 from lion_kernels.cost import Device, floor_seconds
 
@@ -63,19 +64,40 @@ def _finite(outcome: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_check(
-    operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device, json_file: Path | None = None
+    operators: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    json_file: Path | None = None,
+    *,
+    processes: int = 1,
+    repeats: int | None = None,
+    times: bool = True,
 ) -> Check:
     """Holds `operators` to the reference in `dtypes` on `device`, and prints the tables as they come.
 
-    On a CUDA device it also measures the time of the model's own shapes. Elsewhere the kernels are interpreted.
-    `json_file` gets everything, and where the check is interrupted what it had found.
+    On a CUDA device it also runs the model's own shapes, and measures their time. Elsewhere the kernels are
+    interpreted. `json_file` gets everything, and where the check is interrupted what it had found.
+
+    Args:
+        processes: how many compare side by side; times are taken by one alone.
+        repeats: equal calls that have to give equal bits; None is 200, of which two on the model's own shapes, and 2
+            in the interpreter.
+        times: whether to measure them.
     """
     check = Check("interpreter" if interpreting() else "compiled")
+    cases = [case for operator in operators for case in CASES if case.operator == operator]
+    large = [case for operator in operators for case in TIMED if case.operator == operator]
+    tasks = [Task(case, dtype) for case in cases for dtype in dtypes]
+    if device.type != "cuda" or TIMED_DTYPE not in dtypes:
+        large = []
     try:
-        _compare(check, operators, dtypes, device)
-        if device.type == "cuda" and TIMED_DTYPE in dtypes:
+        print(f"{'':<64} {'dtype':<8} {'error':>8} {'bound':>8}  {'nearest its bound':<21} {'launches':>8}")
+        usual = REPEATS_INTERPRETED if interpreting() else REPEATS
+        _compare(check, tasks, device, repeats or usual, processes)
+        _compare(check, [Task(case, TIMED_DTYPE) for case in large], device, repeats or 2, processes)
+        if times and large:
             check.rates = measure_rates(device, tuple(dtypes))
-            _time(check, operators, device)
+            _time(check, large, device)
     finally:
         if json_file is not None:
             json_file.write_text(json.dumps(check.to_json(), indent=1), encoding="utf-8")
@@ -86,15 +108,20 @@ def run_check(
     return check
 
 
-def _compare(check: Check, operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    print(f"{'':<64} {'dtype':<8} {'error':>8} {'bound':>8}  {'nearest its bound':<21} {'launches':>8}")
-    repeats = REPEATS_INTERPRETED if interpreting() else REPEATS
-    for operator in operators:
-        print(operator)
-        for case in (case for case in CASES if case.operator == operator):
-            for dtype in dtypes:
-                check.outcomes.append(compare(case, dtype, device, repeats=repeats))
-                print(f"  {line(check.outcomes[-1])}", flush=True)
+def _compare(check: Check, tasks: Sequence[Task], device: torch.device, repeats: int, processes: int) -> None:
+    if processes > 1:
+        # Those first that take longest to compile, so that none is left alone at the end.
+        tasks = sorted(tasks, key=lambda task: "attention" not in task.case.operator)
+        outcomes = side_by_side(tasks, device, repeats, processes)
+    else:
+        outcomes = (compare(case, dtype, device, repeats=repeats) for case, dtype in tasks)
+    operator = None
+    for outcome in outcomes:
+        check.outcomes.append(outcome)
+        if outcome.operator != operator:
+            operator = outcome.operator
+            print(operator)
+        print(f"  {line(outcome)}", flush=True)
 
 
 def line(outcome: Outcome) -> str:
@@ -106,39 +133,41 @@ def line(outcome: Outcome) -> str:
     return f"{said}  FAIL" if outcome.problems else said
 
 
-def _time(check: Check, operators: Sequence[str], device: torch.device) -> None:
+def _time(check: Check, cases: Sequence[Case], device: torch.device) -> None:
+    """Of those whose result is right: a wrong one has no time."""
     rates = check.rates
     assert rates is not None
+    wrong = {(outcome.operator, outcome.case) for outcome in check.outcomes if outcome.problems}
     reached = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.flops_per_second.items())
     print(f"\n{rates.name}: copies {rates.bytes_per_second / 1e12:.2f} TB/s, multiplies {reached}")
     print(f"{'':<64} {'':<9} {'us':>8} {'20 %':>8} {'80 %':>8} {'floor':>8} {'reached':>7}")
-    for operator in operators:
-        print(f"{operator}, {name_of(TIMED_DTYPE)}")
-        for case in (case for case in TIMED if case.operator == operator):
-            try:
-                check.outcomes.append(compare(case, TIMED_DTYPE, device, repeats=2))
-                if check.outcomes[-1].problems:  # a wrong result has no time
-                    print(f"  {line(check.outcomes[-1])}", flush=True)
-                    continue
-                for timing in _timings(case, rates, device):
-                    check.timings.append(timing)
-                    print(f"  {timing_line(timing)}", flush=True)
-            except torch.OutOfMemoryError:
-                print(f"  {case.label:<62} not measured: it does not fit this GPU's memory")
+    for case in cases:
+        print(f"{case.operator}, {name_of(TIMED_DTYPE)}")
+        if (case.operator, case.label) in wrong:
+            print(f"  {case.label:<62} not measured: its result is wrong")
+            continue
+        try:
+            for timing in _timings(case, rates, device):
+                check.timings.append(timing)
+                print(f"  {timing_line(timing)}", flush=True)
+        except torch.OutOfMemoryError:
+            print(f"  {case.label:<62} not measured: it does not fit this GPU's memory")
 
 
 def _timings(case: Case, rates: Device, device: torch.device) -> Iterator[Timing]:
     assert case.cost is not None
     tensors = make_tensors(case, TIMED_DTYPE, device)
     forward, backward = (floor_seconds(cost, rates, TIMED_DTYPE) for cost in case.cost(tensors))
-    with torch.no_grad():
-        seconds = measure(lambda: case.run(tensors), device)
-    yield Timing(case.operator, case.label, "forward", seconds, forward)
-    inputs = leaves(tensors)
+    clock, inputs = Clock(device), leaves(tensors)
     wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    out = case.run(inputs)
-    grad = torch.randn_like(out)
-    seconds = measure(lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True), device)
+
+    def without_gradients(_: Any) -> object:
+        with torch.no_grad():
+            return case.run(tensors)
+
+    yield Timing(case.operator, case.label, "forward", measure(None, without_gradients, device, clock), forward)
+    grad = torch.randn_like(case.run(inputs))
+    seconds = measure(lambda: case.run(inputs), lambda out: torch.autograd.grad(out, wanted, grad), device, clock)
     yield Timing(case.operator, case.label, "backward", seconds, backward)
 
 

@@ -1,16 +1,21 @@
 """Time on a GPU by its own events, and what the GPU reaches: its copy bandwidth and matrix rate."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lion_kernels.cost import Device
 
-WARM_UP = 5
+WARM_UP = 3
 REPETITIONS = 50
-# Written before every timed call: empties the cache of any GPU, and takes longer than queueing the call does.
+# Read before every timed call: empties the cache of any GPU. Were it written, the call would have to wait until its
+# lines are in memory.
 COLD_BYTES = 2**30
+# Before a call that is no graph the GPU is kept busy for about a millisecond, in which the host queues the call.
+BUSY_CYCLES = 2_000_000
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
 
@@ -24,21 +29,90 @@ class Seconds:
     high: float
 
 
-def measure(function: Callable[[], object], device: torch.device, repetitions: int = REPETITIONS) -> Seconds:
-    """The time of `function` on a CUDA `device` with a cold cache, from events around each call."""
-    cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=device)
-    for _ in range(WARM_UP):
-        function()
-    pairs = []
-    for _ in range(repetitions):
+@dataclass(frozen=True)
+class Call:
+    """What is timed on a GPU, `run`, and what comes before it each time, `prepare`.
+
+    Attributes:
+        refused: why the two are no CUDA graphs; None where they are. Without one, the host's time shows where it is
+            longer than the device's.
+    """
+
+    prepare: Callable[[], object]
+    run: Callable[[], object]
+    refused: str | None = None
+
+
+def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], device: torch.device) -> Call:
+    """`call(prepare())` as two CUDA graphs of which the second is `call`, or as it is where it cannot be captured.
+
+    A replay takes the device's time alone, so that neither Python nor a launch shows. Each is called a few times first,
+    which compiles what is to be compiled. `prepare` None stands for nothing, and gives `call` None.
+    """
+    prepared = prepare or (lambda: None)
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            call(prepared())
+    current.wait_stream(stream)
+    gc.collect()  # what an earlier capture holds is not freed within this one
+    before, timed = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    try:
+        given = None
+        if prepare is not None:
+            with torch.cuda.graph(before):
+                given = prepare()
+        with torch.cuda.graph(timed, pool=before.pool() if prepare is not None else None):
+            result = call(given)
+    except RuntimeError as error:  # it waits for the device, or allocates on the host
+        torch.cuda.synchronize(device)
+        state: list[Any] = [None]
+
+        def prepare_again() -> None:
+            state[0] = prepared()
+
+        return Call(prepare_again, lambda: call(state[0]), " ".join(str(error).split())[:200])
+    # Graphs write to the memory of what they have returned, which is held as long as they are.
+    kept = given, result
+    return Call(before.replay if prepare is not None else lambda: None, lambda: (timed.replay(), kept)[0])
+
+
+class Clock:
+    """Times calls by events, each with a cold cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cold, self.sum = torch.zeros(COLD_BYTES // 4, device=device), torch.zeros((), device=device)
+
+    def __call__(self, call: Call) -> Callable[[], float]:
+        """Queues one call; what it returns waits for it and gives its seconds."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cold.zero_()
+        call.prepare()
+        torch.sum(self.cold, dim=0, out=self.sum)
+        if call.refused is not None:
+            torch.cuda._sleep(BUSY_CYCLES)
         start.record()
-        function()
+        call.run()
         end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize(device)
-    return quantiles([start.elapsed_time(end) / 1e3 for start, end in pairs])
+
+        def read() -> float:
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return read
+
+
+def measure(
+    prepare: Callable[[], Any] | None,
+    call: Callable[[Any], Any],
+    device: torch.device,
+    clock: Clock | None = None,
+    repetitions: int = REPETITIONS,
+) -> Seconds:
+    """The time of `call(prepare())`, less that of `prepare`, on a CUDA `device`, as `captured` has it."""
+    clock, given = clock or Clock(device), captured(prepare, call, device)
+    reads = [clock(given) for _ in range(repetitions)]
+    return quantiles([read() for read in reads])
 
 
 def quantiles(seconds: list[float]) -> Seconds:
@@ -49,11 +123,12 @@ def quantiles(seconds: list[float]) -> Seconds:
 
 def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Device:
     """What a large copy (bytes read and written) and large matrix products of random data reach on `device`."""
+    clock = Clock(device)
     source, target = (torch.empty(COPY_BYTES, dtype=torch.int8, device=device) for _ in range(2))
-    bandwidth = 2 * COPY_BYTES / measure(lambda: target.copy_(source), device).median
+    copied = measure(None, lambda _: target.copy_(source), device, clock, repetitions=20)
     rates = {}
     for dtype in dtypes:
         a, b = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=dtype) for _ in range(2))
-        seconds = measure(lambda a=a, b=b: torch.mm(a, b), device, repetitions=10).median
-        rates[str(dtype).removeprefix("torch.")] = 2 * MATRIX_SIZE**3 / seconds
-    return Device(torch.cuda.get_device_name(device), bandwidth, rates)
+        product = measure(None, lambda _, a=a, b=b: torch.mm(a, b), device, clock, repetitions=10)
+        rates[str(dtype).removeprefix("torch.")] = 2 * MATRIX_SIZE**3 / product.median
+    return Device(torch.cuda.get_device_name(device), 2 * COPY_BYTES / copied.median, rates)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lion_fast.cli.arguments import device
+from lion_fast.cli.arguments import device, positive_int
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERPRETED = """\
@@ -25,6 +25,16 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--json", type=Path, metavar="F", help="write everything that was found here")
+    parser.add_argument(
+        "--processes", type=positive_int, default=1, metavar="N", help="compare N cases at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        metavar="N",
+        help="equal calls that have to give equal bits (default: 200, 2 on the largest shapes and in the interpreter)",
+    )
+    parser.add_argument("--no-times", dest="times", action="store_false", help="measure no times on a GPU")
     parser.set_defaults(run=_run)
 
 
@@ -53,6 +63,9 @@ def _run(args: argparse.Namespace) -> int:
         argv += ["--operators", *args.operators] if args.operators else []
         argv += ["--dtypes", *args.dtypes] if args.dtypes else []
         argv += ["--json", args.json] if args.json else []
+        argv += ["--processes", args.processes]
+        argv += ["--repeats", args.repeats] if args.repeats else []
+        argv += [] if args.times else ["--no-times"]
         return run_again(argv, interpret=interpret)
 
     if interpret:
@@ -62,5 +75,7 @@ def _run(args: argparse.Namespace) -> int:
             torch.cuda.set_device(device)
         print(f"The kernels run compiled, on {torch.cuda.get_device_name(device)}.")
     names = args.dtypes or [name for name in DTYPES if not (interpret and name == "bfloat16")]
-    check = run_check(args.operators or OPERATORS, [getattr(torch, name) for name in names], device, args.json)
+    dtypes = [getattr(torch, name) for name in names]
+    how = {"processes": args.processes, "repeats": args.repeats, "times": args.times}
+    check = run_check(args.operators or OPERATORS, dtypes, device, args.json, **how)
     return 1 if check.problems else 0

@@ -1,0 +1,138 @@
+"""Cases side by side: workers that each compare one at a time, on one device.
+
+`python -m lion_fast.check.worker DEVICE REPEATS` reads the numbers of cases and names of dtypes from its input, a task
+a line, and answers each with a line of JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+
+from lion_fast.check.cases import CASES, TIMED, Case
+from lion_fast.check.compare import Outcome, compare, name_of
+
+ALL = (*CASES, *TIMED)
+LARGE_AT_ONCE = 3  # cases of the model's own shapes, whose reference in fp64 takes some of the device's memory
+
+
+class Task(NamedTuple):
+    """A case in a dtype."""
+
+    case: Case
+    dtype: torch.dtype
+
+
+def side_by_side(tasks: Sequence[Task], device: torch.device, repeats: int, processes: int) -> Iterator[Outcome]:
+    """The outcome of every task as it comes, from `processes` workers; a worker that dies is an outcome, too.
+
+    A fault on a GPU ends everything of its process, so such a worker is replaced by another.
+    """
+    waiting, lock = deque(tasks), threading.Lock()
+    found: SimpleQueue[Outcome] = SimpleQueue()
+    large = threading.Semaphore(LARGE_AT_ONCE)
+    workers: list[_Worker] = []
+    stopped = threading.Event()
+
+    def serve() -> None:
+        worker = None
+        while not stopped.is_set():
+            with lock:
+                if not waiting:
+                    return
+                task = waiting.popleft()
+            if worker is None:
+                worker = _Worker(device, repeats, processes)
+                workers.append(worker)
+            if task.case.cost is not None:
+                with large:
+                    outcome = worker.run(task)
+            else:
+                outcome = worker.run(task)
+            if outcome.problems and worker.ended():
+                worker = None
+            found.put(outcome)
+
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(processes, len(tasks)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in tasks:
+            yield found.get()
+    finally:
+        stopped.set()
+        for worker in workers:
+            worker.process.kill()
+        for thread in threads:
+            thread.join()
+
+
+class _Worker:
+    """A process that answers tasks."""
+
+    def __init__(self, device: torch.device, repeats: int, processes: int) -> None:
+        command = [sys.executable, "-m", "lion_fast.check.worker", str(device), str(repeats)]
+        threads = str(max(1, (os.cpu_count() or 1) // processes))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def run(self, task: Task) -> Outcome:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(f"{ALL.index(task.case)} {name_of(task.dtype)}\n")
+            answer = json.loads(self.process.stdout.readline())
+        except (OSError, json.JSONDecodeError):  # it has died, of what it has said on stderr
+            self.process.kill()
+            outcome = Outcome(task.case.operator, task.case.label, name_of(task.dtype))
+            outcome.problems.append(f"its process ended with {self.process.wait()}")
+            return outcome
+        errors = {name: (error, bound) for name, (error, bound) in answer.pop("errors").items()}
+        return Outcome(**answer, errors=errors)
+
+    def ended(self) -> bool:
+        """Whether it can take no other task."""
+        try:
+            self.process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+def main(arguments: list[str]) -> int:
+    device, repeats = torch.device(arguments[0]), int(arguments[1])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else prints does not answer
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    for line in sys.stdin:
+        number, dtype = line.split()
+        outcome = compare(ALL[int(number)], getattr(torch, dtype), device, repeats=repeats)
+        answers.write(json.dumps(asdict(outcome)) + "\n")
+        if outcome.problems and not _works(device):
+            return 1
+    return 0
+
+
+def _works(device: torch.device) -> bool:
+    """Whether the device still takes work from this process."""
+    try:
+        value: Any = torch.ones(1, device=device).sum().item()
+    except RuntimeError as error:
+        print(f"the device takes no more work from this process: {error}", file=sys.stderr)
+        return False
+    return value == 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
