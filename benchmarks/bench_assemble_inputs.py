@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import ON_GPU, cases, one_compiled, star
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels.assemble_inputs import assemble_inputs, cost
 from lion_reference import assemble_inputs as reference
 
@@ -25,16 +25,16 @@ pytestmark = INTERLEAVED
 
 
 def make_inputs(shape: dict[str, int]) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    batch, channels = shape["batch"], shape["channels"]
-    sizes = {"prefix": (batch, PREFIX_LENGTH, channels), "soft_prompt": (channels,)}
-    trained = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    input_ids = torch.randint(0, SOFT_PROMPT_ID, (batch, LENGTH), generator=generator)
+    generator = seeded()
+    batch, channels, length = shape["batch"], shape["channels"], shape.get("length", LENGTH)
+    sizes = {"prefix": (batch, shape.get("prefix", PREFIX_LENGTH), channels), "soft_prompt": (channels,)}
+    trained = {name: draw(*size, generator=generator) for name, size in sizes.items()}
+    input_ids = torch.randint(0, SOFT_PROMPT_ID, (batch, length), generator=generator, device=DEVICE)
     input_ids[:, 3] = SOFT_PROMPT_ID
     return {
         **{name: leaf(value) for name, value in trained.items()},
-        "embedding": torch.randn(VOCABULARY, channels, generator=generator).to(DEVICE, DTYPE),
-        "input_ids": input_ids.to(DEVICE),
+        "embedding": draw(VOCABULARY, channels, generator=generator).to(DTYPE),
+        "input_ids": input_ids,
     }
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import MANY, TOKENS, cases, compiled, star
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels.gated_gelu import cost, gated_gelu
 from lion_reference import gated_gelu as reference
 
@@ -22,9 +22,9 @@ pytestmark = INTERLEAVED
 
 
 def make_inputs(shape: dict[str, int]) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     size = shape["tokens"], shape["channels"]
-    return {name: leaf(torch.randn(size, generator=generator)) for name in ("gate", "up")}
+    return {name: leaf(draw(*size, generator=generator)) for name in ("gate", "up")}
 
 
 def eager(gate: Tensor, up: Tensor) -> Tensor:

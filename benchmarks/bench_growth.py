@@ -38,7 +38,7 @@ def curve(axis: str) -> dict[str, list[float]]:
             size, image_size = (value, 112) if axis == "batch" else (1, value)
             resized = copy.deepcopy(lion)
             resized.set_image_size(image_size)
-            calls[str(value)] = (lambda: None), step(resized, batch_of(size, image_size))
+            calls[str(value)] = None, step(resized, batch_of(size, image_size))
         _last[axis] = interleave(calls, SECONDS)
     return _last[axis]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import cases, compiled, mixtures, sequences
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels import mixture_of_adapters
 from lion_kernels.mixture_of_adapters import cost
 from lion_reference import mixture_of_adapters as reference
@@ -23,12 +23,12 @@ pytestmark = INTERLEAVED
 
 
 def make_inputs(shape: dict[str, int]) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     batch, length = sequences(shape["tokens"])
     channels, experts, rank = (shape[name] for name in BASE)
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
-        return leaf(torch.randn(*size, generator=generator).mul(scale))
+        return leaf(draw(*size, generator=generator, scale=scale))
 
     return {
         "x": randn(batch, length, channels),

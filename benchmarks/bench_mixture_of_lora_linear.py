@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.shapes import ON_GPU, cases, compiled, mixtures, sequences
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels import mixture_of_lora_linear
 from lion_kernels.mixture_of_lora_linear import cost
 from lion_reference import mixture_of_lora_linear as reference
@@ -28,13 +28,11 @@ except ImportError:
 
 
 def make_inputs(shape: dict) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     batch, length = sequences(shape["tokens"])
     channels, experts, rank = (shape[name] for name in BASE)
 
-    def randn(*size: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*size, generator=generator) * scale
-
+    randn = partial(draw, generator=generator)
     inputs = {
         "x": leaf(randn(batch, length, channels)),
         "weight": leaf(randn(channels, channels, scale=channels**-0.5)).requires_grad_(False),
@@ -43,7 +41,7 @@ def make_inputs(shape: dict) -> Inputs:
     }
     if shape["routing"] == "soft":
         return {**inputs, "gate": leaf(randn(batch, length, experts).softmax(-1))}
-    ids = torch.randint(0, experts, (batch, 1), generator=generator).to(DEVICE)
+    ids = torch.randint(0, experts, (batch, 1), generator=generator, device=DEVICE)
     return {**inputs, "gate": torch.ones(batch, 1, device=DEVICE, dtype=DTYPE), "expert_ids": ids}
 
 

@@ -15,7 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.shapes import cases, one_compiled
-from benchmarks.side_by_side import DEVICE, DTYPE, FLEX_FORWARD, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.side_by_side import (
+    DEVICE,
+    DTYPE,
+    FLEX_FORWARD,
+    INTERLEAVED,
+    Inputs,
+    Operator,
+    Suite,
+    draw,
+    leaf,
+    measure,
+    seeded,
+)
 from lion_kernels import multi_scale_attention
 from lion_kernels.multi_scale_attention import cost
 from lion_reference import multi_scale_attention as reference
@@ -34,11 +46,11 @@ pytestmark = INTERLEAVED
 
 
 def make_inputs(shape: dict) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     queries, maps, heads, head_dim = PARTS[shape["part"]]
 
     def randn(length: int) -> Tensor:
-        return leaf(torch.randn(shape["batch"], length, heads, head_dim, generator=generator))
+        return leaf(draw(shape["batch"], length, heads, head_dim, generator=generator))
 
     return {"q": randn(queries), **{f"{name}{s}": randn(257) for s in range(maps) for name in ("k", "v")}}
 

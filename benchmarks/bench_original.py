@@ -159,7 +159,7 @@ def compare(part: str) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]
         notes = {
             name: {"peak_bytes": peak_bytes(call, DEVICE), "spent": spent(call)} for name, call in pair.calls.items()
         }
-        calls = {name: (lambda: None, lambda _, call=call: call()) for name, call in pair.calls.items()}
+        calls = {name: (None, lambda _, call=call: call()) for name, call in pair.calls.items()}
         _last[part] = interleave(calls, SECONDS), notes, (error, bound)
     return _last[part]
 

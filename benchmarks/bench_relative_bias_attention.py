@@ -14,7 +14,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.shapes import cases, one_compiled
-from benchmarks.side_by_side import DEVICE, DTYPE, FLEX_FORWARD, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.side_by_side import (
+    DEVICE,
+    DTYPE,
+    FLEX_FORWARD,
+    INTERLEAVED,
+    Inputs,
+    Operator,
+    Suite,
+    draw,
+    leaf,
+    measure,
+    seeded,
+)
 from lion_kernels import relative_bias_attention
 from lion_kernels.relative_bias_attention import cost
 from lion_reference import relative_bias_attention as reference
@@ -29,10 +41,10 @@ pytestmark = INTERLEAVED
 
 
 def make_inputs(shape: dict) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
-        return leaf(torch.randn(*size, generator=generator) * scale)
+        return leaf(draw(*size, generator=generator, scale=scale))
 
     return {
         "q": randn(shape["batch"], shape["queries"], HEADS, HEAD_DIM, scale=HEAD_DIM**-0.5),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import ON_GPU, cases, one_compiled, star
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels.residual_layer_norm import cost, residual_layer_norm
 from lion_reference import residual_layer_norm as reference
 
@@ -30,10 +30,10 @@ pytestmark = INTERLEAVED
 
 
 def make_inputs(shape: dict[str, int]) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    rows, channels = (shape["images"], TOKENS, shape["channels"]), (shape["channels"],)
+    generator = seeded()
+    rows, channels = (shape["images"], shape.get("tokens", TOKENS), shape["channels"]), (shape["channels"],)
     sizes = {"x": rows, "residual": rows, "weight": channels, "bias": channels, "x_bias": channels}
-    return {name: leaf(torch.randn(size, generator=generator)) for name, size in sizes.items()}
+    return {name: leaf(draw(*size, generator=generator)) for name, size in sizes.items()}
 
 
 def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import cases, compiled, rows
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, leaf, measure
+from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels.rms_norm import cost, rms_norm
 from lion_reference import rms_norm as reference
 
@@ -27,10 +27,10 @@ pytestmark = INTERLEAVED
 
 
 def make_inputs(shape: dict[str, int]) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     values = {
-        "x": torch.randn(shape["tokens"], shape["channels"], generator=generator),
-        "weight": torch.randn(shape["channels"], generator=generator),
+        "x": draw(shape["tokens"], shape["channels"], generator=generator),
+        "weight": draw(shape["channels"], generator=generator),
     }
     return {name: leaf(value) for name, value in values.items()}
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import peak_bytes, saved_bytes
-from lion_fast.check.timing import COLD_BYTES, measure_rates, quantiles
+from lion_fast.check.timing import Call, Clock, captured, measure_rates, quantiles
 from lion_kernels.cost import Cost, Device, floor_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,8 +31,13 @@ FLEX_FORWARD = frozenset() if DEVICE.type == "cuda" else frozenset({"FlexAttenti
 OURS = "lion"  # how the names of this project's own operators begin
 SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25"))  # of the turns of one comparison, on a CPU
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
+# Tests then compile what they would measure, side by side (pytest -n), which takes the longest where nothing is cached.
+COMPILE_ONLY = os.environ.get("LION_BENCH_COMPILE_ONLY", "0") == "1"
 Inputs = dict[str, Tensor]
 Operator = Callable[..., Tensor]
+Turn = tuple[
+    Callable[[], Any] | None, Callable[[Any], Any]
+]  # what comes before a time, and what is timed with its result
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Suite:
         reference: likewise, for fp64.
         baseline: the one of `operators` that the others' times are divided by.
         forward_only: those of `operators` that have no backward on this device.
+        timed: by name what is timed in place of the one of `operators` that is held to the reference: with dropout,
+            which every peer draws otherwise.
     """
 
     name: str
@@ -54,6 +61,7 @@ class Suite:
     reference: Operator
     baseline: str = "eager"
     forward_only: frozenset[str] = frozenset()
+    timed: Mapping[str, Operator] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,6 +71,7 @@ class Comparison:
     Attributes:
         problems: why a peer has no time: it is wrong (an AssertionError), or it does not run here.
         errors: by peer, the relative error of the output or gradient nearest its bound, and that bound.
+        not_graphs: on a GPU, by peer why its times are of calls, and not of CUDA graphs.
     """
 
     suite: Suite
@@ -72,6 +81,7 @@ class Comparison:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     memory: dict[str, tuple[int, int]] = field(default_factory=dict)
     times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    not_graphs: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Fills `problems`, `errors` and `memory`, with the gradients of every input that asks for one."""
@@ -99,16 +109,17 @@ class Comparison:
         if direction not in self.times:
             unable = self.suite.forward_only if direction != "forward" else ()
             left_out = {*self.problems, *unable}
-            right = {peer: op for peer, op in self.suite.operators.items() if peer not in left_out}
-            self.times[direction] = interleave({peer: self._calls(op, direction) for peer, op in right.items()})
+            operators = {**self.suite.operators, **self.suite.timed}
+            right = {peer: op for peer, op in operators.items() if peer not in left_out}
+            calls = {peer: self._calls(op, direction) for peer, op in right.items()}
+            self.times[direction] = interleave(calls, graphs=True, refused=self.not_graphs)
         return self.times[direction]
 
     def floor(self, direction: str) -> float:
         forward, backward = (floor_seconds(cost, rates(), DTYPE) for cost in self.costs)
         return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
 
-    def _calls(self, operator: Operator, direction: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-        """What comes before a time, and what is timed with what that gave."""
+    def _calls(self, operator: Operator, direction: str) -> Turn:
         wanted = [value for value in self.inputs.values() if value.requires_grad]
         detached = {name: value.detach() for name, value in self.inputs.items()}
 
@@ -123,10 +134,10 @@ class Comparison:
             return torch.autograd.grad(out, wanted, self._gradient(out))
 
         if direction == "forward":
-            return lambda: None, without_gradients
+            return None, without_gradients
         if direction == "backward":
             return forward, backward
-        return lambda: None, lambda _=None: backward(forward())
+        return None, lambda _=None: backward(forward())
 
     def _gradient(self, out: Tensor) -> Tensor:
         if not hasattr(self, "_grad"):
@@ -152,6 +163,8 @@ def measure(
         costs: of forward and backward in the dtype that is measured.
     """
     skip_after_deadline()
+    if COMPILE_ONLY:
+        _compile(suite, peer, make_inputs())
     comparison = _comparison(suite, tuple(shape.items()), make_inputs, costs)
     if peer in comparison.problems:
         problem = comparison.problems[peer]
@@ -178,7 +191,21 @@ def measure(
         saved_bytes=saved,
         error=error,
         bound=bound,
+        **({"not_a_graph": comparison.not_graphs[peer]} if peer in comparison.not_graphs else {}),
     )
+
+
+def _compile(suite: Suite, peer: str, inputs: Inputs) -> None:
+    """Fills the caches of compilers on this machine's disk; what cannot run says so when it is to be measured."""
+    operator = {**suite.operators, **suite.timed}[peer]
+    try:
+        if peer in suite.forward_only:
+            operator(**inputs)
+        else:
+            results(operator, inputs)
+    except Exception as problem:
+        pytest.skip(f"does not run here: {problem}")
+    pytest.skip("compiled, and not measured: LION_BENCH_COMPILE_ONLY is set")
 
 
 _last: list[tuple[Any, Comparison]] = []
@@ -196,16 +223,22 @@ def _comparison(suite: Suite, key: tuple, make_inputs: Callable[[], Inputs], cos
 
 
 def interleave(
-    calls: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]], seconds: float | None = None
+    calls: Mapping[str, Turn],
+    seconds: float | None = None,
+    *,
+    graphs: bool = False,
+    refused: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Times of each call by rounds, in which all take turns: forwards in one round, in reverse in the next.
 
     On a GPU by its own events, with a cold cache; elsewhere by the clock (one thread's own), as the caches are.
 
     Args:
-        calls: by name, what is not timed, and what is, given what that returned.
+        calls: by name, what is not timed (None: nothing), and what is, given what that returned.
         seconds: how long about, there are never fewer than five rounds; None is `SECONDS` on a CPU, and as many rounds
             as there may be on a GPU.
+        graphs: on a GPU, time CUDA graphs of the calls that can be captured.
+        refused: gets why those that cannot are timed as they are, by name.
     """
     if not calls:
         return {}
@@ -213,49 +246,54 @@ def interleave(
     for _ in range(3 if DEVICE.type == "cuda" else 1):
         start = time.perf_counter()
         for prepare, call in calls.values():
-            call(prepare())
+            call(prepare() if prepare else None)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         once = time.perf_counter() - start
     if seconds is None:
         seconds = math.inf if DEVICE.type == "cuda" else SECONDS
     rounds = math.ceil(min(MAX_ROUNDS, max(MIN_ROUNDS, seconds / once)))
-    time_call = _by_events() if DEVICE.type == "cuda" else _by_clock
+    clocks = _on_gpu(calls, graphs, refused) if DEVICE.type == "cuda" else _by_clock(calls)
     taken: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
-            taken[name].append(time_call(*calls[name]))
+            taken[name].append(clocks[name]())
     return {name: [read() for read in reads] for name, reads in taken.items()}
 
 
-def _by_clock(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], float]:
+def _by_clock(calls: Mapping[str, Turn]) -> dict[str, Callable[[], Callable[[], float]]]:
     """One thread's own time, which leaves out when other processes had its core; of several threads what all waited."""
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    given = prepare()
-    start = now()
-    call(given)
-    seconds = now() - start
-    return lambda: seconds
 
-
-def _by_events() -> Callable[..., Callable[[], float]]:
-    cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=DEVICE)
-
-    def time_call(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], float]:
-        given = prepare()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cold.zero_()  # and takes longer than queueing the call does
-        start.record()
+    def take(prepare: Callable[[], Any] | None, call: Callable[[Any], Any]) -> Callable[[], float]:
+        given = prepare() if prepare else None
+        start = now()
         call(given)
-        end.record()
+        seconds = now() - start
+        return lambda: seconds
 
-        def read() -> float:
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
+    return {name: functools.partial(take, *turn) for name, turn in calls.items()}
 
-        return read
 
-    return time_call
+def _on_gpu(
+    calls: Mapping[str, Turn], graphs: bool, refused: dict[str, str] | None
+) -> dict[str, Callable[[], Callable[[], float]]]:
+    clock, taken = Clock(DEVICE), {}
+    for name, (prepare, call) in calls.items():
+        turn = captured(prepare, call, DEVICE) if graphs else _as_it_is(prepare, call)
+        if graphs and turn.refused and refused is not None:
+            refused[name] = turn.refused
+        taken[name] = functools.partial(clock, turn)
+    return taken
+
+
+def _as_it_is(prepare: Callable[[], Any] | None, call: Callable[[Any], Any]) -> Call:
+    state: list[Any] = [None]
+
+    def before() -> None:
+        state[0] = prepare() if prepare else None
+
+    return Call(before, lambda: call(state[0]), "not asked to be a graph")
 
 
 _ticks: deque[float] = deque()
@@ -303,8 +341,9 @@ def rates() -> Device:
         return measure_rates(DEVICE, (DTYPE,))
     source, target = torch.ones(2**28, dtype=torch.int8), torch.ones(2**28, dtype=torch.int8)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    calls = {"copy": lambda _: target.copy_(source), "product": lambda _: torch.mm(a, b)}
-    taken = interleave({name: (lambda: None, call) for name, call in calls.items()}, 0.5)
+    taken = interleave(
+        {"copy": (None, lambda _: target.copy_(source)), "product": (None, lambda _: torch.mm(a, b))}, 0.5
+    )
     copy, product = (quantiles(taken[name]).median for name in ("copy", "product"))
     return Device("cpu", 2 * source.nbytes / copy, {"float32": 2 * 2048**3 / product})
 
@@ -312,7 +351,8 @@ def rates() -> Device:
 def results(operator: Operator, inputs: Inputs) -> Inputs:
     """The output, and the gradients by input, for a gradient of the output that every dtype holds."""
     out = operator(**inputs)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(out)
+    generator = torch.Generator(out.device).manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator, device=out.device).to(torch.bfloat16).to(out)
     wanted = [name for name, value in inputs.items() if value.requires_grad]
     gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], grad)
     return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
@@ -333,6 +373,15 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 def _like_leaf(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(dtype).requires_grad_(value.requires_grad) if value.is_floating_point() else value
+
+
+def draw(*size: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """Normal values, drawn on the device by a generator of its own (`seeded`): a CPU would take long for them."""
+    return torch.randn(*size, generator=generator, device=DEVICE) * scale
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def leaf(value: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def timed(calls: Mapping[str, Callable[[], Any]], original: Iterable[Tensor], se
     """Takes `calls` by turns, for about `seconds`; the floor is that of the one named "original" with its weights."""
     peaks = {name: peak_bytes(call, DEVICE) for name, call in calls.items()}
     floor = floor_seconds(work(calls["original"], original), rates(), DTYPE)
-    turns = {name: ((lambda: None), lambda _, call=call: call()) for name, call in calls.items()}
+    turns = {name: (None, lambda _, call=call: call()) for name, call in calls.items()}
     return Timed(interleave(turns, seconds), peaks, floor)
 
 
