@@ -129,10 +129,15 @@ def _output(command: Sequence[str]) -> str | None:
         return None
 
 
+def run_folder(folder: Path, described: dict[str, Any]) -> Path:
+    """DEVICE/DATE-COMMIT under `folder`, of a machine that `describe_machine` gives."""
+    return folder / _slug(described["device"]) / f"{described['date']}-{described['commit']}"
+
+
 def save(run: Run, folder: Path) -> Path:
     """Writes one file a suite under `folder`/DEVICE/DATE-COMMIT, which is returned; a suite measured again replaces the
     file that it had there."""
-    out = folder / _slug(run.device) / f"{run.environment['date']}-{run.environment['commit']}"
+    out = run_folder(folder, run.environment)
     out.mkdir(parents=True, exist_ok=True)
     for suite in dict.fromkeys(entry.suite for entry in run.entries):
         entries = [_lean(entry) for entry in run.entries if entry.suite == suite]

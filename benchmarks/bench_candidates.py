@@ -1,0 +1,202 @@
+"""Other sizes for the main kernels, each beside the size that is shipped: `CANDIDATES` says which, and why.
+
+`pytest benchmarks/bench_candidates.py` prints the table. On a GPU at the headline shapes, as CUDA graphs; on a CPU with
+`TRITON_INTERPRET=1` a dry run at small sizes. A candidate is timed only if its result is the shipped one's to rounding.
+`lion-fast bench --tune` looks further, and for longer.
+"""
+
+import functools
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.bench_headline import OURS, ROWS, case_of, sizes
+from benchmarks.shapes import ON_GPU
+from benchmarks.side_by_side import (
+    COMPILE_ONLY,
+    DTYPE,
+    INTERLEAVED,
+    SECONDS,
+    Inputs,
+    Operator,
+    Turn,
+    interleave,
+    report,
+    skip_after_deadline,
+)
+from lion_fast.bench.headline import BACKWARD, FORWARD, Headline
+from lion_fast.bench.tuning import Key, Sizes, allowed, table
+from lion_fast.check.compare import Draw, relative_error
+from lion_kernels.backend import interpreting
+
+SHIPPED = "lion shipped"
+pytestmark = INTERLEAVED
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Sizes for one kernel in one direction of an operator's headline.
+
+    Attributes:
+        operator, direction: the first headline of the operator, and what of it is timed.
+        kernel: a pattern for what the kernel looks its sizes up by, "TABLE, SHAPE CLASS".
+        sizes: what is other than shipped.
+        why: what it is tried for.
+    """
+
+    operator: str
+    direction: str
+    kernel: str
+    sizes: Sizes
+    why: str
+
+    @property
+    def peer(self) -> str:
+        changed = " ".join(f"{name}={value}" for name, value in self.sizes.items())
+        return f"lion {self.kernel.split(',')[-1].strip()} {changed}"
+
+
+def _attention(operator: str) -> tuple[Candidate, ...]:
+    small, large = {"BM": 64, "BN": 64, "num_warps": 4}, {"BM": 128, "BN": 64, "num_warps": 8}
+    return (
+        Candidate(operator, FORWARD, "attention, forward", small, "more programs an SM"),
+        Candidate(operator, FORWARD, "attention, forward", {**small, "num_stages": 2}, "less shared memory"),
+        Candidate(operator, FORWARD, "attention, forward", large, "two warpgroups share a tile of keys"),
+        Candidate(operator, FORWARD, "attention, forward", {**large, "num_stages": 3}, "more loads in flight"),
+        Candidate(operator, BACKWARD, "attention, backward_queries", small, "more programs an SM"),
+        Candidate(operator, BACKWARD, "attention, backward_queries", large, "two warpgroups share a tile of keys"),
+        Candidate(operator, BACKWARD, "attention, backward_keys", small, "more programs an SM"),
+        Candidate(operator, BACKWARD, "attention, backward_keys", {**small, "BM": 32}, "fewer registers"),
+        Candidate(operator, BACKWARD, "attention, backward_keys", {**large, "BM": 64, "BN": 128}, "fewer reads of q"),
+    )  # fmt: skip
+
+
+CANDIDATES: tuple[Candidate, ...] = (
+    *_attention("multi_scale_attention"),
+    *_attention("relative_bias_attention"),
+    Candidate("mixture_of_adapters", FORWARD, "low_rank.hidden", {"BM": 64, "num_warps": 4}, "more programs an SM"),
+    Candidate("mixture_of_adapters", FORWARD, "low_rank.hidden", {"num_stages": 4}, "more loads in flight"),
+    Candidate("mixture_of_adapters", FORWARD, "low_rank.update", {"BM": 64, "num_warps": 4}, "whole waves"),
+    Candidate("mixture_of_adapters", FORWARD, "low_rank.update", {"BN": 128}, "hidden read half as often"),
+    Candidate("mixture_of_adapters", BACKWARD, "low_rank.hidden_gradient", {"BM": 64, "num_warps": 4}, "whole waves"),
+    Candidate("mixture_of_adapters", BACKWARD, "low_rank.outer", {"BT": 64}, "longer products"),
+)
+GROUPS = tuple(dict.fromkeys((candidate.operator, candidate.direction) for candidate in CANDIDATES))
+
+
+@dataclass
+class Comparison:
+    """Seconds by peer, by rounds, and why a candidate has none."""
+
+    times: dict[str, list[float]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def row_of(operator: str) -> Headline:
+    return next(row for row in ROWS if row.operator == operator)
+
+
+class Call:
+    """One direction of an operator on its headline's inputs, under any sizes."""
+
+    def __init__(self, operator: str, direction: str) -> None:
+        self.direction, row = direction, row_of(operator)
+        self.inputs: Inputs = case_of(row).make_inputs()
+        self.wanted = [value for value in self.inputs.values() if value.requires_grad]
+        self.run: Operator = case_of(row).suite.operators[OURS]
+        self.draw = Draw(next(iter(self.inputs.values())).device)
+
+    def turn(self, entries: dict[Key, Sizes], gathered: dict[Key, Sizes] | None = None) -> Turn:
+        """What is timed; `gathered` gets what its kernels look up."""
+        gathered = {} if gathered is None else gathered
+
+        def forward(_: Any = None) -> Tensor:
+            with table(entries):
+                return self.run(**self.inputs)
+
+        def without_gradients(_: Any) -> Tensor:
+            with table(entries) as seen, torch.no_grad():
+                out = self.run(**{name: value.detach() for name, value in self.inputs.items()})
+            gathered.update(seen)
+            return out
+
+        def backward(out: Tensor) -> tuple[Tensor, ...]:
+            with table(entries) as seen:
+                gradients = torch.autograd.grad(out, self.wanted, self.draw(out))
+            gathered.update(seen)
+            return gradients
+
+        return (None, without_gradients) if self.direction == FORWARD else (forward, backward)
+
+    def results(self, entries: dict[Key, Sizes], gathered: dict[Key, Sizes] | None = None) -> tuple[Tensor, ...]:
+        prepare, call = self.turn(entries, gathered)
+        out = call(prepare() if prepare else None)
+        return out if isinstance(out, tuple) else (out,)
+
+
+@functools.lru_cache(maxsize=1)
+def compare(operator: str, direction: str) -> Comparison:
+    """All candidates of one direction of an operator take turns with what is shipped."""
+    call, found = Call(operator, direction), Comparison()
+    looked_up: dict[Key, Sizes] = {}
+    shipped = call.results({}, looked_up)
+    keys = [(key, ", ".join(key)) for key in looked_up]
+    turns = {SHIPPED: call.turn({})}
+    for candidate in CANDIDATES:
+        if (candidate.operator, candidate.direction) != (operator, direction):
+            continue
+        entries = {key: candidate.sizes for key, words in keys if re.match(candidate.kernel, words)}
+        if not entries:
+            found.problems[candidate.peer] = (
+                f"no kernel looks up {candidate.kernel!r}, but {[words for _, words in keys]}"
+            )
+            continue
+        try:
+            worst = max(map(relative_error, call.results(entries), (value.double() for value in shipped)))
+        except Exception as error:  # too large for the GPU, or not compilable
+            found.problems[candidate.peer] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        if worst <= allowed(DTYPE):
+            turns[candidate.peer] = call.turn(entries)
+        else:
+            found.problems[candidate.peer] = f"another result, relative error {worst:.1e}"
+    if COMPILE_ONLY:
+        pytest.skip("compiled, and not measured: LION_BENCH_COMPILE_ONLY is set")
+    found.times = interleave(turns, graphs=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("operator", "direction", "peer"),
+    [
+        pytest.param(operator, direction, peer, id=f"{operator}-{direction}-{peer}")
+        for operator, direction in GROUPS
+        for peer in (SHIPPED, *(c.peer for c in CANDIDATES if (c.operator, c.direction) == (operator, direction)))
+    ],
+)
+def bench(benchmark: Any, operator: str, direction: str, peer: str) -> None:
+    if not (ON_GPU or interpreting()):
+        pytest.skip("kernels run here in Triton's interpreter alone: TRITON_INTERPRET=1")
+    if not ON_GPU and SECONDS > 0:
+        pytest.skip("sizes are for a GPU; on a CPU `lion-fast bench run candidates --quick` tries them on small shapes")
+    skip_after_deadline()
+    found = compare(operator, direction)
+    if peer in found.problems:
+        pytest.skip(f"{peer} has no time here: {found.problems[peer]}")
+    why = {candidate.peer: candidate.why for candidate in CANDIDATES}
+    report(
+        benchmark,
+        found.times,
+        peer,
+        baseline=SHIPPED,
+        group=f"candidates, {operator}, {direction}",
+        suite="candidates",
+        direction=direction,
+        shape={"operator": operator, **sizes(row_of(operator))},
+        dtype=str(DTYPE).removeprefix("torch."),
+        **({"why": why[peer]} if peer in why else {}),
+    )

@@ -1,0 +1,179 @@
+"""What keeps the main kernels from their floor, by the GPU's own counters: DRAM, matrix units, stalls, occupancy.
+
+    ncu --profile-from-start off --csv --page raw --log-file RAW ... python -m benchmarks.counters
+    python -m benchmarks.counters --read RAW --out RESULTS
+
+The first runs each of `SEGMENTS` once while ncu watches (`benchmarks/gpu.sh OUT counters` has its options), with a
+marker before each; the second writes RESULTS/DEVICE/DATE-COMMIT/ncu.json and prints a table. Without a GPU the first
+runs the same calls small, and counts nothing.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.bench_headline import OURS, ROWS, case_of
+from benchmarks.side_by_side import DEVICE, Operator
+from lion_fast.bench.headline import Headline
+from lion_fast.bench.results import describe_machine, run_folder
+from lion_fast.bench.runs import clone
+
+OPERATORS = ("mixture_of_adapters", "multi_scale_attention", "relative_bias_attention")
+MARKER = "spin_kernel"  # what torch.cuda._sleep launches
+# Of the several hundred figures of ncu's sections those by which a gap is explained.
+METRICS = re.compile(
+    r"gpu__time_duration\.sum"
+    r"|(gpu__)?dram__?(throughput|bytes)\S*\.(sum|avg\.pct_of_peak_sustained_elapsed|sum\.per_second)"
+    r"|(sm|gpu)__(compute_memory_)?throughput\.avg\.pct_of_peak_sustained_elapsed"
+    r"|sm__(inst_executed_)?pipe_tensor\S*\.pct_of_peak_sustained_active"
+    r"|smsp__average_warps_issue_stalled_\w+_per_issue_active\.ratio"
+    r"|smsp__issue_active\.avg\.pct_of_peak_sustained_active"
+    r"|sm__warps_active\.avg\.pct_of_peak_sustained_active"
+    r"|lts__t_sector_hit_rate\.pct"
+    r"|launch__(registers_per_thread|waves_per_multiprocessor|grid_size|block_size|occupancy_limit_\w+)"
+)
+STALL = re.compile(r"issue_stalled_(\w+?)_per_issue_active")
+
+
+class Segment(NamedTuple):
+    """A call whose kernels are counted."""
+
+    row: Headline
+    direction: str
+
+
+COUNTED = [next(row for row in ROWS if row.operator == operator) for operator in OPERATORS]
+SEGMENTS = tuple(Segment(row, direction) for row in COUNTED for direction in row.directions)
+
+
+def run() -> None:
+    """Every segment once, warm, with the profiler on from before its marker to its end."""
+    for row in COUNTED:
+        calls = calls_of(row)
+        for direction in row.directions:
+            prepare, call = calls[direction]
+            for _ in range(2):
+                call(prepare())
+            given = prepare()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                torch.cuda._sleep(1)
+            call(given)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+            print(f"ran {row.operator}, {direction}", flush=True)
+
+
+def calls_of(row: Headline) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """By direction, what comes before and what is counted."""
+    case = case_of(row)
+    operator: Operator = case.suite.operators[OURS]
+    inputs = case.make_inputs()
+    wanted = [value for value in inputs.values() if value.requires_grad]
+    grad = torch.randn_like(operator(**inputs))
+
+    def without_gradients(_: Any) -> Any:
+        with torch.no_grad():
+            return operator(**{name: value.detach() for name, value in inputs.items()})
+
+    return {
+        "forward": (lambda: None, without_gradients),
+        "backward": (lambda: operator(**inputs), lambda out: torch.autograd.grad(out, wanted, grad)),
+    }
+
+
+def kernels_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Each kernel of ncu's raw CSV: operator, shape, direction, its name and metrics {name: [value, unit]}.
+
+    Raises:
+        ValueError: it has no table, or not as many markers as there are segments.
+    """
+    table = list(csv.DictReader(line for line in lines if line.startswith('"')))
+    if not table or "Kernel Name" not in table[0]:
+        raise ValueError("expected ncu's raw page as CSV, got no table with 'Kernel Name'")
+    units, *rows = table  # the first row under the head
+    markers = sum(MARKER in row["Kernel Name"] for row in rows)
+    if markers != len(SEGMENTS):
+        raise ValueError(f"expected {len(SEGMENTS)} markers ({MARKER}) among {len(rows)} kernels, got {markers}")
+    segments = iter(SEGMENTS)
+    segment = SEGMENTS[0]
+    for row in rows:
+        if MARKER in row["Kernel Name"]:
+            segment = next(segments)
+            continue
+        metrics = {
+            name: [float(value.replace(",", "")), units[name]]
+            for name, value in row.items()
+            if name and METRICS.fullmatch(name) and _is_number(value)
+        }
+        yield {
+            "kernel": row["Kernel Name"],
+            "operator": segment.row.operator,
+            "label": segment.row.label,
+            "direction": segment.direction,
+            "metrics": metrics,
+        }
+
+
+def _is_number(text: str | None) -> bool:
+    return text is not None and re.fullmatch(r"-?[\d,]+(\.\d+)?", text) is not None
+
+
+def table(kernels: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A line for each: time, share of DRAM's and the matrix units' peak, occupancy, and the three longest stalls."""
+    yield f"{'kernel':<44} {'us':>8} {'DRAM':>5} {'matrix':>6} {'warps':>5}  warps stalled for each that issues"
+    for kernel in kernels:
+        metrics = kernel["metrics"]
+        stalls = sorted(
+            ((value, match[1]) for name, (value, _) in metrics.items() if (match := STALL.search(name))), reverse=True
+        )
+        yield (
+            f"{kernel['kernel'][:44]:<44} {_microseconds(metrics):>8} {_share(metrics, 'dram_?_?throughput'):>5} "
+            f"{_share(metrics, 'pipe_tensor'):>6} {_share(metrics, 'warps_active'):>5}  "
+            + ", ".join(f"{name} {value:.1f}" for value, name in stalls[:3])
+        )
+
+
+def _microseconds(metrics: dict[str, list]) -> str:
+    value, unit = metrics.get("gpu__time_duration.sum", (None, ""))
+    scale = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}.get(unit)
+    return f"{value * scale:.1f}" if value is not None and scale else ""
+
+
+def _share(metrics: dict[str, list], pattern: str) -> str:
+    found = [value for name, (value, unit) in metrics.items() if re.search(pattern, name) and unit == "%"]
+    return f"{max(found):.0f}%" if found else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.counters", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--read", type=Path, metavar="RAW", help="ncu's raw page as CSV")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (DEVICE/DATE-COMMIT/ncu.json)")
+    options = parser.parse_args(arguments)
+    if options.read is None:
+        run()
+        return 0
+    if options.out is None:
+        parser.error("--read needs --out")
+    with options.read.open(encoding="utf-8") as file:
+        kernels = list(kernels_of(file))
+    machine = describe_machine(clone())
+    folder = run_folder(options.out, machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ncu.json").write_text(json.dumps({"environment": machine, "kernels": kernels}, indent=1) + "\n")
+    for line in table(kernels):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
