@@ -1,4 +1,4 @@
-"""A step of the joint stage: the original's eager form, `torch.compile` of it, and this project's.
+"""A step of the joint stage: the original's eager form, `torch.compile` of it, whole or by block, and this project's.
 
 `pytest benchmarks/bench_training_step.py` prints the table: on a GPU LION-FlanT5-XL with random weights, as
 `lion-fast train` has it (frozen parts in bfloat16, the rest in float32 under autocast, dropout on), with 16 and 64
@@ -8,8 +8,9 @@ reaches, so its share of the time is that of the peak arithmetic; what checkpoin
 memory includes weights and optimizer.
 
 Eager keeps more of 64 pictures than one GPU holds: a peer without memory has no time and says so, and the last case
-has blocks computed again in backward for all. `LION_STEP_PICTURES=16` leaves the other cases out: on a GPU each takes
-minutes to compile.
+has blocks computed again in backward for all. `LION_STEP_PICTURES=16` leaves the other cases out, and
+`LION_STEP_PEERS="original,lion_fast"` other peers: on a GPU the whole model takes minutes to compile, blocks one by one
+(which share what is compiled) far less.
 """
 
 import functools
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_model
@@ -36,11 +37,13 @@ from lion_kernels.cost import Cost, floor_seconds
 
 ON_GPU = DEVICE.type == "cuda"
 HALF = DTYPE.itemsize < 4
-PEERS = ("original", *(("torch.compile",) if ON_GPU else ()), "lion_fast")
+BY_BLOCK = "torch.compile by block"
+DEFAULT_PEERS = ("original", *(("torch.compile", BY_BLOCK) if ON_GPU else ()), "lion_fast")
+PEERS = tuple(filter(None, os.environ.get("LION_STEP_PEERS", "").split(","))) or DEFAULT_PEERS
 PICTURES = (16, 64) if ON_GPU else (2, 4)
 CASES = [(pictures, False) for pictures in PICTURES] + [(PICTURES[-1], True)]
 CHOSEN = os.environ.get("LION_STEP_PICTURES")
-SECONDS = 60.0 if ON_GPU else 4.0
+SECONDS = float(os.environ.get("LION_STEP_SECONDS", "60" if ON_GPU else "4"))
 pytestmark = INTERLEAVED
 
 
@@ -63,17 +66,39 @@ def with_dropout(sizes: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def models() -> dict[str, LionForCausalLM]:
-    """Ours and the original's form, which share the frozen parameters."""
+    """Ours and the original's forms, which share the frozen parameters."""
     ours = bench_model.build(BACKENDS[-1], with_dropout(LARGE if ON_GPU else SMALL))
     for parameter in ours.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPE)
+    found = {"original": original_of(ours), "lion_fast": ours}
+    if BY_BLOCK in PEERS:
+        found[BY_BLOCK] = original_of(ours)
+        compile_blocks(found[BY_BLOCK])
+    return found
+
+
+def original_of(ours: LionForCausalLM) -> LionForCausalLM:
     original = original_lion(ours)
     frozen = {name: p for name, p in ours.named_parameters() if not p.requires_grad}
     for name, parameter in original.named_parameters():
         if name in frozen:
             parameter.data = frozen[name].data
-    return {"original": original, "lion_fast": ours}
+    return original
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """In place, each repeated block by itself: those of one class share what is compiled."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len(child) > 1:
+            for block in child:
+                block.compile()
+        else:
+            compile_blocks(child)
+
+
+def model_of(peer: str) -> LionForCausalLM:
+    return models().get(peer, models()["original"])
 
 
 def batch_of(pictures: int) -> dict[str, Tensor]:
@@ -89,7 +114,7 @@ def loss_of(call: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
 
 def make_step(peer: str, batch: dict[str, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], int]]:
     """A step, which gives its loss, and what the peer holds between steps, in bytes."""
-    model = models()["lion_fast" if peer == "lion_fast" else "original"].train()
+    model = model_of(peer).train()
     call: Any = torch.compile(model) if peer == "torch.compile" else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=peer == "lion_fast" or None)
@@ -156,7 +181,7 @@ def compare(pictures: int, checkpointed: bool) -> Comparison:
         torch.cuda.empty_cache()
     for peer, loss in losses.items():  # by other random numbers, so alike only
         assert loss == pytest.approx(losses.get("original", loss), rel=0.05), f"{peer} has another loss, so no time"
-    found.times = interleave({peer: (lambda: None, lambda _, s=step: s()) for peer, step in steps.items()}, SECONDS)
+    found.times = interleave({peer: (None, lambda _, s=step: s()) for peer, step in steps.items()}, SECONDS)
     return found
 
 
