@@ -183,6 +183,8 @@ def bench(benchmark: Any, operator: str, direction: str, peer: str) -> None:
         pytest.skip("kernels run here in Triton's interpreter alone: TRITON_INTERPRET=1")
     if not ON_GPU and SECONDS > 0:
         pytest.skip("sizes are for a GPU; on a CPU `lion-fast bench run candidates --quick` tries them on small shapes")
+    if COMPILE_ONLY and peer != SHIPPED:
+        pytest.skip("compiled with what is shipped")
     skip_after_deadline()
     found = compare(operator, direction)
     if peer in found.problems:

@@ -1,35 +1,54 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in parts, on a machine where nothing can be installed.
 #
-#   benchmarks/gpu.sh OUT [PART ...]
+#   benchmarks/gpu.sh OUT [first | second | rest | PART ...]
 #
-# Parts: environment gpu-tests kernel-tests check adapters lora attention rows tuning model step-16 step-64 generation
-# sanitizer (operators: adapters lora attention rows). Each stops by itself within eight minutes and leaves
-# OUT/PART.json (tests: .xml; benchmarks: OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and
-# `compare` read) and its output in OUT/log.txt, so that one that dies takes nothing along; interrupted from a terminal,
-# it stops with what it has. Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and
-# pytest-benchmark, and nothing else. PEERS=DIR names a folder of wheels (flash-attn, liger-kernel, peft ...), which
-# are unpacked and measured beside.
-# Without a GPU it is a dry run: the same lines, on small shapes.
+# first: is every operator right, how fast is it beside its peers, and what limits it: environment check headline
+# counters. second: gpu-tests candidates step-16 determinism. Each of the two ends within six minutes, of which every
+# part has its share, the most valuable first (docs/gpu.md has the plan). rest, for whoever has longer: kernel-tests
+# adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer, of at most eight minutes each.
+# Without a name all three. A part leaves OUT/PART.json (tests: .xml; benchmarks and counters:
+# OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and `compare` read) and its output in
+# OUT/log.txt, so that one that dies takes nothing along; interrupted from a terminal, it stops with what it has.
+# Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else; with
+# pytest-xdist it is faster. PEERS=DIR names a folder of wheels (flash-attn, liger-kernel ...), which are unpacked and
+# measured beside. PACK=FILE.tar.gz holds OUT as one file, made anew after each part.
+# Without a GPU it is a dry run: the same lines, on small shapes, with kernels in Triton's interpreter.
 set -uo pipefail
 
-ALL=(environment gpu-tests kernel-tests check adapters lora attention rows tuning model step-16 step-64 generation sanitizer)
+FIRST=(environment check headline counters)
+SECOND=(gpu-tests candidates step-16 determinism)
+REST=(kernel-tests adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer)
 OPERATORS=(adapters lora attention rows)
+# Seconds that a part may take. Those of first, and those of second, come to 345.
+declare -A LIMITS=(
+  [environment]=20 [check]=130 [headline]=120 [counters]=75
+  [gpu-tests]=110 [candidates]=80 [step-16]=110 [determinism]=45
+)
+REST_LIMIT=470
 if [ $# -lt 1 ]; then
-  sed -n '2,14s/^# \{0,1\}//p' "$0"
+  sed -n '2,19s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd)
 shift
 [ -n "${PEERS:-}" ] && { PEERS=$(cd "$PEERS" && pwd) || exit 2; }
+[ -n "${PACK:-}" ] && { PACK=$(cd "$(dirname "$PACK")" && pwd)/$(basename "$PACK") || exit 2; }
 PARTS=()
-for part in "${@:-${ALL[@]}}"; do
-  case " ${ALL[*]} operators " in
+for part in "${@:-all}"; do
+  case " ${FIRST[*]} ${SECOND[*]} ${REST[*]} all first second rest operators " in
     *" $part "*) ;;
     *) echo "no part $part" >&2; exit 2 ;;
   esac
-  if [ "$part" = operators ]; then PARTS+=("${OPERATORS[@]}"); else PARTS+=("$part"); fi
+  case $part in
+    all) PARTS+=("${FIRST[@]}" "${SECOND[@]}" "${REST[@]}") ;;
+    first) PARTS+=("${FIRST[@]}") ;;
+    second) PARTS+=("${SECOND[@]}") ;;
+    rest) PARTS+=("${REST[@]}") ;;
+    operators) PARTS+=("${OPERATORS[@]}") ;;
+    *) PARTS+=("$part") ;;
+  esac
 done
 cd "$(dirname "$0")/.." || exit 2
 
@@ -45,18 +64,26 @@ if [ -n "${PEERS:-}" ]; then
   PYTHONPATH+=:$unpacked
 fi
 LOG=$OUT/log.txt
-SECONDS_EACH=470
 GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
 if [ -n "$GPU" ]; then
   unset TRITON_INTERPRET
-  PROCESSES=4
+  PROCESSES=$(($(nproc) < 12 ? $(nproc) : 12))
 else
   echo "no CUDA device: a dry run, which measures nothing"
+  export TRITON_INTERPRET=1
   PROCESSES=1
 fi
+HAS_XDIST=
+"$PYTHON" -c 'import xdist' 2> /dev/null && HAS_XDIST=1
 
 # What a script in the background starts ignores SIGINT, which asks it to stop, unless it is set to be heard.
 HEARING='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])'
+
+# What is left of the part's time, in seconds, less those that the argument keeps back.
+left() {
+  local seconds=$((PART_ENDS - SECONDS - ${1:-0}))
+  echo $((seconds > 11 ? seconds : 11))
+}
 
 # The first argument is how long the command may take, in seconds; ten before that it is asked to stop, and so it is
 # where the script is interrupted: a terminal does not reach it.
@@ -77,50 +104,111 @@ limited() {
   return "$status"
 }
 
-run_tests() { # where the report goes, then pytest's arguments
-  local report=$1
-  shift
-  local spread=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && [ "$PROCESSES" -gt 1 ] && spread=(-n "$PROCESSES")
-  limited $SECONDS_EACH "$PYTHON" -m pytest -q -p no:cacheprovider "${spread[@]}" --junitxml="$report" "$@"
-}
-
-environment() {
-  command -v nvidia-smi && nvidia-smi
-  "$PYTHON" -m lion_fast.check.environment | tee "$OUT/environment.json"
-}
-
-gpu-tests() {
-  run_tests "$OUT/gpu-tests.xml" -m gpu tests
-}
-
-kernel-tests() {
-  if [ -n "$GPU" ]; then
-    run_tests "$OUT/kernel-tests.xml" -m "not gpu" tests/kernels --ignore=tests/kernels/test_aot.py
-  else
-    run_tests "$OUT/kernel-tests.xml" -m "not gpu" tests/kernels/test_gated_gelu.py -k "agrees or bits"
-  fi
-}
-
-check() {
-  if [ -z "$GPU" ]; then
-    limited $SECONDS_EACH "$PYTHON" -m lion_fast check --operators rms_norm gated_gelu --json "$OUT/check.json"
-    return
-  fi
-  # Compile side by side first: times are taken by one process alone.
-  local operator
-  for operator in $("$PYTHON" -c 'from lion_fast.check.cases import OPERATORS; print(*OPERATORS)'); do
-    limited 260 "$PYTHON" -m lion_fast check --operators "$operator" > "$OUT/check-$operator.txt" 2>&1 &
-  done
-  wait
-  cat "$OUT"/check-*.txt && rm "$OUT"/check-*.txt
-  limited 210 "$PYTHON" -m lion_fast check --json "$OUT/check.json"
+run_tests() { # where the report goes, how many processes, then pytest's arguments
+  local report=$1 processes=$2 spread=()
+  shift 2
+  [ -n "$HAS_XDIST" ] && [ "$processes" -gt 1 ] && spread=(-n "$processes" --dist loadgroup)
+  limited "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider "${spread[@]}" --junitxml="$report" "$@"
 }
 
 benchmarks_of() { # the suites
   local few=()
   [ -z "$GPU" ] && few=(--quick)
-  limited $SECONDS_EACH "$PYTHON" -m lion_fast bench run "$@" --out "$OUT/results" --seconds $((SECONDS_EACH - 60)) "${few[@]}"
+  limited "$(left)" "$PYTHON" -m lion_fast bench run "$@" --out "$OUT/results" --seconds "$(left 15)" "${few[@]}"
+}
+
+# Compiles what a suite would measure, in several processes, so that it need not when it measures: for the background,
+# while nothing is timed. On what it could not compile the suite itself has its say.
+compile() { # the suite, the processes
+  [ -n "$GPU" ] && [ -n "$HAS_XDIST" ] || return 0
+  LION_BENCH_COMPILE_ONLY=1 limited "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -n "$2" --benchmark-disable \
+    "benchmarks/bench_$1.py" > "$OUT/compile-$1.txt" 2>&1
+  tail -n 1 "$OUT/compile-$1.txt"
+}
+
+# ---------------------------------------------------------------- first
+
+environment() {
+  command -v nvidia-smi && nvidia-smi
+  limited "$(left)" "$PYTHON" -m lion_fast.check.environment --rates | tee "$OUT/environment.json"
+}
+
+check() { # every operator in fp32, fp16 and bf16 with all gradients, and on the model's own shapes; no times
+  local which=() status
+  [ -z "$GPU" ] && which=(--operators rms_norm gated_gelu)
+  compile headline 6 &
+  limited "$(left)" "$PYTHON" -m lion_fast check "${which[@]}" --processes "$PROCESSES" --repeats 2 --no-times \
+    --json "$OUT/check.json"
+  status=$?
+  wait
+  return $status
+}
+
+headline() {
+  benchmarks_of headline
+}
+
+counters() {
+  local raw=$OUT/counters.csv sections=() section
+  if [ -z "$GPU" ] || ! command -v ncu > /dev/null; then
+    echo "no ncu, or no GPU: the calls that it would count run by themselves"
+    limited "$(left)" "$PYTHON" -m benchmarks.counters
+    return
+  fi
+  for section in SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis WarpStateStats Occupancy LaunchStats; do
+    sections+=(--section "$section")
+  done
+  # Clocks stay as they are, and the cache is emptied before each pass.
+  limited "$(left 5)" ncu --clock-control none --cache-control all --profile-from-start off "${sections[@]}" \
+    --csv --page raw --log-file "$raw" "$PYTHON" -m benchmarks.counters || tail -n 5 "$raw"
+  "$PYTHON" -m benchmarks.counters --read "$raw" --out "$OUT/results"
+}
+
+# ---------------------------------------------------------------- second
+
+gpu-tests() { # those that need a GPU, but for the slow ones; in a dry run they are collected, and others run
+  local status
+  compile candidates 6 &
+  run_tests "$OUT/gpu-tests.xml" $((PROCESSES < 8 ? PROCESSES : 8)) -m "gpu and not slow" tests
+  status=$?
+  if [ -z "$GPU" ] && [ $status -eq 0 ]; then
+    run_tests "$OUT/dry-tests.xml" 1 tests/kernels/test_gated_gelu.py tests/kernels/test_rms_norm.py -k "agrees or bits"
+    status=$?
+  fi
+  wait
+  return $status
+}
+
+candidates() {
+  benchmarks_of candidates
+}
+
+step-16() { # images, of LION-FlanT5-XL; in a dry run two, of a small model
+  export LION_STEP_SECONDS=12 LION_STEP_PICTURES=16
+  [ -z "$GPU" ] && export LION_STEP_SECONDS=0 LION_STEP_PICTURES=2
+  LION_STEP_PEERS=original,lion_fast benchmarks_of training_step || return
+  [ -z "$GPU" ] && return
+  # Once more with what takes long to compile: where time ends before it, the above stands.
+  LION_STEP_PEERS="original,torch.compile by block,lion_fast" benchmarks_of training_step ||
+    echo "torch.compile by block: no time within this part's"
+}
+
+determinism() {
+  local which=() repeats=200
+  [ -z "$GPU" ] && which=(--operators rms_norm) && repeats=3
+  limited "$(left)" "$PYTHON" -m lion_fast check "${which[@]}" --dtypes "$([ -n "$GPU" ] && echo bfloat16 || echo float16)" \
+    --processes "$PROCESSES" --repeats $repeats --no-times --json "$OUT/determinism.json"
+}
+
+# ---------------------------------------------------------------- rest
+
+kernel-tests() {
+  if [ -n "$GPU" ]; then
+    run_tests "$OUT/kernel-tests.xml" 4 -m "not gpu or slow" tests/kernels tests/lion_fast/test_gpu.py \
+      --ignore=tests/kernels/test_aot.py
+  else
+    run_tests "$OUT/kernel-tests.xml" 1 -m "not gpu" tests/kernels/test_gated_gelu.py -k "agrees or bits"
+  fi
 }
 
 adapters() {
@@ -143,7 +231,7 @@ model() {
   benchmarks_of model
 }
 
-step-16() { # pictures, of LION-FlanT5-XL; in a dry run two, of a small model
+step-16-whole() { # beside torch.compile of the whole model
   LION_STEP_PICTURES=$([ -n "$GPU" ] && echo 16 || echo 2) benchmarks_of training_step
 }
 
@@ -153,9 +241,9 @@ step-64() {
 
 tuning() {
   if [ -z "$GPU" ]; then
-    limited $SECONDS_EACH "$PYTHON" -m lion_fast bench --tune --dry-run
+    limited "$(left)" "$PYTHON" -m lion_fast bench --tune --dry-run
   else
-    limited $SECONDS_EACH "$PYTHON" -m lion_fast bench --tune --tune-seconds $((SECONDS_EACH - 60)) --table "$OUT/tuning.json"
+    limited "$(left)" "$PYTHON" -m lion_fast bench --tune --tune-seconds "$(left 60)" --table "$OUT/tuning.json"
   fi
 }
 
@@ -167,7 +255,7 @@ sanitizer() {
   local tool status=0
   if [ -z "$GPU" ] || ! command -v compute-sanitizer > /dev/null; then
     echo "no compute-sanitizer, or no GPU: its cases run by themselves"
-    limited $SECONDS_EACH env TRITON_INTERPRET=$([ -n "$GPU" ] && echo 0 || echo 1) "$PYTHON" benchmarks/sanitizer_cases.py
+    limited "$(left)" "$PYTHON" benchmarks/sanitizer_cases.py
     return
   fi
   # Compiled first without it. PyTorch's caching allocator would hide accesses beyond a tensor's end.
@@ -186,13 +274,17 @@ stopped=
 trap 'stopped=1' INT TERM
 for part in "${PARTS[@]}"; do
   start=$SECONDS
+  PART_ENDS=$((SECONDS + ${LIMITS[$part]:-$REST_LIMIT}))
+  [ -n "$GPU" ] || PART_ENDS=$((SECONDS + REST_LIMIT)) # a CPU interprets
   echo "=== $part" | tee -a "$LOG"
   "$part" 2>&1 | tee -i -a "$LOG"
   status=${PIPESTATUS[0]}
   [ "$status" -eq 0 ] || failed=1
   table+=("$(printf '%-14s %-22s %4d s' "$part" "$(case $status in 0) echo passed ;; 124 | 137) echo "stopped by its limit" ;; *) echo "failed ($status)" ;; esac)" $((SECONDS - start)))")
+  [ -z "${PACK:-}" ] || tar -C "$OUT" -czf "$PACK" .
   [ -z "$stopped" ] || break
 done
 echo "=== ${GPU:-dry run without a GPU}, $(git rev-parse --short HEAD 2>/dev/null || echo 'no commit')" | tee -a "$LOG"
 printf '%s\n' "${table[@]}" | tee -a "$LOG"
+[ -z "${PACK:-}" ] || tar -C "$OUT" -czf "$PACK" .
 exit $failed

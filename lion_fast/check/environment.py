@@ -1,5 +1,10 @@
-"""What a measurement depends on: `python -m lion_fast.check.environment` prints it as JSON."""
+"""What a measurement depends on: `python -m lion_fast.check.environment` prints it as JSON.
 
+With `--rates` also what a GPU reaches: bytes copied and products in a second, and the time of the smallest CUDA graph,
+which every time of a graph holds.
+"""
+
+import argparse
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -33,5 +38,33 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def rates() -> dict[str, Any] | None:
+    """What the current GPU reaches; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    from lion_fast.check.timing import measure, measure_rates
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = measure_rates(device, (torch.bfloat16, torch.float16, torch.float32))
+    value = torch.zeros(1, device=device)
+    smallest = measure(None, lambda _: value.add_(1), device)
+    return {
+        "bytes_per_second": found.bytes_per_second,
+        "flops_per_second": found.flops_per_second,
+        "smallest_graph_seconds": smallest.median,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lion_fast.check.environment")
+    parser.add_argument("--rates", action="store_true", help="measure what the GPU reaches")
+    options = parser.parse_args(arguments)
+    found = environment()
+    if options.rates:
+        found["rates"] = rates()
+    print(json.dumps(found, indent=1))
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(environment(), indent=1))
+    main()
