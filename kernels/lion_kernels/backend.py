@@ -39,6 +39,24 @@ LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 _INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def _let_loops_run_to_numbers_of_the_call() -> None:
+    """A bound of a loop is an array of one element in the interpreter, and Triton before 3.7.1 makes an `int` of it as
+    it is, which numpy refuses from 2.4 on."""
+    from triton.runtime import interpreter
+
+    patch_tensor: Any = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *rest: Any) -> None:
+        patch_tensor(tensor, *rest)  # which also notes what is to be restored
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+if _INTERPRETING and tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7):
+    _let_loops_run_to_numbers_of_the_call()
+
+
 def interpreting() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU (`TRITON_INTERPRET=1` when this was imported)."""
     return _INTERPRETING
