@@ -1,15 +1,17 @@
-"""The ledger: what was measured last, and what was not."""
+"""The ledger, and the figures that pages quote: what was measured last, what was not, and nothing that a hand wrote."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lion_fast.bench import ledger, results
+from lion_fast.bench import figures, ledger, results, runs
 from lion_fast.bench.headline import CPU_HEADLINES, HEADLINES, SUITE, Headline
 from lion_fast.bench.results import Entry, Run
+from lion_fast.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -156,6 +158,37 @@ def test_what_limits_a_kernel_stands_below_its_gpu(tmp_path: Path) -> None:
             results.load(folder)
 
 
+QUOTED = {
+    "README.md": ["cpu", "bulk", "gpu"],
+    "CHANGELOG.md": ["cpu", "gpu"],
+    "docs/bulk.md": ["bulk-table"],
+    "docs/data.md": ["data"],
+    "docs/index.md": ["gpu"],
+    "docs/operators/index.md": ["gpu"],
+    **{f"docs/operators/{operator}.md": [f"operator {operator}"] for operator in headline_operators()},
+}
+
+
+def test_the_pages_that_quote_are_these() -> None:
+    found = {
+        str(path.relative_to(ROOT)): figures.blocks(path.read_text(encoding="utf-8")) for path in figures.pages(ROOT)
+    }
+    assert found == QUOTED
+
+
+@pytest.mark.parametrize("page", QUOTED)
+def test_a_page_quotes_what_was_measured(page: str, committed: dict[str, list[Run]]) -> None:
+    """`lion-fast bench report` writes it so; a figure that a hand changes is another."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert figures.quote(text, committed) == text
+    for name in figures.blocks(text):
+        start = text.index(f"<!-- begin: {name} -->")
+        at = next(place for place in range(start + len(f"<!-- begin: {name} -->"), len(text)) if text[place].isalnum())
+        changed = text[:at] + "7" + text[at + 1 :]
+        assert changed != text
+        assert figures.quote(changed, committed) == text
+
+
 def test_the_page_of_benchmarks_is_what_the_results_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without drawing its charts, whose bytes are matplotlib's."""
     figure = pytest.importorskip("matplotlib.figure")
@@ -180,3 +213,74 @@ def test_a_chart_has_its_peers_in_one_order() -> None:
     made = [entry(RMS, peer, 1e-5, baseline="eager", ratio=(0.5, 0.4, 0.6)) for peer in reversed(peers)]
     assert charts._peers(figure, make_run(*made))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == peers
+
+
+def gpu_paragraph(*devices: Run) -> str:
+    text = "<!-- begin: gpu -->\n<!-- end: gpu -->"
+    quoted = figures.quote(text, {run.device: [run] for run in devices})
+    return " ".join(quoted.splitlines()[2:-2])
+
+
+def test_a_gpu_that_nobody_had_is_not_measured_yet() -> None:
+    cpu = make_run(device="a CPU", gpu=False)
+    assert gpu_paragraph(cpu) == "**On a GPU**: not measured yet, so no kernel is called fast."
+    assert gpu_paragraph(make_run()) == gpu_paragraph(cpu)  # it ran, and no headline
+    text = "<!-- begin: operator rms_norm -->\n<!-- end: operator rms_norm -->\n"
+    assert "\n\nOn a GPU: not measured yet.\n\n" in figures.quote(text, {"a CPU": [cpu]})
+
+
+def test_what_a_gpu_measured_is_quoted_with_what_it_loses_and_lacks() -> None:
+    run = make_run(
+        *(entry(RMS, peer, seconds) for peer, seconds in (("lion_kernels-triton", 2e-5), ("eager", 4e-5))),
+        *(entry(RMS, peer, seconds, "backward") for peer, seconds in (("lion_kernels-triton", 9e-5), ("eager", 3e-5))),
+        entry(MIXED, "eager", 4e-5),
+    )
+    text = gpu_paragraph(run)
+    total = sum(len(one.directions) for one in HEADLINES)
+    assert f"**On {H200}**, bf16, beside the fastest peer of each, ours is faster in 1, as fast within 5% in 0" in text
+    assert f"slower in 1 of {total} rows of the ledger, 1 without a right result, {total - 3} not measured yet." in text
+    assert "rms_norm (16,384 x 2048): forward 0.50 (50%), backward 3.00 (11%)" in text
+    assert "mixed tasks): forward no right result" in text
+    assert "**On NVIDIA H100**: not measured yet." in text
+    page = figures.quote("<!-- begin: operator rms_norm -->\n<!-- end: operator rms_norm -->\n", {H200: [run]})
+    assert "| rms_norm | 16,384 x 2048 | backward | 90 us | 11% | eager, 30 us | 3.00 | commit1 | 2026-01-01 |" in page
+    assert "On NVIDIA H100: not measured yet." in page
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- begin: gpu -->\n", "expected an end"),
+        ("<!-- begin: gpu -->\n<!-- end: cpu -->\n", "expected an end"),
+        ("<!-- begin: gpu -->\n<!-- begin: cpu -->\n<!-- end: gpu -->\n<!-- end: cpu -->\n", "expected an end"),
+        ("<!-- begin: speed -->\n<!-- end: speed -->\n", "expected a block of bulk, .*, got 'speed'"),
+        ("<!-- begin: operator rms -->\n<!-- end: operator rms -->\n", "an operator with headlines, got 'rms'"),
+    ],
+)
+def test_a_block_that_cannot_be_written_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("no block", encoding="utf-8")
+    (tmp_path / "CHANGELOG.md").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"CHANGELOG\.md: .*{message}"):
+        figures.write(tmp_path, {})
+
+
+def test_the_report_writes_the_figures_of_its_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(runs, "clone", lambda: tmp_path)
+    for file in RESULTS.glob("*/*/bulk.json"):
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True)
+        shutil.copy(file, copy)
+    (tmp_path / "docs").mkdir()
+    empty = "before\n\n<!-- begin: bulk -->\n<!-- end: bulk -->\n\nafter\n"
+    for page in ("README.md", "CHANGELOG.md"):
+        (tmp_path / page).write_text(empty, encoding="utf-8")
+    assert not main(["bench", "report", "--page", str(tmp_path / "page.md")])
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == empty  # another page alone
+    assert not main(["bench", "report"])
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("before\n\n<!-- begin: bulk -->\n\n**Bulk captions**")
+    assert text.endswith("\n\n<!-- end: bulk -->\n\nafter\n")
+    assert (tmp_path / "docs" / "benchmarks.md").is_file()
