@@ -244,10 +244,13 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     loaded = results.load(folder)
     assert set(map(repr, loaded.entries)) == set(map(repr, (ENTRY, full, replace(ENTRY, suite="other"))))
     assert loaded.environment["torch"] == torch.__version__
-    assert [run.entries for run in results.newest(tmp_path)] == [loaded.entries]
+    assert results.load_all(tmp_path) == {"a device": [loaded]}
     earlier = replace_environment(make_run(ENTRY), commit="zzz", started="1999-12-31")
     results.save(earlier, tmp_path)
-    assert [run.entries for run in results.newest(tmp_path)] == [loaded.entries]
+    assert [run.environment["commit"] for run in results.load_all(tmp_path)["a device"]] == [
+        loaded.environment["commit"],
+        "zzz",
+    ]
     (folder / "other.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"other\.json: expected results"):
         results.load(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.bench import scaling
+from lion_fast.bench.headline import SUITE
 from lion_fast.bench.results import Entry, Run
 
 _COLORS = {"ours": "#0b6e4f", "eager": "#b23a48", "original": "#b23a48", "floor": "#6c757d"}
@@ -26,8 +27,12 @@ def draw(run: Run, folder: Path, prefix: str) -> dict[str, Path]:
 
 
 def draw_operators(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
-    """A chart of every operator with times of its peers, for all devices, by name, as `folder`/bench_NAME.png."""
-    timed = [entry for run in runs for entry in run.entries if entry.direction in DIRECTIONS]
+    """A chart of every operator with times of its peers, for all devices, by name, as `folder`/bench_NAME.png.
+
+    None of the suite of all operators, each of which has times of its own size: they are the ledger's.
+    """
+    entries = [entry for run in runs for entry in run.entries if entry.suite != SUITE]
+    timed = [entry for entry in entries if entry.direction in DIRECTIONS]
     files = {}
     for suite in dict.fromkeys(entry.suite for entry in timed):
         file = _save(folder / f"bench_{suite}.png", partial(_operator, suite), runs)
@@ -110,7 +115,9 @@ def _peers(figure: Any, run: Run) -> bool:
     axes = figure.subplots()
     colors = _colors(sorted({entry.peer for entry in entries}))
     for place, suite in enumerate(reversed(suites)):
-        peers = sorted({entry.peer for entry in entries if entry.suite == suite}, key=lambda peer: -peer.count("lion"))
+        peers = sorted(
+            {entry.peer for entry in entries if entry.suite == suite}, key=lambda peer: ("lion" not in peer, peer)
+        )
         for number, peer in enumerate(peers):
             ratios = [entry.ratio[0] for entry in entries if entry.ratio and (entry.suite, entry.peer) == (suite, peer)]
             height = place + (0.3 - 0.6 * number / (len(peers) - 1) if len(peers) > 1 else 0)

@@ -1,4 +1,4 @@
-"""The page of results, docs/benchmarks.md: tables and charts of the newest run on every device, and the cost model's.
+"""The page of results, docs/benchmarks.md: the ledger, then tables and charts of each device's newest run, and a model.
 
 It says where a peer wins as plainly as where it does not.
 """
@@ -6,13 +6,26 @@ It says where a peer wins as plainly as where it does not.
 from collections.abc import Iterator
 from pathlib import Path
 
-from lion_fast.bench import charts, scaling
-from lion_fast.bench.results import Entry, Run, newest
+from lion_fast.bench import charts, ledger, scaling
+from lion_fast.bench.results import Entry, Run, load_all
+from lion_fast.bench.units import size_in_words, time_in_words
 
-HEAD = """\
+LEDGER = """\
 # Benchmarks
 
 This page is made by `lion-fast bench report` from the results in `benchmarks/results`.
+
+## Ledger
+
+What the project is judged by: each operator at the sizes that LION has, and the whole model, on each device. *Time* is
+the fastest of ours, *of floor* the least time in which the device could do it as a share of that, *best peer* the
+fastest form that is not ours, and *ours / peer* our time as a share of its: **below 1 ours is faster**. Every row is
+the newest measurement of its own, with its commit, in fp32 on a CPU and in bf16 on a GPU; a row that nobody has
+measured says so.
+"""
+
+HEAD = """\
+## How it is measured
 
 Peers take turns in one run on the same inputs, forwards in one round and in reverse in the next. A result is checked
 against the reference in fp64 before it is timed, and a wrong one has no time. Times are medians, with the 20 % and the
@@ -32,10 +45,11 @@ lion-fast bench --tune --dry-run                        # what there is to tune
 ```
 
 Without `--quick` it measures, without a suite everything, and without `--out` into `benchmarks/results`, of which
-`lion-fast bench report` makes this page. `lion-fast bench compare A B` fails where a time of ours moved from A to
-B by more than both runs' spread. `lion-fast bench --tune` finds a GPU's fastest tile sizes and writes the table
-that the kernels read. `benchmarks/gpu.sh OUT` runs everything that wants a GPU, in parts of at most eight minutes.
-Running needs a clone; results can be compared anywhere.
+`lion-fast bench report` makes this page, and the figures in the README, the changelog and the other pages.
+`lion-fast bench compare A B` fails where a time of ours moved from A to B by more than both runs' spread.
+`lion-fast bench --tune` finds a GPU's fastest tile sizes and writes the table that the kernels read.
+`benchmarks/gpu.sh OUT` runs everything that wants a GPU, in parts of at most eight minutes. Running needs a clone;
+results can be compared anywhere.
 """
 
 AIMS = """\
@@ -55,7 +69,8 @@ def write_report(results: Path, page: Path) -> list[Path]:
     Raises:
         ValueError: `results` holds no run.
     """
-    runs = newest(results)
+    devices = load_all(results)
+    runs = [of_device[0] for of_device in devices.values()]
     if not runs:
         raise ValueError(
             f"{results}: expected results of `lion-fast bench run` (DEVICE/DATE-COMMIT/SUITE.json), found none"
@@ -64,7 +79,7 @@ def write_report(results: Path, page: Path) -> list[Path]:
     files = []
     operators = charts.draw_operators(runs, images)
     files += operators.values()
-    text = [HEAD]
+    text = [LEDGER, *ledger.write(devices), HEAD]
     on_gpu = any(run.environment["gpu"] for run in runs)
     if not on_gpu:
         text.append("**No GPU has run anything yet**: everything below about GPUs is a model, and says so.\n")
@@ -88,7 +103,7 @@ def summary(run: Run) -> Iterator[str]:
             best = min(ours, key=lambda entry: entry.seconds[0])
             ratio = f"{best.ratio[0]:.2f}" if best.ratio else ""
             reached = f"{best.floor_seconds / best.seconds[0]:.0%}" if best.floor_seconds else ""
-            yield f"{_time(best.seconds[0]):>10} {ratio:>12} {reached:>6}  {group}: {best.peer}"
+            yield f"{time_in_words(best.seconds[0]):>10} {ratio:>12} {reached:>6}  {group}: {best.peer}"
 
 
 def _sections(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
@@ -127,9 +142,9 @@ def _original(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         met = "met" if entry.ratio[0] <= charts.aim(entry) else "not met"
         low, high = entry.ratio[1:]
         yield (
-            f"| {charts.name_of(entry)} | {_time(base.seconds[0])} | {_time(entry.seconds[0])} | "
+            f"| {charts.name_of(entry)} | {time_in_words(base.seconds[0])} | {time_in_words(entry.seconds[0])} | "
             f"**{entry.ratio[0]:.2f}** ({low:.2f} to {high:.2f}) | {charts.aim(entry)} | {met} | "
-            f"{_size(base.peak_bytes)} | {_size(entry.peak_bytes)} |"
+            f"{size_in_words(base.peak_bytes)} | {size_in_words(entry.peak_bytes)} |"
         )
     yield ""
     for entry in ours:
@@ -153,9 +168,9 @@ def _training_steps(run: Run) -> Iterator[str]:
         memory = f"{entry.peak_bytes / base.peak_bytes:.0%}" if base and base.peak_bytes and entry.peak_bytes else ""
         reached = f"{entry.floor_seconds / entry.seconds[0]:.0%}" if entry.floor_seconds else ""
         yield (
-            f"| {entry.label} | {entry.peer} | {_time(entry.seconds[0])} ({_time(entry.seconds[1])} to "
-            f"{_time(entry.seconds[2])}) | {entry.other['images_per_second']:.1f} | {ratio} | "
-            f"{_size(entry.peak_bytes)} | {memory} | {reached} |"
+            f"| {entry.label} | {entry.peer} | {time_in_words(entry.seconds[0])} ({time_in_words(entry.seconds[1])} to "
+            f"{time_in_words(entry.seconds[2])}) | {entry.other['images_per_second']:.1f} | {ratio} | "
+            f"{size_in_words(entry.peak_bytes)} | {memory} | {reached} |"
         )
     yield ""
 
@@ -214,8 +229,9 @@ def _wins(run: Run) -> Iterator[str]:
         yield "| | best peer | its time | ours | ours / peer |"
         yield "|---|---|---|---|---|"
         for best, peer in sorted(lost, key=lambda pair: -pair[0].seconds[0] / pair[1].seconds[0]):
+            theirs, mine = (time_in_words(entry.seconds[0]) for entry in (peer, best))
             factor = best.seconds[0] / peer.seconds[0]
-            yield f"| {best.group} | {peer.peer} | {_time(peer.seconds[0])} | {_time(best.seconds[0])} | {factor:.2f} |"
+            yield f"| {best.group} | {peer.peer} | {theirs} | {mine} | {factor:.2f} |"
         yield ""
 
 
@@ -261,9 +277,9 @@ def _tables(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
             reached = f"{entry.floor_seconds / entry.seconds[0]:.0%}" if entry.floor_seconds else ""
             error = f"{entry.error:.0e}" if entry.error is not None else ""
             yield (
-                f"| {label} | {entry.peer} | {_time(entry.seconds[0])} ({_time(entry.seconds[1])} to "
-                f"{_time(entry.seconds[2])}) | {ratio} | {reached} | {_size(entry.peak_bytes)} | "
-                f"{_size(entry.saved_bytes)} | {error} |"
+                f"| {label} | {entry.peer} | {time_in_words(entry.seconds[0])} ({time_in_words(entry.seconds[1])} to "
+                f"{time_in_words(entry.seconds[2])}) | {ratio} | {reached} | {size_in_words(entry.peak_bytes)} | "
+                f"{size_in_words(entry.saved_bytes)} | {error} |"
             )
         yield ""
 
@@ -288,16 +304,3 @@ def _model() -> Iterator[str]:
         f"{scaling.NETWORK / 1e9:.0f} GB/s a GPU beyond it, which is where the lower curve bends. The upper one lets "
         "the exchange run beside backward, half of the step.\n"
     )
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{1e9 * seconds:.0f} ns"
-
-
-def _size(nbytes: int | None) -> str:
-    if nbytes is None:
-        return ""
-    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 10e6 else f"{nbytes / 1e6:.2f} MB"

@@ -16,6 +16,7 @@ import torch
 from lion_fast.check.environment import environment
 
 FORMAT = 1
+COUNTERS = "ncu.json"  # beside a GPU's results: what its profiler counted in single launches
 OURS = "lion"  # how the names of this project's own peers begin
 
 
@@ -66,10 +67,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one run of the benchmarks measured on one device."""
+    """Everything that one run of the benchmarks measured on one device.
+
+    Attributes:
+        counted: of each kernel that the GPU's profiler looked at "kernel", "operator" and "metrics" by ncu's names.
+    """
 
     environment: dict[str, Any]
     entries: tuple[Entry, ...]
+    counted: tuple[dict[str, Any], ...] = ()
 
     @property
     def device(self) -> str:
@@ -163,7 +169,7 @@ def load(folder: Path) -> Run:
     Raises:
         ValueError: it holds no results, or some that are not of this format.
     """
-    files = sorted(folder.glob("*.json"))
+    files = sorted(file for file in folder.glob("*.json") if file.name != COUNTERS)
     if not files:
         raise ValueError(f"{folder}: expected a folder with results (SUITE.json), found none")
     entries, described = [], {}
@@ -177,17 +183,29 @@ def load(folder: Path) -> Run:
             raise ValueError(f"{file}: expected results of `lion-fast bench run` ({error!r})") from error
         if not known:
             raise ValueError(f"{file}: expected format {FORMAT}, got {content['format']}")
-    return Run(described, tuple(entries))
+    return Run(described, tuple(entries), _counted(folder / COUNTERS))
 
 
-def newest(folder: Path) -> list[Run]:
-    """The last run of every device under `folder`."""
-    newest: dict[str, Run] = {}
+def _counted(file: Path) -> tuple[dict[str, Any], ...]:
+    if not file.exists():
+        return ()
+    try:
+        kernels = json.loads(file.read_text(encoding="utf-8"))["kernels"]
+        found = [{name: kernel[name] for name in ("kernel", "operator", "metrics")} for kernel in kernels]
+        values = [value for kernel in found for value in kernel["metrics"].values()]
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: expected kernels with their operator and metrics ({error!r})") from error
+    if wrong := [value for value in values if not isinstance(value, int | float)]:
+        raise ValueError(f"{file}: expected numbers as metrics, got {wrong[0]!r}")
+    return tuple(found)
+
+
+def load_all(folder: Path) -> dict[str, list[Run]]:
+    """The runs of every device under `folder`, the last one first."""
+    runs: dict[str, list[Run]] = {}
     for run in (load(path) for path in sorted(folder.glob("*/*")) if any(path.glob("*.json"))):
-        last = newest.get(run.device)
-        if last is None or run.environment["started"] > last.environment["started"]:
-            newest[run.device] = run
-    return list(newest.values())
+        runs.setdefault(run.device, []).append(run)
+    return {device: sorted(of, key=lambda run: run.environment["started"], reverse=True) for device, of in runs.items()}
 
 
 def _slug(text: str) -> str:

@@ -29,9 +29,16 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     compare.add_argument("after", type=Path, metavar="B")
     compare.set_defaults(run=_compare)
 
-    report = actions.add_parser("report", help="make the page of tables and charts from the newest results")
+    report = actions.add_parser(
+        "report", help="make the ledger, tables and charts, and the figures in the clone's pages"
+    )
     report.add_argument("--results", type=Path, metavar="DIR", help="default: the clone's benchmarks/results")
-    report.add_argument("--page", type=Path, metavar="F", help="default: the clone's docs/benchmarks.md")
+    report.add_argument(
+        "--page",
+        type=Path,
+        metavar="F",
+        help="write this page alone (default: the clone's, and the figures that its README and other pages quote)",
+    )
     report.set_defaults(run=_report)
 
 
@@ -67,7 +74,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from lion_fast.bench import figures
     from lion_fast.bench.report import write_report
+    from lion_fast.bench.results import load_all
     from lion_fast.bench.runs import clone, recover
 
     results = args.results or clone() / "benchmarks" / "results"
@@ -76,6 +85,9 @@ def _report(args: argparse.Namespace) -> None:
     page = args.page or clone() / "docs" / "benchmarks.md"
     for file in write_report(results, page):
         print(file)
+    if args.page is None:
+        for file in figures.write(clone(), load_all(results)):
+            print(file)
 
 
 def _tune(args: argparse.Namespace) -> int:
