@@ -22,7 +22,7 @@ import torch
 from benchmarks.bench_headline import OURS, ROWS, case_of
 from benchmarks.side_by_side import DEVICE, Operator
 from lion_fast.bench.headline import Headline
-from lion_fast.bench.results import describe_machine, run_folder
+from lion_fast.bench.results import COUNTERS, describe_machine, run_folder
 from lion_fast.bench.runs import clone
 
 OPERATORS = ("mixture_of_adapters", "multi_scale_attention", "relative_bias_attention")
@@ -92,7 +92,7 @@ def calls_of(row: Headline) -> dict[str, tuple[Callable[[], Any], Callable[[Any]
 
 
 def kernels_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Each kernel of ncu's raw CSV: operator, shape, direction, its name and metrics {name: [value, unit]}.
+    """Each kernel of ncu's raw CSV, in base units: operator, shape, direction, its name and metrics by ncu's names.
 
     Raises:
         ValueError: it has no table, or not as many markers as there are segments.
@@ -100,7 +100,7 @@ def kernels_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     table = list(csv.DictReader(line for line in lines if line.startswith('"')))
     if not table or "Kernel Name" not in table[0]:
         raise ValueError("expected ncu's raw page as CSV, got no table with 'Kernel Name'")
-    units, *rows = table  # the first row under the head
+    rows = table[1:]  # the first one under the head has the units
     markers = sum(MARKER in row["Kernel Name"] for row in rows)
     if markers != len(SEGMENTS):
         raise ValueError(f"expected {len(SEGMENTS)} markers ({MARKER}) among {len(rows)} kernels, got {markers}")
@@ -111,7 +111,7 @@ def kernels_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             segment = next(segments)
             continue
         metrics = {
-            name: [float(value.replace(",", "")), units[name]]
+            name: float(value.replace(",", ""))
             for name, value in row.items()
             if name and METRICS.fullmatch(name) and _is_number(value)
         }
@@ -134,7 +134,7 @@ def table(kernels: Iterable[dict[str, Any]]) -> Iterator[str]:
     for kernel in kernels:
         metrics = kernel["metrics"]
         stalls = sorted(
-            ((value, match[1]) for name, (value, _) in metrics.items() if (match := STALL.search(name))), reverse=True
+            ((value, match[1]) for name, value in metrics.items() if (match := STALL.search(name))), reverse=True
         )
         yield (
             f"{kernel['kernel'][:44]:<44} {_microseconds(metrics):>8} {_share(metrics, 'dram_?_?throughput'):>5} "
@@ -143,14 +143,13 @@ def table(kernels: Iterable[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def _microseconds(metrics: dict[str, list]) -> str:
-    value, unit = metrics.get("gpu__time_duration.sum", (None, ""))
-    scale = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}.get(unit)
-    return f"{value * scale:.1f}" if value is not None and scale else ""
+def _microseconds(metrics: dict[str, float]) -> str:
+    nanoseconds = metrics.get("gpu__time_duration.sum")
+    return "" if nanoseconds is None else f"{nanoseconds / 1e3:.1f}"
 
 
-def _share(metrics: dict[str, list], pattern: str) -> str:
-    found = [value for name, (value, unit) in metrics.items() if re.search(pattern, name) and unit == "%"]
+def _share(metrics: dict[str, float], pattern: str) -> str:
+    found = [value for name, value in metrics.items() if re.search(pattern, name) and "pct" in name]
     return f"{max(found):.0f}%" if found else ""
 
 
@@ -169,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine = describe_machine(clone())
     folder = run_folder(options.out, machine)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ncu.json").write_text(json.dumps({"environment": machine, "kernels": kernels}, indent=1) + "\n")
+    (folder / COUNTERS).write_text(json.dumps({"environment": machine, "kernels": kernels}, indent=1) + "\n")
     for line in table(kernels):
         print(line)
     return 0

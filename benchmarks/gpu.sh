@@ -160,7 +160,7 @@ counters() {
   done
   # Clocks stay as they are, and the cache is emptied before each pass.
   limited "$(left 5)" ncu --clock-control none --cache-control all --profile-from-start off "${sections[@]}" \
-    --csv --page raw --log-file "$raw" "$PYTHON" -m benchmarks.counters || tail -n 5 "$raw"
+    --csv --page raw --print-units base --log-file "$raw" "$PYTHON" -m benchmarks.counters || tail -n 5 "$raw"
   "$PYTHON" -m benchmarks.counters --read "$raw" --out "$OUT/results"
 }
 

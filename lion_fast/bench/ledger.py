@@ -22,6 +22,7 @@ STALLS = (
 COUNTERS = {  # what the profiler's names mean
     "gpu__time_duration.sum": "time, ns",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM, % of peak",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "DRAM, % of peak",
     "lts__t_sector_hit_rate.pct": "L2 hits, %",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM, % of peak",
     "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor pipe, % of peak",
@@ -140,9 +141,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _counters(counted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A line a kernel: what was counted, and the three reasons for which its warps waited most."""
-    names = dict.fromkeys(name for kernel in counted for name in kernel["metrics"] if not name.startswith(STALLS))
+    names = [name for name in COUNTERS if any(name in kernel["metrics"] for kernel in counted)]
     stalled = any(name.startswith(STALLS) for kernel in counted for name in kernel["metrics"])
-    heads = ["kernel", "operator", *(COUNTERS.get(name, f"`{name}`") for name in names)]
+    heads = ["kernel", "operator", *(COUNTERS[name] for name in names)]
     heads += ["waits most for"] if stalled else []
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
