@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the order of a CPU's calls")
 def test_peers_take_turns_in_both_orders() -> None:
     called: list[str] = []
-    calls = {name: ((lambda: None), lambda _, name=name: called.append(name)) for name in "abc"}
+    calls = {name: (None, lambda _, name=name: called.append(name)) for name in "abc"}
     taken = interleave(calls, 0.0)
     warm, rounds = called[:3], called[3:]
     assert warm == ["a", "b", "c"]
@@ -385,7 +386,7 @@ def test_tuning_takes_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) 
     assert best.after < best.before
     assert tuning.import_module("lion_kernels.rows").lookup is tuning.configs.lookup  # all is as it was
 
-    monkeypatch.setattr(tuning, "_allowed", lambda dtype: -1.0)  # so every result is wrong
+    monkeypatch.setattr(tuning, "allowed", lambda dtype: -1.0)  # so every result is wrong
     with pytest.raises(ArithmeticError, match="differs"):
         next(tuning.tune((case,), DEVICE, DTYPE, time.time() + 100, clock))
 
@@ -405,13 +406,26 @@ def test_the_gpu_script_leaves_what_it_found(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (2, "no part enviroment\n")
 
 
+@pytest.mark.parametrize("group", ["FIRST", "SECOND"])
+def test_a_call_of_the_gpu_script_ends_within_six_minutes(group: str) -> None:
+    """Each part has a limit of its own, by which it is stopped, and the start of Python between them is quick."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    (parts,) = re.findall(rf"^{group}=\((.*)\)$", text, re.MULTILINE)
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\[([\w-]+)\]=(\d+)", text)}
+    assert len(parts.split()) >= 4
+    assert sum(limits[part] for part in parts.split()) <= 345
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for part in parts.split():  # the plan on the page is the script's
+        assert re.search(rf"^\| `{part}` \|.*\| {limits[part]} \|", page, re.MULTILINE), part
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_the_gpu_script_stops_when_it_is_interrupted(tmp_path: Path) -> None:
     """As by a terminal, whose signal reaches the script alone; nothing has to be killed, and no further part begins."""
     waits = "import time; print('begun', flush=True); time.sleep(100)"
     python = tmp_path / "python"
     waiting = f'{sys.executable} -c "$2" {sys.executable} -c "{waits}"'
-    python.write_text(f'#!/usr/bin/env bash\ncase "$2" in *execvp*) exec {waiting} ;; esac\n')
+    python.write_text(f'#!/usr/bin/env bash\ncase "$*" in *"bench run"*) exec {waiting} ;; esac\n')
     python.chmod(0o755)
     # A shell cannot hear what was ignored when it began, as SIGINT is where these tests run in the background.
     hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"

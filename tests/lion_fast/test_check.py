@@ -19,7 +19,8 @@ import lion_kernels
 from lion_fast.check import report
 from lion_fast.check.cases import CASES, OPERATORS, TIMED, Case
 from lion_fast.check.compare import compare, make_tensors, poisoned_memory
-from lion_fast.check.timing import Seconds, measure, measure_rates, quantiles
+from lion_fast.check.timing import Clock, Seconds, captured, measure, measure_rates, quantiles
+from lion_fast.check.worker import Task, side_by_side
 from lion_fast.cli import main
 from lion_kernels.cost import H200, Cost, Device, floor_seconds
 
@@ -202,14 +203,19 @@ def test_the_floor_of_every_timed_case(case: Case) -> None:
 
 def test_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The table of a GPU on any machine, with a clock that gives ten times the floor."""
+
+    def measure(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], *_: Any) -> Seconds:
+        call(prepare() if prepare else None)
+        return Seconds(1e-5, 9e-6, 2e-5)
+
     cost = Cost(bytes=1000, flops=10)
     case = replace(smallest("gated_gelu"), cost=lambda _: (cost, cost))
     rates = Device("a GPU", bytes_per_second=1e9, flops_per_second={"float16": 1e12})
-    monkeypatch.setattr(report, "TIMED", [case])
     monkeypatch.setattr(report, "TIMED_DTYPE", torch.float16)
-    monkeypatch.setattr(report, "measure", lambda function, device: (function(), Seconds(1e-5, 9e-6, 2e-5))[1])
+    monkeypatch.setattr(report, "Clock", lambda device: None)
+    monkeypatch.setattr(report, "measure", measure)
     check = report.Check("compiled", rates=rates)
-    report._time(check, ["gated_gelu"], DEVICE)
+    report._time(check, [case], DEVICE)
     assert [timing.direction for timing in check.timings] == ["forward", "backward"]
     out = capsys.readouterr().out
     assert "a GPU: copies 0.00 TB/s, multiplies float16 1 TFLOP/s" in out
@@ -217,14 +223,40 @@ def test_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(report, "TIMED", [replace(smallest("rms_norm"), cost=lambda _: (Cost(1, 1), Cost(1, 1)))])
-    monkeypatch.setattr(report, "TIMED_DTYPE", torch.float16)
+    case = replace(smallest("rms_norm"), cost=lambda _: (Cost(1, 1), Cost(1, 1)))
     monkeypatch.setattr(lion_kernels, "rms_norm", lambda *args, **options: RIGHT(*args, **options) * 2)
     check = report.Check("compiled", rates=Device("a GPU", 1e9, {"float16": 1e12}))
-    report._time(check, ["rms_norm"], DEVICE)
-    assert check.timings == []
+    report._compare(check, [Task(case, torch.float16)], DEVICE, repeats=1, processes=1)
     assert check.problems
-    assert "FAIL" in capsys.readouterr().out
+    report._time(check, [case], DEVICE)
+    assert check.timings == []
+    out = capsys.readouterr().out
+    assert "FAIL" in out
+    assert "not measured: its result is wrong" in out
+
+
+def test_cases_side_by_side_find_what_one_process_finds() -> None:
+    tasks = [Task(smallest(operator), torch.float32) for operator in ("rms_norm", "gated_gelu")]
+    found = {outcome.operator: outcome for outcome in side_by_side(tasks, DEVICE, repeats=2, processes=2)}
+    alone = {case.operator: compare(case, dtype, DEVICE, repeats=2) for case, dtype in tasks}
+    assert found == alone
+    assert all(outcome.kernels and not outcome.problems for outcome in found.values())
+
+
+def test_a_worker_that_dies_is_an_outcome_and_has_a_successor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after a fault on a GPU, of which nothing in its process recovers."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        f"first = Path({str(tmp_path / 'first')!r})\n"
+        "if 'lion_fast.check.worker' in sys.orig_argv and not first.exists():\n"
+        "    first.touch()\n"
+        "    os._exit(7)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tasks = [Task(smallest(operator), torch.float32) for operator in ("rms_norm", "gated_gelu")]
+    outcomes = list(side_by_side(tasks, DEVICE, repeats=1, processes=1))
+    assert [outcome.problems for outcome in outcomes] == [["its process ended with 7"], []]
 
 
 @pytest.mark.gpu
@@ -232,8 +264,19 @@ def test_measured_on_a_gpu() -> None:
     rates = measure_rates(DEVICE, (torch.float32, torch.bfloat16))
     assert rates.bytes_per_second > 1e11
     assert rates.flops_per_second["bfloat16"] > 1e12
-    seconds = measure(lambda: torch.cuda._sleep(10**6), DEVICE)
+    seconds = measure(None, lambda _: torch.cuda._sleep(10**6), DEVICE)
     assert 1e-4 < seconds.low <= seconds.median <= seconds.high < 1e-1
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_gpu_is_no_graph_and_timed_all_the_same() -> None:
+    x = torch.ones(1000, device=DEVICE, requires_grad=True)
+    backward = captured(lambda: (x * 2).sum(), lambda out: torch.autograd.grad(out, x), DEVICE)
+    assert backward.refused is None
+    waits = captured(None, lambda _: x.sum().item(), DEVICE)
+    assert waits.refused
+    clock = Clock(DEVICE)
+    assert all(0 < clock(call)() < 1e-1 for call in (backward, waits))
 
 
 def test_runs_uninstalled() -> None:

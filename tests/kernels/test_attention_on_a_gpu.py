@@ -1,0 +1,124 @@
+"""Attention where only a GPU goes: more elements than 32 bits count, everything at once in bf16, and packed inputs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_kernels import multi_scale_attention, relative_bias_attention
+from lion_kernels.attention_plain import dropout_mask
+from lion_reference import multi_scale_attention as reference
+
+pytestmark = pytest.mark.gpu
+
+Measure = Callable[[Tensor, Tensor], float]
+SEED = 2**40 + 12345
+
+
+@pytest.mark.xdist_group("memory")
+@pytest.mark.parametrize("operator", ["multi_scale_attention", "relative_bias_attention"])
+def test_more_than_2_to_the_31_elements(operator: str, device: torch.device) -> None:
+    heads, head_dim, length = (16, 88, 257) if operator == "multi_scale_attention" else (32, 64, 417)
+    batch = 2**31 // (length * heads * head_dim) + 2
+    q, k, v = (
+        torch.randn(1, length, heads, head_dim, device=device, dtype=torch.bfloat16)
+        .expand(batch, -1, -1, -1)
+        .contiguous()
+        .requires_grad_()
+        for _ in range(3)
+    )
+    if operator == "multi_scale_attention":
+        out = multi_scale_attention(q, [k], [v], backend="triton")
+    else:
+        table = torch.randn(32, heads, device=device, dtype=torch.bfloat16)
+        out = relative_bias_attention(q, k, v, table, backend="triton")
+    assert out.numel() > 2**31
+    assert torch.equal(out[-1], out[0])
+    assert out[0].isfinite().all()
+    for gradient in torch.autograd.grad(out, (q, k, v), out.detach()):
+        assert torch.equal(gradient[-1], gradient[0])
+        assert gradient[0].isfinite().all()
+
+
+def results(operator: Callable[..., Tensor], tensors: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+    """Of two maps: the output, and every gradient."""
+    leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    keys, values = ([leaves[f"{kind}{s}"] for s in range(2)] for kind in "kv")
+    out = operator(leaves["q"], keys, values, scale_gate=leaves["gate"], **options)
+    generator = torch.Generator(out.device).manual_seed(1)
+    weights = torch.randn(out.shape, generator=generator, device=out.device).bfloat16().to(out.dtype)
+    gradients = torch.autograd.grad(out, list(leaves.values()), weights)
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_maps_with_gate_mask_and_dropout(
+    dtype: torch.dtype, dropout_p: float, device: torch.device, relative_error: Measure
+) -> None:
+    """The aggregator's shape; the first element attends nothing of the first map."""
+    batch, length, heads, head_dim = 3, 257, 16, 88
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+    names = ("q", "k0", "k1", "v0", "v1")
+    tensors = {**{name: randn(batch, length, heads, head_dim) for name in names}, "gate": randn(2)}
+    masks = [torch.rand(batch, length, generator=generator, device=device) > 0.3 for _ in range(2)]
+    masks[0][0] = False
+    dropped = {
+        "dropout_mask": [
+            dropout_mask(batch, heads, length, length, dropout_p, SEED, map_index=s).to(device) for s in range(2)
+        ]
+    }
+    options = {"key_padding_mask": masks}
+    plainly = {**options, **(dropped if dropout_p else {})}
+    exact = results(
+        reference, {name: value.double() for name, value in tensors.items()}, **_like(plainly, torch.float64)
+    )
+    plain = results(reference, tensors, **_like(plainly, dtype))
+    got = results(multi_scale_attention, tensors, **options, dropout_p=dropout_p, seed=SEED, backend="triton")
+    for name, value in got.items():
+        bound = 2 * relative_error(plain[name], exact[name]) + torch.finfo(dtype).eps / 2
+        assert relative_error(value, exact[name]) < bound, name
+
+
+def _like(options: dict[str, list[Tensor]], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    """Dropout's masks are factors of the dtype computed in; padding masks stay what they are."""
+    return {
+        name: [value if value.dtype == torch.bool else value.to(dtype) for value in values]
+        for name, values in options.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["one projection", "heads first", "every other token", "a shifted start"])
+def test_strided_inputs_in_bf16(layout: str, device: torch.device, relative_error: Measure) -> None:
+    """The same bits as from contiguous memory, forward and backward."""
+    batch, length, heads, head_dim = 2, 257, 16, 88
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).bfloat16()
+
+    if layout == "one projection":
+        q, k, v = randn(batch, length, 3, heads, head_dim).unbind(2)
+    elif layout == "heads first":
+        q, k, v = (randn(batch, heads, length, head_dim).transpose(1, 2) for _ in range(3))
+    elif layout == "every other token":
+        q, k, v = (randn(batch, 2 * length, heads, head_dim)[:, ::2] for _ in range(3))
+    else:  # no access of 16 bytes is aligned
+        flat = randn(3, 1 + batch * length * heads * head_dim)[:, 1:]
+        q, k, v = (row.view(batch, length, heads, head_dim) for row in flat)
+    given = [x.detach().requires_grad_() for x in (q, k, v)]
+    packed = [x.detach().contiguous().clone().requires_grad_() for x in (q, k, v)]
+    grad = randn(batch, length, heads, head_dim)
+    outs = [multi_scale_attention(q, [k], [v], backend="triton") for q, k, v in (given, packed)]
+    assert torch.equal(*outs)
+    gradients = [torch.autograd.grad(out, leaves, grad) for out, leaves in zip(outs, (given, packed), strict=True)]
+    for name, got, expected in zip("qkv", *gradients, strict=True):
+        assert torch.equal(got, expected), name
+    exact = reference(q.double(), [k.double()], [v.double()])
+    plain = reference(q, [k], [v])
+    assert relative_error(outs[0], exact) < 2 * relative_error(plain, exact) + 2**-9
