@@ -113,7 +113,14 @@ def test_another_suite_at_the_same_shape_counts_and_one_at_another_does_not() ->
     wrong = replace(theirs, shape={**elsewhere.shape, "tokens": 5})
     assert "commit1" in line(ledger.rows([make_run(wrong, day=2), headline_run]), RMS)
     biased = next(one for one in HEADLINES if one.operator == "relative_bias_attention")
-    assert all("backward" not in source.directions for source in biased.elsewhere)  # it has the table's gradient
+    (elsewhere,) = biased.elsewhere
+    theirs = [
+        replace(entry(biased, "lion_kernels-triton", 5e-5, way), suite=elsewhere.suite, shape=dict(elsewhere.shape))
+        for way in biased.directions
+    ]
+    rows = ledger.rows([make_run(*theirs)])
+    assert "| 50 us |" in line(rows, biased)
+    assert "not measured yet" in line(rows, biased, "backward")  # that suite's has the table's gradient
 
 
 def test_a_result_that_became_wrong_is_not_hidden_by_an_older_one() -> None:
