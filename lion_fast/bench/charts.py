@@ -106,9 +106,14 @@ def name_of(entry: Entry) -> str:
     return entry.shape.get("part", "mixture of adapters, forward+backward")
 
 
+def _row_of(entry: Entry) -> str:
+    """The row of a chart by operators: the suite of all of them has each one's name among its sizes."""
+    return entry.shape["operator"] if entry.suite == SUITE else entry.suite
+
+
 def _peers(figure: Any, run: Run) -> bool:
     entries = [entry for entry in run.entries if entry.ratio and entry.peer != entry.baseline and entry.direction]
-    suites = list(dict.fromkeys(entry.suite for entry in entries))
+    suites = list(dict.fromkeys(_row_of(entry) for entry in entries))
     if not suites:
         return False
     figure.set_size_inches(8, 0.75 * len(suites) + 1.6)
@@ -116,10 +121,12 @@ def _peers(figure: Any, run: Run) -> bool:
     colors = _colors(sorted({entry.peer for entry in entries}))
     for place, suite in enumerate(reversed(suites)):
         peers = sorted(
-            {entry.peer for entry in entries if entry.suite == suite}, key=lambda peer: ("lion" not in peer, peer)
+            {entry.peer for entry in entries if _row_of(entry) == suite}, key=lambda peer: ("lion" not in peer, peer)
         )
         for number, peer in enumerate(peers):
-            ratios = [entry.ratio[0] for entry in entries if entry.ratio and (entry.suite, entry.peer) == (suite, peer)]
+            ratios = [
+                entry.ratio[0] for entry in entries if entry.ratio and (_row_of(entry), entry.peer) == (suite, peer)
+            ]
             height = place + (0.3 - 0.6 * number / (len(peers) - 1) if len(peers) > 1 else 0)
             speeds = [1 / ratio for ratio in ratios]
             axes.scatter(speeds, [height] * len(speeds), s=16, alpha=0.7, color=colors[peer], label=peer)
@@ -140,14 +147,14 @@ def _peers(figure: Any, run: Run) -> bool:
 
 def _floors(figure: Any, run: Run) -> bool:
     entries = [entry for entry in run.entries if entry.floor_seconds]
-    suites = list(dict.fromkeys(entry.suite for entry in entries))
+    suites = list(dict.fromkeys(_row_of(entry) for entry in entries))
     if not suites:
         return False
     figure.set_size_inches(8, 0.6 * len(suites) + 1.4)
     axes = figure.subplots()
     for place, suite in enumerate(reversed(suites)):
         for offset, kind in ((0.17, "ours"), (-0.17, "eager")):
-            chosen = [e for e in entries if e.suite == suite and (e.ours if kind == "ours" else e.peer == kind)]
+            chosen = [e for e in entries if _row_of(e) == suite and (e.ours if kind == "ours" else e.peer == kind)]
             reached = [100 * entry.floor_seconds / entry.seconds[0] for entry in chosen]  # type: ignore[operator]
             axes.scatter(reached, [place + offset] * len(reached), s=16, alpha=0.6, color=_COLORS[kind], label=kind)
     axes.set_yticks(range(len(suites)), [suite.replace("_", " ") for suite in reversed(suites)])

@@ -125,22 +125,9 @@ def _gpu(devices: Devices, _: str) -> Iterator[str]:
         if not any(row.run for row in table):
             yield f"**On {device}**: {ledger.MISSING}."
             continue
-        shown: dict[str, list[str]] = {}
-        for row in table:
-            if row.run and row.headline == firsts[row.headline.operator]:
-                shown.setdefault(f"{row.headline.operator} ({row.headline.label})", []).append(_words(row))
-        figures = "; ".join(f"{name}: {', '.join(words)}" for name, words in shown.items())
-        yield _fill(
-            f"**On {device}**, bf16, beside the fastest peer of each, {_standing(table)}. Our time as a share of that "
-            f"peer's, and in brackets the floor as a share of ours: {figures or 'none of the main ones'}."
-        )
-
-
-def _words(row: Row) -> str:
-    value = "no right result" if row.ours is None else "no peer" if row.ratio is None else f"{row.ratio:.2f}"
-    reached = "" if row.reached is None else f" ({row.reached:.0%})"
-    direction = "" if row.direction in ("", row.headline.operator) else f"{row.direction} "
-    return f"{direction}{value}{reached}"
+        yield _fill(f"**On {device}**, bf16, beside the fastest peer of each, {_standing(table)}. The main ones:")
+        rows = [row for row in table if row.run and row.headline == firsts[row.headline.operator]]
+        yield "\n".join(ledger.lines(rows)).rstrip()
 
 
 def _standing(table: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lion_fast.bench.headline import CPU_HEADLINES, HEADLINES, Headline
+from lion_fast.bench.headline import CPU_HEADLINES, HEADLINES, SUITE, Headline
 from lion_fast.bench.results import Entry, Run
 from lion_fast.bench.units import time_in_words
 
@@ -84,6 +84,12 @@ def tables(devices: Mapping[str, Sequence[Run]]) -> dict[str, list[Row]]:
     """Every device's rows, by its name; those that nothing has run on come last."""
     waiting = [name for name in EXPECTED if not any(device.startswith(name) for device in devices)]
     return {device: rows(runs) for device, runs in devices.items()} | {name: rows(()) for name in waiting}
+
+
+def label(entry: Entry) -> str:
+    """An entry's shape in words: a headline's, which has its operator among its sizes, in those of the ledger."""
+    known = (one for one in HEADLINES if entry.suite == SUITE and entry.shape == one.entry_shape)
+    return next((f"{one.operator}, {one.label}" for one in known), entry.label)
 
 
 def write(devices: Mapping[str, Sequence[Run]]) -> Iterator[str]:

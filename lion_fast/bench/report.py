@@ -272,7 +272,7 @@ def _tables(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         yield "| | peer | median (20 to 80 %) | of the baseline | floor reached | peak | kept | error |"
         yield "|---|---|---|---|---|---|---|---|"
         for entry in entries:
-            label = f"{entry.label}, {entry.direction}" if entry.direction else entry.group
+            label = f"{ledger.label(entry)}, {entry.direction}" if entry.direction else entry.group
             ratio = f"{entry.ratio[0]:.2f}" if entry.ratio and entry.peer != entry.baseline else ""
             reached = f"{entry.floor_seconds / entry.seconds[0]:.0%}" if entry.floor_seconds else ""
             error = f"{entry.error:.0e}" if entry.error is not None else ""

@@ -113,13 +113,27 @@ def test_another_suite_at_the_same_shape_counts_and_one_at_another_does_not() ->
     wrong = replace(theirs, shape={**elsewhere.shape, "tokens": 5})
     assert "commit1" in line(ledger.rows([make_run(wrong, day=2), headline_run]), RMS)
     biased = next(one for one in HEADLINES if one.operator == "relative_bias_attention")
-    assert all("backward" not in source.directions for source in biased.elsewhere)  # it has the table's gradient
+    (elsewhere,) = biased.elsewhere
+    theirs = [
+        replace(entry(biased, "lion_kernels-triton", 5e-5, way), suite=elsewhere.suite, shape=dict(elsewhere.shape))
+        for way in biased.directions
+    ]
+    rows = ledger.rows([make_run(*theirs)])
+    assert "| 50 us |" in line(rows, biased)
+    assert "not measured yet" in line(rows, biased, "backward")  # that suite's has the table's gradient
 
 
 def test_a_result_that_became_wrong_is_not_hidden_by_an_older_one() -> None:
     right = make_run(entry(RMS, "lion_kernels-triton", 2e-5))
     rows = ledger.rows([make_run(entry(RMS, "eager", 9e-5), day=2), right])
     assert line(rows, RMS).endswith("| forward | **no right result** |  | eager, 90 us |  | commit2 | 2026-01-02 |")
+
+
+def test_a_headline_has_its_words_everywhere() -> None:
+    one = entry(MIXED, "eager", 1e-5)
+    assert ledger.label(one) == f"mixture_of_adapters, {MIXED.label}"
+    assert ledger.label(replace(one, shape={"operator": "another"})) == "operator another"
+    assert ledger.label(replace(one, suite="rms_norm", shape={"tokens": 5})) == "tokens 5"
 
 
 def test_a_ratio_to_the_baseline_is_that_of_the_rounds() -> None:
@@ -213,12 +227,13 @@ def test_a_chart_has_its_peers_in_one_order() -> None:
     made = [entry(RMS, peer, 1e-5, baseline="eager", ratio=(0.5, 0.4, 0.6)) for peer in reversed(peers)]
     assert charts._peers(figure, make_run(*made))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == peers
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["rms norm"]  # its operator, not its suite
 
 
 def gpu_paragraph(*devices: Run) -> str:
     text = "<!-- begin: gpu -->\n<!-- end: gpu -->"
     quoted = figures.quote(text, {run.device: [run] for run in devices})
-    return " ".join(quoted.splitlines()[2:-2])
+    return " ".join(line for line in quoted.splitlines()[2:-2] if line)
 
 
 def test_a_gpu_that_nobody_had_is_not_measured_yet() -> None:
@@ -239,8 +254,9 @@ def test_what_a_gpu_measured_is_quoted_with_what_it_loses_and_lacks() -> None:
     total = sum(len(one.directions) for one in HEADLINES)
     assert f"**On {H200}**, bf16, beside the fastest peer of each, ours is faster in 1, as fast within 5% in 0" in text
     assert f"slower in 1 of {total} rows of the ledger, 1 without a right result, {total - 3} not measured yet." in text
-    assert "rms_norm (16,384 x 2048): forward 0.50 (50%), backward 3.00 (11%)" in text
-    assert "mixed tasks): forward no right result" in text
+    assert "| rms_norm | 16,384 x 2048 | forward | 20 us | 50% | eager, 40 us | 0.50 | commit1 | 2026-01-01 |" in text
+    assert "mixed tasks | forward | **no right result** |" in text
+    assert "not measured yet |" not in text  # the ledger has those rows
     assert "**On NVIDIA H100**: not measured yet." in text
     page = figures.quote("<!-- begin: operator rms_norm -->\n<!-- end: operator rms_norm -->\n", {H200: [run]})
     assert "| rms_norm | 16,384 x 2048 | backward | 90 us | 11% | eager, 30 us | 3.00 | commit1 | 2026-01-01 |" in page
