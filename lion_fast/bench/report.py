@@ -33,10 +33,10 @@ against the reference in fp64 before it is timed, and a wrong one has no time. T
 is the least time in which the device could do it: the bytes that must move and the operations, by the copy bandwidth
 and the matrix rate that it reached in the same run; small inputs stay in a cache that is faster, and pass it. *Peak* is
 the most memory that a forward and backward hold beyond their inputs, *kept* what forward keeps for backward. On a GPU,
-device events with a cold cache; on a CPU, the clock, or of a single thread its processor time, which leaves out what
-other processes had, with the caches as they are. `torch.compile` and FlexAttention, which compile for long, are
-measured at a few shapes on a GPU, at one on a CPU. The whole model's floor is that of the matrix products and their
-weights alone.
+CUDA graphs of the operators by device events, with a cold cache; on a CPU, the clock, or of a single thread its
+processor time, which leaves out what other processes had, with the caches as they are. `torch.compile` and
+FlexAttention, which compile for long, are measured at a few shapes on a GPU, at one on a CPU. The whole model's floor
+is that of the matrix products and their weights alone.
 
 ```
 lion-fast bench run rms_norm --quick --out runs/bench   # one suite to see that it runs
@@ -48,7 +48,7 @@ Without `--quick` it measures, without a suite everything, and without `--out` i
 `lion-fast bench report` makes this page, and the figures in the README, the changelog and the other pages.
 `lion-fast bench compare A B` fails where a time of ours moved from A to B by more than both runs' spread.
 `lion-fast bench --tune` finds a GPU's fastest tile sizes and writes the table that the kernels read.
-`benchmarks/gpu.sh OUT` runs everything that wants a GPU, in parts of at most eight minutes. Running needs a clone;
+`benchmarks/gpu.sh OUT` runs everything that wants a GPU ([in a quarter of an hour](gpu.md)). Running needs a clone;
 results can be compared anywhere.
 """
 
