@@ -22,10 +22,12 @@ def vision(subject: Subject, dtype: torch.dtype) -> dict[str, Tensor]:
     return results
 
 
-def forward_and_backward(subject: Subject, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Per task: prefix, encoder's output, logits, loss, and the gradient of every parameter that is trained."""
+def forward_and_backward(
+    subject: Subject, dtype: torch.dtype, tasks: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """Per task, all if None: prefix, encoder's output, logits, loss and the gradient of every trained parameter."""
     golden, results = subject.golden, {}
-    for task in golden.tasks:
+    for task in golden.tasks if tasks is None else tasks:
         subject.model.zero_grad()
         output = subject.model(**golden.batch(task, dtype), labels=golden.expected["labels"])
         output.loss.backward()
