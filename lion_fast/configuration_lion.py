@@ -167,12 +167,14 @@ class LionConfig(PreTrainedConfig):
             raise ValueError(f"num_query_tokens: expected 1 or more, got {self.num_query_tokens}")
         if self.soft_prompt_token_id is not None and self.soft_prompt_token_id < 0:
             raise ValueError(f"soft_prompt_token_id: expected 0 or more, or None, got {self.soft_prompt_token_id}")
-        if self.visual_input != "QFORMER" and aggregator.hidden_size != vision.hidden_size:
+        has_aggregator = self.visual_input != "QFORMER"
+        if has_aggregator and aggregator.hidden_size != vision.hidden_size:
             raise ValueError(
                 f"aggregator_config.hidden_size: expected {vision.hidden_size} (vision_config.hidden_size), "
                 f"got {aggregator.hidden_size}"
             )
-        for name, part in (("vision_config", vision), ("aggregator_config", aggregator)):
+        attending = {"vision_config": vision} | ({"aggregator_config": aggregator} if has_aggregator else {})
+        for name, part in attending.items():
             if part.hidden_size % part.num_attention_heads:
                 raise ValueError(
                     f"{name}.num_attention_heads: expected a divisor of hidden_size {part.hidden_size}, "

@@ -35,7 +35,7 @@ def read_checkpoint_files(
 ) -> tuple[LIONConfig, dict[str, Tensor]]:
     """The configuration and the state dict of the whole model, in the files' dtypes but for T5, in bf16.
 
-    Which visual inputs there are follows from which of their parameters `lion` holds.
+    Which visual inputs there are, and whether there are tags, follows from which of their parameters `lion` holds.
     """
     vit_state, t5_state, lion_state = read_torch(Path(vit)), read_safetensors(Path(llm)), read_torch(Path(lion))
     if image_size is not None:
@@ -58,7 +58,7 @@ def read_checkpoint_files(
         t5=t5_config(Path(llm)),
         visual_input="ALL" if has_qformer and has_aggregator else "QFORMER" if has_qformer else "AGGREGATOR",
         adapter_rank=len(lion_state["t5_model.encoder.block.0.layer.1.adapter.adapters.0.down_proj.weight"]),
-        soft_prompt_id=soft_prompt_id(Path(llm)),
+        soft_prompt_id=soft_prompt_id(Path(llm)) if "soft_prompt_hint" in lion_state else None,
     )
     return config, state_dict
 

@@ -65,7 +65,9 @@ class T5Config:
 
 @dataclass
 class LIONConfig:
-    """`visual_input`: "ALL", "QFORMER" or "AGGREGATOR". `soft_prompt_id`: the token embedded as `soft_prompt_hint`."""
+    """`visual_input`: "ALL", "QFORMER" or "AGGREGATOR". `soft_prompt_id`: the token embedded as `soft_prompt_hint`;
+    None in a model without tags.
+    """
 
     vit: ViTConfig = field(default_factory=ViTConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
@@ -73,7 +75,7 @@ class LIONConfig:
     t5: T5Config = field(default_factory=T5Config)
     visual_input: str = "ALL"
     adapter_rank: int = 64
-    soft_prompt_id: int = 32099
+    soft_prompt_id: int | None = 32099
 
     def __post_init__(self) -> None:
         if self.visual_input not in ("ALL", "QFORMER", "AGGREGATOR"):

@@ -62,7 +62,8 @@ class LION(nn.Module):
             self.adapter_proj = nn.Sequential(
                 nn.Linear(vision, projector_width), nn.GELU(), nn.Linear(projector_width, text)
             )
-        self.soft_prompt_hint = nn.Parameter(torch.randn(text))
+        if config.soft_prompt_id is not None:
+            self.soft_prompt_hint = nn.Parameter(torch.randn(text))
         self.t5_model = T5(config.t5, config.adapter_rank, config.num_adapters)
         for name, parameter in self.t5_model.named_parameters():
             parameter.requires_grad_(".adapter." in name)
@@ -129,13 +130,11 @@ class LION(nn.Module):
     ) -> EncodedInputs:
         """Everything up to the encoder's output; arguments as for `forward`."""
         visual_prefix = self.visual_prefix(pixel_values, qformer_input_ids, qformer_attention_mask)
-        inputs_embeds = assemble_inputs(
-            visual_prefix,
-            input_ids,
-            self.t5_model.shared.weight,
-            self.soft_prompt_hint,
-            self.config.soft_prompt_id,
-        )
+        embedding, soft_prompt_id = self.t5_model.shared.weight, self.config.soft_prompt_id
+        if soft_prompt_id is None:
+            inputs_embeds = torch.cat([visual_prefix, embedding[input_ids]], dim=1)
+        else:
+            inputs_embeds = assemble_inputs(visual_prefix, input_ids, embedding, self.soft_prompt_hint, soft_prompt_id)
         mask = torch.cat([attention_mask.new_ones(visual_prefix.shape[:2]), attention_mask], dim=1)
         return EncodedInputs(visual_prefix, inputs_embeds, mask, self.t5_model.encode(inputs_embeds, mask, task_ids))
 

@@ -507,6 +507,13 @@ def test_bad_configuration_is_named(make_config: Callable[..., LionConfig], sett
         LionForCausalLM(make_config(**settings))
 
 
+def test_the_settings_of_an_aggregator_that_is_not_there_are_not_looked_at(
+    make_config: Callable[..., LionConfig],
+) -> None:
+    aggregator = {"hidden_size": 88, "num_attention_heads": 16, "feature_layers": [2]}
+    assert not hasattr(LionForCausalLM(make_config(visual_input="QFORMER", aggregator_config=aggregator)), "aggregator")
+
+
 def test_triton_needs_a_gpu_or_the_interpreter(
     make_model: Make, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
