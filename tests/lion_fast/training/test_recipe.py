@@ -38,7 +38,7 @@ def test_shipped_recipes_are_whole(stage: int) -> None:
         ("optimizer.lr='1e-4'", "optimizer.lr: expected a valid number, got '1e-4'"),
         ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, got -1"),
         ("precision=fp16", "precision: expected 'bf16' or 'fp32', got 'fp16'"),
-        ("optimizer=3", "optimizer: expected a valid dictionary or instance of Optimizer, got 3"),
+        ("optimizer=3", "optimizer: expected keys with values, got 3"),
         ("data.image_to_region=[0,1]", "image_to_region: expected two whole numbers of 1 or more"),
         ("data.augmentation.flip=2", "data.augmentation.flip: expected less than or equal to 1, got 2"),
         ("data.augmentation.turn=1", "data.augmentation.turn: unknown key; expected one of flip, crop, crop_min_scale"),
@@ -90,10 +90,10 @@ def test_data_and_model_are_asked_for_first(make_recipe: MakeRecipe) -> None:
 
 
 def test_a_run_goes_on_only_as_it_began(make_recipe: MakeRecipe) -> None:
-    began = make_recipe().model_dump(mode="json")
-    check_resumable(began, make_recipe(3, "batch.per_process=4", "checkpoints.keep=1").model_dump(mode="json"))
+    began = make_recipe().plain()
+    check_resumable(began, make_recipe(3, "batch.per_process=4", "checkpoints.keep=1").plain())
     with pytest.raises(RecipeError, match=r"optimizer.lr: expected 0.001, with which the run began, got 0.002"):
-        check_resumable(began, make_recipe(3, "optimizer.lr=2e-3").model_dump(mode="json"))
+        check_resumable(began, make_recipe(3, "optimizer.lr=2e-3").plain())
 
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum(make_recipe: MakeRecipe) -> None:

@@ -20,9 +20,11 @@ from lion_fast.training import NonFiniteError, saving, shipped_recipe, train
 from lion_fast.training.data import SAMPLE_IDS, SceneSamples
 from lion_fast.training.evaluation import evaluate
 from lion_fast.training.run import build_model
+from tests.extras import needing
 from tests.lion_fast.training.runs import MakeRecipe, losses_of, weights_of
 
 
+@needing("tensorboard", "train")
 def test_the_command_trains_the_stages_and_carries_over(
     make_recipe: MakeRecipe, tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +66,7 @@ def test_the_command_trains_the_stages_and_carries_over(
     assert "output_dir: expected a folder without checkpoints" in capsys.readouterr().err
 
 
+@needing("tensorboard", "train")
 def test_the_command_says_what_is_wrong(tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--stage", "1", f"output_dir={tmp_path}"]
     assert main([*argv, "--print-recipe"]) == 0
