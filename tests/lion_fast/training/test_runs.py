@@ -1,6 +1,7 @@
 """Runs in this process: the stages, the golden curve, exactness, losses that are not finite, damaged checkpoints."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def test_the_command_says_what_is_wrong(tiny_lion: Path, tmp_path: Path, capsys:
         err = capsys.readouterr().err
         assert message in err
         assert len(err.strip().splitlines()) == 1
+
+
+def test_curves_are_left_out_without_tensorboard(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    recipe = make_recipe(3, "steps=2")
+    train(recipe)
+    assert "no package tensorboard; install it with: pip install 'lion-fast[train]'" in caplog.text
+    assert not (Path(recipe.output_dir) / "tensorboard").exists()
+    assert len(losses_of(recipe.output_dir)) == 2
 
 
 class GoldenSamples(Dataset):
