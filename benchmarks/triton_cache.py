@@ -26,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -171,6 +172,8 @@ def record_share(what: What, number: int, count: int) -> dict[str, int]:
     from lion_fast.check.cases import CASES, TIMED
     from lion_fast.check.compare import leaves, make_tensors, results_of
 
+    # PyTorch finds the stand-in, too, and no GPU behind it.
+    warnings.filterwarnings("ignore", message="CUDA initialization")
     counts: Counter[str] = Counter()
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
