@@ -418,6 +418,7 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
             if labels.shape[1] == 0:
                 raise ValueError(f"labels: expected one token or more per answer, got {list(labels.shape)}")
             expect_ids("labels", labels, self.config.text_config.vocab_size, also=-100)
+            kwargs.setdefault("use_cache", False)  # nobody goes on from here, and PyTorch 2.11 cannot trace a cache
         run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
         if self.config.is_encoder_decoder:
             kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)

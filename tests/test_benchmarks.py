@@ -28,6 +28,7 @@ from lion_fast.bench.results import Entry, Run
 from lion_fast.check.cases import CASES
 from lion_fast.cli import main
 from lion_kernels.cost import Cost
+from tests.extras import needs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -323,7 +324,7 @@ def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
 
 
 def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "quickstart")
     from lion_fast.bench.report import write_report
 
     entry = replace(ENTRY, direction="forward", floor_seconds=0.4)

@@ -209,8 +209,13 @@ def check_alike(q: Tensor, others: dict[str, Tensor]) -> None:
 def autocast_dtype(q: Tensor) -> torch.dtype | None:
     """What an active autocast casts the inputs to."""
     kind = q.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace the question
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from lion_fast.bench import scaling
 from lion_fast.bench.headline import SUITE
 from lion_fast.bench.results import Entry, Run
+from lion_fast.extras import expect
 
 _COLORS = {"ours": "#0b6e4f", "eager": "#b23a48", "original": "#b23a48", "floor": "#6c757d"}
 DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -49,6 +50,7 @@ def draw_model(folder: Path) -> Path:
 
 
 def _save(file: Path, chart: Callable[[Any, Any], bool], run: Run | Sequence[Run] | None) -> Path | None:
+    expect("quickstart", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lion_fast.bulk.tables import expect_pyarrow
 from lion_fast.data.files import to_disk, whole_or_not
+from lion_fast.extras import expect
 
 Row = dict[str, Any]
 
@@ -149,7 +149,7 @@ class ParquetOutput(Output):
     """
 
     def __init__(self, path: Path, fields: Sequence[str], rows_per_part: int):
-        expect_pyarrow()
+        expect("parquet", "pyarrow")
         super().__init__(path)
         self.schema = _schema(fields)
         self.rows_per_part = rows_per_part

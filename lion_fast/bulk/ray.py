@@ -17,6 +17,7 @@ from lion_fast.bulk.outputs import ROWS_PER_PART, Row
 from lion_fast.bulk.preparing import Prepared, Preparer
 from lion_fast.bulk.running import Summary, begin, plan_batches, write_all
 from lion_fast.bulk.sources import open_source
+from lion_fast.extras import expect
 
 _BATCHES_PER_TASK = 8
 
@@ -42,13 +43,13 @@ def run_on_ray(
         strict, rows_per_part: see `run`.
 
     Raises:
-        ValueError, OSError: as `run`; ValueError also where Ray is not installed.
+        ValueError, OSError: as `run`.
+        MissingExtraError: Ray is not installed.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ValueError(f"no package {error.name}; install it with: pip install 'lion-fast[ray]'") from error
+    expect("ray", "ray", "ray.data")
+    import ray
+    import ray.data
+
     for name, value in (("batch_size", batch_size), ("threads", threads), ("num_workers", num_workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}")

@@ -11,6 +11,7 @@ import numpy as np
 from lion_fast.bulk.sources import Columns, Item, Positions, Source, printable, sized
 from lion_fast.data.dataset import MAX_LINE_BYTES, lines_with_offsets
 from lion_fast.data.records import describe
+from lion_fast.extras import expect
 
 _CACHED_BYTES = 256 << 20
 
@@ -68,10 +69,11 @@ class ParquetSource(Source):
 
     Raises:
         ValueError: a file cannot be read, or lacks a column.
+        MissingExtraError: pyarrow is not installed.
     """
 
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]], image_root: Path | None):
-        expect_pyarrow()
+        expect("parquet", "pyarrow")
         import pyarrow.parquet as pq
         from pyarrow import ArrowException
 
@@ -144,14 +146,6 @@ def item_of(fields: Mapping[str, Any], columns: Columns, root: Path) -> Item:
     name = printable(path) if isinstance(path, str) else None
     content = image if isinstance(image, bytes) else root / image
     return Item(content, name, columns.text_of(fields), columns.tags_of(fields))
-
-
-def expect_pyarrow() -> None:
-    """Raises ValueError where pyarrow is not installed."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise ValueError("no package pyarrow; install it with: pip install 'lion-fast[parquet]'") from error
 
 
 def _lengths(file: Any, group: int, texts: list[str], columns: Columns) -> np.ndarray:

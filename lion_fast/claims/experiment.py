@@ -17,6 +17,7 @@ from lion_fast.claims.arms import ARMS, BLUR, IMAGE_KINDS, TRAINED_WRONG, WRONG_
 from lion_fast.claims.reading import teach_tags
 from lion_fast.claims.report import MAX_SEEDS, write_report
 from lion_fast.data.files import whole_or_not
+from lion_fast.extras import expect
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
@@ -71,7 +72,9 @@ def run(
         ValueError: too few or too many seeds, a checkpoint of other sizes, or results in `output_dir` of other
             settings or stand-ins.
         OSError: there is no checkpoint.
+        MissingExtraError: matplotlib is not installed.
     """
+    expect("quickstart", "matplotlib")  # which draws when all is trained
     if len(set(seeds)) != len(seeds) or not 2 <= len(seeds) <= MAX_SEEDS:
         raise ValueError(f"seeds: expected 2 to {MAX_SEEDS} different ones, got {list(seeds)}")
     output_dir, say = Path(output_dir), print if show else _silence

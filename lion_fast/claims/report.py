@@ -5,14 +5,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 
 from lion_fast.claims.arms import (
     ARMS,
@@ -28,7 +23,10 @@ from lion_fast.claims.arms import (
     accuracy_name,
 )
 from lion_fast.data.files import whole_or_not
-from lion_fast.quickstart.report import LINES, MUTED, STYLE
+from lion_fast.quickstart.report import LINES, MUTED, STYLE, pyplot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # 97.5% quantile of Student's t by degrees of freedom, one less than there are seeds.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -201,6 +199,7 @@ def _points(found: Difference) -> str:
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Means with standard deviations over the seeds as bars, every seed a point."""
+    plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 8), dpi=120, width_ratios=(1.35, 1))
         staged = ("routers", "no-routers", "shared")
@@ -221,7 +220,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         plt.close(figure)
 
 
-def _draw_groups(axis: Axes, results: Sequence[dict[str, Any]], arms: Sequence[str], kinds: Sequence[str]) -> None:
+def _draw_groups(axis: "Axes", results: Sequence[dict[str, Any]], arms: Sequence[str], kinds: Sequence[str]) -> None:
     """One group of bars per kind, one bar per arm."""
     width = 0.8 / len(arms)
     for number, (name, color) in enumerate(zip(arms, LINES, strict=False)):
@@ -236,7 +235,7 @@ def _draw_groups(axis: Axes, results: Sequence[dict[str, Any]], arms: Sequence[s
     axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(arms))
 
 
-def _draw_tags(axis: Axes, results: Sequence[dict[str, Any]], kind: str) -> None:
+def _draw_tags(axis: "Axes", results: Sequence[dict[str, Any]], kind: str) -> None:
     without = 100 * accuracies(results, "untagged", kind)
     low, high = without.mean() - without.std(ddof=1), without.mean() + without.std(ddof=1)
     axis.axhspan(low, high, color=MUTED, alpha=0.18, lw=0)
@@ -255,7 +254,7 @@ def _draw_tags(axis: Axes, results: Sequence[dict[str, Any]], kind: str) -> None
     axis.legend(frameon=False, fontsize=9)
 
 
-def _draw_points(axis: Axes, x: float, values: np.ndarray, color: str, spread: float) -> None:
+def _draw_points(axis: "Axes", x: float, values: np.ndarray, color: str, spread: float) -> None:
     places = x + np.linspace(-spread, spread, len(values))
     axis.scatter(places, values, s=12, color=color, edgecolors="white", linewidths=0.5, zorder=3)
 

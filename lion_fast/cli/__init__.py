@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from lion_fast.cli import ask, bench, check, claims, convert, data, demo, kernels, memory, quickstart, tag, train
+from lion_fast.extras import MissingExtraError
 
 _COMMANDS = (quickstart, convert, data, train, memory, ask, tag, demo, check, kernels, bench, claims)
 
@@ -13,8 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, whose exit status is 0 unless it returns another; input that cannot be used is a message on
     stderr and exit status 2.
 
-    The rest of the library says what is wrong with its input by ValueError and OSError. Anything else is a bug of ours
-    and shows as such, with its traceback.
+    The rest of the library says what is wrong with its input by ValueError and OSError, and by MissingExtraError what
+    is not installed. Anything else is a bug of ours and shows as such, with its traceback.
     """
     parser = argparse.ArgumentParser(prog="lion-fast", description="LION: caption, answer, ground, and train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtraError) as error:
         print(f"lion-fast {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

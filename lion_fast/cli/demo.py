@@ -32,14 +32,13 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run(args: argparse.Namespace) -> None:
     from lion_fast.demo.answering import Answerer
+    from lion_fast.extras import expect
     from lion_fast.loading import default_device
 
     if not args.model.is_dir():
         raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
-    try:
-        from lion_fast.demo.server import serving
-    except ImportError as error:
-        raise ValueError(f"no package {error.name}; install it with: pip install 'lion-fast[demo]'") from error
+    expect("demo", "gradio", "matplotlib")
+    from lion_fast.demo.server import serving
 
     answerer = Answerer.from_pretrained(args.model, args.device or default_device())
     with serving(answerer, str(args.model), host=args.host, port=args.port) as address:

@@ -1,6 +1,7 @@
 """`lion-fast memory`: what a stage of training takes on a device, before anything is allocated."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from lion_fast.cli.arguments import positive_int
@@ -34,10 +35,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run(args: argparse.Namespace) -> int:
     from lion_fast.cli.processes import run_again
-    from lion_fast.cli.train import expect_extra
     from lion_kernels.backend import HAS_TRITON, interpreting
 
-    expect_extra()
     if HAS_TRITON and not interpreting():  # on tensors that say they are on the CPU
         argv: list[object] = ["memory", "--stage", args.stage, *args.overrides]
         argv += ["--config", args.config] if args.config else []
@@ -63,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     shapes = Shapes(recipe.batch.per_process, args.text_tokens, args.question_tokens, args.answer_tokens)
     columns = {}
     for backend, label in (("torch", "PyTorch"), *([("triton", "kernels")] if HAS_TRITON else [])):
-        settings = recipe.model_copy(update={"model": recipe.model.model_copy(update={"kernel_backend": backend})})
+        settings = replace(recipe, model=replace(recipe.model, kernel_backend=backend))
         for checkpointed in (False, True):
             columns[label + (", checkpointed" if checkpointed else "")] = estimate(
                 stage_config(config, settings),

@@ -19,7 +19,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> None:
-    expect_extra()
+    from lion_fast.extras import expect
     from lion_fast.training.recipe import load_recipe, shipped_recipe
 
     if args.print_recipe:
@@ -27,17 +27,9 @@ def _run(args: argparse.Namespace) -> None:
         return
     recipe = load_recipe(args.stage, args.config, args.overrides)
     recipe.check_sources()
+    expect("train", "accelerate", "tensorboard")
     from lion_fast.training.run import train
 
     trainer = train(recipe, resume=args.resume)
     if trainer.is_world_process_zero():
         print(f"written to {recipe.output_dir}: model/ loads with LionForCausalLM.from_pretrained")
-
-
-def expect_extra() -> None:
-    try:
-        import accelerate  # noqa: F401
-        import pydantic  # noqa: F401
-        import tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"no package {error.name}; install it with: pip install 'lion-fast[train]'") from error

@@ -5,8 +5,6 @@ import html
 import io
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image
 
 from lion_fast.boxes import PALETTE
@@ -30,6 +28,8 @@ def heat_map(image: Image.Image, patches: np.ndarray) -> Image.Image:
     Args:
         patches: [grid, grid], not negative. Patches are drawn as squares, for nothing is known between them.
     """
+    from matplotlib import colormaps
+
     base = _scaled(image, _MAP_SIDE / max(image.size))
     strength = patches / max(patches.max(), np.finfo(np.float32).tiny)
     colors = Image.fromarray((colormaps["inferno"](strength)[..., :3] * 255).astype(np.uint8))
@@ -39,6 +39,8 @@ def heat_map(image: Image.Image, patches: np.ndarray) -> Image.Image:
 
 def gate_chart(gates: Gates, task: str) -> str:
     """An SVG: the gates of `task` by layer, each adapter's mean over channels as a line, their spread as a band."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
     places, row = np.arange(len(gates.layers)), TASKS.index(task)

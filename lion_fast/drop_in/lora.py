@@ -227,13 +227,13 @@ class KeepsNames:
     mixed_batch: MixedBatch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        whole: Any = super()
+        whole: Any = super(KeepsNames, self)  # noqa: UP008 (PyTorch 2.11 cannot trace it without arguments)
         if self.mixed_batch.names is not None:
             kwargs["adapter_names"] = self.mixed_batch.names  # a checkpoint keeps the arguments
         return whole.__call__(*args, **kwargs)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        whole: Any = super()
+        whole: Any = super(KeepsNames, self)  # noqa: UP008
         if adapter_names is None or self.mixed_batch.names is not None:
             return whole.forward(*args, **kwargs)
         with self.mixed_batch.passing(adapter_names), _naming(self, adapter_names):

@@ -4,21 +4,18 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 
 from lion_fast.boxes import parse_boxes
+from lion_fast.extras import expect
 from lion_fast.quickstart.evaluation import Metrics, is_located
 from lion_fast.quickstart.loop import Run
 from lion_fast.scenes import Sample, Scene
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _INK, MUTED, _GOOD, _BAD = "#1f2933", "#7b8794", "#0b7a4b", "#c0392b"
 _PREDICTED, _TRUE = "#ff2d87", "#ffffff"
@@ -33,6 +30,21 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, which draws into files.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    expect("quickstart", "matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,9 @@ def format_table(rows: dict[str, Metrics]) -> str:
 
 def draw_grid(pieces: Sequence[Showpiece], path: Path, columns: int = 4) -> None:
     """Pictures with the predicted box over the true one, the expression above and the predicted caption below."""
+    plt = pyplot()
+    from matplotlib.lines import Line2D
+
     rows = -(-len(pieces) // columns)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 4.25 * rows), dpi=110, squeeze=False)
@@ -78,7 +93,7 @@ def draw_grid(pieces: Sequence[Showpiece], path: Path, columns: int = 4) -> None
         plt.close(figure)
 
 
-def _draw_piece(axis: Axes, piece: Showpiece) -> None:
+def _draw_piece(axis: "Axes", piece: Showpiece) -> None:
     size = piece.scene.image.width
     axis.imshow(piece.scene.image)
     axis.axis("off")
@@ -104,8 +119,10 @@ def _draw_piece(axis: Axes, piece: Showpiece) -> None:
     )
 
 
-def _draw_box(axis: Axes, box: Sequence[float], size: int, color: str, width: float, style: object) -> None:
+def _draw_box(axis: "Axes", box: Sequence[float], size: int, color: str, width: float, style: object) -> None:
     x1, y1, x2, y2 = (value * size for value in box)
+    from matplotlib.patches import Rectangle
+
     patch = Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width)
     patch.set_linestyle(style)  # type: ignore[arg-type]
     axis.add_patch(patch)
@@ -113,6 +130,7 @@ def _draw_box(axis: Axes, box: Sequence[float], size: int, color: str, width: fl
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """Loss by step for every piece of training, one line per kind of instruction."""
+    plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(runs), figsize=(3.3 * len(runs), 3.1), dpi=110, squeeze=False)
         for axis, run in zip(axes.flat, runs, strict=True):

@@ -5,27 +5,24 @@ lays the user's file over it and `section.key=value` over that.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lion_fast.configuration_lion import TASKS
 from lion_fast.stages import STAGES, Stage, stage_of
+from lion_fast.training.sections import Limits, RecipeError, Section
+
+_Share = Annotated[float, Limits(at_least=0, at_most=1)]
+_Count = Annotated[int, Limits(at_least=1)]
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be followed; the message names each key, what came and what was expected."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Model(_Section):
+@dataclass(frozen=True)
+class Model(Section):
     """Where the weights at the start come from.
 
     Args:
@@ -41,18 +38,20 @@ class Model(_Section):
     frozen_from: str | None
     qformer_from: str | None
     carry_over: list[str]
-    dropout: float | None = Field(ge=0, lt=1)
+    dropout: Annotated[float | None, Limits(at_least=0, below=1)]
     kernel_backend: Literal["auto", "triton", "torch"]
 
 
-class Sources(_Section):
+@dataclass(frozen=True)
+class Sources(Section):
     """Where samples are, per task: JSONL files, directories of shards, or `scenes:SEED:COUNT` for generated ones."""
 
     image_level: list[str]
     region_level: list[str]
 
 
-class Augmentation(_Section):
+@dataclass(frozen=True)
+class Augmentation(Section):
     """What is done to region-level samples in training; their boxes, and the text of them, go with the pixels.
 
     Args:
@@ -61,12 +60,13 @@ class Augmentation(_Section):
         crop_min_scale: shortest part of each side that a cut keeps.
     """
 
-    flip: float = Field(ge=0, le=1)
-    crop: float = Field(ge=0, le=1)
-    crop_min_scale: float = Field(gt=0, le=1)
+    flip: _Share
+    crop: _Share
+    crop_min_scale: Annotated[float, Limits(above=0, at_most=1)]
 
 
-class Data(_Section):
+@dataclass(frozen=True)
+class Data(Section):
     """What is trained and evaluated on, and in which order.
 
     Args:
@@ -93,25 +93,18 @@ class Data(_Section):
     mix: Literal["sample", "step"]
     shuffle: bool
     group_by_length: bool
-    workers: int = Field(ge=0)
-    prefetch: int = Field(ge=1)
+    workers: Annotated[int, Limits(at_least=0)]
+    prefetch: _Count
 
-    @model_validator(mode="before")
-    @classmethod
-    def _ratio_from_list(cls, values: Any) -> Any:
-        ratio = values.get("image_to_region") if isinstance(values, dict) else None
-        return {**values, "image_to_region": tuple(ratio)} if isinstance(ratio, list) else values
-
-    @model_validator(mode="after")
-    def _check(self) -> "Data":
+    def contradictions(self) -> Iterator[str]:
         if min(self.image_to_region) < 1:
-            raise ValueError("image_to_region: expected two whole numbers of 1 or more")
+            yield f"image_to_region: expected two whole numbers of 1 or more, got {self.image_to_region}"
         if self.group_by_length and not self.shuffle:
-            raise ValueError("group_by_length: expected false where shuffle is false, as it changes the order")
-        return self
+            yield "group_by_length: expected false where shuffle is false, as it changes the order, got True"
 
 
-class Optimizer(_Section):
+@dataclass(frozen=True)
+class Optimizer(Section):
     """AdamW and its schedule: linear from `warmup_lr` to `lr`, then a cosine that ends at `min_lr`.
 
     Args:
@@ -119,31 +112,26 @@ class Optimizer(_Section):
         clip: largest norm of all gradients together; 0 does not clip.
     """
 
-    lr: float = Field(gt=0)
-    min_lr: float = Field(ge=0)
-    warmup_lr: float = Field(ge=0)
-    warmup_steps: int = Field(ge=0)
+    lr: Annotated[float, Limits(above=0)]
+    min_lr: Annotated[float, Limits(at_least=0)]
+    warmup_lr: Annotated[float, Limits(at_least=0)]
+    warmup_steps: Annotated[int, Limits(at_least=0)]
     betas: tuple[float, float]
-    weight_decay: float = Field(ge=0)
-    boost_lr_scale: float = Field(gt=0)
-    clip: float = Field(ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _betas_from_list(cls, values: Any) -> Any:
-        betas = values.get("betas") if isinstance(values, dict) else None
-        return {**values, "betas": tuple(betas)} if isinstance(betas, list) else values
+    weight_decay: Annotated[float, Limits(at_least=0)]
+    boost_lr_scale: Annotated[float, Limits(above=0)]
+    clip: Annotated[float, Limits(at_least=0)]
 
 
-class Batch(_Section):
+@dataclass(frozen=True)
+class Batch(Section):
     """Samples per optimizer step over all processes, and how many a process takes at a time.
 
     What is left of `size` is accumulated; the loss is weighed by target tokens over the whole of it, so neither
     `per_process` nor the number of processes changes the step, but for `per_process` what dropout drops.
     """
 
-    size: int = Field(ge=1)
-    per_process: int = Field(ge=1)
+    size: _Count
+    per_process: _Count
 
     def accumulation(self, processes: int) -> int:
         """Micro-batches per step and process.
@@ -159,24 +147,27 @@ class Batch(_Section):
         return self.size // (self.per_process * processes)
 
 
-class Evaluation(_Section):
+@dataclass(frozen=True)
+class Evaluation(Section):
     """Args: every: steps between evaluations; samples: how many of the data at most; pictures: how many are drawn."""
 
-    every: int = Field(ge=1)
-    samples: int = Field(ge=1)
-    pictures: int = Field(ge=0)
-    max_new_tokens: int = Field(ge=1)
-    num_beams: int = Field(ge=1)
+    every: _Count
+    samples: _Count
+    pictures: Annotated[int, Limits(at_least=0)]
+    max_new_tokens: _Count
+    num_beams: _Count
 
 
-class Checkpoints(_Section):
+@dataclass(frozen=True)
+class Checkpoints(Section):
     """Args: every: steps between checkpoints; keep: how many of the newest stay."""
 
-    every: int = Field(ge=1)
-    keep: int = Field(ge=1)
+    every: _Count
+    keep: _Count
 
 
-class Recipe(_Section):
+@dataclass(frozen=True)
+class Recipe(Section):
     """All settings of one run.
 
     Args:
@@ -190,19 +181,19 @@ class Recipe(_Section):
         log_every: steps between points of the curves.
     """
 
-    stage: int = Field(ge=1, le=len(STAGES))
+    stage: Annotated[int, Limits(at_least=1, at_most=len(STAGES))]
     output_dir: str
     model: Model
     data: Data
     optimizer: Optimizer
     batch: Batch
-    steps: int = Field(ge=1)
-    seed: int = Field(ge=0)
+    steps: _Count
+    seed: Annotated[int, Limits(at_least=0)]
     precision: Literal["bf16", "fp32"]
     gradient_checkpointing: bool
     on_nonfinite: Literal["stop", "skip"]
     parallel: Literal["ddp", "fsdp"]
-    log_every: int = Field(ge=1)
+    log_every: _Count
     evaluation: Evaluation
     checkpoints: Checkpoints
 
@@ -259,24 +250,12 @@ def load_recipe(stage: int, file: str | Path | None = None, overrides: Sequence[
         settings = _laid_over(settings, _parse_override(override))
     if settings["stage"] != stage:
         raise RecipeError(f"stage: expected {stage} (the stage that was asked for), got {settings['stage']!r}")
-    return parse_recipe(settings)
-
-
-def parse_recipe(settings: dict[str, Any]) -> Recipe:
-    """A recipe from plain data, as `Recipe.model_dump` gives it.
-
-    Raises:
-        RecipeError: listing every key that is missing, unknown or of the wrong kind.
-    """
-    try:
-        return Recipe.model_validate(settings)
-    except ValidationError as error:
-        raise RecipeError("; ".join(map(_explain, error.errors()))) from None
+    return Recipe.read(settings)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The YAML of a recipe, every key written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(recipe.plain(), sort_keys=False)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -361,23 +340,3 @@ def _at(settings: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
-
-
-def _explain(error: Any) -> str:
-    name = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"{name}: unknown key; expected one of {', '.join(_keys_beside(error['loc']))}"
-    if error["type"] == "missing":
-        return f"{name}: missing"
-    expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{name}: expected {expected}, got {error['input']!r}"
-
-
-def _keys_beside(location: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)

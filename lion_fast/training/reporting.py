@@ -1,5 +1,6 @@
 """Curves and pictures for TensorBoard."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,16 @@ import numpy as np
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lion_fast.extras import MissingExtraError, expect
+
+logger = logging.getLogger(__name__)
+
 
 class TensorBoardCurves(TrainerCallback):
     """Writes every logged number and the evaluation's pictures to `OUTPUT/tensorboard`.
 
     transformers' own callback does not purge what a killed run wrote after the checkpoint that the next goes on from.
+    Where TensorBoard is not installed a warning says so, and the curves are in `trainer_state.json` alone.
     """
 
     def __init__(self):
@@ -19,6 +25,11 @@ class TensorBoardCurves(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
+            try:
+                expect("train", "tensorboard")
+            except MissingExtraError as error:
+                logger.warning("no curves for TensorBoard: %s", error)
+                return
             from torch.utils.tensorboard import SummaryWriter
 
             log_dir = Path(args.output_dir or ".") / "tensorboard"

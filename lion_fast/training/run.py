@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
@@ -18,6 +17,7 @@ from lion_fast.data.loader import start_method
 from lion_fast.data.order import TrainingOrder
 from lion_fast.data.records import DataError
 from lion_fast.data.seeding import seed_everything
+from lion_fast.extras import expect
 from lion_fast.loading import load_complete
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
@@ -45,8 +45,9 @@ def train(
 ) -> LionTrainer:
     """Run one stage; under `torchrun` on all its processes.
 
-    Written to `recipe.output_dir`: `recipe.yaml`, `checkpoint-N/`, `tensorboard/`, `pictures/` and at the end `model/`,
-    which `LionForCausalLM.from_pretrained` and `LionProcessor.from_pretrained` load.
+    Written to `recipe.output_dir`: `recipe.yaml`, `checkpoint-N/`, `tensorboard/` (where TensorBoard is installed),
+    `pictures/` and at the end `model/`, which `LionForCausalLM.from_pretrained` and `LionProcessor.from_pretrained`
+    load.
 
     Args:
         recipe: see `load_recipe`.
@@ -65,7 +66,11 @@ def train(
         DataError: for a line or picture that cannot be used, unless `data.skip_bad`.
         NonFiniteError: a loss or gradient is NaN or infinite.
         OSError: a file cannot be read or written, as on a full disk; the newest checkpoint is whole.
+        MissingExtraError: accelerate is not installed, which transformers' Trainer needs.
     """
+    expect("train", "accelerate")
+    from accelerate.utils import broadcast_object_list
+
     run_dir = Path(recipe.output_dir)
     if train_samples is None:
         recipe.check_sources()
@@ -112,7 +117,7 @@ def prepare_run(recipe: Recipe, run_dir: Path, resume: bool) -> str | None:
             f"output_dir: expected a folder without checkpoints, got {run_dir}; resume the run, or name another folder"
         )
     if resume and begun.is_file():
-        check_resumable(yaml.safe_load(begun.read_text(encoding="utf-8")), recipe.model_dump(mode="json"))
+        check_resumable(yaml.safe_load(begun.read_text(encoding="utf-8")), recipe.plain())
     run_dir.mkdir(parents=True, exist_ok=True)
     saving.clear_aside(run_dir)
     with whole_or_not(begun) as unfinished:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -84,6 +83,8 @@ class LionTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.recipe.parallel == "fsdp" and not self.is_fsdp_enabled:
+            from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
             # accelerate takes FSDP up on several GPUs only. FSDP2 works over gloo, and on one process, too: without
             # this the model would be copied, and a sharded checkpoint not be read.
             state: Any = self.accelerator.state

@@ -15,20 +15,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import safehttpx
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 from torch import Tensor
 
 from lion_fast.boxes import PALETTE
 from lion_fast.cli import demo as command
 from lion_fast.cli import main
 from lion_fast.demo.answering import Answerer
-from lion_fast.demo.page import MAX_FILE_BYTES
-from lion_fast.demo.server import serving
+from tests.extras import needs
+
+needs("gradio", "demo")
+needs("playwright.sync_api", "test")
+
+import httpx  # noqa: E402
+import safehttpx  # noqa: E402
+from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+
+from lion_fast.demo.page import MAX_FILE_BYTES  # noqa: E402
+from lion_fast.demo.server import serving  # noqa: E402
 
 BLUE, GREEN = (20, 40, 200), (30, 160, 60)
 BOX = "[0.250,0.500,0.750,1.000]"

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lion_fast import apply_lion_kernels
+from tests.extras import needs
 from tests.lion_fast.gradients import expect_same_gradients
 
-peft = pytest.importorskip("peft", reason="the models are of PEFT")
+peft = needs("peft", "test")
 
 NAMES = ["first", "__base__", "second"]
 Results = tuple[Tensor, dict[str, Tensor]]

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast import LionForCausalLM
+from tests.extras import needs
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -256,7 +257,7 @@ def test_parameters_of_the_whole_model_may_be_offloaded(
     make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
 ) -> None:
     """Those that belong to no part, too: they come for the model's call, which `generate` goes by."""
-    accelerate = pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    accelerate = needs("accelerate", "train")
     model, batch = make_model(family), make_batch()
     expected = model.generate(**batch, max_new_tokens=3)
     model.save_pretrained(tmp_path)

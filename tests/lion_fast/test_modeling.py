@@ -22,6 +22,7 @@ from lion_fast.adapters import MixtureOfAdapters
 from lion_fast.configuration_lion import FLAN_T5_XL
 from lion_fast.expect import expect_ids
 from lion_fast.modeling_lion import token_cross_entropy
+from tests.extras import needs
 
 FAMILIES = ("t5", "llama", "qwen2", "qwen3")
 Make = Callable[..., LionForCausalLM]
@@ -328,7 +329,7 @@ def test_autocast_trains_float32_weights(make_model: Make, make_batch: MakeBatch
 
 
 def test_device_map(make_model: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    needs("accelerate", "train")
     model, batch = make_model(), make_batch(labels=True)
     model.save_pretrained(tmp_path)
     loaded = LionForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
@@ -340,7 +341,7 @@ def test_offloaded_parts_are_there_when_used(
     make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
 ) -> None:
     """As `device_map="auto"` does with what does not fit: parameters come from the disk for a module's own call."""
-    pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    needs("accelerate", "train")
     model, batch = make_model(family), make_batch(labels=True)
     model.save_pretrained(tmp_path)
     parts = [name for name, _ in model.named_children()]

@@ -17,6 +17,7 @@ import lion_fast.operators
 from lion_fast import LionForCausalLM
 from lion_fast.attention import KERNEL_ATTENTION
 from lion_fast.stages import STAGES, freeze_for_stage, parameter_groups
+from tests.extras import needs
 from tests.lion_fast.gradients import expect_same_gradients
 
 Make = Callable[..., LionForCausalLM]
@@ -260,7 +261,7 @@ def test_other_activations_are_left_to_transformers(make_model: Make, make_batch
 def test_offloaded_parts_are_there_when_used(
     make_model: Make, make_batch: MakeBatch, tmp_path: Path, calls: Calls, family: str
 ) -> None:
-    pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    needs("accelerate", "train")
     model, batch = make_model(family, kernel_backend="triton"), make_batch(labels=True)
     model.save_pretrained(tmp_path)
     parts = [name for name, _ in model.named_children()]

@@ -17,6 +17,7 @@ from lion_fast.configuration_lion import FLAN_T5_XL
 from lion_fast.modeling_vision import FusedProjection
 from lion_fast.quantization import KEPT_MODULES, keep_trained_modules
 from lion_fast.stages import STAGES
+from tests.extras import needs
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -138,7 +139,7 @@ def test_xl_in_bfloat16_leaves_room_on_24_gigabytes(published: dict[str, LionFor
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_answers_in_fewer_bits(make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str, bits: int) -> None:
-    pytest.importorskip("bitsandbytes", reason="8 and 4 bits need bitsandbytes")
+    needs("bitsandbytes", "quantize")
     text = make_model(family).config.text_config.to_dict()
     t5, decoder = (
         {"d_model": 64, "d_ff": 128, "d_kv": 16},

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from lion_fast import LionForCausalLM
+from tests.extras import needs
 
-pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+needs("accelerate", "train")
 
 Make = Callable[..., LionForCausalLM]
 Samples = list[dict[str, Tensor]]

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from lion_fast.bulk.outputs import Journal, Output, open_output, read_rows
+from tests.extras import needing, needs
 
-pq = pytest.importorskip("pyarrow.parquet")
+NEEDS_PYARROW = needing("pyarrow", "parquet")
+NAMES = ["rows.jsonl", pytest.param("rows.parquet", marks=NEEDS_PYARROW)]
 FIELDS = ("id", "caption", "error")
 
 
@@ -22,7 +24,7 @@ def open_rows(path: Path, rows_per_part: int = 4) -> Output:
 
 
 def content(path: Path) -> list[dict]:
-    return pq.read_table(path).to_pylist() if path.is_dir() else list(read_rows(path))
+    return needs("pyarrow.parquet", "parquet").read_table(path).to_pylist() if path.is_dir() else list(read_rows(path))
 
 
 def by_id(found: list[dict]) -> list[dict]:
@@ -56,7 +58,7 @@ def test_a_long_torn_line_is_cut_off(tmp_path: Path) -> None:
     assert path.stat().st_size == size
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_several_processes_wrote_becomes_one(tmp_path: Path, name: str) -> None:
     output = open_rows(tmp_path / name)
     output.settle()
@@ -75,7 +77,7 @@ def test_what_several_processes_wrote_becomes_one(tmp_path: Path, name: str) -> 
     assert found == (parts if name == "rows.parquet" else [name])
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_that_were_moved_are_not_moved_again(tmp_path: Path, name: str) -> None:
     """A kill between the moving of a journal's rows and its removal."""
     output = open_rows(tmp_path / name)
@@ -92,6 +94,7 @@ def test_rows_that_were_moved_are_not_moved_again(tmp_path: Path, name: str) -> 
     assert not output._journals()
 
 
+@NEEDS_PYARROW
 def test_a_part_that_was_not_finished_is_removed(tmp_path: Path) -> None:
     output = open_rows(tmp_path / "rows.parquet")
     writer = output.open(0, 1)

@@ -26,17 +26,19 @@ from lion_fast.cli import main
 from lion_fast.configuration_ram import RamConfig
 from lion_fast.images import load_image
 from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from tests.extras import needing, needs
 from tests.lion_fast.bulk.inputs import CORRUPT, COUNT
 
 MakeJob = Callable[..., BulkJob]
 Start = Callable[..., Any]
+NEEDS_PYARROW = needing("pyarrow", "parquet")
 PATIENCE = 300  # seconds for a process to get on with it, on machines that do other work too
 
 
 def rows_of(job: BulkJob) -> list[dict[str, Any]]:
     path = Path(job.out)
     if path.is_dir():
-        return pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+        return needs("pyarrow.parquet", "parquet").read_table(path).to_pylist()
     return list(read_rows(path))
 
 
@@ -88,6 +90,7 @@ def test_places_are_what_single_calls_give(make_job: MakeJob, pictures: Path, as
         assert row["boxes"] == parse_boxes(answer, load_image(row["id"]).size)
 
 
+@NEEDS_PYARROW
 def test_boxes_are_in_pixels(make_job: MakeJob, pictures: Path, checkpoint: Path, monkeypatch) -> None:
     """With a model that answers with a box, whatever it is asked."""
     tokenizer = LionProcessor.from_pretrained(checkpoint).tokenizer
@@ -112,7 +115,7 @@ def parsed(captions: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in captions.splitlines()]
 
 
-@pytest.mark.parametrize("out", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("out", ["rows.jsonl", pytest.param("rows.parquet", marks=NEEDS_PYARROW)])
 def test_kills_change_nothing(make_job: MakeJob, start: Start, captions: bytes, out: str) -> None:
     """Three kills by SIGKILL at any moment, after one of which the disk holds but a part of the last row."""
     rng = random.Random(out)
@@ -153,7 +156,7 @@ def ids_of(job: BulkJob) -> set[str]:
     for path in written(job):
         try:
             if path.suffix == ".parquet":
-                found |= set(pytest.importorskip("pyarrow.parquet").read_table(path, columns=["id"])["id"].to_pylist())
+                found |= set(needs("pyarrow.parquet", "parquet").read_table(path, columns=["id"])["id"].to_pylist())
             else:
                 found |= {json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]}
         except FileNotFoundError:  # moved in between
@@ -218,6 +221,7 @@ def test_two_processes_share_the_work(make_job: MakeJob, start_two: Callable[...
     assert [path.name for path in written(job)] == ["rows.jsonl"]
 
 
+@NEEDS_PYARROW
 def test_two_processes_finish(make_job: MakeJob, start_two: Callable[..., list[Any]], captions: bytes) -> None:
     job = make_job(out="rows.parquet")
     processes = start_two(job)
@@ -230,7 +234,7 @@ def test_two_processes_finish(make_job: MakeJob, start_two: Callable[..., list[A
 @pytest.mark.slow
 def test_ray_gives_the_same_rows(make_job: MakeJob, captions: bytes) -> None:
     """Two workers on a cluster of this machine alone; the second run finds half of the rows there."""
-    pytest.importorskip("ray", reason="Ray is not installed")
+    needs("ray", "ray")
     job = make_job()
     lines = captions.splitlines(keepends=True)
     code = (

@@ -18,6 +18,7 @@ from lion_fast.bulk.preparing import Preparer
 from lion_fast.bulk.sources import Item, Source, find_files, open_source
 from lion_fast.data import JsonlDataset, write_shards
 from lion_fast.images import load_image
+from tests.extras import needs
 
 COLORS = ("red", "green", "blue", "white", "black")
 Open = Callable[..., Source]
@@ -146,7 +147,7 @@ def test_bad_lines_are_inputs_with_an_error() -> None:
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("kind", ["paths", "bytes", "structs"])
 def test_parquet(kind: str) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pa, pq = needs("pyarrow", "parquet"), needs("pyarrow.parquet", "parquet")
     contents = [Path("photos", name).read_bytes() for name in names()]
     structs = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(contents)]
     structs[4] = {"bytes": None, "path": "photos/more/e.png"}

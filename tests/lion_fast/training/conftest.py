@@ -109,4 +109,4 @@ def tagger_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start() -> Iterator[Callable[..., Any]]:
     """Start a `training_process`."""
     with starting(PROCESS, ["lion_fast.training.run", "lion_fast.training.fsdp2", "torch.utils.tensorboard"]) as begin:
-        yield lambda recipe, **arguments: begin(recipe=recipe.model_dump(mode="json"), **arguments)
+        yield lambda recipe, **arguments: begin(recipe=recipe.plain(), **arguments)

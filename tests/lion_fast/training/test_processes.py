@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     recipe = make_recipe(3, "steps=4")
     group: dict[str, Any] = {"engine": engine}
     group |= {"rank": 0, "port": free_port()} if engine == "fsdp2" else {}
-    train(recipe.model_copy(update={"output_dir": str(tmp_path / "whole")}))
+    train(replace(recipe, output_dir=str(tmp_path / "whole")))
     size = (tmp_path / "whole" / "model" / "model.safetensors").stat().st_size
     process = start(recipe, file_limit=size // 4, error_to=str(tmp_path / "error"), **group)
     process.join(timeout=300)

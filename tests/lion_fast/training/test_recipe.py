@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import get_scheduler
 from lion_fast.stages import parameter_groups
 from lion_fast.training import RecipeError, load_recipe, shipped_recipe
 from lion_fast.training.data import open_training_data
-from lion_fast.training.recipe import check_resumable
+from lion_fast.training.recipe import Recipe, check_resumable
 from lion_fast.training.run import SCHEDULE, build_model, schedule_rates, training_order
 from tests.lion_fast.training.runs import MakeRecipe
 
@@ -38,7 +39,7 @@ def test_shipped_recipes_are_whole(stage: int) -> None:
         ("optimizer.lr='1e-4'", "optimizer.lr: expected a valid number, got '1e-4'"),
         ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, got -1"),
         ("precision=fp16", "precision: expected 'bf16' or 'fp32', got 'fp16'"),
-        ("optimizer=3", "optimizer: expected a valid dictionary or instance of Optimizer, got 3"),
+        ("optimizer=3", "optimizer: expected keys with values, got 3"),
         ("data.image_to_region=[0,1]", "image_to_region: expected two whole numbers of 1 or more"),
         ("data.augmentation.flip=2", "data.augmentation.flip: expected less than or equal to 1, got 2"),
         ("data.augmentation.turn=1", "data.augmentation.turn: unknown key; expected one of flip, crop, crop_min_scale"),
@@ -53,6 +54,32 @@ def test_errors_name_the_key(override: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(1, overrides=[override])
     assert message in str(caught.value)
+
+
+def test_a_recipe_is_checked_where_it_is_made(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    assert Recipe.read(recipe.plain()) == recipe
+    assert type(make_recipe(3, "optimizer.clip=1").optimizer.clip) is float
+    for section, changed, message in (
+        (recipe.optimizer, {"lr": -1.0}, "lr: expected greater than 0, got -1.0"),
+        (recipe.optimizer, {"lr": float("nan")}, "lr: expected greater than 0, got nan"),
+        (recipe.optimizer, {"betas": (0.9,)}, "betas: expected a list of 2, got (0.9,)"),
+        (recipe.optimizer, {"betas": (0.9, "x")}, "betas.1: expected a valid number, got 'x'"),
+        (recipe.model, {"dropout": True}, "dropout: expected a valid number or null, got True"),
+        (recipe.data, {"shuffle": False, "group_by_length": True}, "group_by_length: expected false where shuffle"),
+        (
+            recipe,
+            {"data": None, "seed": -1},
+            "data: expected Data, got None; seed: expected greater than",
+        ),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            replace(section, **changed)
+        assert str(caught.value).startswith(message)
+    settings = recipe.plain()
+    del settings["batch"]["size"], settings["seed"]
+    with pytest.raises(RecipeError, match=r"^batch.size: missing; seed: missing$"):
+        Recipe.read(settings)
 
 
 def test_a_file_lies_over_the_stage_s_recipe(tmp_path: Path) -> None:
@@ -90,10 +117,10 @@ def test_data_and_model_are_asked_for_first(make_recipe: MakeRecipe) -> None:
 
 
 def test_a_run_goes_on_only_as_it_began(make_recipe: MakeRecipe) -> None:
-    began = make_recipe().model_dump(mode="json")
-    check_resumable(began, make_recipe(3, "batch.per_process=4", "checkpoints.keep=1").model_dump(mode="json"))
+    began = make_recipe().plain()
+    check_resumable(began, make_recipe(3, "batch.per_process=4", "checkpoints.keep=1").plain())
     with pytest.raises(RecipeError, match=r"optimizer.lr: expected 0.001, with which the run began, got 0.002"):
-        check_resumable(began, make_recipe(3, "optimizer.lr=2e-3").model_dump(mode="json"))
+        check_resumable(began, make_recipe(3, "optimizer.lr=2e-3").plain())
 
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum(make_recipe: MakeRecipe) -> None:

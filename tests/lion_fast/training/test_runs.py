@@ -1,6 +1,7 @@
 """Runs in this process: the stages, the golden curve, exactness, losses that are not finite, damaged checkpoints."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from lion_fast.training import NonFiniteError, saving, shipped_recipe, train
 from lion_fast.training.data import SAMPLE_IDS, SceneSamples
 from lion_fast.training.evaluation import evaluate
 from lion_fast.training.run import build_model
+from tests.extras import needing
 from tests.lion_fast.training.runs import MakeRecipe, losses_of, weights_of
 
 
+@needing("tensorboard", "train")
 def test_the_command_trains_the_stages_and_carries_over(
     make_recipe: MakeRecipe, tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +67,7 @@ def test_the_command_trains_the_stages_and_carries_over(
     assert "output_dir: expected a folder without checkpoints" in capsys.readouterr().err
 
 
+@needing("tensorboard", "train")
 def test_the_command_says_what_is_wrong(tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--stage", "1", f"output_dir={tmp_path}"]
     assert main([*argv, "--print-recipe"]) == 0
@@ -77,6 +81,17 @@ def test_the_command_says_what_is_wrong(tiny_lion: Path, tmp_path: Path, capsys:
         err = capsys.readouterr().err
         assert message in err
         assert len(err.strip().splitlines()) == 1
+
+
+def test_curves_are_left_out_without_tensorboard(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    recipe = make_recipe(3, "steps=2")
+    train(recipe)
+    assert "no package tensorboard; install it with: pip install 'lion-fast[train]'" in caplog.text
+    assert not (Path(recipe.output_dir) / "tensorboard").exists()
+    assert len(losses_of(recipe.output_dir)) == 2
 
 
 class GoldenSamples(Dataset):

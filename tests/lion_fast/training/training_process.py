@@ -43,12 +43,12 @@ def main(
     import torch
 
     torch.set_num_threads(1)
-    from lion_fast.training.recipe import parse_recipe
+    from lion_fast.training.recipe import Recipe
 
     operations = watch_files(Path(recipe["output_dir"]), kill_at)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    parsed = parse_recipe({**recipe, "data": {**recipe["data"], "image_to_region": (1, 1)}})
+    parsed = Recipe.read({**recipe, "data": {**recipe["data"], "image_to_region": [1, 1]}})
     try:
         if engine == "fsdp2":
             import torch.distributed as dist

@@ -1,0 +1,282 @@
+"""A Triton cache for a Hopper GPU, made where there is none, so that minutes on one are not spent on compiling.
+
+    python benchmarks/triton_cache.py make FILE.tar.xz        # with the GPU machine's Python and Triton
+    python benchmarks/triton_cache.py verify FILE.tar.xz      # in a folder of its own: is every launch found?
+    python benchmarks/triton_cache.py unpack FILE.tar.xz DIR  # on the GPU machine
+    TRITON_CACHE_DIR=DIR TRITON_DISABLE_LINE_INFO=1 lion-fast check
+
+`make` runs `lion-fast check`'s cases on the CPU under Triton's own driver, over a library that stands in for
+libcuda.so.1 (libcuda_stand_in.c): launches are specialised, compiled for sm_90 and cached by the code that does so on a
+GPU, and compute nothing. A launch's key is made of Triton's files, ptxas' version, the kernel's source and line, types,
+constants, which arguments are multiples of 16, and options, and of no path. The C launchers, 0.4 seconds each, are
+cached likewise by their source. Line information is left out on both sides: it is part of the key.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+DTYPES = ("bfloat16", "float16", "float32")
+MANIFEST = "lion_fast.json"
+# Both sides set the first, which is part of the key. The second leaves intermediate languages out of the cache.
+SETTINGS = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_STORE_BINARY_ONLY": "1"}
+OTHER_KEYS = ("TRITON_PTXAS_PATH", "TRITON_INTERPRET", "TRITON_DEBUG")  # of the environment, which are not to be set
+
+
+def fingerprint() -> str:
+    """Of what all keys have in common: Triton's own files, and the assembler that it brings."""
+    from triton.backends.nvidia.compiler import get_ptxas_version
+    from triton.runtime.cache import triton_key
+
+    parts = triton_key(), get_ptxas_version(90), ".".join(map(str, sys.version_info[:2]))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class What:
+    """Which launches: of these operators' cases in these dtypes, and of those that the check times, in bfloat16."""
+
+    dtypes: tuple[str, ...]
+    operators: tuple[str, ...]
+    timed: bool
+
+    def arguments(self) -> list[str]:
+        timed = "--timed" if self.timed else "--no-timed"
+        return ["--dtypes", *self.dtypes, *(["--operators", *self.operators] if self.operators else []), timed]
+
+
+def make(out: Path, what: What, processes: int) -> None:
+    """Write the cache of every launch that the check makes.
+
+    Raises:
+        RuntimeError: a process has failed.
+        OSError: `out` cannot be written.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = record(Path(folder), what, processes)
+        seconds = time.perf_counter() - start
+        manifest = {"fingerprint": fingerprint(), "what": asdict(what), **counts}
+        files = pack(Path(folder), out, manifest)
+    size = out.stat().st_size / 2**20
+    print(f"{out}: {size:.1f} MiB, {files} files; {describe(counts)}, in {seconds:.0f} s; fingerprint {fingerprint()}")
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """Lay a cache out for this machine's processes: Triton's lists of files hold absolute paths.
+
+    Raises:
+        ValueError: it was made with another Triton, ptxas or Python, so that nothing would be found in it.
+    """
+    with tarfile.open(file) as archive:
+        manifest = archive.extractfile(MANIFEST)
+        made_for = json.load(manifest)["fingerprint"] if manifest else None
+        if made_for != fingerprint():
+            raise ValueError(f"{file}: made for {made_for}, and here is {fingerprint()}: another Triton")
+        folder.mkdir(parents=True, exist_ok=True)
+        archive.extractall(folder, filter="data")
+    for group in folder.glob("*/__grp__*"):
+        names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
+        paths = {name: str(group.resolve().parent / name) for name in names}
+        group.write_text(json.dumps({"child_paths": paths}), encoding="utf-8")
+
+
+def verify(file: Path, processes: int) -> bool:
+    """Whether the launches that the cache was made of find all they need in it, and compile and build nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(file, Path(folder))
+        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        counts = record(Path(folder), What(**manifest["what"]), processes)
+    print(f"{file}: {describe(counts)}")
+    return not counts["compiled"] and not counts["built"] and counts["found"] > 0
+
+
+def describe(counts: dict[str, int]) -> str:
+    return (
+        f"{counts['found'] + counts['compiled']} kernels loaded, {counts['compiled']} of them compiled, "
+        f"{counts['built']} launchers built"
+    )
+
+
+def record(folder: Path, what: What, processes: int) -> dict[str, int]:
+    """Fill or use the cache in `folder`, the cases shared out among processes; what they counted, added up."""
+    with tempfile.TemporaryDirectory() as libraries:
+        build_stand_in(Path(libraries))
+        environment = {name: value for name, value in os.environ.items() if name not in OTHER_KEYS}
+        environment |= SETTINGS | {"TRITON_CACHE_DIR": str(folder), "TRITON_LIBCUDA_PATH": libraries}
+        paths = [*(str(ROOT / part) for part in (".", "kernels", "reference")), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        command = [sys.executable, __file__, "record", *what.arguments()]
+        running = [
+            subprocess.Popen([*command, "--share", f"{n}/{processes}"], env=environment, stdout=subprocess.PIPE)
+            for n in range(processes)
+        ]
+        counts: Counter[str] = Counter(found=0, compiled=0, built=0)
+        outputs = [process.communicate()[0] for process in running]
+    for process, output in zip(running, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(map(str, process.args))} ended with {process.returncode}")
+        counts.update(json.loads(output.splitlines()[-1]))
+    return dict(counts)
+
+
+def build_stand_in(folder: Path) -> None:
+    """libcuda.so.1, for Triton's launchers to be linked with and for the processes that run them."""
+    from triton.backends.nvidia.driver import include_dirs
+
+    command = [os.environ.get("CC", "cc"), str(HERE / "libcuda_stand_in.c"), "-shared", "-fPIC"]
+    command += [f"-I{path}" for path in include_dirs] + ["-Wl,-soname,libcuda.so.1"]
+    subprocess.run([*command, "-o", str(folder / "libcuda.so.1")], check=True)
+
+
+def pack(folder: Path, out: Path, manifest: dict[str, Any]) -> int:
+    """Everything that a launch reads, without the locks; how many files that is."""
+    files = [path for path in sorted(folder.glob("*/*")) if path.is_file() and path.name != "lock"]
+    with tarfile.open(out, "w:xz", preset=6) as archive:
+        content = json.dumps(manifest).encode()
+        entry = tarfile.TarInfo(MANIFEST)
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+        for path in files:
+            archive.add(path, str(path.relative_to(folder)))
+    return len(files)
+
+
+def record_share(what: What, number: int, count: int) -> dict[str, int]:
+    """In a process of its own: one of `count` shares of the check's cases; what was found, compiled and built."""
+    ctypes.CDLL(str(Path(os.environ["TRITON_LIBCUDA_PATH"]) / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    import torch
+    import triton
+
+    from lion_fast.check.cases import CASES, TIMED
+    from lion_fast.check.compare import leaves, make_tensors, results_of
+
+    # PyTorch finds the stand-in, too, and no GPU behind it.
+    warnings.filterwarnings("ignore", message="CUDA initialization")
+    counts: Counter[str] = Counter()
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        counts["found" if cache_hit else "compiled"] += 1
+
+    real_build = triton.runtime.build._build
+
+    def build(*arguments: Any, **keywords: Any) -> str:
+        counts["built"] += 1
+        return real_build(*arguments, **keywords)
+
+    runs = [(case, getattr(torch, dtype)) for dtype in what.dtypes for case in CASES]
+    runs += [(case, torch.bfloat16) for case in TIMED if what.timed and "bfloat16" in what.dtypes]
+    runs = [(case, dtype) for case, dtype in runs if not what.operators or case.operator in what.operators]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton.runtime.build, "_build", build))
+        stack.enter_context(mock.patch.object(triton.knobs.compilation, "listener", listen))
+        as_on_a_gpu(stack)
+        for case, dtype in itertools.islice(runs, number, None, count):
+            with mock.patch.object(torch, "randn", zeros) if case.cost else ExitStack():
+                tensors = make_tensors(case, dtype, torch.device("cpu"))
+            results_of(case.run, leaves(tensors))
+            with torch.no_grad():
+                case.run(tensors)
+    return dict(counts)
+
+
+def zeros(*size: int, generator: Any = None, **options: Any) -> Any:
+    """In the place of `torch.randn`, for large inputs: nothing looks at their values."""
+    import torch
+
+    return torch.zeros(*size, **options)
+
+
+def as_on_a_gpu(stack: ExitStack) -> None:
+    """Let tensors on the CPU be launched on as if they were a Hopper GPU's, until the stack is left."""
+    import torch
+    import triton
+    from triton.backends.nvidia.driver import CudaDriver
+
+    import lion_kernels
+    from lion_kernels import backend, rows
+
+    class Hopper(CudaDriver):
+        def __init__(self) -> None:
+            super().__init__()
+            answers = {"get_device_capability": (9, 0), "get_current_device": 0, "get_current_stream": 0}
+            for name, answer in answers.items():
+                setattr(self, name, lambda *_, answer=answer: answer)
+
+    hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)
+    partial_sums = rows.partial_sums
+    stand_ins = {
+        "interpreting": lambda: True,  # on a CPU nothing else launches
+        "refuse_uninterpretable": lambda **_: None,
+        "can_read": lambda ids: False,
+        "partial_sums": lambda tiles, warps, device, **more: partial_sums(tiles, warps, torch.device("cuda"), **more),
+    }
+    stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Hopper()))
+    stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=hopper))
+    stack.enter_context(mock.patch.object(backend, "_INTERPRETING", True))
+    for info in pkgutil.iter_modules(lion_kernels.__path__):
+        if info.name == "__main__":
+            continue
+        module = importlib.import_module(f"lion_kernels.{info.name}")
+        for name, stand_in in stand_ins.items():
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, stand_in))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    making, unpacking, verifying, recording = map(actions.add_parser, ("make", "unpack", "verify", "record"))
+    for action in (making, unpacking, verifying):
+        action.add_argument("file", type=Path)
+    unpacking.add_argument("folder", type=Path)
+    for action in (making, verifying):
+        action.add_argument("--processes", type=int, default=2)
+    for action in (making, recording):
+        action.add_argument("--operators", nargs="+", default=[], metavar="NAME", help="default: all")
+        action.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+        timed = "what the check takes the time of, too, in bfloat16 (default: yes)"
+        action.add_argument("--timed", action=argparse.BooleanOptionalAction, default=True, help=timed)
+    recording.add_argument("--share", required=True)
+    args = parser.parse_args()
+    if args.action in ("make", "record"):
+        what = What(tuple(args.dtypes), tuple(args.operators), args.timed)
+        if args.action == "make":
+            make(args.file, what, args.processes)
+        else:
+            number, _, count = args.share.partition("/")
+            print(json.dumps(record_share(what, int(number), int(count))))
+    elif args.action == "unpack":
+        try:
+            unpack(args.file, args.folder)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+    else:
+        return 0 if verify(args.file, args.processes) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What the library does where the packages of its extras are not installed.
+
+In a process that finds none of them: the packages are there when the tests run in CI.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Modules that are made of a package of an extra, and import it at once: whoever imports them has seen to it.
+OWN_ROOMS = {
+    "lion_fast.demo.page": "gradio",
+    "lion_fast.demo.server": "gradio",
+    "lion_fast.drop_in.lora": "peft",
+}
+IMPORT_NAMES = {"flash-attn": "flash_attn"}
+
+COMMANDS = {
+    "train": ("accelerate", "train", "--stage 1 model.frozen_from=X data.train.image_level=['scenes:0:4']"),
+    "demo": ("gradio", "demo", "--model ."),
+    "quickstart": ("matplotlib", "quickstart", "--output {out}"),
+    "claims": ("matplotlib", "quickstart", "--output {out}"),
+    "caption": ("pyarrow", "parquet", "docs/images --model . --out {out}.parquet"),
+    "locate": ("ray", "ray", "docs/images --model . --out {out}.jsonl --ray-workers 1"),
+    "bench": ("matplotlib", "quickstart", "report --page {out}.md"),
+}
+
+CODE = """
+import contextlib, importlib, io, json, pkgutil, sys
+from importlib.machinery import PathFinder
+
+blocked, commands = map(json.loads, sys.argv[1:])
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        return None if fullname.split(".")[0] in blocked else super().find_spec(fullname, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+import lion_fast, lion_kernels, lion_reference
+
+names, failed, said = [], {}, {}
+for package in (lion_fast, lion_kernels, lion_reference):
+    names += [info.name for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names:
+    if not name.endswith(".__main__"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            failed[name] = error.name.split(".")[0]
+for command, arguments in commands.items():
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = lion_fast.cli.main([command, *arguments])
+    said[command] = [status, stderr.getvalue()]
+print(json.dumps([len(names), failed, said]))
+"""
+
+
+def optional_packages() -> set[str]:
+    """Import names of all that the extras bring, and the core does not."""
+    names: set[str] = {"pydantic", "tensorboard", "peft"}  # the first of no extra: it must not come back unnoticed
+    for extra, requirements in PYPROJECT["optional-dependencies"].items():
+        if extra not in ("test", "dev", "docs"):
+            names |= {re.split(r"[\[<>=; ]", requirement)[0] for requirement in requirements}
+    required = {re.split(r"[\[<>=; ]", requirement)[0] for requirement in PYPROJECT["dependencies"]}
+    return {IMPORT_NAMES.get(name, name) for name in names - required - {"lion-fast"}}
+
+
+@pytest.fixture(scope="module")
+def without_extras(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """How many modules there are, which cannot be imported for want of what, what commands returned and said."""
+    out = tmp_path_factory.mktemp("nothing") / "out"
+    commands = {name: arguments.format(out=out).split() for name, (_, _, arguments) in COMMANDS.items()}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "reference")])
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(sorted(optional_packages())), json.dumps(commands)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(out.parent.iterdir()), "nothing is begun that cannot be ended"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_all_extras_are_taken_away() -> None:
+    packages = optional_packages()
+    assert {"accelerate", "matplotlib", "flash_attn", "pyarrow", "ray", "gradio", "bitsandbytes"} <= packages
+    assert not packages & {"torch", "triton", "transformers", "einops", "safetensors", "pillow"}
+
+
+def test_no_module_imports_an_extra_at_once(without_extras: tuple[int, dict[str, str], dict[str, Any]]) -> None:
+    modules, failed, _ = without_extras
+    assert modules > 120
+    assert failed == OWN_ROOMS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_name_the_extra(command: str, without_extras: tuple[int, dict[str, str], dict[str, Any]]) -> None:
+    package, extra, _ = COMMANDS[command]
+    status, stderr = without_extras[2][command]
+    assert stderr == f"lion-fast {command}: no package {package}; install it with: pip install 'lion-fast[{extra}]'\n"
+    assert status == 2
