@@ -140,7 +140,7 @@ class Report:
 
 
 def compile_kernel(spec: KernelSpec, target: str) -> Report:
-    """Compiles `spec` for `target`, one of `TARGETS`; no GPU is needed.
+    """Compiles `spec` for `target`, one of `TARGETS`, and reads what came of it; no GPU is needed.
 
     Raises:
         ValueError: unknown target.
@@ -150,20 +150,8 @@ def compile_kernel(spec: KernelSpec, target: str) -> Report:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     if interpreting():
         raise RuntimeError("compile_kernel: kernels are interpreted in this process; run it without TRITON_INTERPRET")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = list(spec.types)
-    source = ASTSource(
-        fn=spec.kernel,
-        signature=spec.types,
-        constexprs=spec.constexprs,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},  # type: ignore[arg-type]
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **LAUNCH}
     with _ptxas_messages() as messages:
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        compiled = compile_spec(spec, target)
     vendor = TARGETS[target][0]
     code = compiled.asm["amdgcn"] if vendor == "hip" else _disassemble(compiled.asm["cubin"])
     registers, stack_bytes, warnings = read_messages(code if vendor == "hip" else messages.getvalue(), vendor)
@@ -186,6 +174,23 @@ def compile_kernel(spec: KernelSpec, target: str) -> Report:
     loop = main_loop(code)
     classes, chained = (loop.classes, loop.chained) if loop else ({}, (0, 0))
     return replace(report, programs=programs, limit=limit, loop=classes, chained=chained)
+
+
+def compile_spec(spec: KernelSpec, target: str) -> Any:
+    """What Triton makes of `spec` for `target`, from its cache where that has it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(spec.types)
+    source = ASTSource(
+        fn=spec.kernel,
+        signature=spec.types,
+        constexprs=spec.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},  # type: ignore[arg-type]
+    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **LAUNCH}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from lion_kernels.aot_report import RECORDED
 _HEAD = """\
 # What the compiler makes of the kernels
 
-Made by `lion-fast kernels --json docs/kernels.json --page docs/kernels.md` with Triton {triton}, without a GPU: a time
-has not been measured yet. {count} kernels and configurations. Compiled (of these, with spills):
-{coverage}. {complaints}.
+Made by `lion-fast kernels --one-each sm_80 sm_100 --json docs/kernels.json --page docs/kernels.md` with Triton
+{triton}, without a GPU: a time has not been measured yet. {count} kernels and configurations. Compiled (of these, with
+spills): {coverage}. {complaints}.
 
 First come the launches that are made on sm_90, then what the kernels list themselves for every GPU.
 """
@@ -44,7 +44,8 @@ units, and accesses to global memory: of 16 bytes a thread and more, then of few
 stand in the code, not as often as they run. Asked for on sm_90 are no stack, at most {limit:.0f} KiB of shared memory,
 matrix instructions in every kernel that multiplies tiles of 16-bit values, accesses of 16 bytes, and none of the other
 complaints above; elsewhere a kernel has to compile, and its shared memory to fit. GPUs with little of it (sm_89 is
-GeForce's 40 series, L4 and L40S) get compact sizes; a cell is empty where a GPU gets the others.
+GeForce's 40 series, L4 and L40S) get compact sizes; a cell is empty where a GPU gets the others. On sm_80 and sm_100
+one configuration of each kernel and type is compiled.
 """
 
 

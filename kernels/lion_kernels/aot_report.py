@@ -41,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What chooses the report's part."""
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules to compile (default: all)")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
-    parser.add_argument("--one-each", action="store_true", help="one configuration of each kernel and type only")
+    parser.add_argument(
+        "--one-each",
+        nargs="*",
+        choices=list(TARGETS),
+        metavar="TARGET",
+        help="one configuration of each kernel and type only, for these targets (default: for all)",
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)")
     parser.add_argument("--json", type=Path, metavar="F", help="write configurations, reports and complaints here too")
     parser.add_argument("--page", type=Path, metavar="F", help="write the report as a page of Markdown")
@@ -84,7 +90,7 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
         print(_line(report), *(f"[{complaint.kind}]" for complaint in found), flush=True)
         entry = entries.setdefault((task.module, spec.name), _entry(task))
         entry["targets"][task.target] = _fields(report, found)
-    if not options.one_each:  # the one chosen of each kernel may be without
+    if "sm_90" not in one_each_on(options):  # the one chosen of each kernel may be without
         complaints += not_found(compiled, KNOWN)
     unknown = [complaint for complaint in complaints if complaint.reason is None]
     for complaint in unknown:
@@ -114,14 +120,22 @@ def known_of(complaints: Sequence[Complaint], reason: str) -> dict[str, Any]:
 def _tasks(options: argparse.Namespace, recorded: Sequence[KernelSpec]) -> list[Task]:
     """What is to be compiled. A spec of which the compiler makes the same as of a launch gets the launch's calls."""
     launches = {spec.compiles_as: spec for spec in recorded}
+    few = {spec.name for _, spec in selected_specs(options.modules, only_one_each=True)}
     tasks = []
-    for module, spec in selected_specs(options.modules, only_one_each=options.one_each):
+    for module, spec in selected_specs(options.modules, only_one_each=False):
         if "sm_90" in spec.targets and spec.compiles_as in launches:
             spec = replace(spec, calls=launches.pop(spec.compiles_as).calls)
-        tasks += [Task(module, spec, target) for target in spec.targets if target in options.targets]
+        skipped = () if spec.name in few else one_each_on(options)
+        wanted = (target for target in spec.targets if target in options.targets and target not in skipped)
+        tasks += [Task(module, spec, target) for target in wanted]
     if "sm_90" in options.targets:
         tasks += [Task(RECORDED, spec, "sm_90") for spec in launches.values()]
     return tasks
+
+
+def one_each_on(options: argparse.Namespace) -> tuple[str, ...]:
+    """The targets that get one configuration of each kernel and type."""
+    return () if options.one_each is None else tuple(options.one_each or TARGETS)
 
 
 def _compile(tasks: list[Task], jobs: int) -> Iterator[Report | str]:

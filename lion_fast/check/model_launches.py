@@ -90,7 +90,7 @@ def _train(found: Recording, size: str, text: dict[str, Any], stage: Stage) -> N
 
 
 def _generate(model: LionForCausalLM, batch: int, beams: int) -> None:
-    given = _batch(model.config, batch)
+    given: dict[str, Any] = _batch(model.config, batch)
     pixels = given.pop("pixel_values").to(torch.bfloat16)
     model.generate(pixel_values=pixels, **given, num_beams=beams, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
 

@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace) -> int:
         return min(print_report(args, _recorded(args)), 1)
     argv: list[object] = ["kernels", "--targets", *args.targets, "--jobs", args.jobs]
     argv += ["--modules", *args.modules] if args.modules else []
-    argv += ["--one-each"] if args.one_each else []
+    argv += ["--one-each", *args.one_each] if args.one_each is not None else []
     argv += ["--without-launches"] if args.without_launches else []
     argv += ["--json", args.json] if args.json else []
     argv += ["--page", args.page] if args.page else []
@@ -47,7 +47,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _recorded(args: argparse.Namespace) -> "list[KernelSpec]":
     """What is launched on sm_90, where that target and all modules are asked for."""
-    if args.without_launches or args.modules or args.one_each or "sm_90" not in args.targets:
+    from lion_kernels.aot_report import one_each_on
+
+    if args.without_launches or args.modules or "sm_90" in one_each_on(args) or "sm_90" not in args.targets:
         return []
     from lion_fast.check.model_launches import recorded_launches
 

@@ -79,7 +79,10 @@ def test_the_documented_report_is_of_these_kernels() -> None:
     documented = [{name: kernel[name] for name in kernel if name not in ("targets", "calls")} for kernel in listed]
     current = [{"module": module, "name": spec.name, **configuration(spec)} for module, spec in all_specs()]
     assert documented == json.loads(json.dumps(current))
-    assert [list(kernel["targets"]) for kernel in listed] == [spec.targets for _, spec in all_specs()]
+    few = {spec.name for _, spec in one_each(all_specs())}
+    for kernel, (_, spec) in zip(listed, all_specs(), strict=True):
+        left_out = () if spec.name in few else ("sm_80", "sm_100")
+        assert list(kernel["targets"]) == [target for target in spec.targets if target not in left_out]
     assert not found["complaints"]
 
 
