@@ -14,7 +14,9 @@ Made by `lion-fast kernels --one-each sm_80 sm_100 --json docs/kernels.json --pa
 {triton}, without a GPU: a time has not been measured yet. {count} kernels and configurations. Compiled (of these, with
 spills): {coverage}. {complaints}.
 
-First come the launches that are made on sm_90, then what the kernels list themselves for every GPU.
+First come the launches that are made on sm_90, then what the kernels list themselves for every GPU. How long these
+launches take to compile is in [compile_times.json](compile_times.json), which
+`python -m lion_fast.check.compile_times` made with Triton 3.6.0.
 """
 
 _LAUNCHES = """\

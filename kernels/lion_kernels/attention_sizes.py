@@ -67,7 +67,7 @@ def default_sizes(
     elif rows == "some":
         tile = (64, 32 if dropout else 64, 8 if kernel == "backward_queries" or dropout else 4)
     else:
-        narrow = width > 96 and dropout and (bias or kernel == "backward_queries")
+        narrow = width > 96 and ((dropout and bias) or (kernel == "backward_queries" and (dropout or bias)))
         tile = (128, 32 if narrow else 64, 8)
     return {"BM": tile[0], "BN": tile[1], "num_warps": tile[2], "num_stages": stages}
 
