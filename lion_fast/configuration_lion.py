@@ -236,3 +236,4 @@ FLAN_T5_XL = {
     "tie_word_embeddings": False,
     "decoder_start_token_id": 0,
 }
+FLAN_T5_XXL = {**FLAN_T5_XL, "d_model": 4096, "d_ff": 10240, "num_heads": 64}

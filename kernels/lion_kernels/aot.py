@@ -1,30 +1,26 @@
-"""Compile every kernel for GPUs that are not here, and check what the compiler made of it.
+"""Compile every kernel for GPUs that are not here, and read what the compiler made of it.
 
-    python -m lion_kernels
-
-prints, for every kernel and shipped configuration of every module with `kernel_specs()`, its registers, stack, shared
-memory, matrix instructions and the widths of its accesses to global memory on each target, and fails on what `check`
-finds. The interpreter accepts code that the compiler does not; this needs no GPU either, but a process without
-`TRITON_INTERPRET`.
+`lion_kernels.aot_gate` says what is wrong with that, `lion_kernels.aot_report` prints it. The interpreter accepts code
+that the compiler does not; this needs no GPU either, but a process without `TRITON_INTERPRET`.
 """
 
-import argparse
+import contextlib
 import functools
 import importlib
-import json
+import io
 import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lion_kernels.backend import LAUNCH, interpreting
 from lion_kernels.configs import COMPACT_BELOW
+from lion_kernels.occupancy import programs_per_multiprocessor
+from lion_kernels.sass import main_loop
 
 # (backend, architecture, threads of a warp) as Triton names them.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -66,8 +62,10 @@ class KernelSpec:
         num_warps, num_stages: as launched.
         matrix: whether it has to use the matrix units.
         wide_access: whether it has to read or write 16 bytes at once.
-        divisible: names of integer arguments that are multiples of 16. Pointers always are.
+        divisible: names of integer arguments that are multiples of 16.
         compact: whether it is launched where `is_compact`, or elsewhere; on every GPU where None.
+        unaligned: names of pointers that are not multiples of 16 bytes, as all others are.
+        calls: what launches it, of a launch that was recorded.
     """
 
     name: str
@@ -80,6 +78,32 @@ class KernelSpec:
     wide_access: bool = True
     divisible: tuple[str, ...] = ()
     compact: bool | None = None
+    unaligned: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
+
+    @property
+    def kernel_name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Argument -> its type, in order; "constexpr" where its value is fixed."""
+        return {
+            name: "constexpr" if name in self.constexprs else self.signature[name] for name in self.kernel.arg_names
+        }
+
+    @property
+    def aligned(self) -> tuple[str, ...]:
+        """The arguments that the compiler may take for multiples of 16, in order."""
+        pointers = {name for name, kind in self.types.items() if kind.startswith("*")} - set(self.unaligned)
+        numbers = {name for name, kind in self.types.items() if kind.startswith("i")} & set(self.divisible)
+        return tuple(name for name in self.types if name in pointers | numbers)
+
+    @property
+    def compiles_as(self) -> tuple[Any, ...]:
+        """Equal for specs of which the compiler makes the same, whatever they are called."""
+        fixed = (name in self.constexprs and repr(self.constexprs[name]) for name in self.types)
+        return (self.kernel_name, *self.types.values(), *fixed, self.aligned, self.num_warps, self.num_stages)
 
     @property
     def targets(self) -> list[str]:
@@ -92,7 +116,12 @@ class KernelSpec:
 class Report:
     """What the compiler made of a kernel. Instructions are counted where they stand, not as often as they run.
 
-    `wide_accesses` to global memory move 16 bytes a thread or more, `narrow_accesses` fewer.
+    Attributes:
+        wide_accesses, narrow_accesses: to global memory, of 16 bytes a thread or more, and of fewer.
+        warnings: codes of what ptxas says about wgmma, such as "C7515".
+        programs, limit: how many share a multiprocessor, and what allows no more; on sm_90 only.
+        loop: instructions of the main loop by class (`lion_kernels.sass`); on sm_90 only.
+        chained: in that loop, wgmma that add to what the one before wrote, and before how many of these it waits.
     """
 
     name: str
@@ -103,10 +132,15 @@ class Report:
     matrix_instructions: int
     wide_accesses: int
     narrow_accesses: int
+    warnings: tuple[str, ...] = ()
+    programs: int | None = None
+    limit: str | None = None
+    loop: dict[str, int] = field(default_factory=dict)
+    chained: tuple[int, int] = (0, 0)
 
 
 def compile_kernel(spec: KernelSpec, target: str) -> Report:
-    """Compiles `spec` for `target`, one of `TARGETS`; no GPU is needed.
+    """Compiles `spec` for `target`, one of `TARGETS`, and reads what came of it; no GPU is needed.
 
     Raises:
         ValueError: unknown target.
@@ -116,53 +150,75 @@ def compile_kernel(spec: KernelSpec, target: str) -> Report:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     if interpreting():
         raise RuntimeError("compile_kernel: kernels are interpreted in this process; run it without TRITON_INTERPRET")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    arguments = spec.kernel.arg_names
-    signature = {name: "constexpr" if name in spec.constexprs else spec.signature[name] for name in arguments}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in spec.divisible]
-    source = ASTSource(
-        fn=spec.kernel,
-        signature=signature,
-        constexprs=spec.constexprs,
-        attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},  # type: ignore[arg-type]
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **LAUNCH}
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    registers, stack_bytes, code = _disassemble(compiled.asm, target)
-    wide, narrow = count_accesses(code, TARGETS[target][0])
-    return Report(
+    with _ptxas_messages() as messages:
+        compiled = compile_spec(spec, target)
+    vendor = TARGETS[target][0]
+    code = compiled.asm["amdgcn"] if vendor == "hip" else _disassemble(compiled.asm["cubin"])
+    registers, stack_bytes, warnings = read_messages(code if vendor == "hip" else messages.getvalue(), vendor)
+    shared_bytes = compiled.metadata.shared
+    wide, narrow = count_accesses(code, vendor)
+    report = Report(
         name=spec.name,
         target=target,
         registers=registers,
         stack_bytes=stack_bytes,
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=shared_bytes,
         matrix_instructions=len(re.findall(_MATRIX[target], code)),
         wide_accesses=wide,
         narrow_accesses=narrow,
+        warnings=warnings,
     )
+    if target != "sm_90":
+        return report
+    programs, limit = programs_per_multiprocessor(registers, spec.num_warps, shared_bytes)
+    loop = main_loop(code)
+    classes, chained = (loop.classes, loop.chained) if loop else ({}, (0, 0))
+    return replace(report, programs=programs, limit=limit, loop=classes, chained=chained)
 
 
-def check(report: Report, spec: KernelSpec) -> list[str]:
-    """What is wrong with `report`, a sentence each.
+def compile_spec(spec: KernelSpec, target: str) -> Any:
+    """What Triton makes of `spec` for `target`, from its cache where that has it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
-    Shared memory has to fit on every target. Spills, matrix units and wide accesses are asked for on sm_90, the
-    target that the configurations are made for; elsewhere it is enough to compile.
+    names = list(spec.types)
+    source = ASTSource(
+        fn=spec.kernel,
+        signature=spec.types,
+        constexprs=spec.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},  # type: ignore[arg-type]
+    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **LAUNCH}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+@contextlib.contextmanager
+def _ptxas_messages() -> Iterator[io.StringIO]:
+    """What ptxas says of a kernel that is compiled within, which Triton prints if asked to.
+
+    A kernel from Triton's cache would come without.
     """
-    complaints = []
-    limit = SHARED_LIMITS[report.target]
-    if report.shared_bytes > limit:
-        complaints.append(f"{report.shared_bytes} bytes of shared memory, at most {limit} fit")
-    if report.target == "sm_90":
-        if report.stack_bytes:
-            complaints.append(f"{report.stack_bytes} bytes of stack: registers spill")
-        if spec.matrix and not report.matrix_instructions:
-            complaints.append("no matrix instruction (HGMMA)")
-        if spec.wide_access and not report.wide_accesses:
-            complaints.append("no 16-byte access to global memory")
-    return [f"{report.name} on {report.target}: {complaint}" for complaint in complaints]
+    from triton import knobs
+
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(io.StringIO()) as messages:
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        yield messages
+
+
+def read_messages(text: str, vendor: str) -> tuple[int, int, tuple[str, ...]]:
+    """Registers a thread, bytes of stack, and codes C75xx of what ptxas says about wgmma.
+
+    From ptxas' messages ("cuda"), or from the assembly with its notes ("hip").
+
+    Raises:
+        RuntimeError: the text says nothing of them.
+    """
+    if vendor == "hip":
+        return _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.private_segment_fixed_size:\s*(\d+)", text), ()
+    warnings = tuple(sorted(set(re.findall(r"\((C75\d\d)\)", text))))
+    return _number(r"Used (\d+) registers", text), _number(r"(\d+) bytes stack frame", text), warnings
 
 
 def all_specs() -> Iterator[tuple[str, KernelSpec]]:
@@ -208,19 +264,12 @@ def configuration(spec: KernelSpec) -> dict[str, Any]:
     return {"constexprs": spec.constexprs, "num_warps": spec.num_warps, "num_stages": spec.num_stages}
 
 
-def _disassemble(asm: Any, target: str) -> tuple[int, int, str]:
-    """Registers, bytes of stack and the machine code as text."""
-    if TARGETS[target][0] == "hip":
-        code = asm["amdgcn"]
-        return _number(r"\.vgpr_count:\s*(\d+)", code), _number(r"\.private_segment_fixed_size:\s*(\d+)", code), code
+def _disassemble(cubin: bytes) -> str:
+    """The machine code as text."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
-        file.write_bytes(asm["cubin"])
-        usage = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", file], check=True, capture_output=True, text=True
-        )
-        code = subprocess.run([_cuobjdump(), "--dump-sass", file], check=True, capture_output=True, text=True)
-    return _number(r"REG:(\d+)", usage.stdout), _number(r"STACK:(\d+)", usage.stdout), code.stdout
+        file.write_bytes(cubin)
+        return subprocess.run([_cuobjdump(), "--dump-sass", file], check=True, capture_output=True, text=True).stdout
 
 
 def _number(pattern: str, text: str) -> int:
@@ -236,70 +285,3 @@ def _cuobjdump() -> str:
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-
-
-def to_json(found: dict[str, Any]) -> str:
-    """`found` with a line for each kernel, so that a change of one is a change of one line."""
-    kernels = ",\n".join(json.dumps(kernel) for kernel in found["kernels"])
-    rest = {name: json.dumps(value) for name, value in found.items()} | {"kernels": f"[\n{kernels}\n]"}
-    return "{" + ",\n".join(f'"{name}": {value}' for name, value in rest.items()) + "}\n"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What chooses the report's part."""
-    parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules to compile (default: all)")
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
-    parser.add_argument("--one-each", action="store_true", help="one configuration of each kernel and type only")
-    parser.add_argument("--json", type=Path, metavar="F", help="write configurations, reports and complaints here too")
-    parser.add_argument("--page", type=Path, metavar="F", help="write the report as a page of Markdown")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m lion_kernels`: prints the report; returns the number of complaints."""
-    parser = argparse.ArgumentParser(prog="python -m lion_kernels", description=(__doc__ or "").split("\n")[0])
-    add_arguments(parser)
-    return print_report(parser.parse_args(arguments))
-
-
-def print_report(options: argparse.Namespace) -> int:
-    """Compiles what `options` (of `add_arguments`) name, and prints the report; returns the number of complaints.
-
-    Raises:
-        ValueError: no kernel is in one of the modules.
-        RuntimeError: in a process that interprets its kernels.
-    """
-    if interpreting():
-        raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
-    specs = selected_specs(options.modules, only_one_each=options.one_each)
-    entries, complaints = [], []
-    print(f"triton {version('triton')}")
-    print(f"{'kernel':<72} {'target':<7} regs stack  shared matrix  wide narrow")
-    for module, spec in specs:
-        reports = {}
-        targets = [target for target in spec.targets if target in options.targets]
-        if not targets:
-            continue
-        for target in targets:
-            try:
-                report = compile_kernel(spec, target)
-            except Exception as error:  # whatever the compiler raises is one more finding, and the others still count
-                complaints.append(f"{spec.name} on {target}: does not compile: {type(error).__name__}: {error}")
-                continue
-            print(
-                f"{spec.name:<72} {target:<7} {report.registers:>4} {report.stack_bytes:>5} {report.shared_bytes:>7} "
-                f"{report.matrix_instructions:>6} {report.wide_accesses:>5} {report.narrow_accesses:>6}",
-                flush=True,
-            )
-            reports[target] = {name: value for name, value in asdict(report).items() if name not in ("name", "target")}
-            complaints += check(report, spec)
-        entries.append({"module": module, "name": spec.name, **configuration(spec), "targets": reports})
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    found = {"triton": version("triton"), "kernels": entries, "complaints": complaints}
-    if options.json:
-        options.json.write_text(to_json(found), encoding="utf-8")
-    if options.page:
-        from lion_kernels.aot_page import page
-
-        options.page.write_text(page(found), encoding="utf-8")
-    return len(complaints)

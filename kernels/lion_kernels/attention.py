@@ -108,7 +108,7 @@ def attend(attention: Attention, out: Tensor, lse: Tensor | None) -> None:
             p_lse=lse,
             stride_out_row=out.stride(1) // 8,
             ROW_TAIL=_narrow_tail(queries, sizes["BM"]),
-            COLUMN_TAIL=tail(keys, sizes["BN"]),
+            COLUMN_TAIL=0 if attention.causal else tail(keys, sizes["BN"]),
             **attention.arguments("forward"),
             **sizes,
             **LAUNCH,
@@ -154,7 +154,7 @@ def attend_backward(
                 stride_out_row=out.stride(1) // 8,
                 stride_grad_row=grad.stride(1) // 8,
                 ROW_TAIL=_narrow_tail(queries, sizes["BM"]),
-                COLUMN_TAIL=tail(keys, sizes["BN"]),
+                COLUMN_TAIL=0 if attention.causal else tail(keys, sizes["BN"]),
                 **attention.arguments("backward_queries"),
                 **sizes,
                 **LAUNCH,
@@ -265,7 +265,7 @@ def specs(
             "BM": tile_m,
             "BN": tile_n,
             "ROW_TAIL": NARROW if tile_m > NARROW or kernel == "backward_keys" else 0,
-            "COLUMN_TAIL": NARROW if tile_n > NARROW or kernel != "backward_keys" else 0,
+            "COLUMN_TAIL": (NARROW if tile_n > NARROW else 0) if kernel == "backward_keys" else 0 if causal else NARROW,
             "CAUSAL": causal,
         }
         out.append(

@@ -6,7 +6,8 @@ The output is weighed by `gate` afterwards, or gate = 1:
     ds = p * (r * g v^T - delta),   p = exp(s - lse)
     dq = gate * scale * ds k,   dk = gate * scale * ds^T q,   dv = gate * (r * p)^T g
 
-dq comes from one kernel and dk, dv from another: every sum has one owner and one order, and no atomics.
+dq comes from one kernel and dk, dv from another: every sum has one owner and one order, and no atomics. The last tile
+comes first, as in forward.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -68,14 +69,14 @@ def _query_rows(
         b_q = load_rows(head.p_q, head.stride_q, i_row, m_row, head, BM)
         b_dq = zero_rows(head, BM)
 
-        plain = (i_position + 1) // BN if head.CAUSAL else head.keys // BN
+        plain = (i_position + 1) // BN if head.CAUSAL else tl.maximum(tl.cdiv(head.keys, BN) - 1, 0)
+        if COLUMN_TAIL > 0:
+            b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, plain * BN, BM, COLUMN_TAIL, True)
         for i_n in range(0, plain):
             b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, i_n * BN, BM, BN, False)
         if head.CAUSAL:
             for i_n in range(plain, tl.cdiv(tl.minimum(head.keys, i_position + BM), BN)):
                 b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, i_n * BN, BM, BN, True)
-        elif COLUMN_TAIL > 0:
-            b_dq = _query_step(b_dq, b_q, b_g, b_lse, b_delta, head, i_row, plain * BN, BM, COLUMN_TAIL, True)
 
         factor = head.scale * tl.load(p_gate + head.i_map).to(tl.float32) if p_gate is not None else head.scale
         b_dq = scale_rows(b_dq, factor)
@@ -231,7 +232,12 @@ def _key_rows(
         b_dv = zero_rows(head, BN)
 
     first = 0
-    plain = head.queries // BM
+    plain = tl.maximum(tl.cdiv(head.queries, BM) - 1, 0)
+    if ROW_TAIL > 0:
+        b_dk, b_dv = _key_step(
+            b_dk, b_dv, b_k, b_v, m_key, p_grad, p_lse, p_delta, stride_grad, head, plain * BM, i_column,
+            ROW_TAIL, BN, True,
+        )  # fmt: skip
     if head.CAUSAL:
         # The first query that attends the first key, and the first that attends the last one.
         begin = tl.maximum(i_column - head.offset, 0) // BM
@@ -244,11 +250,6 @@ def _key_rows(
     for i_m in range(first, plain):
         b_dk, b_dv = _key_step(
             b_dk, b_dv, b_k, b_v, m_key, p_grad, p_lse, p_delta, stride_grad, head, i_m * BM, i_column, BM, BN, False,
-        )  # fmt: skip
-    if ROW_TAIL > 0:
-        b_dk, b_dv = _key_step(
-            b_dk, b_dv, b_k, b_v, m_key, p_grad, p_lse, p_delta, stride_grad, head, plain * BM, i_column,
-            ROW_TAIL, BN, True,
         )  # fmt: skip
 
     gate = tl.load(p_gate + head.i_map).to(tl.float32) if p_gate is not None else 1.0
@@ -317,7 +318,7 @@ def attention_backward_keys(
 ):
     """The keys' and values' gradients, for one tile of keys of one head.
 
-    ROW_TAIL is the last tile's width wherever the queries are no multiple of BM, COLUMN_TAIL only where it is narrow.
+    ROW_TAIL is the last tile's width, COLUMN_TAIL only where it is narrow.
     """
     tiles = tl.cdiv(keys, BN)
     i_n = tl.program_id(0) % tiles

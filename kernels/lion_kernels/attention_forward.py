@@ -5,7 +5,9 @@ For a tile of queries, over tiles of keys, with a running maximum and sum:
     s = scale q k^T + bias[key position - query position]
     out = sum_j r_j p_j v_j,   p = exp(s - lse),   lse = log sum exp s,   r = 0 or 1 / (1 - dropout_p)
 
-A length slightly above a multiple of the tile gets a narrow last tile: 257 = 4 * 64 + 16, of which 15 are masked.
+A length slightly above a multiple of the tile gets a narrow last tile: 257 = 4 * 64 + 16, of which 15 are masked. The
+last tile comes first: with a product after the loop, or with none outside it, ptxas waits for every step of the loop's
+products (its warning C7515).
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -64,14 +66,14 @@ def _rows(p_out, p_lse, stride_out, head, i_row, BM: tl.constexpr, BN: tl.conste
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
 
-    plain = (i_position + 1) // BN if head.CAUSAL else head.keys // BN
+    plain = (i_position + 1) // BN if head.CAUSAL else tl.maximum(tl.cdiv(head.keys, BN) - 1, 0)
+    if COLUMN_TAIL > 0:
+        b_out, b_max, b_sum = _step(b_out, b_max, b_sum, b_q, head, i_row, plain * BN, BM, COLUMN_TAIL, True)
     for i_n in range(0, plain):
         b_out, b_max, b_sum = _step(b_out, b_max, b_sum, b_q, head, i_row, i_n * BN, BM, BN, False)
     if head.CAUSAL:
         for i_n in range(plain, tl.cdiv(tl.minimum(head.keys, i_position + BM), BN)):
             b_out, b_max, b_sum = _step(b_out, b_max, b_sum, b_q, head, i_row, i_n * BN, BM, BN, True)
-    elif COLUMN_TAIL > 0:
-        b_out, b_max, b_sum = _step(b_out, b_max, b_sum, b_q, head, i_row, plain * BN, BM, COLUMN_TAIL, True)
 
     # A row that attended nothing gives zeros, and weights of zero in backward.
     m_any = b_sum > 0.0

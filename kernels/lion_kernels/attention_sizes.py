@@ -25,9 +25,9 @@ def split_head_dim(head_dim: int, kernel: str = "forward") -> tuple[int, int]:
 
 
 def tail(length: int, tile: int) -> int:
-    """The width of the last tile of `length` in tiles of `tile`: 0 if it is a whole one, `NARROW` if that is enough."""
-    rest = length % tile
-    return 0 if rest == 0 else NARROW if rest <= NARROW else tile
+    """The width of the last tile of `length` in tiles of `tile`: `NARROW` if that is enough, 0 if there is none."""
+    last = (length - 1) % tile + 1
+    return 0 if length == 0 else NARROW if last <= NARROW else tile
 
 
 def tile_sizes(kernel: str, q: Tensor, length: int, *, bias: bool, dropout: bool) -> dict[str, int]:
@@ -67,7 +67,7 @@ def default_sizes(
     elif rows == "some":
         tile = (64, 32 if dropout else 64, 8 if kernel == "backward_queries" or dropout else 4)
     else:
-        narrow = width > 96 and dropout and (bias or kernel == "backward_queries")
+        narrow = width > 96 and ((dropout and bias) or (kernel == "backward_queries" and (dropout or bias)))
         tile = (128, 32 if narrow else 64, 8)
     return {"BM": tile[0], "BN": tile[1], "num_warps": tile[2], "num_stages": stages}
 
@@ -86,7 +86,9 @@ def _key_tile(width: int, rows: str, bias: bool, dropout: bool) -> tuple[int, in
     if rows == "few":
         return 64, 16, 4
     if bias:
-        return (32 if width <= 64 else 16), 64, 8
+        # 64 keys are what one warp group multiplies. In one, T5's head of 64 leaves room for three programs; other
+        # widths, and dropout's generator, spill there.
+        return (32 if width <= 64 else 16), 64, 4 if width == 64 and not dropout else 8
     keys = 128 if rows == "many" and width <= 96 else 64
     return (32 if dropout else 64), keys, 8
 

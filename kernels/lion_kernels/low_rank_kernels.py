@@ -356,10 +356,13 @@ def hidden_gradient_kernel(
     if CHANNEL:
         # [BM]
         b_task = tl.load(p_ids + o_gate, m_m, other=0)
-    # [BM, RP] of every expert
+    # What was gated comes from registers. As the left factor ptxas waits for every step with it; as the right one it
+    # goes through shared memory, and 64 ranks are the rows that wgmma multiplies at least.
+    TURNED: tl.constexpr = CHANNEL and RP >= 64 and dtype.primitive_bitwidth == 16
+    # [BM, RP] of every expert, TURNED [RP, BM]
     b_products = ()
     for _ in tl.static_range(EG):
-        b_products = b_products + (tl.zeros([BM, RP], tl.float32),)
+        b_products = b_products + (tl.zeros([RP, BM] if TURNED else [BM, RP], tl.float32),)
     # [BM, GP]
     b_dgate = tl.zeros([BM, GP], tl.float32)
     end = channels
@@ -383,7 +386,11 @@ def hidden_gradient_kernel(
             p_expert = p_weight + tl.cast(channels, tl.int64) * i_e * RANK
             p_block = p_expert + o_n.to(tl.int64)[:, None] * RANK + o_r[None, :]
             b_up = tl.load(p_block, m_n[:, None] & m_r[None, :], other=0.0)
-            b_summed = b_summed + (tl.dot(b_gated, b_up, b_products[i], input_precision=PRECISION),)
+            if TURNED:
+                b_product = tl.dot(tl.trans(b_up), tl.trans(b_gated), b_products[i], input_precision=PRECISION)
+            else:
+                b_product = tl.dot(b_gated, b_up, b_products[i], input_precision=PRECISION)
+            b_summed = b_summed + (b_product,)
         b_products = b_summed
         if GATE_GRADIENT and HAS_BIAS:
             # [GP, BK]
@@ -394,7 +401,7 @@ def hidden_gradient_kernel(
         i_e = i_g * EG + i
         o_block = o_m.to(tl.int64)[:, None] * (E * RANK) + i_e * RANK + o_r[None, :]
         m_mr = m_m[:, None] & m_r[None, :]
-        b_dhidden = b_products[i]
+        b_dhidden = tl.trans(b_products[i]) if TURNED else b_products[i]
         if RELU or GATE_GRADIENT:
             b_hidden = tl.load(p_hidden + o_block, m_mr, other=0.0).to(tl.float32)
         if GATE_GRADIENT:

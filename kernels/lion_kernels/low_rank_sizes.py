@@ -69,10 +69,14 @@ class Problem(NamedTuple):
         decode, few, half = self.rows_class == "decode", self.rows_class != "many", self.dtype.itemsize == 2
         rows = 16 if few else 128 if half else 64  # without matrix units, fp32 tiles have to fit the registers
         default = {"num_warps": 4 if few else 8, "num_stages": 3 if half and not self.compact else 2}
+        # In two warp groups ptxas waits for every step of these products, split over channels or of several experts.
+        one_warp_group = {"BM": 64, "num_warps": 4} if half and not few else {}
         if kernel == "hidden":
             inner = self._padded_rank if self.skip else max(16, _power_of_2(self.inner))
             block = 32 if self.rows_class == "few" else 128
-            default |= {"BM": rows, "BF": min(block, inner), "BK": 128 if few else 64 if half else 32}
+            default |= {"BM": rows, "BF": min(block, inner), "BK": 128 if few else 64 if half else 32, **one_warp_group}
+            if decode and self.skip and half and not self.compact:
+                default |= {"BK": 64, "num_stages": 4}  # twice the channels of 64 ranks spill
         elif kernel == "update":
             default |= {"BM": 16 if decode else 128 if half and not few else 32, "BN": 32 if few or not half else 64}
             default |= {"num_stages": 2}
@@ -81,7 +85,7 @@ class Problem(NamedTuple):
         elif kernel == "linear":
             default |= {"BM": rows, "BN": 64 if few or not half else 128, "BK": 64 if half else 32, "GROUP": 8}
         elif kernel == "hidden_gradient":
-            default |= {"BM": rows, "BK": 64 if half else 32}
+            default |= {"BM": rows, "BK": 64 if half else 32, **one_warp_group}
             if self.form == "channel":
                 default |= {"num_stages": 2}  # what a third stage loads of the gates spills on gfx942
         elif kernel == "outer":

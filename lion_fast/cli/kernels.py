@@ -1,34 +1,56 @@
 """`lion-fast kernels`: what the compiler makes of the kernels, on GPUs that need not be here."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lion_kernels.aot import KernelSpec
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from lion_kernels.aot import add_arguments
+    from lion_kernels.aot_report import add_arguments
 
     parser = commands.add_parser(
         "kernels",
         help="compile the kernels for GPUs that need not be here, and report what came of it",
         description="Compile every kernel and configuration ahead of time and print its registers, stack, shared "
-        "memory, matrix instructions and widths of memory accesses by architecture. The exit status is 1 where a "
-        "kernel spills, does not fit, or misses the matrix units. The same as python -m lion_kernels.",
+        "memory, matrix instructions and widths of memory accesses by architecture; for sm_90 also the launches that "
+        "check and the model make, and what their main loops are made of. The exit status is 1 where a kernel spills, "
+        "does not fit, misses the matrix units or waits for each of their instructions, and that is not known.",
     )
     add_arguments(parser)
+    parser.add_argument(
+        "--without-launches",
+        action="store_true",
+        help="only what the kernels list themselves, as python -m lion_kernels",
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     from lion_fast.cli.processes import run_again
-    from lion_kernels.aot import print_report
+    from lion_kernels.aot_report import print_report
     from lion_kernels.backend import HAS_TRITON, interpreting
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so nothing compiles")
     if not interpreting():
-        return min(print_report(args), 1)
-    argv: list[object] = ["kernels", "--targets", *args.targets]
+        return min(print_report(args, _recorded(args)), 1)
+    argv: list[object] = ["kernels", "--targets", *args.targets, "--jobs", args.jobs]
     argv += ["--modules", *args.modules] if args.modules else []
-    argv += ["--one-each"] if args.one_each else []
+    argv += ["--one-each", *args.one_each] if args.one_each is not None else []
+    argv += ["--without-launches"] if args.without_launches else []
     argv += ["--json", args.json] if args.json else []
     argv += ["--page", args.page] if args.page else []
     return run_again(argv, interpret=False)
+
+
+def _recorded(args: argparse.Namespace) -> "list[KernelSpec]":
+    """What is launched on sm_90, where that target and all modules are asked for."""
+    from lion_kernels.aot_report import one_each_on
+
+    if args.without_launches or args.modules or "sm_90" in one_each_on(args) or "sm_90" not in args.targets:
+        return []
+    from lion_fast.check.model_launches import recorded_launches
+
+    return recorded_launches()

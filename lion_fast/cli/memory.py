@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lion_fast.cli.arguments import positive_int
 
-_SIZES = {"xl": {}, "xxl": {"d_model": 4096, "d_ff": 10240, "num_heads": 64}}
+_SIZES = ("xl", "xxl")
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,14 +46,15 @@ def _run(args: argparse.Namespace) -> int:
             argv += [f"--{name.replace('_', '-')}", getattr(args, name)]
         return run_again(argv, interpret=True)
 
-    from lion_fast.configuration_lion import FLAN_T5_XL, LionConfig
+    from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
     from lion_fast.training.memory import Shapes, as_table, estimate
     from lion_fast.training.recipe import load_recipe
     from lion_fast.training.run import stage_config
 
     recipe = load_recipe(args.stage, args.config, args.overrides)
     if args.size:
-        config, name = LionConfig(text_config={**FLAN_T5_XL, **_SIZES[args.size]}), f"LION-FlanT5-{args.size.upper()}"
+        text = {"xl": FLAN_T5_XL, "xxl": FLAN_T5_XXL}[args.size]
+        config, name = LionConfig(text_config=text), f"LION-FlanT5-{args.size.upper()}"
     else:
         directory = args.model or next(iter([recipe.model.frozen_from, *recipe.model.carry_over][::-1]), None)
         if directory is None or not (Path(directory) / "config.json").is_file():

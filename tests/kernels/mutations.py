@@ -120,6 +120,20 @@ MUTATIONS = [
         (_attention("257"),),
     ),
     Mutation(
+        "meet the last keys a second time",
+        "attention_forward.py",
+        "tl.maximum(tl.cdiv(head.keys, BN) - 1, 0)",
+        "tl.cdiv(head.keys, BN)",
+        (_attention("257"),),
+    ),
+    Mutation(
+        "leave the gate out of the turned product",
+        "low_rank_kernels.py",
+        "tl.dot(tl.trans(b_up), tl.trans(b_gated), b_products[i], input_precision=PRECISION)",
+        "tl.dot(tl.trans(b_up), tl.trans(b_grad.to(dtype)), b_products[i], input_precision=PRECISION)",
+        ("mixture_of_adapters::test_half_precision_is_no_worse_than_the_plain_formula[triton-channel-64-dtype0]",),
+    ),
+    Mutation(
         "forget the padding in the keys' gradient",
         "attention_backward.py",
         'b_s = tl.where(m_key[:, None], b_s, float("-inf"))',

@@ -1,9 +1,6 @@
 """Every kernel compiles for GPUs that are not here, and for Hopper as it should."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,39 +8,20 @@ import pytest
 
 from lion_kernels.aot import (
     TARGETS,
-    KernelSpec,
-    Report,
     all_specs,
-    check,
     compile_kernel,
     configuration,
     count_accesses,
     one_each,
+    read_messages,
     selected_specs,
-    to_json,
 )
 from lion_kernels.aot_page import page
+from lion_kernels.aot_report import RECORDED, to_json
 from lion_kernels.backend import interpreting
+from tests.kernels.uninterpreted import GOOD, SPEC, run_uninterpreted
 
-SPEC = KernelSpec("k", None, {}, {}, num_warps=4, num_stages=3, matrix=True)
-GOOD = Report(
-    "k",
-    "sm_90",
-    registers=120,
-    stack_bytes=0,
-    shared_bytes=98304,
-    matrix_instructions=4,
-    wide_accesses=8,
-    narrow_accesses=2,
-)
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-def run_uninterpreted(*command: str | Path) -> subprocess.CompletedProcess:
-    """Python in a process of its own, because this one may interpret its kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -58,45 +36,6 @@ def test_compiles_ahead_of_time(target: str, tmp_path: Path) -> None:
     launched = [spec.name for _, spec in one_each(all_specs()) if target in spec.targets]
     assert [kernel["name"] for kernel in report["kernels"]] == launched
     assert all(list(kernel["targets"]) == [target] for kernel in report["kernels"])
-
-
-def test_what_is_compiled_is_what_is_launched() -> None:
-    """The types of every argument of every kernel, as Triton itself tells them of real calls of the operators."""
-    run = run_uninterpreted(Path(__file__).with_name("launches.py"))
-    assert run.returncode == 0, run.stderr
-    launched = json.loads(run.stdout)
-    compiled: dict[str, dict[str, set[str]]] = {}
-    for _, spec in all_specs():
-        types = compiled.setdefault(spec.kernel.fn.__name__, {name: set() for name in spec.kernel.arg_names})
-        for name, kinds in types.items():
-            kinds.add("constexpr" if name in spec.constexprs else spec.signature[name])
-    assert launched.keys() == compiled.keys()
-    for kernel, arguments in launched.items():
-        for name, kinds in arguments.items():
-            # An integer that is 1 is a constant, and a stride may need 64 bits.
-            accepted = compiled[kernel][name] | {"constexpr"} | ({"i32"} if "i64" in compiled[kernel][name] else set())
-            assert set(kinds) <= accepted, f"{kernel}: {name} is launched as {kinds}, compiled as {accepted}"
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"stack_bytes": 64}, "k on sm_90: 64 bytes of stack: registers spill"),
-        ({"shared_bytes": 240000}, "k on sm_90: 240000 bytes of shared memory, at most 232448 fit"),
-        ({"matrix_instructions": 0}, "k on sm_90: no matrix instruction"),
-        ({"wide_accesses": 0}, "k on sm_90: no 16-byte access to global memory"),
-        ({"target": "sm_80", "shared_bytes": 170000}, "k on sm_80: 170000 bytes of shared memory, at most 166912 fit"),
-    ],
-)
-def test_what_is_wrong_is_said(change: dict, complaint: str) -> None:
-    assert check(GOOD, SPEC) == []
-    (said,) = check(replace(GOOD, **change), SPEC)
-    assert complaint in said
-
-
-def test_elsewhere_it_is_enough_to_compile() -> None:
-    report = replace(GOOD, target="gfx942", shared_bytes=65536, stack_bytes=64, matrix_instructions=0, wide_accesses=0)
-    assert check(report, SPEC) == []
 
 
 def test_a_gpu_is_compiled_for_what_it_is_launched_with() -> None:
@@ -136,10 +75,14 @@ def test_one_each_has_every_kernel() -> None:
 def test_the_documented_report_is_of_these_kernels() -> None:
     """Make it anew with the command that the page names wherever a kernel's configuration has changed."""
     found = json.loads((DOCS / "kernels.json").read_text(encoding="utf-8"))
-    documented = [{name: value for name, value in kernel.items() if name != "targets"} for kernel in found["kernels"]]
+    listed = [kernel for kernel in found["kernels"] if kernel["module"] != RECORDED]
+    documented = [{name: kernel[name] for name in kernel if name not in ("targets", "calls")} for kernel in listed]
     current = [{"module": module, "name": spec.name, **configuration(spec)} for module, spec in all_specs()]
     assert documented == json.loads(json.dumps(current))
-    assert [list(kernel["targets"]) for kernel in found["kernels"]] == [spec.targets for _, spec in all_specs()]
+    few = {spec.name for _, spec in one_each(all_specs())}
+    for kernel, (_, spec) in zip(listed, all_specs(), strict=True):
+        left_out = () if spec.name in few else ("sm_80", "sm_100")
+        assert list(kernel["targets"]) == [target for target in spec.targets if target not in left_out]
     assert not found["complaints"]
 
 
@@ -152,9 +95,45 @@ def test_the_page_says_what_is_wrong() -> None:
     report = {name: value for name, value in asdict(GOOD).items() if name not in ("name", "target")}
     kernel = {"module": "m", "name": "m k", "num_warps": 4, "num_stages": 3}
     spilt = {**kernel, "targets": {"sm_90": {**report, "stack_bytes": 64}}}
-    text = page({"triton": "3.9.0", "kernels": [spilt], "complaints": ["k on sm_90: registers spill"]})
+    found = {"triton": "3.9.0", "kernels": [spilt], "complaints": ["k on sm_90: registers spill"], "known": []}
+    text = page(found)
     assert "| k | 4, 3 | 120 registers, **64 stack**, 96 KiB, 4 matrix, 8 + 2 |" in text
     assert "- k on sm_90: registers spill" in text
+    assert "Launches" not in text
+
+
+def test_the_page_has_a_row_for_each_launch() -> None:
+    """A known complaint in brackets with the number of its reason, another one in bold."""
+    report = {name: value for name, value in asdict(GOOD).items() if name not in ("name", "target")}
+    kernel = {"module": RECORDED, "name": "k BM=64", "num_warps": 4, "num_stages": 3}
+    calls = ["XL: training, stage 1", "check: rms_norm, 1 x 64"]
+    launch = {**kernel, "calls": calls, "targets": {"sm_90": {**report, "complaints": ["ahead", "ptxas"]}}}
+    known = {"reason": "Nobody mended it.", "kinds": ["ahead"], "subjects": ["k BM=64 on sm_90"]}
+    text = page({"triton": "3.9.0", "kernels": [launch], "complaints": [], "known": [known]})
+    by = "XL: training, stage 1 and 1 more"
+    row = f"| k BM=64 | {by} | 120 | 4 (registers) | 90 | 8, 2 | 70 float, 10 copy ahead | (ahead, 1), **ptxas** |"
+    assert row in text
+    assert "1. ahead: Nobody mended it. In 1 kernels." in text
+    assert f"## {RECORDED}" not in text
+
+
+PTXAS = """\
+ptxas-blackwell info    : 11 bytes gmem
+ptxas-blackwell info    : (C7519) warpgroup.arrive is injected in around line 878 by compiler to allow use of registers
+ptxas-blackwell info    : Compiling entry function 'k' for 'sm_90a'
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to something else
+    8 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads
+ptxas-blackwell info    : Used 64 registers, used 1 barriers
+"""
+
+
+def test_ptxas_is_read() -> None:
+    assert read_messages(PTXAS, "cuda") == (64, 8, ("C7515", "C7519"))
+    amd = ".private_segment_fixed_size: 0\n.vgpr_count: 98"
+    assert read_messages(amd, "hip") == (98, 0, ())
+    with pytest.raises(RuntimeError, match="no 'Used"):
+        read_messages("", "cuda")
 
 
 def test_a_line_of_the_json_is_a_kernel() -> None:

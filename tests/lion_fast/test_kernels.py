@@ -14,7 +14,7 @@ from lion_fast.cli import main
 def test_compiles_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     found, page = tmp_path / "kernels.json", tmp_path / "kernels.md"
-    options = ["--modules", "gated_gelu", "--targets", "sm_90", "gfx942", "--one-each"]
+    options = ["--modules", "gated_gelu", "--targets", "sm_90", "gfx942", "--one-each", "--jobs", "2"]
     assert main(["kernels", *options, "--json", str(found), "--page", str(page)]) == 0
     kernels = json.loads(found.read_text(encoding="utf-8"))["kernels"]
     assert {kernel["module"] for kernel in kernels} == {"gated_gelu"}

@@ -1,0 +1,123 @@
+"""What is wrong with a compiled kernel, and which of it is known.
+
+Shared memory has to fit on every target. The rest is asked for on sm_90, the target that the configurations are made
+for; elsewhere it is enough to compile. `KNOWN` lists what is not mended yet, with the reason, and stays in the report
+and on its page. What is listed and occurs no more is a complaint itself, so that the list shrinks with what is mended.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lion_kernels.aot import SHARED_LIMITS, KernelSpec, Report
+
+# Kind of complaint -> what it means, as the page has it.
+KINDS = {
+    "compile": "the compiler refuses it",
+    "shared": "more shared memory than a program may have",
+    "spill": "registers spill to the stack",
+    "matrix": "no matrix instruction in a kernel that multiplies tiles of 16-bit values",
+    "wide": "no 16-byte access to global memory",
+    "ptxas": "ptxas' warning C75xx: it serialises wgmma in the whole kernel",
+    "waits": "in the main loop every wgmma is waited for before the next",
+    "ahead": "the main loop multiplies on wgmma and copies nothing ahead",
+    "known": "listed as known, and does not occur",
+}
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """One of `KINDS`, about the kernel and target named `subject`; `reason` is that of the list of known ones."""
+
+    kind: str
+    subject: str
+    text: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.text} [{self.kind}]"
+
+
+class Known(NamedTuple):
+    """A complaint of `kind` about `kernel` on sm_90, wherever its arguments fixed at compilation are `constants`."""
+
+    kind: str
+    kernel: str
+    constants: dict[str, Any]
+    reason: str
+
+    def is_of(self, spec: KernelSpec) -> bool:
+        if spec.kernel_name != self.kernel:
+            return False
+        fixed = {**spec.constexprs, "num_warps": spec.num_warps, "num_stages": spec.num_stages}
+        return all(name in fixed and fixed[name] == value for name, value in self.constants.items())
+
+
+KNOWN: tuple[Known, ...] = (
+    Known(
+        "ahead",
+        "update_kernel",
+        {"CHANNEL": True, "CHOOSE": True, "BM": 128},
+        "The gate's product sits in a branch for each task, before which nothing is copied ahead. Folding the gate "
+        "into the up weights once a call makes it one plain product.",
+    ),
+    Known(
+        "waits",
+        "update_kernel",
+        {"CHANNEL": False, "E": 4, "RANK": 8, "BM": 128},
+        "A product of rank 8 for each expert is one step, waited for before the next expert's. For many rows with a "
+        "gate per row, two products of the library's with the gate on the hidden between them are near the floor.",
+    ),
+    Known(
+        "ahead",
+        "_bias_gradient",
+        {"num_stages": 1, "BLOCK": 64},
+        "A tile of scores in registers beside the sum of a diagonal leaves none for a second stage. LION's language "
+        "model is frozen, and its table gets no gradient.",
+    ),
+)
+# Of ptxas' messages C75xx: it says that it inserted an arrive, and serialises nothing.
+HARMLESS = frozenset({"C7519"})
+
+
+def check(report: Report, spec: KernelSpec) -> list[Complaint]:
+    """What is wrong with `report`, the known included."""
+    found: dict[str, str] = {}
+    limit = SHARED_LIMITS[report.target]
+    if report.shared_bytes > limit:
+        found["shared"] = f"{report.shared_bytes} bytes of shared memory, at most {limit} fit"
+    if report.target == "sm_90":
+        wgmma, waits = report.loop.get("wgmma", 0), report.loop.get("wait", 0)
+        chained, waited = report.chained
+        if report.stack_bytes:
+            found["spill"] = f"{report.stack_bytes} bytes of stack: registers spill"
+        if spec.matrix and not report.matrix_instructions:
+            found["matrix"] = "no matrix instruction (HGMMA)"
+        if spec.wide_access and not report.wide_accesses:
+            found["wide"] = "no 16-byte access to global memory"
+        if serialised := [code for code in report.warnings if code not in HARMLESS]:
+            found["ptxas"] = f"ptxas says {', '.join(serialised)}: it serialises wgmma"
+        if waited and waited == chained:
+            found["waits"] = f"each of the main loop's {wgmma} wgmma is waited for, with {waits} waits"
+        if wgmma and not report.loop.get("copy ahead"):
+            found["ahead"] = f"the main loop's {wgmma} wgmma wait for what they read: it copies nothing ahead"
+    subject = f"{report.name} on {report.target}"
+    return [Complaint(kind, subject, text, _reason(kind, spec, report.target)) for kind, text in found.items()]
+
+
+def _reason(kind: str, spec: KernelSpec, target: str) -> str | None:
+    listed = (known.reason for known in KNOWN if target == "sm_90" and known.kind == kind and known.is_of(spec))
+    return next(listed, None)
+
+
+def not_found(compiled: Iterable[tuple[KernelSpec, list[Complaint]]], known: Iterable[Known]) -> list[Complaint]:
+    """What of `known` was to be found in what was `compiled` for sm_90, and was not, in any of its kernels."""
+    missing = []
+    compiled = list(compiled)
+    for one in known:
+        of_it = [{complaint.kind for complaint in complaints} for spec, complaints in compiled if one.is_of(spec)]
+        if of_it and not any(one.kind in kinds for kinds in of_it):
+            subject = f"{one.kernel} {one.constants} on sm_90"
+            text = f"none of {len(of_it)} has the known complaint {one.kind!r}; take it off the list"
+            missing.append(Complaint("known", subject, text))
+    return missing

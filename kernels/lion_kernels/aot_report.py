@@ -1,0 +1,191 @@
+"""The ahead-of-time report: every kernel compiled, what the compiler made of it, and what is wrong with that.
+
+    python -m lion_kernels
+
+prints, for every kernel and shipped configuration of every module with `kernel_specs()`, its registers, stack, shared
+memory, matrix instructions and the widths of its accesses to global memory on each target, and on sm_90 what its main
+loop is made of. `lion-fast kernels` adds the launches that are really made. Either fails on what
+`lion_kernels.aot_gate` finds and does not know.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lion_kernels.aot import TARGETS, KernelSpec, Report, compile_kernel, configuration, selected_specs
+from lion_kernels.aot_gate import KNOWN, Complaint, check, not_found
+from lion_kernels.backend import interpreting
+
+RECORDED = "launches"  # the section of what was recorded, in the place of a module
+
+
+class Task(NamedTuple):
+    """A kernel to compile for a target."""
+
+    module: str
+    spec: KernelSpec
+    target: str
+
+
+# What the processes that compile share: a kernel cannot be sent to a process, which inherits this one's instead.
+_TASKS: list[Task] = []
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What chooses the report's part."""
+    parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules to compile (default: all)")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
+    parser.add_argument(
+        "--one-each",
+        nargs="*",
+        choices=list(TARGETS),
+        metavar="TARGET",
+        help="one configuration of each kernel and type only, for these targets (default: for all)",
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)")
+    parser.add_argument("--json", type=Path, metavar="F", help="write configurations, reports and complaints here too")
+    parser.add_argument("--page", type=Path, metavar="F", help="write the report as a page of Markdown")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m lion_kernels`: prints the report; returns the number of complaints that are not known."""
+    parser = argparse.ArgumentParser(prog="python -m lion_kernels", description=(__doc__ or "").split("\n")[0])
+    add_arguments(parser)
+    return print_report(parser.parse_args(arguments))
+
+
+def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = ()) -> int:
+    """Compiles what `options` (of `add_arguments`) name, and the launches that were `recorded` for sm_90.
+
+    Returns:
+        The number of complaints that are not known.
+
+    Raises:
+        ValueError: no kernel is in one of the modules.
+        RuntimeError: in a process that interprets its kernels.
+    """
+    if interpreting():
+        raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
+    tasks = _tasks(options, recorded)
+    print(f"triton {version('triton')}")
+    print(f"{'kernel':<72} {'target':<7} regs stack  shared matrix  wide narrow programs  loop wgmma waits")
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    compiled: list[tuple[KernelSpec, list[Complaint]]] = []
+    complaints: list[Complaint] = []
+    for task, report in zip(tasks, _compile(tasks, options.jobs), strict=True):
+        spec = task.spec
+        if isinstance(report, str):
+            complaints.append(Complaint("compile", f"{spec.name} on {task.target}", f"does not compile: {report}"))
+            continue
+        found = check(report, spec)
+        complaints += found
+        if task.target == "sm_90":
+            compiled.append((spec, found))
+        print(_line(report), *(f"[{complaint.kind}]" for complaint in found), flush=True)
+        entry = entries.setdefault((task.module, spec.name), _entry(task))
+        entry["targets"][task.target] = _fields(report, found)
+    if "sm_90" not in one_each_on(options):  # the one chosen of each kernel may be without
+        complaints += not_found(compiled, KNOWN)
+    unknown = [complaint for complaint in complaints if complaint.reason is None]
+    for complaint in unknown:
+        print(complaint, file=sys.stderr)
+    found = {
+        "triton": version("triton"),
+        "kernels": list(entries.values()),
+        "complaints": [str(complaint) for complaint in unknown],
+        "known": [known_of(complaints, reason) for reason in dict.fromkeys(c.reason for c in complaints if c.reason)],
+    }
+    if options.json:
+        options.json.write_text(to_json(found), encoding="utf-8")
+    if options.page:
+        from lion_kernels.aot_page import page
+
+        options.page.write_text(page(found), encoding="utf-8")
+    return len(unknown)
+
+
+def known_of(complaints: Sequence[Complaint], reason: str) -> dict[str, Any]:
+    """The complaints that are known for `reason`, as JSON holds them."""
+    of_it = [complaint for complaint in complaints if complaint.reason == reason]
+    kinds = sorted({complaint.kind for complaint in of_it})
+    return {"reason": reason, "kinds": kinds, "subjects": list(dict.fromkeys(c.subject for c in of_it))}
+
+
+def _tasks(options: argparse.Namespace, recorded: Sequence[KernelSpec]) -> list[Task]:
+    """What is to be compiled. A spec of which the compiler makes the same as of a launch gets the launch's calls."""
+    launches = {spec.compiles_as: spec for spec in recorded}
+    few = {spec.name for _, spec in selected_specs(options.modules, only_one_each=True)}
+    tasks = []
+    for module, spec in selected_specs(options.modules, only_one_each=False):
+        if "sm_90" in spec.targets and spec.compiles_as in launches:
+            spec = replace(spec, calls=launches.pop(spec.compiles_as).calls)
+        skipped = () if spec.name in few else one_each_on(options)
+        wanted = (target for target in spec.targets if target in options.targets and target not in skipped)
+        tasks += [Task(module, spec, target) for target in wanted]
+    if "sm_90" in options.targets:
+        tasks += [Task(RECORDED, spec, "sm_90") for spec in launches.values()]
+    return tasks
+
+
+def one_each_on(options: argparse.Namespace) -> tuple[str, ...]:
+    """The targets that get one configuration of each kernel and type."""
+    return () if options.one_each is None else tuple(options.one_each or TARGETS)
+
+
+def _compile(tasks: list[Task], jobs: int) -> Iterator[Report | str]:
+    """The reports in order; an error's name and text where the compiler raises one, so that the others still count."""
+    _TASKS[:] = tasks
+    if jobs == 1:
+        yield from map(_compile_one, range(len(tasks)))
+        return
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_compile_one, range(len(tasks)))
+
+
+def _compile_one(number: int) -> Report | str:
+    task = _TASKS[number]
+    try:
+        return compile_kernel(task.spec, task.target)
+    except Exception as error:  # whatever the compiler raises is one more finding
+        return f"{type(error).__name__}: {error}"
+
+
+def _entry(task: Task) -> dict[str, Any]:
+    spec = task.spec
+    calls = {"calls": list(spec.calls)} if spec.calls else {}
+    return {"module": task.module, "name": spec.name, **configuration(spec), **calls, "targets": {}}
+
+
+def _fields(report: Report, complaints: list[Complaint]) -> dict[str, Any]:
+    """A report as JSON holds it: what only sm_90 has is left out elsewhere."""
+    of_the_entry = ("name", "target")
+    on_sm_90 = ("warnings", "programs", "limit", "loop", "chained")
+    left_out = of_the_entry if report.target == "sm_90" else of_the_entry + on_sm_90
+    fields = {name: value for name, value in asdict(report).items() if name not in left_out}
+    kinds = [complaint.kind for complaint in complaints]
+    return {**fields, "complaints": kinds} if kinds else fields
+
+
+def _line(report: Report) -> str:
+    said = (
+        f"{report.name:<72} {report.target:<7} {report.registers:>4} {report.stack_bytes:>5} {report.shared_bytes:>7} "
+        f"{report.matrix_instructions:>6} {report.wide_accesses:>5} {report.narrow_accesses:>6}"
+    )
+    if report.target != "sm_90":
+        return said
+    loop = report.loop
+    said += f" {report.programs:>8} {sum(loop.values()):>5} {loop.get('wgmma', 0):>5} {loop.get('wait', 0):>5}"
+    return f"{said} {' '.join(report.warnings)}".rstrip()
+
+
+def to_json(found: dict[str, Any]) -> str:
+    """`found` with a line for each kernel, so that a change of one is a change of one line."""
+    kernels = ",\n".join(json.dumps(kernel) for kernel in found["kernels"])
+    rest = {name: json.dumps(value) for name, value in found.items()} | {"kernels": f"[\n{kernels}\n]"}
+    return "{" + ",\n".join(f'"{name}": {value}' for name, value in rest.items()) + "}\n"

@@ -1,0 +1,59 @@
+"""How long compiling takes on a machine's first run: `python -m lion_fast.check.compile_times` prints it as JSON.
+
+For what `lion-fast check` compares in each dtype, for what it times, and for the model: the distinct launches on sm_90,
+those that none before has, and the processor's seconds for these in one process. No GPU is needed.
+"""
+
+import json
+import os
+import tempfile
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lion_fast.check.cases import CASES, TIMED
+from lion_fast.check.launches import record_cases, recording
+from lion_fast.check.model_launches import record_models
+from lion_kernels.aot import KernelSpec, compile_spec
+
+
+def seconds_of(specs: list[KernelSpec]) -> float:
+    """Of this process and the compilers that it starts, with an empty cache; machines that are busy take longer."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        before = _processor_seconds()
+        for spec in specs:
+            compile_spec(spec, "sm_90")
+        return _processor_seconds() - before
+
+
+def _processor_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def main() -> None:
+    parts: dict[str, Any] = {
+        **{
+            str(dtype).removeprefix("torch."): lambda found, dtype=dtype: record_cases(found, CASES, dtype)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        },
+        "timed": lambda found: record_cases(found, TIMED, torch.bfloat16),
+        "model": record_models,
+    }
+    known: set[tuple[Any, ...]] = set()
+    table = {}
+    for name, record in parts.items():
+        with recording() as found:
+            record(found)
+        specs = found.specs()
+        new = [spec for spec in specs if spec.compiles_as not in known]
+        known |= {spec.compiles_as for spec in specs}
+        table[name] = {"launches": len(specs), "new": len(new), "seconds_of_new": round(seconds_of(new), 1)}
+        print(json.dumps({name: table[name]}), flush=True)
+    print(json.dumps({"triton": version("triton"), **table}))
+
+
+if __name__ == "__main__":
+    main()

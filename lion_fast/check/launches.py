@@ -1,0 +1,210 @@
+"""What the kernels are really launched with, noted without a GPU: Triton itself specialises the launches of real calls.
+
+`recording` puts a stand-in in the place of Triton's driver and compiler. What is called within runs on the CPU up to
+each launch, which is noted and computes nothing. A process in which kernels are interpreted has no such launches.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+import lion_kernels
+from lion_fast.check.cases import CASES, TIMED, Case
+from lion_fast.check.compare import leaves, make_tensors, results_of
+from lion_fast.check.report import TIMED_DTYPE
+from lion_fast.check.uncomputed import Uncomputed
+from lion_kernels import backend
+from lion_kernels.aot import KernelSpec
+
+# The constant by which a kernel's products have rows; what is not in it has no product.
+PRODUCT_ROWS = {
+    "attention_forward": "BM",
+    "attention_backward_queries": "BM",
+    "attention_backward_keys": "BN",
+    "_bias_gradient": "BLOCK",
+    "hidden_kernel": "BM",
+    "update_kernel": "BM",
+    "linear_kernel": "BM",
+    "hidden_gradient_kernel": "BM",
+    "outer_kernel": "BN",
+}
+# Constants that follow from the others, which names of launches leave out.
+NOT_TOLD = ("K", "KP", "RP", "EP", "GP", "EG", "BI", "D1", "D2", "UNIT", "PRECISION", "GROUP", "CHOOSE", "KEEP")
+ROWS_OF_A_WARP_GROUP = 64  # the least that wgmma multiplies
+
+
+class Recording:
+    """Distinct launches in the order in which they were first met, and which calls made them.
+
+    Attributes:
+        call: what runs now.
+        model_sizes: whether in it are the model's own sizes, at which memory has to be read in 16 bytes.
+    """
+
+    def __init__(self) -> None:
+        self._launches: dict[tuple[Any, ...], tuple[KernelSpec, list[str]]] = {}
+        self.call = ""
+        self.model_sizes = False
+
+    def note(self, kernel: Any, key: str, signature: dict[str, str], device: int, *others: Any) -> Any:
+        """In the place of `JITFunction._do_compile`, whose arguments these are."""
+        constexprs, options, attributes = others[:3]
+        spec = _spec(kernel, signature, constexprs, options, attributes)
+        known, calls = self._launches.setdefault(spec.compiles_as, (spec, []))
+        if self.model_sizes and not known.wide_access:
+            self._launches[spec.compiles_as] = replace(known, wide_access=True), calls
+        if self.call not in calls:
+            calls.append(self.call)
+        return SimpleNamespace(
+            launch_metadata=lambda *_: None, run=lambda *_: None, function=None, packed_metadata=None, hash=key
+        )
+
+    def specs(self) -> list[KernelSpec]:
+        """One for each launch, with names of their own."""
+        return _named([(spec, tuple(calls)) for spec, calls in self._launches.values()])
+
+
+class _Hopper:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Notes every launch within, for sm_90.
+
+    Raises:
+        RuntimeError: in a process that interprets its kernels.
+    """
+    if backend.interpreting():
+        raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    found = Recording()
+    # Once each: a launch that Triton knows does not come to the compiler again.
+    kernels = [kernel for module in _modules() for kernel in vars(module).values() if isinstance(kernel, JITFunction)]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Hopper()))
+        for kernel in kernels:
+            kernel.device_caches.clear()
+            stack.callback(kernel.device_caches.clear)
+        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", _as_method(found)))
+        # As where kernels are interpreted, on the CPU; these are not.
+        stack.enter_context(mock.patch.object(backend, "_INTERPRETING", True))
+        for module in _modules():
+            for name, stand_in in (("interpreting", lambda: True), ("refuse_uninterpretable", lambda **_: None)):
+                if hasattr(module, name) and module is not backend:
+                    stack.enter_context(mock.patch.object(module, name, stand_in))
+        yield found
+
+
+def _as_method(found: Recording) -> Callable[..., Any]:
+    def note(kernel: Any, *arguments: Any, **keywords: Any) -> Any:
+        return found.note(kernel, *arguments, **keywords)
+
+    return note
+
+
+def _modules() -> list[Any]:
+    names = (info.name for info in pkgutil.iter_modules(lion_kernels.__path__))
+    return [importlib.import_module(f"lion_kernels.{name}") for name in names if name != "__main__"]
+
+
+def record_check(found: Recording, dtypes: Sequence[torch.dtype]) -> None:
+    """All that `lion-fast check` runs on a GPU in `dtypes`; what it takes the time of is in bfloat16 alone."""
+    for dtype in dtypes:
+        record_cases(found, CASES, dtype)
+    if TIMED_DTYPE in dtypes:
+        record_cases(found, TIMED, TIMED_DTYPE)
+
+
+def record_cases(found: Recording, cases: Sequence[Case], dtype: torch.dtype) -> None:
+    """Forward, backward, and forward without gradients."""
+    with Uncomputed():
+        for case in cases:
+            found.model_sizes = case.cost is not None
+            found.call = f"check{' times' if found.model_sizes else ''}: {case.operator}, {case.label}"
+            tensors = make_tensors(case, dtype, torch.device("cpu"))
+            results_of(case.run, leaves(tensors))
+            with torch.no_grad():
+                case.run(tensors)
+
+
+def _spec(kernel: Any, signature: dict[str, str], constexprs: Any, options: Any, attributes: Any) -> KernelSpec:
+    """A launch as Triton specialises it: paths of arguments -> values, and -> what is known of them."""
+    names = list(signature)
+    constants = {names[path[0]]: value for path, value in constexprs.items()}
+    aligned = {names[path[0]] for path, known in attributes.items() if ["tt.divisibility", 16] in known}
+    types = {name: kind for name, kind in signature.items() if name not in constants}
+    pointers = {name for name, kind in types.items() if kind.startswith("*")}
+    half = {"*bf16", "*fp16"} & set(types.values())
+    rows = constants.get(PRODUCT_ROWS.get(kernel.__name__, ""), 0)
+    # Without dq only delta is left of it, which is no product.
+    multiplies = rows >= ROWS_OF_A_WARP_GROUP and constants.get("p_dq", "") is not None
+    return KernelSpec(
+        name="",
+        kernel=kernel,
+        signature=types,
+        constexprs=constants,
+        num_warps=options.num_warps,
+        num_stages=options.num_stages,
+        matrix=bool(half) and multiplies,
+        wide_access=False,
+        divisible=tuple(name for name in types if name in aligned - pointers),
+        compact=False,
+        unaligned=tuple(name for name in types if name in pointers - aligned),
+    )
+
+
+def _named(launches: list[tuple[KernelSpec, tuple[str, ...]]]) -> list[KernelSpec]:
+    """Each with its calls and a name of its own: kernel, types, what it is told by, and what else two differ in."""
+    groups: dict[str, list[KernelSpec]] = {}
+    for spec, _ in launches:
+        groups.setdefault(_name(spec), []).append(spec)
+    specs = []
+    for spec, calls in launches:
+        name = _name(spec)
+        arguments = {key: [_argument(one, key) for one in groups[name]] for key in spec.types}
+        differing = [key for key, values in arguments.items() if len(set(values)) > 1]
+        suffix = "".join(f" {key}={_argument(spec, key)}" for key in differing)
+        specs.append(replace(spec, name=name + suffix, calls=calls))
+    return specs
+
+
+def _name(spec: KernelSpec) -> str:
+    said = [spec.kernel_name.removeprefix("_").removesuffix("_kernel"), _values(spec)]
+    for name, value in spec.constexprs.items():
+        if name not in NOT_TOLD and value not in (None, False) and not name.startswith("stride_"):
+            said.append(name if value is True else f"{name}={value}")
+    return " ".join([*said, f"warps={spec.num_warps} stages={spec.num_stages}"])
+
+
+def _values(spec: KernelSpec) -> str:
+    """The floating types that it points at, fp32 last."""
+    kinds = {kind[1:] for kind in spec.types.values() if kind in ("*fp16", "*bf16", "*fp32")}
+    return "+".join(sorted(kinds, key=lambda kind: (kind == "fp32", kind)))
+
+
+def _argument(spec: KernelSpec, name: str) -> str:
+    """What a launch fixes of an argument: its value, or its type, with /16 where it is a multiple of 16."""
+    if name in spec.constexprs:
+        return str(spec.constexprs[name])
+    return spec.types[name] + ("/16" if name in spec.aligned else "")

@@ -1,0 +1,112 @@
+"""The launches of the whole model at the published sizes: training in every stage, evaluation, and generation.
+
+Models of one layer of each kind have every shape that all layers have. Nothing is computed (`Uncomputed`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from lion_fast.check.launches import Recording, record_check, recording
+from lion_fast.check.uncomputed import Uncomputed
+from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
+from lion_fast.modeling_lion import LionForCausalLM
+from lion_fast.stages import STAGES, Stage, freeze_for_stage
+from lion_kernels.aot import KernelSpec
+
+SIZES = {"XL": FLAN_T5_XL, "XXL": FLAN_T5_XXL}
+TRAINING_BATCH = 16
+TEXT_TOKENS = 128  # with the visual prefix of 289 the encoder reads 417
+QUESTION_TOKENS = ANSWER_TOKENS = 32
+GENERATIONS = tuple((batch, beams) for batch in (1, 8) for beams in (1, 5))
+NEW_TOKENS = 3  # a step without a cache, and two with
+
+
+def recorded_launches(dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)) -> list[KernelSpec]:
+    """Of `lion-fast check` in `dtypes`, and of the model in bfloat16."""
+    with recording() as found:
+        record_check(found, dtypes)
+        record_models(found)
+    return found.specs()
+
+
+def record_models(found: Recording) -> None:
+    """LION-FlanT5-XL and -XXL; stages of training under autocast, as `lion-fast train` runs them."""
+    found.model_sizes = True
+    with _quiet(), Uncomputed():
+        for size, text in SIZES.items():
+            for stage in STAGES:
+                _train(found, size, text, stage)
+            model: Any = _model(text, STAGES[-1]).eval()
+            model.to(torch.bfloat16)
+            for batch, beams in GENERATIONS:
+                found.call = f"{size}: generation, {batch} with {beams} {'beam' if beams == 1 else 'beams'}"
+                _generate(model, batch, beams)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings of a model that knows nothing."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _model(text: dict[str, Any], stage: Stage) -> LionForCausalLM:
+    return LionForCausalLM(
+        LionConfig(
+            text_config={**text, "num_layers": 1, "num_decoder_layers": 1},
+            vision_config={"num_hidden_layers": 3},
+            aggregator_config={"feature_layers": (2, 1, 0)},
+            qformer_config={"num_hidden_layers": 1},
+            visual_input=stage.visual_input,
+            kernel_backend="triton",
+        )
+    )
+
+
+def _train(found: Recording, size: str, text: dict[str, Any], stage: Stage) -> None:
+    """Forward and backward, and an evaluation's forward."""
+    model = _model(text, stage)
+    freeze_for_stage(model, stage)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    batch = _batch(model.config, TRAINING_BATCH)
+    labels = torch.ones(TRAINING_BATCH, ANSWER_TOKENS, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found.call = f"{size}: training, stage {stage.number}"
+        model.train()(**batch, labels=labels).loss.backward()
+        found.call = f"{size}: evaluation, stage {stage.number}"
+        with torch.no_grad():
+            model.eval()(**batch, labels=labels)
+
+
+def _generate(model: LionForCausalLM, batch: int, beams: int) -> None:
+    given: dict[str, Any] = _batch(model.config, batch)
+    pixels = given.pop("pixel_values").to(torch.bfloat16)
+    model.generate(pixel_values=pixels, **given, num_beams=beams, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
+
+
+def _batch(config: LionConfig, size: int) -> dict[str, Tensor]:
+    """Padded, as batches of several samples are."""
+    pixels = config.vision_config.image_size
+    mask = torch.ones(size, TEXT_TOKENS, dtype=torch.long)
+    mask[:-1, -1] = 0
+    question = torch.ones(size, QUESTION_TOKENS, dtype=torch.long)
+    task_ids = torch.arange(size) % config.text_config.num_tasks
+    return {
+        "pixel_values": torch.zeros(size, 3, pixels, pixels),
+        "input_ids": torch.ones(size, TEXT_TOKENS, dtype=torch.long),
+        "attention_mask": mask,
+        "qformer_input_ids": question,
+        "qformer_attention_mask": question.clone(),
+        "task_ids": task_ids,
+    }

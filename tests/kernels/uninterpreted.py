@@ -1,0 +1,31 @@
+"""What the tests of the ahead-of-time report share: a report without complaints, and Python that compiles kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lion_kernels.aot import KernelSpec, Report
+
+SPEC = KernelSpec("k", None, {}, {}, num_warps=4, num_stages=3, matrix=True)
+GOOD = Report(
+    "k",
+    "sm_90",
+    registers=120,
+    stack_bytes=0,
+    shared_bytes=98304,
+    matrix_instructions=4,
+    wide_accesses=8,
+    narrow_accesses=2,
+    programs=4,
+    limit="registers",
+    loop={"wgmma": 8, "wait": 2, "copy ahead": 10, "float": 70},
+    chained=(6, 0),
+)
+
+
+def run_uninterpreted(*command: str | Path) -> subprocess.CompletedProcess:
+    """Python in a process of its own, because this one may interpret its kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
