@@ -12,7 +12,8 @@
 # OUT/log.txt, so that one that dies takes nothing along; interrupted from a terminal, it stops with what it has.
 # Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else; with
 # pytest-xdist it is faster. PEERS=DIR names a folder of wheels (flash-attn, liger-kernel ...), which are unpacked and
-# measured beside. PACK=FILE.tar.gz holds OUT as one file, made anew after each part.
+# measured beside. PACK=FILE.tar.gz holds OUT as one file, made anew after each part. TRITON_CACHE=FILE names a cache
+# that benchmarks/triton_cache.py made for this Python and Triton: what the check launches need not be compiled then.
 # Without a GPU it is a dry run: the same lines, on small shapes, with kernels in Triton's interpreter.
 set -uo pipefail
 
@@ -27,13 +28,14 @@ declare -A LIMITS=(
 )
 REST_LIMIT=470
 if [ $# -lt 1 ]; then
-  sed -n '2,19s/^# \{0,1\}//p' "$0"
+  sed -n '2,20s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd)
 shift
 [ -n "${PEERS:-}" ] && { PEERS=$(cd "$PEERS" && pwd) || exit 2; }
+[ -n "${TRITON_CACHE:-}" ] && { TRITON_CACHE=$(realpath -e "$TRITON_CACHE") || exit 2; }
 [ -n "${PACK:-}" ] && { PACK=$(cd "$(dirname "$PACK")" && pwd)/$(basename "$PACK") || exit 2; }
 PARTS=()
 for part in "${@:-all}"; do
@@ -62,6 +64,10 @@ if [ -n "${PEERS:-}" ]; then
     "$PYTHON" -m zipfile -e "$wheel" "$unpacked" || exit 2
   done
   PYTHONPATH+=:$unpacked
+fi
+if [ -n "${TRITON_CACHE:-}" ]; then
+  export TRITON_CACHE_DIR=$OUT/triton-cache TRITON_DISABLE_LINE_INFO=1
+  "$PYTHON" benchmarks/triton_cache.py unpack "$TRITON_CACHE" "$TRITON_CACHE_DIR" || exit 2
 fi
 LOG=$OUT/log.txt
 GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
@@ -281,10 +287,10 @@ for part in "${PARTS[@]}"; do
   status=${PIPESTATUS[0]}
   [ "$status" -eq 0 ] || failed=1
   table+=("$(printf '%-14s %-22s %4d s' "$part" "$(case $status in 0) echo passed ;; 124 | 137) echo "stopped by its limit" ;; *) echo "failed ($status)" ;; esac)" $((SECONDS - start)))")
-  [ -z "${PACK:-}" ] || tar -C "$OUT" -czf "$PACK" .
+  [ -z "${PACK:-}" ] || tar -C "$OUT" --exclude=./triton-cache -czf "$PACK" .
   [ -z "$stopped" ] || break
 done
 echo "=== ${GPU:-dry run without a GPU}, $(git rev-parse --short HEAD 2>/dev/null || echo 'no commit')" | tee -a "$LOG"
 printf '%s\n' "${table[@]}" | tee -a "$LOG"
-[ -z "${PACK:-}" ] || tar -C "$OUT" -czf "$PACK" .
+[ -z "${PACK:-}" ] || tar -C "$OUT" --exclude=./triton-cache -czf "$PACK" .
 exit $failed

@@ -336,6 +336,7 @@ def test_bfloat16_on_a_gpu(device: torch.device, relative_error: Measure) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_values(device: torch.device) -> None:
     inputs = make_inputs(2**13, 33, 33, 4096, torch.bfloat16, device)
     with torch.no_grad():

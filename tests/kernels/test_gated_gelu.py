@@ -285,6 +285,7 @@ def test_bfloat16_on_a_gpu(shape: tuple[int, ...], device: torch.device, relativ
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_values(device: torch.device) -> None:
     row = torch.randn(5120, device=device, dtype=torch.bfloat16)
     gate = row.expand(2**19, 5120).contiguous().requires_grad_()

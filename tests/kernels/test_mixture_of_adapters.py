@@ -425,6 +425,7 @@ def test_cuda_graph(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_to_the_31_elements_on_a_gpu(device: torch.device, relative_error: Measure) -> None:
     rows = 2**31 // 2048 + 100
     small = cast(make_inputs("dense_shared", 2, 16, 2048, (1, 100)), torch.bfloat16, device)

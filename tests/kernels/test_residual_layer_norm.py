@@ -401,6 +401,7 @@ def test_bfloat16_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_values(device: torch.device) -> None:
     row = torch.randn(4096, device=device, dtype=torch.bfloat16)
     x = row.expand(2**19 + 3, 4096).contiguous().requires_grad_()

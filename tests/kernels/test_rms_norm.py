@@ -323,6 +323,7 @@ def test_bfloat16_on_a_gpu(shape: tuple[int, ...], device: torch.device, relativ
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_values(device: torch.device) -> None:
     x = torch.randn(1, 4096, device=device, dtype=torch.bfloat16).expand(2**19 + 3, 4096).contiguous().requires_grad_()
     weight = torch.randn(4096, device=device, dtype=torch.bfloat16)

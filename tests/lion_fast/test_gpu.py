@@ -168,6 +168,7 @@ def test_autocast(build: Build, batch: dict[str, Tensor], family: str) -> None:
         assert error < 2 * errors["torch"][name] + 2**-8, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled(build: Build, batch: dict[str, Tensor], family: str) -> None:
     model = build(family, torch.float32, "triton")
@@ -220,6 +221,7 @@ def test_folded_adapters(build: Build, batch: dict[str, Tensor], family: str) ->
         assert relative_error(model(**batch).logits, plain) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_generation_with_a_static_cache(build: Build, batch: dict[str, Tensor], family: str, num_beams: int) -> None:
