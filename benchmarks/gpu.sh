@@ -72,7 +72,7 @@ fi
 LOG=$OUT/log.txt
 GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
 if [ -n "$GPU" ]; then
-  unset TRITON_INTERPRET
+  unset TRITON_INTERPRET TRITON_PTXAS_PATH
   PROCESSES=$(($(nproc) < 12 ? $(nproc) : 12))
 else
   echo "no CUDA device: a dry run, which measures nothing"

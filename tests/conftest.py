@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
 
+from tests import rounding
 from tests.interpreter import patch_the_language_once
 
 if not torch.cuda.is_available():
@@ -19,6 +21,15 @@ from lion_kernels.backend import interpreting
 if interpreting():
     patch_the_language_once()
 
+# An example may take as long as it takes: how long says something of the machine, and nothing of the code.
+settings.register_profile(
+    "any machine",
+    settings(),
+    deadline=None,
+    suppress_health_check=[*settings().suppress_health_check, HealthCheck.too_slow],
+)
+settings.load_profile("any machine")
+
 GOLDEN_ROUNDING = "e6781661c1ed55b25b4ef867eca6570beb4b1468491fd351e89f9ef04cebc253"
 
 
@@ -28,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """With -v, how near the golden model's results came to what `tests/rounding.py` allows (in this process)."""
+    if rounding.nearest and config.get_verbosity() > 0:
+        terminalreporter.section("rounding")
+        for name, (error, bound) in sorted(rounding.nearest.items()):
+            terminalreporter.line(f"{name:<22} {error:.1e} of {bound:.1e}")
 
 
 @pytest.fixture

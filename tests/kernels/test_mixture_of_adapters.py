@@ -311,7 +311,12 @@ def test_no_rows(backend: str, device: torch.device) -> None:
     assert not got["up_weight"].any()
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject, device: torch.device, relative_error: Measure) -> None:
     gate = data.draw(st.sampled_from(GATES))

@@ -288,7 +288,9 @@ def test_autocast(backend: str, device) -> None:
     torch.testing.assert_close(out.float(), inputs(reference), atol=5e-3, rtol=5e-3)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject, device, relative_error) -> None:
     draw = data.draw

@@ -57,9 +57,10 @@ def test_half_precision_is_no_worse_than_the_plain_formula(
     inputs = make_inputs(shape, torch.float16, device)
     expected = exact(inputs)
     plain = outputs_and_gradients(reference, inputs)
+    rounding = torch.finfo(torch.float16).eps / 2  # of the result itself, which the plain formula's may be spared
     for name, value in outputs_and_gradients(rms_norm, inputs, backend="triton").items():
         assert value.dtype == torch.float16
-        assert relative_error(value, expected[name]) < 2 * relative_error(plain[name], expected[name]), name
+        assert relative_error(value, expected[name]) < 2 * relative_error(plain[name], expected[name]) + rounding, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -7,7 +7,10 @@ WITHOUT_INFLUENCE = (".key.bias",)
 
 
 def expect_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Every gradient to 1e-4 of itself; those without influence on anything to 1e-6 of the largest."""
+    """Every gradient to 1e-4 of itself; those without influence on anything to 1e-6 of the largest.
+
+    These are small models in fp32, whose rounding leaves 5e-6 at the most where this was measured.
+    """
     assert got.keys() == expected.keys()
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():

@@ -95,7 +95,8 @@ def test_dtypes(make: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
         with torch.no_grad():
             plain = (half(**batch).logits.float() - exact).norm()
             half.fold_adapters()
-            assert (half(**batch).logits.float() - exact).norm() < 1.5 * plain
+            # Two errors of one size, in directions that the CPU chooses; they were equal where this was measured.
+            assert (half(**batch).logits.float() - exact).norm() < 3 * plain
     model.fold_adapters()
     with torch.no_grad():
         assert model.double()(**batch).logits.dtype == torch.float64

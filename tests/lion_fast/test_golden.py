@@ -1,11 +1,10 @@
 """LionForCausalLM, through `convert_checkpoint` and `from_pretrained`, against what the original model computed.
 
-The golden values are fp32 results of one CPU, with rounding that the aggregator's softmax magnifies: `OWN_DISTANCE`
-says how far they are from the same computation in fp64, that is from `lion_reference`. Another CPU, or another order of
-operations, rounds as much again in another direction. So everywhere twice that distance is allowed: from fp64, and of
-the gradients from the golden ones. Only eager attention, in the original's order of operations on a CPU that rounds as
-the original's, is also held to the golden values themselves: bit for bit in the vision tower, then to 1e-5, and to 1e-4
-for gradients.
+The golden values are fp32 results of one CPU, with rounding that the aggregator's softmax magnifies, and another CPU
+rounds as much again in another direction: `tests/rounding.py` has what is allowed for it, from fp64 (`lion_reference`)
+and for gradients and losses from the golden values. Only eager attention, in the original's order of operations on a
+CPU that rounds as the original's, is also held to the golden values themselves: bit for bit in the vision tower, then
+to 1e-5, and to 1e-4 for gradients.
 """
 
 import math
@@ -31,17 +30,9 @@ from lion_fast.modeling_text import LionT5LayerFF
 from lion_fast.stages import parameter_groups
 from lion_kernels.backend import interpreting
 from lion_reference import LION, LIONOutput
+from tests.rounding import GOLDEN_DISTANCE, WORST, expect_golden_curve, expect_within, relative_error
 
 TASKS = ("region_level", "image_level")
-OWN_DISTANCE = {
-    "vision": 4.9e-7,
-    "aggregator": 3.0e-5,
-    "projected": 1.2e-5,
-    "prefix": 2.2e-6,
-    "encoder": 1.4e-5,
-    "logits": 1.6e-5,
-}
-OWN_GRADIENT_DISTANCE = 3.4e-4
 Batch = Callable[[str], dict[str, Tensor]]
 
 
@@ -122,12 +113,8 @@ def as_golden(model: LionForCausalLM, request: pytest.FixtureRequest) -> bool:
     return eager and request.getfixturevalue("rounds_as_golden")
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def expect_close(name: str, got: Tensor, golden: Tensor, exact: Tensor, as_golden: bool) -> None:
-    assert relative_error(got, exact) < 2 * OWN_DISTANCE[name]
+    expect_within(name, relative_error(got, exact))
     if as_golden:
         assert relative_error(got, golden) < 1e-5
 
@@ -138,6 +125,7 @@ def trim(ids: list[int], eos: int = 1) -> list[int]:
 
 
 def test_golden_values_have_rounding_of_their_own(golden, exact: Exact) -> None:
+    """Files against fp64, so the same on every machine: what is allowed is the rounding of the constants' digits."""
     expected, outputs = golden.expected, exact.outputs
     distances = {
         "vision": max(relative_error(expected[f"vit.layer{layer}"], exact.vision[layer]) for layer in (38, 28, 18)),
@@ -146,8 +134,10 @@ def test_golden_values_have_rounding_of_their_own(golden, exact: Exact) -> None:
         "prefix": relative_error(expected["visual_prefix"], outputs["image_level"].visual_prefix),
         "encoder": max(relative_error(expected[f"{task}.enc"], outputs[task].encoder_output) for task in TASKS),
         "logits": max(relative_error(expected[f"{task}.logits"], outputs[task].logits) for task in TASKS),
+        "loss": max(relative_error(expected[f"{task}.loss"].squeeze(), outputs[task].loss) for task in TASKS),
     }
-    assert distances == pytest.approx(OWN_DISTANCE, rel=0.05)
+    assert distances == pytest.approx(GOLDEN_DISTANCE, rel=5e-3)
+    assert all(distance <= WORST[name] for name, distance in distances.items()), "golden values are fp32's too"
 
 
 def test_vision_layers(model: LionForCausalLM, golden, exact: Exact, as_golden: bool) -> None:
@@ -190,7 +180,7 @@ def test_forward(model: LionForCausalLM, golden, golden_batch: Batch, exact: Exa
     expect_close("prefix", out.visual_prefix, expected["visual_prefix"], reference.visual_prefix, as_golden)
     expect_close("encoder", encoded, expected[f"{task}.enc"], reference.encoder_output, as_golden)
     expect_close("logits", out.logits, expected[f"{task}.logits"], reference.logits, as_golden)
-    assert out.loss.item() == pytest.approx(expected[f"{task}.loss"].item(), rel=1e-5)
+    expect_within("loss", relative_error(out.loss, expected[f"{task}.loss"].squeeze()))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -207,8 +197,9 @@ def test_gradients(model: LionForCausalLM, golden, golden_batch: Batch, as_golde
     total = torch.stack([grad.norm() for grad in expected.values()]).norm()
     for name, grad in expected.items():
         # A key's bias has no influence on a softmax: what stands there is rounding, so there is a floor.
-        scale = max(grad.norm(), 1e-3 * total)
-        assert (gradients[name] - grad).norm() / scale < (1e-4 if as_golden else 2 * OWN_GRADIENT_DISTANCE), name
+        error = ((gradients[name] - grad).norm() / max(grad.norm(), 1e-3 * total)).item()
+        expect_within("gradients", error)
+        assert not as_golden or error < 1e-4, name
 
 
 @ON_PYTORCH
@@ -268,7 +259,7 @@ def test_a_mixed_batch_is_the_two_tasks_sample_by_sample(
     for sample, task_id in enumerate(batch["task_ids"].tolist()):
         task = TASKS[task_id]
         expected, reference = golden.expected[f"{task}.logits"][sample], exact.outputs[task].logits[sample]
-        expect_close("logits", logits[sample], expected, reference, as_golden)
+        expect_close("logits of one sample", logits[sample], expected, reference, as_golden)
     del batch["labels"]
     ids = model.generate(**batch, num_beams=5, repetition_penalty=1.0, max_new_tokens=20).tolist()
     for sample, task_id in enumerate(batch["task_ids"].tolist()):
@@ -383,14 +374,13 @@ def reference_groups(reference: LION, golden) -> list[dict]:
 
 @pytest.mark.usefixtures("_fp64_throughout")
 def test_twelve_training_steps_in_fp64_are_the_reference_s(converted: Path, golden, golden_batch: Batch) -> None:
-    """The curve is chaotic: a difference grows by 1e5 in 12 steps. From fp64's 1e-15 that leaves 1e-10 on any CPU."""
+    """The curve is chaotic: a difference grows by 1e5 in 12 steps. From fp64's 1e-15 that leaves 1e-10, here 7e-11."""
     model = LionForCausalLM.from_pretrained(converted, dtype=torch.float64)
     reference = load_reference(golden)
     losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch, torch.float64)
     expected = train_twelve_steps(reference, reference_groups(reference, golden), golden, golden_batch, torch.float64)
     assert losses == pytest.approx(expected, rel=1e-8)
-    # The golden curve started from fp32's 1e-7, and is 1.1e-2 away at the most.
-    assert losses == pytest.approx(golden.meta["adamw"]["losses"], rel=2e-2)
+    expect_golden_curve(losses, golden.meta["adamw"]["losses"])  # which started 1e-7 away, and comes as far as 1.1e-2
 
 
 @pytest.mark.usefixtures("_original_order")
@@ -409,12 +399,11 @@ def test_twelve_training_steps_in_the_original_order(
 def test_twelve_training_steps(converted: Path, golden, golden_batch: Batch, setting: str) -> None:
     """The model as users have it, with rounding of its own: close at first, and within what chaos leaves later.
 
-    A wrong learning rate, optimizer group or order of tasks is farther off than 2e-2.
+    A learning rate one per cent off, half the rate in one group, or tasks in another order are out of bounds by the
+    second step. Weight decay is not: its effect in 12 steps is within rounding's, so fp64 above has to show it.
     """
     if setting == "kernels" and not (os.environ.get("LION_SLOW_TESTS") and interpreting()):
         pytest.skip("minutes in Triton's interpreter: set LION_SLOW_TESTS where there is no GPU")
     model = LionForCausalLM.from_pretrained(converted, **SETTINGS[setting])
     losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch)
-    expected = golden.meta["adamw"]["losses"]
-    assert losses[:2] == pytest.approx(expected[:2], rel=3e-5)
-    assert losses == pytest.approx(expected, rel=2e-2)
+    expect_golden_curve(losses, golden.meta["adamw"]["losses"])

@@ -298,7 +298,8 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: Make, make_batch
     assert gradients[0].keys() == gradients[1].keys()
     assert any(".adapter." in name for name in gradients[0])
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        # Sums over rows in another order: 1e-6 of a gradient was seen.
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -411,7 +412,10 @@ def test_image_size_is_changed_by_interpolating_positions(
 
 
 def test_interpolated_positions_keep_a_linear_field(make_model: Make) -> None:
-    """A ramp stays that ramp (torch's bicubic kernel to a hundredth of a patch), away from the clamped border."""
+    """A ramp stays that ramp, away from the clamped border.
+
+    By torch's bicubic formula it bends by 0.6 % of a patch, on every machine: rounding is 1e-7.
+    """
     model = make_model(
         vision_config={
             "hidden_size": 16,

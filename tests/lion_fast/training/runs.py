@@ -13,6 +13,7 @@ from lion_fast.training import saving
 from lion_fast.training.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
+PATIENCE = 300  # seconds for a process to get on with it: ends a hang, and a busy machine takes its time
 
 
 class Files(NamedTuple):
@@ -41,7 +42,7 @@ def weights_of(run_dir: Path | str) -> dict[str, Tensor]:
 
 def finish(*processes: Any) -> None:
     for process in processes:
-        process.join(timeout=300)  # ends a hang; a busy machine takes its time
+        process.join(timeout=PATIENCE)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

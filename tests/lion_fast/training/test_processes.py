@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 
 from lion_fast import LionForCausalLM
 from lion_fast.training import RecipeError, saving, train
-from tests.lion_fast.training.runs import Files, MakeRecipe, finish, free_port, losses_of, run_on, weights_of
+from tests.lion_fast.training.runs import PATIENCE, Files, MakeRecipe, finish, free_port, losses_of, run_on, weights_of
 
 
 def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files, tmp_path: Path) -> None:
-    """Twenty kills by SIGKILL: half as an operation on a file begins, half at any moment.
+    """Twenty kills by SIGKILL: half as an operation on a file begins, half at any moment after one has begun.
 
     Samples come from files, augmented and grouped by length; the run that nothing happens to loads them in two workers.
     """
@@ -28,9 +29,13 @@ def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any]
     killed = make_recipe(3, *files.overrides(), "steps=40", name="killed")
     began_at = set()
     for number in range(20):
-        process = start(killed, resume=True, kill_at=rng.randint(1, operations // 8) if number % 2 else None)
-        process.join(timeout=120 if number % 2 else rng.uniform(0.1, 0.8))
-        process.kill()
+        operation, said = rng.randint(1, operations // 8), tmp_path / f"said-{number}"
+        if number % 2:
+            process = start(killed, resume=True, kill_at=operation)
+        else:  # from outside, wherever it is by then; it waits before it could end by itself
+            process = start(killed, resume=True, said_at=(operation, str(said)), hold_at=operation + 5)
+            wait_for(said, process)
+            process.kill()
         process.join()
         assert process.exitcode == -9
         began_at.add(saving.last_complete(Path(killed.output_dir)))
@@ -40,6 +45,15 @@ def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any]
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(killed.output_dir).items())
     assert losses_of(killed.output_dir) == losses_of(whole.output_dir)
     assert not (Path(killed.output_dir) / saving.ASIDE / "checkpoint-40").exists()
+
+
+def wait_for(file: Path, process: Any) -> None:
+    """Until `process` has made `file`, however long that takes; its death ends the wait."""
+    deadline = time.monotonic() + PATIENCE
+    while not file.exists():
+        assert process.is_alive(), "it has ended by itself"
+        assert time.monotonic() < deadline, f"no {file.name} after {PATIENCE} seconds"
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("engine", ["trainer", "fsdp2"])
@@ -52,7 +66,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     train(replace(recipe, output_dir=str(tmp_path / "whole")))
     size = (tmp_path / "whole" / "model" / "model.safetensors").stat().st_size
     process = start(recipe, file_limit=size // 4, error_to=str(tmp_path / "error"), **group)
-    process.join(timeout=300)
+    process.join(timeout=PATIENCE)
     assert process.exitcode == 1
     assert "checkpoint-2: cannot be written" in (tmp_path / "error").read_text()
     assert saving.checkpoints(Path(recipe.output_dir)) == []

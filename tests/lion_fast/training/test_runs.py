@@ -23,6 +23,7 @@ from lion_fast.training.evaluation import evaluate
 from lion_fast.training.run import build_model
 from tests.extras import needing
 from tests.lion_fast.training.runs import MakeRecipe, losses_of, weights_of
+from tests.rounding import expect_golden_curve
 
 
 @needing("tensorboard", "train")
@@ -110,7 +111,7 @@ class GoldenSamples(Dataset):
 def test_the_golden_curve_comes_out(
     golden: Any, golden_batch: Callable[[str], dict[str, Tensor]], converted: Path, make_recipe: MakeRecipe
 ) -> None:
-    """Within what chaos leaves of fp32's rounding (`test_golden.test_twelve_training_steps`)."""
+    """Within what rounding leaves of it (`tests/rounding.py`)."""
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         assert [sample["index"] for sample in samples] == [0, 1, 2, 3]
@@ -128,8 +129,7 @@ def test_the_golden_curve_comes_out(
     samples = {task: GoldenSamples(task) for task in ("image_level", "region_level")}
     train(recipe, train_samples=samples, data_collator=collate)
     losses = losses_of(recipe.output_dir)
-    assert losses[:2] == pytest.approx(expected[:2], rel=3e-5)
-    assert losses == pytest.approx(expected, rel=2e-2)
+    expect_golden_curve(losses, expected)
 
 
 def test_accumulated_and_checkpointed_steps_are_the_big_batch_s(make_recipe: MakeRecipe) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def main(
     world: int = 1,
     port: int = 0,
     kill_at: int | None = None,
+    hold_at: int | None = None,
+    said_at: tuple[int, str] | None = None,
     count_to: str | None = None,
     file_limit: int | None = None,
     stop_after: int | None = None,
@@ -32,6 +35,8 @@ def main(
         engine: `trainer` or `fsdp2`.
         rank, world, port: of the process group; no group if `rank` is None.
         kill_at: SIGKILL this process as the file operation of that number begins.
+        said_at: make the file of that name as the file operation of that number begins, and go on.
+        hold_at: wait to be killed as the file operation of that number begins, so that it cannot end before.
         count_to: file for the number of file operations.
         file_limit: bytes that a file may have, as if the disk were full.
         stop_after: end the run, with `fsdp2`, when the checkpoint of this step is written.
@@ -45,7 +50,14 @@ def main(
     torch.set_num_threads(1)
     from lion_fast.training.recipe import Recipe
 
-    operations = watch_files(Path(recipe["output_dir"]), kill_at)
+    actions: dict[int, Callable[[], object]] = {}
+    if kill_at is not None:
+        actions[kill_at] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if said_at is not None:
+        actions[said_at[0]] = Path(said_at[1]).touch
+    if hold_at is not None:
+        actions[hold_at] = signal.pause
+    operations = watch_files(Path(recipe["output_dir"]), actions)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     parsed = Recipe.read({**recipe, "data": {**recipe["data"], "image_to_region": [1, 1]}})
@@ -79,16 +91,20 @@ def main(
         Path(count_to).write_text(str(operations[0]))
 
 
-def watch_files(run_dir: Path, kill_at: int | None) -> list[int]:
-    """Count operations on files below `run_dir`: opened, renamed, removed, folders made."""
+def watch_files(run_dir: Path, actions: Mapping[int, Callable[[], object]]) -> list[int]:
+    """Count operations on files below `run_dir`: opened, renamed, removed, folders made.
+
+    Args:
+        actions: by the number of an operation, counted from 1, what is done as it begins.
+    """
     operations = [0]
     names = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
     def hook(event: str, arguments: tuple) -> None:
         if event in names and isinstance(arguments[0], str | os.PathLike) and str(run_dir) in str(arguments[0]):
             operations[0] += 1
-            if operations[0] == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if action := actions.get(operations[0]):
+                action()
 
     sys.addaudithook(hook)
     return operations
