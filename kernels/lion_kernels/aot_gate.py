@@ -7,6 +7,7 @@ and on its page. What is listed and occurs no more is a complaint itself, so tha
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from lion_kernels.aot import SHARED_LIMITS, KernelSpec, Report
@@ -39,19 +40,33 @@ class Complaint:
 
 
 class Known(NamedTuple):
-    """A complaint of `kind` about `kernel` on sm_90, wherever its arguments fixed at compilation are `constants`."""
+    """A complaint of `kind` about `kernel` on sm_90, wherever its arguments fixed at compilation are `constants`.
+
+    `triton` is the only version that gives rise to it, "3.9", or None.
+    """
 
     kind: str
     kernel: str
     constants: dict[str, Any]
     reason: str
+    triton: str | None = None
 
     def is_of(self, spec: KernelSpec) -> bool:
-        if spec.kernel_name != self.kernel:
+        if spec.kernel_name != self.kernel or self.triton not in (None, _minor(version("triton"))):
             return False
         fixed = {**spec.constexprs, "num_warps": spec.num_warps, "num_stages": spec.num_stages}
         return all(name in fixed and fixed[name] == value for name, value in self.constants.items())
 
+
+def _minor(full: str) -> str:
+    """ "3.9.0" -> "3.9"."""
+    return ".".join(full.split(".")[:2])
+
+
+_WITHOUT_MATRIX_UNITS = (
+    "Float32 is multiplied without matrix units, and a head of 128 with T5's bias and dropout fills the registers."
+)
+_OUTSIDE_THE_LOOP = "Triton 3.9 keeps 8 bytes a thread on the stack, outside the main loop."
 
 KNOWN: tuple[Known, ...] = (
     Known(
@@ -74,6 +89,25 @@ KNOWN: tuple[Known, ...] = (
         {"num_stages": 1, "BLOCK": 64},
         "A tile of scores in registers beside the sum of a diagonal leaves none for a second stage. LION's language "
         "model is frozen, and its table gets no gradient.",
+    ),
+    Known(
+        "spill",
+        "attention_forward",
+        {"HEAD_DIM": 64, "CAUSAL": True, "BM": 16, "num_warps": 8, "p_lse": None},
+        _OUTSIDE_THE_LOOP,
+        "3.9",
+    ),
+    Known("spill", "attention_forward", {"HEAD_DIM": 128, "BM": 16, "num_warps": 8}, _WITHOUT_MATRIX_UNITS, "3.9"),
+    Known(
+        "spill", "attention_backward_queries", {"HEAD_DIM": 128, "BM": 16, "num_warps": 8}, _WITHOUT_MATRIX_UNITS, "3.9"
+    ),
+    Known("spill", "gated_gelu_backward_kernel", {"BT": 64, "BD": 16}, _OUTSIDE_THE_LOOP, "3.9"),
+    Known(
+        "spill",
+        "residual_layer_norm_backward_kernel",
+        {"D": 1408, "p_x_bias": None, "p_dresidual": None},
+        _OUTSIDE_THE_LOOP,
+        "3.9",
     ),
 )
 # Of ptxas' messages C75xx: it says that it inserted an arrive, and serialises nothing.

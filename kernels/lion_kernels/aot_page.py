@@ -111,7 +111,8 @@ def _launch(kernel: dict[str, Any], known: list[dict[str, Any]]) -> str:
     others = sorted(((n, name) for name, n in loop.items() if name not in ("wgmma", "wait")), reverse=True)
     classes = ", ".join(f"{n} {name}" for n, name in others[:4])
     wgmma = f"{loop['wgmma']}, {loop.get('wait', 0)}" if "wgmma" in loop else ""
-    by = calls[0] + (f" and {len(calls) - 1} more" if len(calls) > 1 else "")
+    by = next((call for call in calls if not call.startswith("check")), calls[0])  # the model's before a check's
+    by += f" and {len(calls) - 1} more" if len(calls) > 1 else ""
     complaints = ", ".join(_complaint(kernel["name"], kind, known) for kind in report.get("complaints", ()))
     cells = (kernel["name"], by, registers, f"{report['programs']} ({report['limit']})", sum(loop.values()) or "none")
     return "| " + " | ".join(map(str, (*cells, wgmma, classes, complaints))) + " |"

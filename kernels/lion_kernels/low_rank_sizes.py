@@ -88,6 +88,8 @@ class Problem(NamedTuple):
             default |= {"BM": rows, "BK": 64 if half else 32, **one_warp_group}
             if self.form == "channel":
                 default |= {"num_stages": 2}  # what a third stage loads of the gates spills on gfx942
+            elif few and not half and not self.compact:
+                default |= {"num_stages": 3}  # with two, Triton 3.9 aims at 80 registers, and spills to meet them
         elif kernel == "outer":
             default |= {"BN": 64 if half else 32, "BT": 64 if half else 16, "num_warps": 8}
         else:

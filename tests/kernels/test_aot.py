@@ -106,7 +106,7 @@ def test_the_page_has_a_row_for_each_launch() -> None:
     """A known complaint in brackets with the number of its reason, another one in bold."""
     report = {name: value for name, value in asdict(GOOD).items() if name not in ("name", "target")}
     kernel = {"module": RECORDED, "name": "k BM=64", "num_warps": 4, "num_stages": 3}
-    calls = ["XL: training, stage 1", "check: rms_norm, 1 x 64"]
+    calls = ["check: rms_norm, 1 x 64", "XL: training, stage 1"]
     launch = {**kernel, "calls": calls, "targets": {"sm_90": {**report, "complaints": ["ahead", "ptxas"]}}}
     known = {"reason": "Nobody mended it.", "kinds": ["ahead"], "subjects": ["k BM=64 on sm_90"]}
     text = page({"triton": "3.9.0", "kernels": [launch], "complaints": [], "known": [known]})

@@ -78,6 +78,16 @@ def test_what_is_known_has_its_reason_and_what_is_not_has_none(monkeypatch: pyte
         assert [c.reason for c in check(spilt, other)] == [None, None]
 
 
+def test_what_one_version_gives_rise_to_is_known_of_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Known("spill", "k", {}, "Nobody mended it.", triton="3.9")
+    monkeypatch.setattr(aot_gate, "KNOWN", (known,))
+    spilt = replace(GOOD, stack_bytes=8)
+    for version, reason in (("3.9.0", known.reason), ("3.9.1", known.reason), ("3.6.0", None), ("3.90.0", None)):
+        monkeypatch.setattr(aot_gate, "version", lambda _, version=version: version)
+        assert [complaint.reason for complaint in check(spilt, spec_of())] == [reason]
+        assert bool(not_found([(spec_of(), [])], [known])) == (reason is not None)
+
+
 def test_what_is_listed_and_does_not_occur_is_a_complaint() -> None:
     known = Known("spill", "k", {"BM": 64}, "Nobody mended it.")
     spilt, spec = replace(GOOD, stack_bytes=8), spec_of(BM=64)
