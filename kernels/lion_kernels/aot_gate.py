@@ -42,7 +42,8 @@ class Complaint:
 class Known(NamedTuple):
     """A complaint of `kind` about `kernel` on sm_90, wherever its arguments fixed at compilation are `constants`.
 
-    `triton` is the only version that gives rise to it, "3.9", or None.
+    Among these are `num_warps`, `num_stages`, and `float32`: whether it reads and writes nothing narrower. `triton` is
+    the only version that gives rise to it, "3.9", or None.
     """
 
     kind: str
@@ -54,7 +55,9 @@ class Known(NamedTuple):
     def is_of(self, spec: KernelSpec) -> bool:
         if spec.kernel_name != self.kernel or self.triton not in (None, _minor(version("triton"))):
             return False
-        fixed = {**spec.constexprs, "num_warps": spec.num_warps, "num_stages": spec.num_stages}
+        float32 = {"*bf16", "*fp16"}.isdisjoint(spec.types.values())
+        launch = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "float32": float32}
+        fixed = {**spec.constexprs, **launch}
         return all(name in fixed and fixed[name] == value for name, value in self.constants.items())
 
 
@@ -64,9 +67,9 @@ def _minor(full: str) -> str:
 
 
 _WITHOUT_MATRIX_UNITS = (
-    "Float32 is multiplied without matrix units, and a head of 128 with T5's bias and dropout fills the registers."
+    "Float32 is multiplied without matrix units, and wide heads with a bias or three tasks fill the registers."
 )
-_OUTSIDE_THE_LOOP = "Triton 3.9 keeps 8 bytes a thread on the stack, outside the main loop."
+_EIGHT_BYTES = "8 bytes a thread are kept on the stack, which the main loop touches once at most."
 
 KNOWN: tuple[Known, ...] = (
     Known(
@@ -94,19 +97,21 @@ KNOWN: tuple[Known, ...] = (
         "spill",
         "attention_forward",
         {"HEAD_DIM": 64, "CAUSAL": True, "BM": 16, "num_warps": 8, "p_lse": None},
-        _OUTSIDE_THE_LOOP,
+        _EIGHT_BYTES,
         "3.9",
     ),
-    Known("spill", "attention_forward", {"HEAD_DIM": 128, "BM": 16, "num_warps": 8}, _WITHOUT_MATRIX_UNITS, "3.9"),
-    Known(
-        "spill", "attention_backward_queries", {"HEAD_DIM": 128, "BM": 16, "num_warps": 8}, _WITHOUT_MATRIX_UNITS, "3.9"
-    ),
-    Known("spill", "gated_gelu_backward_kernel", {"BT": 64, "BD": 16}, _OUTSIDE_THE_LOOP, "3.9"),
+    Known("spill", "attention_forward", {"HEAD_DIM": 128, "float32": True}, _WITHOUT_MATRIX_UNITS),
+    Known("spill", "attention_backward_queries", {"HEAD_DIM": 128, "float32": True}, _WITHOUT_MATRIX_UNITS),
+    Known("spill", "_bias_gradient", {"HEAD_DIM": 88, "float32": True}, _WITHOUT_MATRIX_UNITS, "3.6"),
+    Known("spill", "update_kernel", {"TASKS": 3, "RANK": 64, "float32": True}, _WITHOUT_MATRIX_UNITS, "3.6"),
+    Known("spill", "hidden_kernel", {"BF": 64, "SPLIT": True, "float32": True}, _WITHOUT_MATRIX_UNITS, "3.6"),
+    Known("spill", "residual_layer_norm_backward_kernel", {"D": 176, "float32": True}, _EIGHT_BYTES, "3.6"),
+    Known("spill", "gated_gelu_backward_kernel", {"BT": 64, "BD": 16}, _EIGHT_BYTES, "3.9"),
     Known(
         "spill",
         "residual_layer_norm_backward_kernel",
         {"D": 1408, "p_x_bias": None, "p_dresidual": None},
-        _OUTSIDE_THE_LOOP,
+        _EIGHT_BYTES,
         "3.9",
     ),
 )

@@ -13,7 +13,7 @@ from lion_kernels.aot import KernelSpec, all_specs
 from lion_kernels.aot_gate import KINDS, KNOWN, Known, check, not_found
 from tests.kernels.uninterpreted import GOOD, SPEC, run_uninterpreted
 
-KERNEL: Any = SimpleNamespace(__name__="k")
+KERNEL: Any = SimpleNamespace(__name__="k", arg_names=())
 
 
 def spec_of(**constants: Any) -> KernelSpec:
@@ -102,7 +102,7 @@ def test_the_list_names_kernels_that_there_are(known: Known) -> None:
     assert known.kind in KINDS
     assert known.reason.endswith(".")
     kernels = {spec.kernel_name: spec.kernel for _, spec in all_specs()}
-    arguments = {*kernels[known.kernel].arg_names, "num_warps", "num_stages"}
+    arguments = {*kernels[known.kernel].arg_names, "num_warps", "num_stages", "float32"}
     assert known.constants.keys() <= arguments
 
 
