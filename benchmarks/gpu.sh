@@ -23,7 +23,7 @@ REST=(kernel-tests adapters lora attention rows tuning model step-16-whole step-
 OPERATORS=(adapters lora attention rows)
 # Seconds that a part may take. Those of first, and those of second, come to 345.
 declare -A LIMITS=(
-  [environment]=20 [check]=130 [headline]=120 [counters]=75
+  [environment]=40 [check]=120 [headline]=115 [counters]=70
   [gpu-tests]=95 [candidates]=60 [step-16]=145 [determinism]=45
 )
 REST_LIMIT=470
@@ -127,7 +127,7 @@ benchmarks_of() { # the suites
 # while nothing is timed. On what it could not compile the suite itself has its say.
 compile() { # the suite, the processes
   [ -n "$GPU" ] && [ -n "$HAS_XDIST" ] || return 0
-  LION_BENCH_COMPILE_ONLY=1 limited "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -n "$2" --benchmark-disable \
+  LION_BENCH_COMPILE_ONLY=1 TORCHINDUCTOR_COMPILE_THREADS=2 limited "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -n "$2" --benchmark-disable \
     "benchmarks/bench_$1.py" > "$OUT/compile-$1.txt" 2>&1
   tail -n 1 "$OUT/compile-$1.txt"
 }
@@ -174,7 +174,7 @@ counters() {
 
 gpu-tests() { # those that need a GPU, but for the slow ones; in a dry run they are collected, and others run
   local status
-  compile candidates 6 &
+  compile candidates 3 &
   run_tests "$OUT/gpu-tests.xml" $((PROCESSES < 8 ? PROCESSES : 8)) -m "gpu and not slow" tests
   status=$?
   if [ -z "$GPU" ] && [ $status -eq 0 ]; then

@@ -102,7 +102,9 @@ class Comparison:
                 both = self._calls(operator, "forward+backward")[1]
                 self.memory[peer] = peak_bytes(both, DEVICE), saved_bytes(operator, self.inputs)
             except Exception as error:
-                self.problems[peer] = error
+                # Its frames hold what was allocated, and a graph of operations that a later capture would wait for.
+                error.__context__ = error.__cause__ = None
+                self.problems[peer] = error.with_traceback(None)
 
     def seconds(self, direction: str) -> dict[str, list[float]]:
         """The time of every right peer in each round; a round's times were taken one after the other."""
@@ -141,7 +143,7 @@ class Comparison:
 
     def _gradient(self, out: Tensor) -> Tensor:
         if not hasattr(self, "_grad"):
-            self._grad = torch.randn_like(out)
+            self._grad = draw(*out.shape, generator=seeded(1)).to(out)
         return self._grad
 
 
@@ -197,12 +199,14 @@ def measure(
 
 def _compile(suite: Suite, peer: str, inputs: Inputs) -> None:
     """Fills the caches of compilers on this machine's disk; what cannot run says so when it is to be measured."""
-    operator = {**suite.operators, **suite.timed}[peer]
+    torch.compiler.reset()  # as before each comparison: what saw another shape is compiled for any
+    operators = [suite.operators[peer], *([suite.timed[peer]] if peer in suite.timed else [])]
     try:
-        if peer in suite.forward_only:
-            operator(**inputs)
-        else:
-            results(operator, inputs)
+        for operator in operators:
+            if peer not in suite.forward_only:
+                results(operator, inputs)
+            with torch.no_grad():
+                operator(**{name: value.detach() for name, value in inputs.items()})
     except Exception as problem:
         pytest.skip(f"does not run here: {problem}")
     pytest.skip("compiled, and not measured: LION_BENCH_COMPILE_ONLY is set")

@@ -68,7 +68,7 @@ def test_a_line_says_what_limits_a_kernel() -> None:
     ("text", "problem"),
     [
         ("==ERROR== The user does not have permission\n", "got no table with 'Kernel Name'"),
-        (page(["hidden_kernel"]), rf"expected {len(counters.SEGMENTS)} markers .* among 1 kernels, got 0"),
+        (page(["hidden_kernel"]), rf"expected 1 to {len(counters.SEGMENTS)} markers .* among 1 kernels, got 0"),
     ],
 )
 def test_what_is_no_such_page_is_refused(text: str, problem: str) -> None:

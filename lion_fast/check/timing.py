@@ -55,7 +55,10 @@ def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], devi
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             call(prepared())
+        refused = _waits(lambda: call(prepared()))
     current.wait_stream(stream)
+    if refused is not None:
+        return _as_it_is(prepared, call, refused)
     gc.collect()  # what an earlier capture holds is not freed within this one
     before, timed = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     try:
@@ -65,17 +68,50 @@ def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], devi
                 given = prepare()
         with torch.cuda.graph(timed, pool=before.pool() if prepare is not None else None):
             result = call(given)
-    except RuntimeError as error:  # it waits for the device, or allocates on the host
-        torch.cuda.synchronize(device)
-        state: list[Any] = [None]
-
-        def prepare_again() -> None:
-            state[0] = prepared()
-
-        return Call(prepare_again, lambda: call(state[0]), " ".join(str(error).split())[:200])
+    except RuntimeError as error:
+        _recover(before, timed, current)
+        return _as_it_is(prepared, call, _in_short(error.__context__ or error))
     # Graphs write to the memory of what they have returned, which is held as long as they are.
     kept = given, result
     return Call(before.replay if prepare is not None else lambda: None, lambda: (timed.replay(), kept)[0])
+
+
+def _waits(call: Callable[[], object]) -> str | None:
+    """Why `call` cannot be captured, where it waits for the device: an error here, and not within a capture."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        return _in_short(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+def _as_it_is(prepared: Callable[[], Any], call: Callable[[Any], Any], refused: str) -> Call:
+    state: list[Any] = [None]
+
+    def prepare() -> None:
+        state[0] = prepared()
+
+    return Call(prepare, lambda: call(state[0]), refused)
+
+
+_FAILED: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them
+
+
+def _recover(before: torch.cuda.CUDAGraph, timed: torch.cuda.CUDAGraph, current: torch.cuda.Stream) -> None:
+    """After a capture that failed, which PyTorch does not end: its stream stays the current one, and the generator
+    believes in a capture, until one succeeds."""
+    _FAILED.extend((before, timed))
+    torch.cuda.set_stream(current)
+    torch.cuda.synchronize(current.device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=current.device)
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class Clock:

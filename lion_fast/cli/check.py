@@ -32,7 +32,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--repeats",
         type=positive_int,
         metavar="N",
-        help="equal calls that have to give equal bits (default: 200, 2 on the largest shapes and in the interpreter)",
+        help="equal calls that have to give equal bits, 20 at most on the largest shapes (default: 200, 2 on those and "
+        "in the interpreter)",
     )
     parser.add_argument("--no-times", dest="times", action="store_false", help="measure no times on a GPU")
     parser.set_defaults(run=_run)

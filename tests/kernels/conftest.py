@@ -15,6 +15,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def _give_memory_back() -> Iterator[None]:
+    """Several processes test on one GPU, and what one keeps for itself the others lack."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session")
 def relative_error() -> Callable[[Tensor, Tensor], float]:
     """||got - expected|| / ||expected||, in fp64; infinite where anything is NaN.

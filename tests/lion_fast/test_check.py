@@ -276,8 +276,22 @@ def test_what_waits_for_the_gpu_is_no_graph_and_timed_all_the_same() -> None:
     assert backward.refused is None
     waits = captured(None, lambda _: x.sum().item(), DEVICE)
     assert waits.refused
+    assert torch.cuda.get_sync_debug_mode() == 0
     clock = Clock(DEVICE)
     assert all(0 < clock(call)() < 1e-1 for call in (backward, waits))
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_process_as_it_was() -> None:
+    """Something that a capture alone refuses, and that does not wait: it synchronises a stream of its own."""
+    own = torch.cuda.Stream(DEVICE)
+    failed = captured(None, lambda _: own.synchronize() or torch.cuda.synchronize(), DEVICE)
+    assert failed.refused
+    assert torch.cuda.current_stream(DEVICE) == torch.cuda.default_stream(DEVICE)
+    assert torch.randn(3, device=DEVICE).isfinite().all()
+    again = captured(None, lambda _: torch.ones(10, device=DEVICE) + 1, DEVICE)
+    assert again.refused is None
+    assert 0 < Clock(DEVICE)(again)() < 1e-1
 
 
 def test_runs_uninstalled() -> None:
