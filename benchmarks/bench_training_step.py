@@ -9,8 +9,7 @@ memory includes weights and optimizer.
 
 Eager keeps more of 64 pictures than one GPU holds: a peer without memory has no time and says so, and the last case
 has blocks computed again in backward for all. `LION_STEP_PICTURES=16` leaves the other cases out, and
-`LION_STEP_PEERS="original,lion_fast"` other peers: on a GPU the whole model takes minutes to compile, blocks one by one
-(which share what is compiled) far less.
+`LION_STEP_PEERS="original,lion_fast"` other peers. Blocks that are compiled one by one share what is compiled.
 """
 
 import functools

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import peak_bytes, saved_bytes
-from lion_fast.check.timing import Call, Clock, captured, measure_rates, quantiles
+from lion_fast.check.timing import Clock, as_it_is, captured, measure_rates, quantiles
 from lion_kernels.cost import Cost, Device, floor_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -284,20 +284,11 @@ def _on_gpu(
 ) -> dict[str, Callable[[], Callable[[], float]]]:
     clock, taken = Clock(DEVICE), {}
     for name, (prepare, call) in calls.items():
-        turn = captured(prepare, call, DEVICE) if graphs else _as_it_is(prepare, call)
+        turn = captured(prepare, call, DEVICE) if graphs else as_it_is(prepare, call, "not asked to be a graph")
         if graphs and turn.refused and refused is not None:
             refused[name] = turn.refused
         taken[name] = functools.partial(clock, turn)
     return taken
-
-
-def _as_it_is(prepare: Callable[[], Any] | None, call: Callable[[Any], Any]) -> Call:
-    state: list[Any] = [None]
-
-    def before() -> None:
-        state[0] = prepare() if prepare else None
-
-    return Call(before, lambda: call(state[0]), "not asked to be a graph")
 
 
 _ticks: deque[float] = deque()

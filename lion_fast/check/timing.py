@@ -58,7 +58,7 @@ def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], devi
         refused = _waits(lambda: call(prepared()))
     current.wait_stream(stream)
     if refused is not None:
-        return _as_it_is(prepared, call, refused)
+        return as_it_is(prepare, call, refused)
     gc.collect()  # what an earlier capture holds is not freed within this one
     before, timed = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     try:
@@ -70,7 +70,7 @@ def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], devi
             result = call(given)
     except RuntimeError as error:
         _recover(before, timed, current)
-        return _as_it_is(prepared, call, _in_short(error.__context__ or error))
+        return as_it_is(prepare, call, _in_short(error.__context__ or error))
     # Graphs write to the memory of what they have returned, which is held as long as they are.
     kept = given, result
     return Call(before.replay if prepare is not None else lambda: None, lambda: (timed.replay(), kept)[0])
@@ -88,13 +88,14 @@ def _waits(call: Callable[[], object]) -> str | None:
     return None
 
 
-def _as_it_is(prepared: Callable[[], Any], call: Callable[[Any], Any], refused: str) -> Call:
-    state: list[Any] = [None]
+def as_it_is(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], refused: str) -> Call:
+    """`call(prepare())` without graphs; `refused` says why."""
+    given: list[Any] = [None]
 
-    def prepare() -> None:
-        state[0] = prepared()
+    def before() -> None:
+        given[0] = prepare() if prepare else None
 
-    return Call(prepare, lambda: call(state[0]), refused)
+    return Call(before, lambda: call(given[0]), refused)
 
 
 _FAILED: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them
