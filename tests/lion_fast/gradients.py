@@ -7,13 +7,14 @@ WITHOUT_INFLUENCE = (".key.bias",)
 
 
 def expect_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Every gradient to 1e-4 of itself; those without influence on anything to 1e-6 of the largest.
+    """Every gradient to 3e-4 of itself; those without influence on anything to 3e-6 of the largest.
 
-    These are small models in fp32, whose rounding leaves 5e-6 at the most where this was measured.
+    These are small models in fp32, whose rounding left 5e-5 at the most where this was measured: with an aggregator its
+    first layer norm magnifies that of the vision tower (`tests/rounding.py`).
     """
     assert got.keys() == expected.keys()
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
         scale = 1e-2 * largest if name.endswith(WITHOUT_INFLUENCE) else gradient.norm()
         error = (got[name] - gradient).norm()
-        assert error <= 1e-4 * scale, f"{name}: {error} of {scale}"
+        assert error <= 3e-4 * scale, f"{name}: {error} of {scale}"

@@ -151,7 +151,8 @@ def test_logits_do_not_depend_on_how_many_tags_are_computed_at_a_time(tiny, pixe
     expected = tiny.logits(pixels).detach()  # with gradients, of all at once
     monkeypatch.setattr("lion_fast.modeling_ram._TAGS_AT_A_TIME", size)
     with torch.no_grad():
-        assert relative_error(tiny.logits(pixels), expected) < 1e-6
+        # Products of other shapes add up in another order: 3.5e-7 was seen.
+        assert relative_error(tiny.logits(pixels), expected) < 3e-6
 
 
 def test_tagging_has_no_dropout_in_training_mode(tiny, pixels):
