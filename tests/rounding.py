@@ -13,9 +13,25 @@ rounding into a whole step. `pytest -v tests/lion_fast/test_golden.py` prints wh
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 MARGIN = 3
+
+# What the kernels promise of one operator in fp32, outputs and gradients, from fp64. The worst that was seen is 1.2e-6,
+# of a mixture of adapters at the model's own width, over native, AVX2 and default code paths, and OpenBLAS' for several
+# CPUs, with which the interpreter computes.
+OPERATOR_FP32 = 1e-5
+
+# Of an operator that reads some of its inputs in fp16, whose rounding is 2**-11: ten of those. 1.4e-3 was seen.
+OPERATOR_FP16 = 5e-3
+
+# Logits and gradients of a small model in fp32, computed in two ways that are equal in exact arithmetic (with a cache
+# and without, folded and not, alone and in a batch), element by element. A tenth of this was seen.
+TWO_WAYS = {"rtol": 1e-4, "atol": 1e-5}
+
+# Its loss likewise, a mean over tokens whose rounding averages out.
+LOSS_TWO_WAYS = 1e-5
 
 # What is computed from the golden vision tower's states, against the golden values.
 AFTER_VISION = "activations after vision"
@@ -58,6 +74,15 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     """||got - expected|| / ||expected||, in fp64."""
     assert got.shape == expected.shape
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def rounding_bound(plain: Tensor, exact: Tensor) -> float:
+    """What a kernel's result may be from `exact`, by what the plain formula's in the same dtype is.
+
+    Both round as often, so twice as much is allowed, and the rounding of the result itself, as a gradient of few
+    elements may be lucky in one form. 0.57 of it was seen.
+    """
+    return 2 * relative_error(plain, exact) + torch.finfo(plain.dtype).eps / 2
 
 
 def expect_within(name: str, error: float, worst: float | None = None) -> None:

@@ -25,11 +25,7 @@ def _give_memory_back() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def relative_error() -> Callable[[Tensor, Tensor], float]:
-    """||got - expected|| / ||expected||, in fp64; infinite where anything is NaN.
-
-    Of fp32 the tests ask 1e-5, which is what the kernels promise. Attention and adapters come to 7e-7 at the most, in
-    the interpreter with OpenBLAS' kernels for several CPUs.
-    """
+    """||got - expected|| / ||expected||, in fp64; infinite where anything is NaN."""
 
     def measure(got: Tensor, expected: Tensor) -> float:
         got, expected = got.detach().double().cpu(), expected.detach().double().cpu()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lion_kernels.assemble_inputs import assemble_inputs, cost, launch_backward
 from lion_reference import assemble_inputs as reference
 from tests.kernels.gradients import Measure, cast, gradient_of, outputs_and_gradients
+from tests.rounding import OPERATOR_FP32
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.assemble_inputs"]
@@ -75,7 +76,7 @@ def test_agrees_with_the_reference(
     for name in FLOATING:
         assert got[name].dtype == torch.float32
         if sizes[1] or name != "prefix":
-            assert relative_error(got[name], expected[name]) < 1e-5, name
+            assert relative_error(got[name], expected[name]) < OPERATOR_FP32, name
 
 
 def test_half_precision_is_no_worse_than_the_plain_formula(device: torch.device, relative_error: Measure) -> None:
@@ -119,7 +120,7 @@ def test_strides(id_dtype: torch.dtype, device: torch.device, relative_error: Me
         got = outputs_and_gradients(assemble_inputs, inputs, backend="triton")
         assert torch.equal(got["out"].cpu().double(), expected["out"])
         for name in FLOATING:
-            assert relative_error(got[name], expected[name]) < 1e-5, name
+            assert relative_error(got[name], expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("reduce", [Tensor.sum, lambda out: out.transpose(0, 2)[::3].square().mean()])
@@ -131,7 +132,7 @@ def test_strides_of_the_gradient(
     got = torch.autograd.grad(reduce(assemble_inputs(**inputs, backend="triton")), [inputs[n] for n in FLOATING])
     expected = torch.autograd.grad(reduce(assemble_inputs(**other, backend="torch")), [other[n] for n in FLOATING])
     for one, wanted in zip(got, expected, strict=True):
-        assert relative_error(one, wanted) < 1e-5
+        assert relative_error(one, wanted) < OPERATOR_FP32
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -148,7 +149,7 @@ def test_what_is_frozen_has_no_gradient(
     for name in FLOATING:
         assert (inputs[name].grad is not None) == (name in trained)
         if name in trained:
-            assert relative_error(inputs[name].grad, expected[name]) < 1e-5, name
+            assert relative_error(inputs[name].grad, expected[name]) < OPERATOR_FP32, name
 
 
 def test_without_gradients_the_result_is_the_same(device: torch.device) -> None:
@@ -209,7 +210,7 @@ def test_the_operator_in_pytorch(monkeypatch: pytest.MonkeyPatch, relative_error
     inputs = make_inputs(2, 3, 5, 48)
     expected = exact(inputs)
     for name, value in outputs_and_gradients(torch.ops.lion_kernels.assemble_inputs, inputs).items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -219,7 +220,7 @@ def test_compiles_without_a_graph_break(backend: str, device: torch.device, rela
     compiled = torch.compile(assemble_inputs, fullgraph=True, backend="aot_eager")
     expected = exact(inputs)
     for name, value in outputs_and_gradients(compiled, inputs, backend=backend).items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
     with torch.no_grad():
         assert relative_error(compiled(**inputs, backend=backend), expected["out"]) == 0
 
@@ -259,7 +260,7 @@ def test_any_shape_and_ids(data: st.DataObject, device: torch.device, relative_e
     inputs["input_ids"] = torch.tensor(ids, device=device).view(batch, length)
     expected = exact(inputs)
     for name, value in outputs_and_gradients(assemble_inputs, inputs, backend="triton").items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

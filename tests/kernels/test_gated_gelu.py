@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lion_kernels.gated_gelu import cost, gated_gelu, launch_backward
 from lion_reference import gated_gelu as reference
 from tests.kernels.gradients import Inputs, Measure, cast, outputs_and_gradients
+from tests.rounding import OPERATOR_FP32, rounding_bound
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.gated_gelu"]
@@ -41,7 +42,7 @@ def test_agrees_with_the_reference(shape: tuple[int, ...], device: torch.device,
     expected = exact(inputs)
     for name, value in outputs_and_gradients(gated_gelu, inputs, backend="triton").items():
         assert value.dtype == torch.float32
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("shape", [(17, 176), (2, 3, 1408)])
@@ -52,7 +53,7 @@ def test_half_precision_is_no_worse_than_the_plain_formula(
     expected, plain = exact(inputs), outputs_and_gradients(reference, inputs)
     for name, value in outputs_and_gradients(gated_gelu, inputs, backend="triton").items():
         assert value.dtype == torch.float16
-        assert relative_error(value, expected[name]) < 2 * relative_error(plain[name], expected[name]), name
+        assert relative_error(value, expected[name]) < rounding_bound(plain[name], expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -87,7 +88,7 @@ def test_strides(device: torch.device, relative_error: Measure) -> None:
         inputs = {"gate": view(0).detach().requires_grad_(), "up": view(1).detach().requires_grad_()}
         expected = exact(inputs)
         for name, value in outputs_and_gradients(gated_gelu, inputs, backend="triton").items():
-            assert relative_error(value, expected[name]) < 1e-5, name
+            assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("reduce", [Tensor.sum, lambda out: out.transpose(0, 2)[::3].square().mean()])
@@ -99,7 +100,7 @@ def test_strides_of_the_gradient(
     got = torch.autograd.grad(reduce(gated_gelu(**inputs, backend="triton")), list(inputs.values()))
     expected = torch.autograd.grad(reduce(reference(**double)), list(double.values()))
     for one, other in zip(got, expected, strict=True):
-        assert relative_error(one, other) < 1e-5
+        assert relative_error(one, other) < OPERATOR_FP32
 
 
 def test_backward_saves_the_inputs_alone(device: torch.device) -> None:
@@ -183,7 +184,7 @@ def test_the_operator_by_formula(monkeypatch: pytest.MonkeyPatch, relative_error
     inputs = make_inputs((3, 5, 48), torch.float32)
     expected = exact(inputs)
     for name, value in outputs_and_gradients(torch.ops.lion_kernels.gated_gelu, inputs).items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -193,9 +194,9 @@ def test_compiles_without_a_graph_break(backend: str, device: torch.device, rela
     compiled = torch.compile(gated_gelu, fullgraph=True, backend="aot_eager")
     expected = exact(inputs)
     for name, value in outputs_and_gradients(compiled, inputs, backend=backend).items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
     with torch.no_grad():
-        assert relative_error(compiled(**inputs, backend=backend), expected["out"]) < 1e-5
+        assert relative_error(compiled(**inputs, backend=backend), expected["out"]) < OPERATOR_FP32
 
 
 def test_gradient_checkpointing(device: torch.device) -> None:
@@ -230,7 +231,7 @@ def test_any_shape_and_stride(data: st.DataObject, device: torch.device, relativ
     inputs = {"gate": gate.requires_grad_(), "up": up.requires_grad_()}
     expected = exact(inputs)
     for name, value in outputs_and_gradients(gated_gelu, inputs, backend="triton").items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_bfloat16_on_a_gpu(shape: tuple[int, ...], device: torch.device, relativ
     inputs = make_inputs(shape, torch.bfloat16, device)
     expected, plain = exact(inputs), outputs_and_gradients(reference, inputs)
     for name, value in outputs_and_gradients(gated_gelu, inputs, backend="triton").items():
-        assert relative_error(value, expected[name]) < 2 * relative_error(plain[name], expected[name]), name
+        assert relative_error(value, expected[name]) < rounding_bound(plain[name], expected[name]), name
 
 
 @pytest.mark.gpu

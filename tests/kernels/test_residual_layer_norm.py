@@ -15,6 +15,7 @@ from lion_kernels.residual_layer_norm import cost, dropout_mask, launch_backward
 from lion_reference import residual_layer_norm as reference
 from tests.kernels import gradients
 from tests.kernels.gradients import Inputs, Measure, cast, gradient_of
+from tests.rounding import OPERATOR_FP16, OPERATOR_FP32, rounding_bound
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.residual_layer_norm"]
@@ -70,7 +71,7 @@ def test_agrees_with_the_reference(
     expected = exact(inputs, dropout)
     for name, value in outputs_and_gradients(residual_layer_norm, inputs, **dropout, backend="triton").items():
         assert value.dtype == torch.float32
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @with_and_without_dropout
@@ -82,7 +83,7 @@ def test_half_precision_is_no_worse_than_the_plain_formula(
     expected, rounded = exact(inputs, dropout), plain(inputs, dropout)
     for name, value in outputs_and_gradients(residual_layer_norm, inputs, **dropout, backend="triton").items():
         assert value.dtype == torch.float16
-        assert relative_error(value, expected[name]) < 2 * relative_error(rounded[name], expected[name]), name
+        assert relative_error(value, expected[name]) < rounding_bound(rounded[name], expected[name]), name
 
 
 @with_and_without_dropout
@@ -90,11 +91,10 @@ def test_half_precision_is_no_worse_than_the_plain_formula(
 def test_the_torch_backend(dtype: torch.dtype, dropout: dict[str, Any], relative_error: Measure) -> None:
     inputs = make_inputs((2, 5, 176), dtype)
     expected, rounded = exact(inputs, dropout), plain(inputs, dropout)
-    rounding = torch.finfo(dtype).eps
     for name, value in outputs_and_gradients(residual_layer_norm, inputs, **dropout, backend="torch").items():
         assert value.dtype == dtype
         error = relative_error(value, expected[name])
-        assert error < 2 * relative_error(rounded[name], expected[name]) + rounding, name
+        assert error < rounding_bound(rounded[name], expected[name]), name
 
 
 def test_the_mask_is_philox() -> None:
@@ -151,7 +151,7 @@ def test_strides(device: torch.device, relative_error: Measure) -> None:
         inputs |= {"x": view(0).detach().requires_grad_(), "residual": view(1).detach().requires_grad_()}
         expected = exact(inputs, DROPOUT)
         for name, value in outputs_and_gradients(residual_layer_norm, inputs, **DROPOUT, backend="triton").items():
-            assert relative_error(value, expected[name]) < 1e-5, name
+            assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("reduce", [Tensor.sum, lambda out: out.transpose(0, 2)[::3].square().mean()])
@@ -164,7 +164,7 @@ def test_strides_of_the_gradient(
     got = torch.autograd.grad(reduce(out) + out[0, 0, 0], list(inputs.values()))
     expected = torch.autograd.grad(reduce(exact_out) + exact_out[0, 0, 0], list(double.values()))
     for one, other in zip(got, expected, strict=True):
-        assert relative_error(one, other) < 1e-5
+        assert relative_error(one, other) < OPERATOR_FP32
 
 
 @with_and_without_dropout
@@ -176,7 +176,7 @@ def test_mixed_dtypes(backend: str, dropout: dict[str, Any], device: torch.devic
     expected = exact(inputs, dropout)
     for name, value in outputs_and_gradients(residual_layer_norm, inputs, **dropout, backend=backend).items():
         assert value.dtype == (torch.float16 if name == "x" else torch.float32)
-        assert relative_error(value, expected[name]) < (1e-3 if name == "x" else 1e-5), name
+        assert relative_error(value, expected[name]) < (OPERATOR_FP16 if name == "x" else OPERATOR_FP32), name
     inputs["residual"] = inputs["residual"].detach().half().requires_grad_()
     assert residual_layer_norm(**inputs, eps=EPS, **dropout, backend=backend).dtype == torch.float16
 
@@ -195,7 +195,7 @@ def test_what_is_frozen_has_no_gradient(
     for name, value in inputs.items():
         assert (value.grad is not None) == (name in trained)
         if value.grad is not None:
-            assert relative_error(value.grad, expected[name]) < 1e-5, name
+            assert relative_error(value.grad, expected[name]) < OPERATOR_FP32, name
 
 
 def test_without_gradients_nothing_is_saved(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_the_operator_by_formula(
         return torch.ops.lion_kernels.residual_layer_norm(*arguments)[0]
 
     for name, value in outputs_and_gradients(operator, inputs).items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @with_and_without_dropout
@@ -280,10 +280,10 @@ def test_compiles_without_a_graph_break(
     compiled = torch.compile(residual_layer_norm, fullgraph=True, backend="aot_eager")
     expected = exact(inputs, dropout)
     for name, value in outputs_and_gradients(compiled, inputs, **dropout, backend=backend).items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
     with torch.no_grad():
         out = compiled(**inputs, eps=EPS, **dropout, backend=backend)
-        assert relative_error(out, expected["out"]) < 1e-5
+        assert relative_error(out, expected["out"]) < OPERATOR_FP32
         drawn = [compiled(**inputs, eps=EPS, dropout_p=0.5, backend=backend) for _ in range(2)]
         assert not torch.equal(*drawn)
 
@@ -325,7 +325,7 @@ def test_any_shape_stride_and_mask(data: st.DataObject, device: torch.device, re
     inputs = {name: value.detach()[..., before::step].requires_grad_() for name, value in storage.items()}
     expected = exact(inputs, dropout)
     for name, value in outputs_and_gradients(residual_layer_norm, inputs, **dropout, backend="triton").items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_bfloat16_on_a_gpu(
     inputs = make_inputs(shape, torch.bfloat16, device)
     expected, rounded = exact(inputs, dropout), plain(inputs, dropout)
     for name, value in outputs_and_gradients(residual_layer_norm, inputs, **dropout, backend="triton").items():
-        assert relative_error(value, expected[name]) < 2 * relative_error(rounded[name], expected[name]), name
+        assert relative_error(value, expected[name]) < rounding_bound(rounded[name], expected[name]), name
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from lion_kernels.rms_norm import cost, launch_backward, launch_forward, rms_nor
 from lion_reference import rms_norm as reference
 from tests.kernels import gradients
 from tests.kernels.gradients import Inputs, Measure, cast, gradient_of
+from tests.rounding import OPERATOR_FP32, rounding_bound
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.rms_norm"]
@@ -47,7 +48,7 @@ def test_agrees_with_the_reference(shape: tuple[int, ...], device: torch.device,
     expected = exact(inputs)
     for name, value in outputs_and_gradients(rms_norm, inputs, backend="triton").items():
         assert value.dtype == torch.float32
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("shape", [(17, 176), (2, 3, 1408)])
@@ -57,20 +58,18 @@ def test_half_precision_is_no_worse_than_the_plain_formula(
     inputs = make_inputs(shape, torch.float16, device)
     expected = exact(inputs)
     plain = outputs_and_gradients(reference, inputs)
-    rounding = torch.finfo(torch.float16).eps / 2  # of the result itself, which the plain formula's may be spared
     for name, value in outputs_and_gradients(rms_norm, inputs, backend="triton").items():
         assert value.dtype == torch.float16
-        assert relative_error(value, expected[name]) < 2 * relative_error(plain[name], expected[name]) + rounding, name
+        assert relative_error(value, expected[name]) < rounding_bound(plain[name], expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_the_torch_backend(dtype: torch.dtype, relative_error: Measure) -> None:
     inputs = make_inputs((2, 5, 176), dtype)
     expected, plain = exact(inputs), outputs_and_gradients(reference, inputs)
-    rounding = torch.finfo(dtype).eps
     for name, value in outputs_and_gradients(rms_norm, inputs, backend="torch").items():
         assert value.dtype == dtype
-        assert relative_error(value, expected[name]) < 2 * relative_error(plain[name], expected[name]) + rounding, name
+        assert relative_error(value, expected[name]) < rounding_bound(plain[name], expected[name]), name
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -118,7 +117,7 @@ def test_strides_of_x(device: torch.device, relative_error: Measure) -> None:
         inputs = {"x": x.detach().requires_grad_(), "weight": weight[: x.shape[-1]]}
         expected = exact(inputs)
         for name, value in outputs_and_gradients(rms_norm, inputs, backend="triton").items():
-            assert relative_error(value, expected[name]) < 1e-5, name
+            assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,7 @@ def test_strides_of_the_gradient(
     got = torch.autograd.grad(reduce(rms_norm(**inputs, eps=EPS, backend="triton")), list(inputs.values()))
     expected = torch.autograd.grad(reduce(reference(**double, eps=EPS)), list(double.values()))
     for one, other in zip(got, expected, strict=True):
-        assert relative_error(one, other) < 1e-5
+        assert relative_error(one, other) < OPERATOR_FP32
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
@@ -147,7 +146,7 @@ def test_what_is_frozen_has_no_gradient(frozen: str, device: torch.device, relat
     out.backward(gradient_of(out))
     assert inputs[frozen].grad is None
     assert inputs[trained].grad is not None
-    assert relative_error(inputs[trained].grad, expected[trained]) < 1e-5
+    assert relative_error(inputs[trained].grad, expected[trained]) < OPERATOR_FP32
 
 
 def test_without_gradients_nothing_is_saved(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +211,7 @@ def test_the_operator_by_formula(monkeypatch: pytest.MonkeyPatch, relative_error
         return torch.ops.lion_kernels.rms_norm(x, weight, eps)[0]
 
     for name, value in outputs_and_gradients(operator, inputs).items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -221,9 +220,9 @@ def test_compiles_without_a_graph_break(backend: str, device: torch.device, rela
     compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
     expected = exact(inputs)
     for name, value in outputs_and_gradients(compiled, inputs, backend=backend).items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
     with torch.no_grad():
-        assert relative_error(compiled(**inputs, eps=EPS, backend=backend), expected["out"]) < 1e-5
+        assert relative_error(compiled(**inputs, eps=EPS, backend=backend), expected["out"]) < OPERATOR_FP32
 
 
 def test_gradient_checkpointing(device: torch.device) -> None:
@@ -262,7 +261,7 @@ def test_any_shape_and_stride(data: st.DataObject, device: torch.device, relativ
     }
     expected = exact(inputs)
     for name, value in outputs_and_gradients(rms_norm, inputs, backend="triton").items():
-        assert relative_error(value, expected[name]) < 1e-5, name
+        assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tests.lion_fast.original_double import (
     set_adapter_t5,
     set_router_idx,
 )
+from tests.rounding import TWO_WAYS
 
 Results = tuple[Tensor, Tensor, dict[str, Tensor]]
 TASKS = ("region_level", "image_level")
@@ -96,7 +97,7 @@ def test_the_double_is_the_original(expected: dict[str, Results]) -> None:
     inputs = [samples[name] for name in ("image", "text", "text_mask", "question", "question_mask")]
     for number, task in enumerate(TASKS):
         output = reference(*inputs, torch.full((2,), number), labels=samples["labels"])
-        torch.testing.assert_close(expected[task][1], output.logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(expected[task][1], output.logits, **TWO_WAYS)
 
 
 def test_every_part_is_rewired() -> None:
@@ -208,7 +209,7 @@ def test_what_kernels_do_not_compute_is_the_original_s(decoder: tuple[Any, tuple
     got = stack(x, mask, context, context_mask, **options)
     expect_near(got[0], expected[0])
     if case == "weights":
-        torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got[2], expected[2], **TWO_WAYS)
 
 
 def test_dropout_is_that_of_a_seed_and_of_a_checkpoint(decoder: tuple[Any, tuple]) -> None:

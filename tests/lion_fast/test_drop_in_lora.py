@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from lion_fast import apply_lion_kernels
 from tests.extras import needs
 from tests.lion_fast.gradients import expect_same_gradients
+from tests.rounding import TWO_WAYS
 
 peft = needs("peft", "test")
 
@@ -284,7 +285,7 @@ def test_merged_and_disabled_adapters(ids: Tensor, case: str) -> None:
     with torch.no_grad():
         got = model(input_ids=ids).logits
         result.undo()
-        torch.testing.assert_close(got, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, model(input_ids=ids).logits, **TWO_WAYS)
     if case == "merged":
         model.unmerge_adapter()
 
@@ -358,7 +359,7 @@ def test_the_forward_pass_compiles(ids: Tensor) -> None:
         expected = model(input_ids=ids).logits
         apply_lion_kernels(model, backend="triton")
         compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(input_ids=ids).logits, expected, **TWO_WAYS)
 
 
 def test_t5(ids: Tensor) -> None:
@@ -398,6 +399,6 @@ def test_lora_on_lion(make_model: Any, make_batch: Any) -> None:
     expected = model(**batch).logits
     result = apply_lion_kernels(model, backend="triton")
     assert {"mixture_of_lora_linear", "mixture_of_adapters"} <= {module.operators for module in result.rewired}
-    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(**batch).logits, expected, **TWO_WAYS)
     result.undo()
     assert torch.equal(model(**batch).logits, expected)

@@ -12,6 +12,7 @@ from lion_fast import LionForCausalLM
 from lion_fast.adapters import MixtureOfAdapters
 from lion_fast.folded_adapters import FoldedAdapters, StackedAdapters
 from lion_kernels.backend import interpreting
+from tests.rounding import TWO_WAYS
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -77,7 +78,7 @@ def test_answers_of_a_mixed_batch(make: Make, make_batch: MakeBatch, family: str
         model.fold_adapters()
         folded = model(**batch, labels=labels).logits
         assert not torch.equal(folded, plain)  # it did fold: other roundings
-        torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(folded, plain, **TWO_WAYS)
         assert torch.equal(model.generate(**batch, num_beams=3, max_new_tokens=6), tokens)
         twin = copy.deepcopy(model)
         model.unfold_adapters()
@@ -140,7 +141,7 @@ def test_folding_again_takes_the_weights_of_now(make: Make, make_batch: MakeBatc
         model.fold_adapters()
         folded = model(**batch).logits
         model.unfold_adapters()
-        torch.testing.assert_close(folded, model(**batch).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(folded, model(**batch).logits, **TWO_WAYS)
 
 
 def test_offloaded_adapters_cannot_be_folded(make: Make) -> None:

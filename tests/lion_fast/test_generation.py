@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast import LionForCausalLM
 from tests.extras import needs
+from tests.rounding import TWO_WAYS
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -197,7 +198,7 @@ def test_scores_are_returned(model: LionForCausalLM, batch: dict[str, Tensor]) -
     chosen = torch.stack(out.scores, 1).argmax(-1)
     assert torch.equal(chosen, out.sequences[:, -6:])
     answer = out.sequences[:, -6:]
-    torch.testing.assert_close(torch.stack(out.logits, 1), model(**batch, labels=answer).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(out.logits, 1), model(**batch, labels=answer).logits, **TWO_WAYS)
     beams = model.generate(**batch, num_beams=3, max_new_tokens=3, output_scores=True, return_dict_in_generate=True)
     assert beams.sequences_scores.shape == (2,)
 

@@ -23,6 +23,7 @@ from lion_fast.configuration_lion import FLAN_T5_XL
 from lion_fast.expect import expect_ids
 from lion_fast.modeling_lion import token_cross_entropy
 from tests.extras import needs
+from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS
 
 FAMILIES = ("t5", "llama", "qwen2", "qwen3")
 Make = Callable[..., LionForCausalLM]
@@ -75,7 +76,7 @@ def test_a_mixed_batch_is_its_samples(make_model: Make, make_batch: MakeBatch, f
     together = model(**batch).logits
     for sample in range(3):
         alone = model(**{name: value[sample : sample + 1] for name, value in batch.items()}).logits
-        torch.testing.assert_close(together[sample], alone[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[sample], alone[0], **TWO_WAYS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,8 +129,8 @@ def test_padding_changes_nothing(make_model: Make, make_batch: MakeBatch, family
         "labels": pad(batch["labels"], (0, 2), value=-100),
     }
     out = model(**padded)
-    torch.testing.assert_close(out.logits[:, :4], plain, rtol=1e-4, atol=1e-5)
-    assert out.loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    torch.testing.assert_close(out.logits[:, :4], plain, **TWO_WAYS)
+    assert out.loss.item() == pytest.approx(model(**batch).loss.item(), rel=LOSS_TWO_WAYS)
     short = {"num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 4}
     generated = model.generate(**without_labels(padded), **short)
     assert torch.equal(generated, model.generate(**without_labels(batch), **short))
@@ -217,7 +218,7 @@ def test_a_new_aggregator_is_stacked_norms_of_the_last_layer(make_config: Callab
     features = torch.randn(2, 3, 5, 16)
     centred = features[:, 0] - features[:, 0].mean(-1, keepdim=True)
     norms = centred / features[:, 0].std(-1, keepdim=True, unbiased=False)
-    torch.testing.assert_close(model.aggregator(features), norms, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.aggregator(features), norms, **TWO_WAYS)
     assert 0.5 < model.soft_prompt.std() < 1.5
 
 
@@ -236,7 +237,7 @@ def test_attention_implementation_per_part(make_model: Make, make_batch: MakeBat
     assert {part: getattr(loaded.config, part)._attn_implementation for part in choice} == choice
     assert loaded.vision_model.blocks[0].attn.config._attn_implementation == "eager"
     assert loaded.language_model.encoder.config._attn_implementation == "eager"
-    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, **TWO_WAYS)
 
 
 def test_attention_implementation_of_a_model_in_use(make_model: Make, make_batch: MakeBatch) -> None:
@@ -299,7 +300,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: Make, make_batch
     assert any(".adapter." in name for name in gradients[0])
     for name, gradient in gradients[0].items():
         # Sums over rows in another order: 1e-6 of a gradient was seen.
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, **TWO_WAYS, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -19,6 +19,7 @@ from lion_fast.attention import KERNEL_ATTENTION
 from lion_fast.stages import STAGES, freeze_for_stage, parameter_groups
 from tests.extras import needs
 from tests.lion_fast.gradients import expect_same_gradients
+from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -154,7 +155,7 @@ def test_kernels_give_what_torch_gives(both, padded_batch) -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         loss, gradients = gradients_of(model, batch)
-        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss, expected_loss, rtol=LOSS_TWO_WAYS, atol=0)
         expect_same_gradients(gradients, expected)
 
 
@@ -221,7 +222,7 @@ def test_an_attention_that_is_asked_for_stays(
     logits = asked(**batch).logits
     others = {name for name in EXPECTED["t5"] if "attention" not in name}
     assert calls.keys() == others
-    torch.testing.assert_close(logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, model(**batch).logits, **TWO_WAYS)
 
 
 def test_attention_part_by_part(make_model: Make, make_batch: MakeBatch, tmp_path: Path, calls: Calls) -> None:
@@ -252,7 +253,7 @@ def test_other_activations_are_left_to_transformers(make_model: Make, make_batch
         logits.append(make_model(text_config=text, kernel_backend=backend)(**batch).logits)
     assert "gated_gelu" not in calls
     assert "rms_norm" in calls
-    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[1], logits[0], **TWO_WAYS)
 
 
 @torch.no_grad()
@@ -298,7 +299,7 @@ def test_padding_s_row_of_the_embedding_learns_nothing(make_model: Make, make_ba
         for backend in ("torch", "triton")
     ]
     assert not gradients[1][0].any()
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[0], **TWO_WAYS)
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
