@@ -71,9 +71,10 @@ nearest: dict[str, tuple[float, float]] = {}
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """||got - expected|| / ||expected||, in fp64."""
+    """||got - expected|| / ||expected||, in fp64, wherever the two are."""
     assert got.shape == expected.shape
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    got, expected = (value.detach().double().cpu() for value in (got, expected))
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def rounding_bound(plain: Tensor, exact: Tensor) -> float:

@@ -1,5 +1,6 @@
 """What the kernels' tests do alike: inputs in another dtype, and outputs with all gradients."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,13 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str | None =
 
 def gradient_of(out: Tensor) -> Tensor:
     """The same values in every dtype."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+    return _drawn(out.shape, out.device).to(out.dtype)
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(shape: torch.Size, device: torch.device) -> Tensor:
+    """Kept, as 200 equal calls use them: a CPU takes longer to draw values for a GPU than the GPU to use them."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
 
 
 def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> dict[str, Tensor]:
