@@ -36,21 +36,29 @@ class Timing:
 
 @dataclass
 class Check:
-    """All that was found; `problems` is empty where every operator is within its bounds."""
+    """All that was found; `problems` is empty where every operator is within its bounds.
+
+    Attributes:
+        expected: how many outcomes there are at the end.
+    """
 
     backend: str
+    expected: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     rates: Device | None = None
 
     @property
     def problems(self) -> list[str]:
-        return [f"{o.operator}, {o.case}, {o.dtype}: {problem}" for o in self.outcomes for problem in o.problems]
+        found = [f"{o.operator}, {o.case}, {o.dtype}: {problem}" for o in self.outcomes for problem in o.problems]
+        missing = self.expected - len(self.outcomes)
+        return found + ([f"{missing} of {self.expected} comparisons were not made"] if missing > 0 else [])
 
     def to_json(self) -> dict[str, Any]:
         return {
             "environment": environment(),
             "backend": self.backend,
+            "expected": self.expected,
             "problems": self.problems,
             "outcomes": [_finite(asdict(outcome)) for outcome in self.outcomes],
             "rates": self.rates and asdict(self.rates),
@@ -86,16 +94,17 @@ def run_check(
         times: whether to measure them.
     """
     check = Check("interpreter" if interpreting() else "compiled")
+    usual = REPEATS_INTERPRETED if interpreting() else REPEATS
     cases = [case for operator in operators for case in CASES if case.operator == operator]
     large = [case for operator in operators for case in TIMED if case.operator == operator]
-    tasks = [Task(case, dtype) for case in cases for dtype in dtypes]
     if device.type != "cuda" or TIMED_DTYPE not in dtypes:
         large = []
+    tasks = [Task(case, dtype, repeats or usual) for case in cases for dtype in dtypes]
+    tasks += [Task(case, TIMED_DTYPE, min(repeats or 2, MOST_LARGE)) for case in large]
+    check.expected = len(tasks)
     try:
         print(f"{'':<64} {'dtype':<8} {'error':>8} {'bound':>8}  {'nearest its bound':<21} {'launches':>8}")
-        usual = REPEATS_INTERPRETED if interpreting() else REPEATS
-        _compare(check, tasks, device, repeats or usual, processes)
-        _compare(check, [Task(case, TIMED_DTYPE) for case in large], device, min(repeats or 2, MOST_LARGE), processes)
+        _compare(check, tasks, device, processes)
         if times and large:
             check.rates = measure_rates(device, tuple(dtypes))
             _time(check, large, device)
@@ -105,17 +114,20 @@ def run_check(
     for problem in check.problems:
         print(f"FAIL {problem}")
     wrong = sum(bool(outcome.problems) for outcome in check.outcomes)
-    print(f"{len(check.outcomes) - wrong} of {len(check.outcomes)} within bounds")
+    print(f"{len(check.outcomes) - wrong} of {check.expected} within bounds")
     return check
 
 
-def _compare(check: Check, tasks: Sequence[Task], device: torch.device, repeats: int, processes: int) -> None:
+def _compare(check: Check, tasks: Sequence[Task], device: torch.device, processes: int) -> None:
     if processes > 1:
-        # Those first that take longest to compile, so that none is left alone at the end.
-        tasks = sorted(tasks, key=lambda task: "attention" not in task.case.operator)
-        outcomes = side_by_side(tasks, device, repeats, processes)
+        # Those first that count most where time ends, and of them those that take longest to compile.
+        tasks = sorted(
+            tasks,
+            key=lambda task: (task.dtype != TIMED_DTYPE, task.dtype.itemsize, "attention" not in task.case.operator),
+        )
+        outcomes = side_by_side(tasks, device, processes)
     else:
-        outcomes = (compare(case, dtype, device, repeats=repeats) for case, dtype in tasks)
+        outcomes = (compare(task.case, task.dtype, device, repeats=task.repeats) for task in tasks)
     operator = None
     for outcome in outcomes:
         check.outcomes.append(outcome)

@@ -1,7 +1,8 @@
 """Time on a GPU by its own events, and what the GPU reaches: its copy bandwidth and matrix rate."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,21 +60,33 @@ def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], devi
     current.wait_stream(stream)
     if refused is not None:
         return as_it_is(prepare, call, refused)
-    gc.collect()  # what an earlier capture holds is not freed within this one
     before, timed = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     try:
-        given = None
-        if prepare is not None:
-            with torch.cuda.graph(before):
-                given = prepare()
-        with torch.cuda.graph(timed, pool=before.pool() if prepare is not None else None):
-            result = call(given)
+        with _nothing_collected():
+            given = None
+            if prepare is not None:
+                with torch.cuda.graph(before):
+                    given = prepare()
+            with torch.cuda.graph(timed, pool=before.pool() if prepare is not None else None):
+                result = call(given)
     except RuntimeError as error:
         _recover(before, timed, current)
         return as_it_is(prepare, call, _in_short(error.__context__ or error))
     # Graphs write to the memory of what they have returned, which is held as long as they are.
     kept = given, result
     return Call(before.replay if prepare is not None else lambda: None, lambda: (timed.replay(), kept)[0])
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What an earlier capture holds is not freed within a later one."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _waits(call: Callable[[], object]) -> str | None:

@@ -1,9 +1,10 @@
 """Cases side by side: workers that each compare one at a time, on one device.
 
-`python -m lion_fast.check.worker DEVICE REPEATS` reads the numbers of cases and names of dtypes from its input, a task
-a line, and answers each with a line of JSON.
+`python -m lion_fast.check.worker DEVICE` reads tasks from its input, a line each (number of the case, name of the
+dtype, repeats), and answers each with a line of JSON.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -25,43 +26,43 @@ LARGE_AT_ONCE = 2  # cases of the model's own shapes, whose reference in fp64 ta
 
 
 class Task(NamedTuple):
-    """A case in a dtype."""
+    """A case in a dtype, and how many equal calls have to give equal bits."""
 
     case: Case
     dtype: torch.dtype
+    repeats: int
 
 
-def side_by_side(tasks: Sequence[Task], device: torch.device, repeats: int, processes: int) -> Iterator[Outcome]:
+def side_by_side(tasks: Sequence[Task], device: torch.device, processes: int) -> Iterator[Outcome]:
     """The outcome of every task as it comes, from `processes` workers; a worker that dies is an outcome, too.
 
-    A fault on a GPU ends everything of its process, so such a worker is replaced by another.
+    A fault on a GPU ends everything of its process, so such a worker is replaced by another. The first of them begin
+    with the model's own shapes, which count most where time ends.
     """
-    waiting, lock = deque(tasks), threading.Lock()
+    large = deque(task for task in tasks if task.case.cost is not None)
+    small = deque(task for task in tasks if task.case.cost is None)
     found: SimpleQueue[Outcome] = SimpleQueue()
-    large = threading.Semaphore(LARGE_AT_ONCE)
     workers: list[_Worker] = []
     stopped = threading.Event()
 
-    def serve() -> None:
+    def serve(*queues: deque[Task]) -> None:
         worker = None
-        while not stopped.is_set():
-            with lock:
-                if not waiting:
-                    return
-                task = waiting.popleft()
+        for task in itertools.chain.from_iterable(map(_taken_from, queues)):
+            if stopped.is_set():
+                return
             if worker is None:
-                worker = _Worker(device, repeats, processes)
+                worker = _Worker(device, processes)
                 workers.append(worker)
-            if task.case.cost is not None:
-                with large:
-                    outcome = worker.run(task)
-            else:
-                outcome = worker.run(task)
+            outcome = worker.run(task)
             if outcome.problems and worker.ended():
                 worker = None
             found.put(outcome)
 
-    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(processes, len(tasks)))]
+    of_large = min(LARGE_AT_ONCE, len(large))
+    threads = [
+        threading.Thread(target=serve, args=(large, small) if number < of_large else (small,), daemon=True)
+        for number in range(min(processes, of_large + len(small)))
+    ]
     for thread in threads:
         thread.start()
     try:
@@ -75,11 +76,20 @@ def side_by_side(tasks: Sequence[Task], device: torch.device, repeats: int, proc
             thread.join()
 
 
+def _taken_from(queue: deque[Task]) -> Iterator[Task]:
+    """Its tasks, of which other threads take some, too."""
+    while True:
+        try:
+            yield queue.popleft()
+        except IndexError:
+            return
+
+
 class _Worker:
     """A process that answers tasks."""
 
-    def __init__(self, device: torch.device, repeats: int, processes: int) -> None:
-        command = [sys.executable, "-m", "lion_fast.check.worker", str(device), str(repeats)]
+    def __init__(self, device: torch.device, processes: int) -> None:
+        command = [sys.executable, "-m", "lion_fast.check.worker", str(device)]
         threads = str(max(1, (os.cpu_count() or 1) // processes))
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
         self.process = subprocess.Popen(
@@ -90,7 +100,7 @@ class _Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
-            self.process.stdin.write(f"{ALL.index(task.case)} {name_of(task.dtype)}\n")
+            self.process.stdin.write(f"{ALL.index(task.case)} {name_of(task.dtype)} {task.repeats}\n")
             answer = json.loads(self.process.stdout.readline())
         except (OSError, json.JSONDecodeError):  # it has died, of what it has said on stderr
             self.process.kill()
@@ -110,14 +120,14 @@ class _Worker:
 
 
 def main(arguments: list[str]) -> int:
-    device, repeats = torch.device(arguments[0]), int(arguments[1])
+    device = torch.device(arguments[0])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else prints does not answer
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     for line in sys.stdin:
-        number, dtype = line.split()
-        outcome = compare(ALL[int(number)], getattr(torch, dtype), device, repeats=repeats)
+        number, dtype, repeats = line.split()
+        outcome = compare(ALL[int(number)], getattr(torch, dtype), device, repeats=int(repeats))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the other workers need what this one's reference took
         answers.write(json.dumps(asdict(outcome)) + "\n")
