@@ -6,6 +6,7 @@ gates folded into the weights, or into the hidden channels. On a CPU it is a dry
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from benchmarks.bench_relative_bias_attention import BUCKETS, in_decoder
 from benchmarks.bench_relative_bias_attention import PEERS as BIASED_ATTENTION
 from benchmarks.shapes import COMPILES, ON_GPU
 from benchmarks.side_by_side import (
+    COMPILE_ONLY,
     DEVICE,
     DTYPE,
     FLEX_FORWARD,
@@ -273,7 +275,7 @@ def layer_norm(shape: dict[str, Any]) -> Case:
         reference=partial(lion_reference.residual_layer_norm, eps=bench_residual_layer_norm.EPS),
         timed=timed,
     )
-    costs = layer_norm_cost(shape["images"] * shape["tokens"], shape["channels"], DTYPE)
+    costs = layer_norm_cost(shape["images"] * shape["tokens"], shape["channels"], DTYPE, dropout=p > 0)
     return Case(suite, partial(bench_residual_layer_norm.make_inputs, shape), costs)
 
 
@@ -334,8 +336,12 @@ def peers(headline: Headline) -> list[str]:
 def bench(benchmark: Callable, row: Headline, direction: str, peer: str) -> None:
     if not ON_GPU and SECONDS > 0:
         pytest.skip("these are a GPU's shapes; on a CPU `lion-fast bench run headline --quick` runs them small")
+    if COMPILE_ONLY and direction != row.directions[0]:
+        pytest.skip("both directions are compiled together")
     suite, make_inputs, costs = case_of(row)
     operators = {name: suite.operators[name] for name in peers(row)}
-    chosen = Suite(SUITE, operators, suite.plain, suite.reference, timed=suite.timed)
+    # Where no backward is measured none is asked for, which a peer might not have.
+    forward_only = frozenset(operators) if row.directions == ("forward",) else suite.forward_only
+    chosen = replace(suite, operators=operators, forward_only=forward_only)
     shape = {"operator": row.operator, **sizes(row)}
     measure(benchmark, chosen, peer, direction, shape, make_inputs, costs)

@@ -5,6 +5,7 @@ and text (417, and 1024 with long questions and tags), and a decoding step of a 
 takes no such bias. FlexAttention has no backward on a CPU.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -54,16 +55,18 @@ def make_inputs(shape: dict) -> Inputs:
     }
 
 
-def distance_buckets(q: Tensor, k: Tensor, decoder: bool) -> Tensor:
-    """The bucket of each pair, [L, M]."""
-    positions = torch.arange(k.shape[1], device=q.device)
-    distance = positions[None, :] - positions[k.shape[1] - q.shape[1] :, None]
+@functools.cache
+def distance_buckets(queries: int, keys: int, decoder: bool, device: torch.device) -> Tensor:
+    """The bucket of each pair, [L, M]; computed once, as T5 does for all its layers, and this project's kernels do."""
+    positions = torch.arange(keys, device=device)
+    distance = positions[None, :] - positions[keys - queries :, None]
     return relative_position_bucket(distance, num_buckets=BUCKETS, max_distance=MAX_DISTANCE, bidirectional=not decoder)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, decoder: bool) -> Tensor:
     """A step of decoding sees every key, so nothing is masked."""
-    bias = bias_table[distance_buckets(q, k, decoder)].permute(2, 0, 1)[None]
+    buckets = distance_buckets(q.shape[1], k.shape[1], decoder, q.device)
+    bias = bias_table[buckets].permute(2, 0, 1)[None]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=1.0
     )
@@ -72,7 +75,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, decoder: bool) 
 
 def flex(attention: Callable[..., Tensor]) -> Operator:
     def call(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, decoder: bool) -> Tensor:
-        buckets = distance_buckets(q, k, decoder)
+        buckets = distance_buckets(q.shape[1], k.shape[1], decoder, q.device)
 
         def biased(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + bias_table[buckets[i, j], head]

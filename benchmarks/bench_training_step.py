@@ -117,7 +117,7 @@ def make_step(peer: str, batch: dict[str, Tensor]) -> tuple[Callable[[], Tensor]
     model = model_of(peer).train()
     call: Any = torch.compile(model) if peer == "torch.compile" else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=peer == "lion_fast" or None)
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=ON_GPU or None)
 
     def step() -> Tensor:
         loss = loss_of(call, batch)

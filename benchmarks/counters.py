@@ -149,7 +149,7 @@ def _microseconds(metrics: dict[str, float]) -> str:
 
 
 def _share(metrics: dict[str, float], pattern: str) -> str:
-    found = [value for name, value in metrics.items() if re.search(pattern, name) and "pct" in name]
+    found = [value for name, value in metrics.items() if re.search(rf"{pattern}\S*\.avg\.pct", name)]
     return f"{max(found):.0f}%" if found else ""
 
 

@@ -189,8 +189,9 @@ def cost(
 ) -> tuple[Cost, Cost]:
     """What forward and backward (of every input) cannot avoid, for x [rows, channels].
 
-    Forward moves x, residual and out; backward reads the gradient twice, because the gradient of hidden has to be
-    complete before x's, reads x and writes its gradient. Weights move once, and so do their gradients.
+    Forward moves x, residual and out; backward reads the gradient, x and the hidden channels that forward has written,
+    and writes x's gradient: rows of the gradient that are kept on chip give hidden's gradient, and with it x's and the
+    weights'. Weights move once, and so do their gradients.
     """
     inner = experts * rank
     weights = 2 * channels * inner
@@ -198,7 +199,7 @@ def cost(
     product = 2 * rows * channels * inner
     return (
         Cost(moved * dtype.itemsize, 2 * product),
-        Cost((4 * rows * channels + 2 * rows * inner + 2 * weights) * dtype.itemsize, 4 * product),
+        Cost((3 * rows * channels + rows * inner + 2 * weights) * dtype.itemsize, 4 * product),
     )
 
 

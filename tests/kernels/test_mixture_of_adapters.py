@@ -333,10 +333,10 @@ def test_any_shape(data: st.DataObject, device: torch.device, relative_error: Me
 
 
 def test_cost_is_the_floor_of_the_published_sizes() -> None:
-    """On an H200 16384 tokens of LION-FlanT5-XL take no less than 47 us, and 62 us backward, for the rows alone."""
+    """On an H200 16384 tokens of LION-FlanT5-XL take no less than 47 us, and as much backward, for the rows alone."""
     forward, backward = MODULE.cost(16384, 2048, 2, 64, torch.bfloat16)
     assert floor_seconds(forward, H200, torch.bfloat16) == pytest.approx(47e-6, rel=0.02)
-    assert floor_seconds(backward, H200, torch.bfloat16) == pytest.approx(62e-6, rel=0.05)
+    assert floor_seconds(backward, H200, torch.bfloat16) == pytest.approx(47e-6, rel=0.05)
     assert forward.flops / H200.flops_per_second["bfloat16"] == pytest.approx(22e-6, rel=0.02)
     assert backward.flops / H200.flops_per_second["bfloat16"] == pytest.approx(44e-6, rel=0.02)
 
