@@ -5,9 +5,9 @@
 #
 # first: is every operator right, how fast is it beside its peers, and what limits it: environment check headline
 # counters. second: gpu-tests candidates step-16 determinism. Each of the two ends within six minutes, of which every
-# part has its share, the most valuable first (docs/gpu.md has the plan). rest, for whoever has longer: kernel-tests
-# adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer, of at most eight minutes each.
-# Without a name all three. A part leaves OUT/PART.json (tests: .xml; benchmarks and counters:
+# part has its share and what those before it have left, the most valuable first (docs/gpu.md has the plan). rest, for
+# whoever has longer: kernel-tests adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer,
+# of about eight minutes each. Without a name all three. A part leaves OUT/PART.json (tests: .xml; benchmarks and counters:
 # OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and `compare` read) and its output in
 # OUT/log.txt, so that one that dies takes nothing along; interrupted from a terminal, it stops with what it has.
 # Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else; with
@@ -21,10 +21,10 @@ FIRST=(environment check headline counters)
 SECOND=(gpu-tests candidates step-16 determinism)
 REST=(kernel-tests adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer)
 OPERATORS=(adapters lora attention rows)
-# Seconds that a part may take. Those of first, and those of second, come to 345.
+# Seconds that a part may take. Those of first, and those of second, come to 350.
 declare -A LIMITS=(
-  [environment]=40 [check]=120 [headline]=115 [counters]=70
-  [gpu-tests]=95 [candidates]=60 [step-16]=145 [determinism]=45
+  [environment]=45 [check]=120 [headline]=120 [counters]=65
+  [gpu-tests]=90 [candidates]=45 [step-16]=160 [determinism]=55
 )
 REST_LIMIT=470
 if [ $# -lt 1 ]; then
@@ -72,7 +72,7 @@ fi
 LOG=$OUT/log.txt
 GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
 if [ -n "$GPU" ]; then
-  unset TRITON_INTERPRET TRITON_PTXAS_PATH
+  unset TRITON_INTERPRET TRITON_PTXAS_PATH TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
   PROCESSES=$(($(nproc) < 12 ? $(nproc) : 12))
 else
   echo "no CUDA device: a dry run, which measures nothing"
@@ -117,10 +117,10 @@ run_tests() { # where the report goes, how many processes, then pytest's argumen
   limited "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider "${spread[@]}" --junitxml="$report" "$@"
 }
 
-benchmarks_of() { # the suites
+benchmarks_of() { # the suites; the last benchmark begins when 15 seconds are left, two starts of Python counted
   local few=()
   [ -z "$GPU" ] && few=(--quick)
-  limited "$(left)" "$PYTHON" -m lion_fast bench run "$@" --out "$OUT/results" --seconds "$(left 15)" "${few[@]}"
+  limited "$(left)" "$PYTHON" -m lion_fast bench run "$@" --out "$OUT/results" --seconds "$(left 28)" "${few[@]}"
 }
 
 # Compiles what a suite would measure, in several processes, so that it need not when it measures: for the background,
@@ -136,7 +136,7 @@ compile() { # the suite, the processes
 
 environment() {
   command -v nvidia-smi && nvidia-smi
-  limited "$(left)" "$PYTHON" -m lion_fast.check.environment --rates | tee "$OUT/environment.json"
+  limited "$(left)" "$PYTHON" -m lion_fast.check.environment --rates --json "$OUT/environment.json"
 }
 
 check() { # every operator in fp32, fp16 and bf16 with all gradients, and on the model's own shapes; no times
@@ -165,17 +165,19 @@ counters() {
     sections+=(--section "$section")
   done
   # Clocks stay as they are, and the cache is emptied before each pass.
-  limited "$(left 5)" ncu --clock-control none --cache-control all --profile-from-start off "${sections[@]}" \
+  limited "$(left 12)" ncu --clock-control none --cache-control all --profile-from-start off "${sections[@]}" \
     --csv --page raw --print-units base --log-file "$raw" "$PYTHON" -m benchmarks.counters || tail -n 5 "$raw"
-  "$PYTHON" -m benchmarks.counters --read "$raw" --out "$OUT/results"
+  limited "$(left)" "$PYTHON" -m benchmarks.counters --read "$raw" --out "$OUT/results"
 }
 
 # ---------------------------------------------------------------- second
 
 gpu-tests() { # those that need a GPU, but for the slow ones; in a dry run they are collected, and others run
   local status
+  export OMP_NUM_THREADS=2 # of each process: references in fp64 are computed on the CPU
   compile candidates 3 &
-  run_tests "$OUT/gpu-tests.xml" $((PROCESSES < 8 ? PROCESSES : 8)) -m "gpu and not slow" tests
+  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # to collect all takes 9 s of each process
+  run_tests "$OUT/gpu-tests.xml" $((PROCESSES < 8 ? PROCESSES : 8)) -m "gpu and not slow" "${files[@]}"
   status=$?
   if [ -z "$GPU" ] && [ $status -eq 0 ]; then
     run_tests "$OUT/dry-tests.xml" 1 tests/kernels/test_gated_gelu.py tests/kernels/test_rms_norm.py -k "agrees or bits"
@@ -190,7 +192,7 @@ candidates() {
 }
 
 step-16() { # images, of LION-FlanT5-XL; in a dry run two, of a small model
-  local peers="original,lion_fast,torch.compile by block" pictures=16 seconds=12
+  local peers="original,lion_fast,torch.compile by block" pictures=16 seconds=8
   [ -z "$GPU" ] && peers=original,lion_fast pictures=2 seconds=0
   LION_STEP_PEERS=$peers LION_STEP_PICTURES=$pictures LION_STEP_SECONDS=$seconds benchmarks_of training_step
 }
@@ -270,23 +272,28 @@ sanitizer() {
   return $status
 }
 
+pack() { # whole at any moment
+  [ -z "${PACK:-}" ] || { tar -C "$OUT" --exclude=./triton-cache -czf "$PACK.part" . && mv "$PACK.part" "$PACK"; }
+}
+
 table=()
 failed=0
 stopped=
 trap 'stopped=1' INT TERM
+PART_ENDS=$SECONDS
 for part in "${PARTS[@]}"; do
   start=$SECONDS
-  PART_ENDS=$((SECONDS + ${LIMITS[$part]:-$REST_LIMIT}))
+  PART_ENDS=$((PART_ENDS + ${LIMITS[$part]:-$REST_LIMIT}))
   [ -n "$GPU" ] || PART_ENDS=$((SECONDS + REST_LIMIT)) # a CPU interprets
   echo "=== $part" | tee -a "$LOG"
   "$part" 2>&1 | tee -i -a "$LOG"
   status=${PIPESTATUS[0]}
   [ "$status" -eq 0 ] || failed=1
   table+=("$(printf '%-14s %-22s %4d s' "$part" "$(case $status in 0) echo passed ;; 124 | 137) echo "stopped by its limit" ;; *) echo "failed ($status)" ;; esac)" $((SECONDS - start)))")
-  [ -z "${PACK:-}" ] || tar -C "$OUT" --exclude=./triton-cache -czf "$PACK" .
+  pack
   [ -z "$stopped" ] || break
 done
 echo "=== ${GPU:-dry run without a GPU}, $(git rev-parse --short HEAD 2>/dev/null || echo 'no commit')" | tee -a "$LOG"
 printf '%s\n' "${table[@]}" | tee -a "$LOG"
-[ -z "${PACK:-}" ] || tar -C "$OUT" --exclude=./triton-cache -czf "$PACK" .
+pack
 exit $failed

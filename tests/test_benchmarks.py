@@ -414,7 +414,7 @@ def test_a_call_of_the_gpu_script_ends_within_six_minutes(group: str) -> None:
     (parts,) = re.findall(rf"^{group}=\((.*)\)$", text, re.MULTILINE)
     limits = {name: int(seconds) for name, seconds in re.findall(r"\[([\w-]+)\]=(\d+)", text)}
     assert len(parts.split()) >= 4
-    assert sum(limits[part] for part in parts.split()) <= 345
+    assert sum(limits[part] for part in parts.split()) <= 350
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     for part in parts.split():  # the plan on the page is the script's
         assert re.search(rf"^\| `{part}` \|.*\| {limits[part]} \|", page, re.MULTILINE), part

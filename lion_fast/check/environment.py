@@ -1,13 +1,14 @@
 """What a measurement depends on: `python -m lion_fast.check.environment` prints it as JSON.
 
 With `--rates` also what a GPU reaches: bytes copied and products in a second, and the time of the smallest CUDA graph,
-which every time of a graph holds.
+which every time of a graph holds. `--json FILE` has what is known while the rest is measured.
 """
 
 import argparse
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,11 +59,17 @@ def rates() -> dict[str, Any] | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lion_fast.check.environment")
     parser.add_argument("--rates", action="store_true", help="measure what the GPU reaches")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write it there, too")
     options = parser.parse_args(arguments)
     found = environment()
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     if options.rates:
         found["rates"] = rates()
-    print(json.dumps(found, indent=1))
+    text = json.dumps(found, indent=1)
+    if options.json is not None:
+        options.json.write_text(text, encoding="utf-8")
+    print(text)
     return 0
 
 
