@@ -5,11 +5,12 @@
     python benchmarks/triton_cache.py unpack FILE.tar.xz DIR  # on the GPU machine
     TRITON_CACHE_DIR=DIR TRITON_DISABLE_LINE_INFO=1 lion-fast check
 
-`make` runs `lion-fast check`'s cases on the CPU under Triton's own driver, over a library that stands in for
-libcuda.so.1 (libcuda_stand_in.c): launches are specialised, compiled for sm_90 and cached by the code that does so on a
-GPU, and compute nothing. A launch's key is made of Triton's files, ptxas' version, the kernel's source and line, types,
-constants, which arguments are multiples of 16, and options, and of no path. The C launchers, 0.4 seconds each, are
-cached likewise by their source. Line information is left out on both sides: it is part of the key.
+`make` runs `lion-fast check`'s cases and the benchmark's step of training on the CPU under Triton's own driver, over a
+library that stands in for libcuda.so.1 (libcuda_stand_in.c): launches are specialised, compiled for sm_90 and cached by
+the code that does so on a GPU, and compute nothing. A launch's key is made of Triton's files, ptxas' version, the
+kernel's source and line, types, constants, which arguments are multiples of 16, and options, and of no path. The C
+launchers, 0.4 seconds each, are cached likewise by their source. Line information is left out on both sides: it is part
+of the key.
 """
 
 import argparse
@@ -55,15 +56,17 @@ def fingerprint() -> str:
 
 @dataclass(frozen=True)
 class What:
-    """Which launches: of these operators' cases in these dtypes, and of those that the check times, in bfloat16."""
+    """Which launches: of these operators' cases in these dtypes, of those that the check times, in bfloat16, and of the
+    model's step of training that is benchmarked."""
 
     dtypes: tuple[str, ...]
     operators: tuple[str, ...]
     timed: bool
+    model: bool
 
     def arguments(self) -> list[str]:
-        timed = "--timed" if self.timed else "--no-timed"
-        return ["--dtypes", *self.dtypes, *(["--operators", *self.operators] if self.operators else []), timed]
+        switches = [f"--{'' if on else 'no-'}{name}" for name, on in (("timed", self.timed), ("model", self.model))]
+        return ["--dtypes", *self.dtypes, *(["--operators", *self.operators] if self.operators else []), *switches]
 
 
 def make(out: Path, what: What, processes: int) -> None:
@@ -171,6 +174,7 @@ def record_share(what: What, number: int, count: int) -> dict[str, int]:
 
     from lion_fast.check.cases import CASES, TIMED
     from lion_fast.check.compare import leaves, make_tensors, results_of
+    from lion_fast.check.model_launches import benchmarked_step
 
     # PyTorch finds the stand-in, too, and no GPU behind it.
     warnings.filterwarnings("ignore", message="CUDA initialization")
@@ -198,6 +202,8 @@ def record_share(what: What, number: int, count: int) -> dict[str, int]:
             results_of(case.run, leaves(tensors))
             with torch.no_grad():
                 case.run(tensors)
+        if what.model and number == count - 1:
+            benchmarked_step()
     return dict(counts)
 
 
@@ -258,10 +264,12 @@ def main() -> int:
         action.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
         timed = "what the check takes the time of, too, in bfloat16 (default: yes)"
         action.add_argument("--timed", action=argparse.BooleanOptionalAction, default=True, help=timed)
+        model = "the benchmark's step of training of LION-FlanT5-XL, too (default: yes)"
+        action.add_argument("--model", action=argparse.BooleanOptionalAction, default=True, help=model)
     recording.add_argument("--share", required=True)
     args = parser.parse_args()
     if args.action in ("make", "record"):
-        what = What(tuple(args.dtypes), tuple(args.operators), args.timed)
+        what = What(tuple(args.dtypes), tuple(args.operators), args.timed, args.model)
         if args.action == "make":
             make(args.file, what, args.processes)
         else:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import bench_model
+from lion_fast.check.model_launches import BENCHMARKED, Lengths
+
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "triton_cache.py"
 pytest.importorskip("triton.backends.nvidia.compiler", reason="no Triton that compiles for NVIDIA's GPUs")
 if shutil.which(os.environ.get("CC", "cc")) is None:
@@ -24,7 +27,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("made") / "cache.tar.xz"
-    done = run("make", file, "--operators", "gated_gelu", "--dtypes", "float16", "--processes", "1")
+    done = run("make", file, "--operators", "gated_gelu", "--dtypes", "float16", "--no-model", "--processes", "1")
     assert done.returncode == 0, done.stderr
     return file
 
@@ -51,3 +54,11 @@ def test_another_triton_s_cache_is_refused(cache: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "made for 0, and here is" in done.stderr
     assert not (tmp_path / "again").exists()
+
+
+def test_the_model_s_launches_are_those_of_the_benchmark() -> None:
+    """As long as its batch is, and no sample padded."""
+    batch = bench_model.make_batch()
+    assert {name for name in batch if "mask" in name} == set()
+    lengths = Lengths(*(batch[name].shape[1] for name in ("input_ids", "qformer_input_ids", "labels")), padded=False)
+    assert lengths == BENCHMARKED

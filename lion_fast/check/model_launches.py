@@ -5,7 +5,7 @@ Models of one layer of each kind have every shape that all layers have. Nothing 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,19 @@ from lion_kernels.aot import KernelSpec
 
 SIZES = {"XL": FLAN_T5_XL, "XXL": FLAN_T5_XXL}
 TRAINING_BATCH = 16
-TEXT_TOKENS = 128  # with the visual prefix of 289 the encoder reads 417
-QUESTION_TOKENS = ANSWER_TOKENS = 32
+
+
+class Lengths(NamedTuple):
+    """The prompt's, the Q-Former's question's and the answer's, in tokens; whether samples differ, and are padded."""
+
+    text: int
+    question: int
+    answer: int
+    padded: bool
+
+
+USUAL = Lengths(128, 32, 32, padded=True)  # with the visual prefix of 289 the encoder reads 417
+BENCHMARKED = Lengths(64, 32, 16, padded=False)  # benchmarks/bench_training_step.py's
 GENERATIONS = tuple((batch, beams) for batch in (1, 8) for beams in (1, 5))
 NEW_TOKENS = 3  # a step without a cache, and two with
 
@@ -48,6 +59,12 @@ def record_models(found: Recording) -> None:
                 _generate(model, batch, beams)
 
 
+def benchmarked_step() -> None:
+    """A step of joint training of LION-FlanT5-XL, and its loss, as the benchmark of training has them."""
+    with _quiet(), Uncomputed():
+        _train(Recording(), "XL", FLAN_T5_XL, STAGES[-1], BENCHMARKED)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' warnings of a model that knows nothing."""
@@ -72,15 +89,15 @@ def _model(text: dict[str, Any], stage: Stage) -> LionForCausalLM:
     )
 
 
-def _train(found: Recording, size: str, text: dict[str, Any], stage: Stage) -> None:
+def _train(found: Recording, size: str, text: dict[str, Any], stage: Stage, lengths: Lengths = USUAL) -> None:
     """Forward and backward, and an evaluation's forward."""
     model = _model(text, stage)
     freeze_for_stage(model, stage)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-    batch = _batch(model.config, TRAINING_BATCH)
-    labels = torch.ones(TRAINING_BATCH, ANSWER_TOKENS, dtype=torch.long)
+    batch = _batch(model.config, TRAINING_BATCH, lengths)
+    labels = torch.ones(TRAINING_BATCH, lengths.answer, dtype=torch.long)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found.call = f"{size}: training, stage {stage.number}"
         model.train()(**batch, labels=labels).loss.backward()
@@ -95,18 +112,17 @@ def _generate(model: LionForCausalLM, batch: int, beams: int) -> None:
     model.generate(pixel_values=pixels, **given, num_beams=beams, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
 
 
-def _batch(config: LionConfig, size: int) -> dict[str, Tensor]:
-    """Padded, as batches of several samples are."""
+def _batch(config: LionConfig, size: int, lengths: Lengths = USUAL) -> dict[str, Tensor]:
     pixels = config.vision_config.image_size
-    mask = torch.ones(size, TEXT_TOKENS, dtype=torch.long)
-    mask[:-1, -1] = 0
-    question = torch.ones(size, QUESTION_TOKENS, dtype=torch.long)
-    task_ids = torch.arange(size) % config.text_config.num_tasks
-    return {
+    question = torch.ones(size, lengths.question, dtype=torch.long)
+    batch = {
         "pixel_values": torch.zeros(size, 3, pixels, pixels),
-        "input_ids": torch.ones(size, TEXT_TOKENS, dtype=torch.long),
-        "attention_mask": mask,
+        "input_ids": torch.ones(size, lengths.text, dtype=torch.long),
         "qformer_input_ids": question,
-        "qformer_attention_mask": question.clone(),
-        "task_ids": task_ids,
+        "task_ids": torch.arange(size) % config.text_config.num_tasks,
     }
+    if lengths.padded:
+        mask = torch.ones(size, lengths.text, dtype=torch.long)
+        mask[:-1, -1] = 0
+        batch |= {"attention_mask": mask, "qformer_attention_mask": question.clone()}
+    return batch
