@@ -157,10 +157,11 @@ def test_answers_in_fewer_bits(make_model: Make, make_batch: MakeBatch, tmp_path
     assert {name for name, kind in kinds.items() if kind in ("Linear8bitLt", "Linear4bit")} == quantized(model)
     logits = few(**batch).logits
     assert not torch.allclose(logits, expected)
-    # Against its own weights made whole again, as small random weights amplify what rounding them changes.
+    # Against its own weights made whole again, as small random weights amplify what rounding them changes. With 8 bits
+    # inputs are rounded, too, each row to 127 steps of its largest value: 3.3e-2 was seen.
     twin = LionForCausalLM.from_pretrained(tmp_path / "full", quantization_config=settings, dtype=torch.float32)
     whole = twin.dequantize().float().eval()(**batch).logits
-    assert ((logits - whole).norm() / whole.norm()).item() < 0.05
+    assert ((logits - whole).norm() / whole.norm()).item() < 0.1
     labels = batch.pop("labels")
     tokens = few.generate(**batch, max_new_tokens=4)
     few.fold_adapters()

@@ -64,7 +64,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     recipe = make_recipe(3, "steps=4")
     group: dict[str, Any] = {"engine": engine}
     group |= {"rank": 0, "port": free_port()} if engine == "fsdp2" else {}
-    train(replace(recipe, output_dir=str(tmp_path / "whole")))
+    finish(start(replace(recipe, output_dir=str(tmp_path / "whole"))))  # on one thread, as all of them
     size = (tmp_path / "whole" / "model" / "model.safetensors").stat().st_size
     process = start(recipe, file_limit=size // 4, error_to=str(tmp_path / "error"), **group)
     process.join(timeout=PATIENCE)
