@@ -12,8 +12,9 @@
 # OUT/log.txt, so that one that dies takes nothing along; interrupted from a terminal, it stops with what it has.
 # Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else; with
 # pytest-xdist it is faster. PEERS=DIR names a folder of wheels (flash-attn, liger-kernel ...), which are unpacked and
-# measured beside. PACK=FILE.tar.gz holds OUT as one file, made anew after each part. TRITON_CACHE=FILE names a cache
-# that benchmarks/triton_cache.py made for this Python and Triton: what the check launches need not be compiled then.
+# measured beside. PACK=FILE.tar.gz holds OUT as one file, made anew after each part. LION_BENCH_COMMIT=NAME is the
+# commit of a copy without its history. TRITON_CACHE=FILE names a cache that benchmarks/triton_cache.py made for this
+# Python and Triton: what the check and the training step launch need not be compiled then.
 # Without a GPU it is a dry run: the same lines, on small shapes, with kernels in Triton's interpreter.
 set -uo pipefail
 
@@ -28,7 +29,7 @@ declare -A LIMITS=(
 )
 REST_LIMIT=470
 if [ $# -lt 1 ]; then
-  sed -n '2,20s/^# \{0,1\}//p' "$0"
+  sed -n '2,21s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -293,7 +294,7 @@ for part in "${PARTS[@]}"; do
   pack
   [ -z "$stopped" ] || break
 done
-echo "=== ${GPU:-dry run without a GPU}, $(git rev-parse --short HEAD 2>/dev/null || echo 'no commit')" | tee -a "$LOG"
+echo "=== ${GPU:-dry run without a GPU}, ${LION_BENCH_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo 'no commit')}" | tee -a "$LOG"
 printf '%s\n' "${table[@]}" | tee -a "$LOG"
 pack
 exit $failed

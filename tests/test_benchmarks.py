@@ -306,6 +306,13 @@ def test_every_operator_has_a_suite_whose_peers_are_right(operator: str) -> None
     assert set(compared.memory) == set(suite.peers(shape)) - compared.suite.forward_only
 
 
+def test_the_commit_of_a_copy_without_history_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LION_BENCH_COMMIT", raising=False)
+    assert results.describe_machine(tmp_path)["commit"] == "unknown"
+    monkeypatch.setenv("LION_BENCH_COMMIT", "1a2b3c4")
+    assert results.describe_machine(tmp_path)["commit"] == "1a2b3c4"
+
+
 def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as died:
         pass

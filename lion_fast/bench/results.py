@@ -98,7 +98,10 @@ def make_entry(record: dict[str, Any]) -> Entry:
 
 
 def describe_machine(folder: Path) -> dict[str, Any]:
-    """What results depend on; `folder` is the clone that they are of."""
+    """What results depend on; `folder` is the clone that they are of.
+
+    `LION_BENCH_COMMIT` names the commit of a copy without its history.
+    """
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     now = datetime.now(UTC)
     return {
@@ -108,7 +111,9 @@ def describe_machine(folder: Path) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "load_average": None if load is None else round(load[0], 2),
-        "commit": _output(["git", "-C", str(folder), "describe", "--always", "--dirty"]) or "unknown",
+        "commit": os.environ.get("LION_BENCH_COMMIT")
+        or _output(["git", "-C", str(folder), "describe", "--always", "--dirty"])
+        or "unknown",
         "date": now.date().isoformat(),
         "started": now.isoformat(timespec="seconds"),
     }
