@@ -156,8 +156,12 @@ def _gradients_over(
     out = operator(tensors)
     # All are asked for, as otherwise: for some alone other kernels would run.
     wanted = [name for name, value in tensors.items() if value.requires_grad]
-    each = [torch.autograd.grad(out, [tensors[n] for n in wanted], draw(out), retain_graph=True) for draw in draws]
-    return {name: torch.stack([gradients[wanted.index(name)] for gradients in each]) for name in names}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for draw in draws:
+        gradients = torch.autograd.grad(out, [tensors[name] for name in wanted], draw(out), retain_graph=True)
+        for name in names:
+            found[name].append(gradients[wanted.index(name)])
+    return {name: torch.stack(values) for name, values in found.items()}
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
