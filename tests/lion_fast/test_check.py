@@ -1,5 +1,6 @@
 """`lion-fast check`: that it finds what is wrong with an operator, and what it says of one that is right."""
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from torch import Tensor
 import lion_fast
 import lion_kernels
 from lion_fast.check import report
-from lion_fast.check.cases import CASES, OPERATORS, TIMED, Case
+from lion_fast.check.cases import CASES, OPERATORS, TIMED, Case, Tensors
 from lion_fast.check.compare import compare, make_tensors, poisoned_memory
 from lion_fast.check.timing import Clock, Seconds, captured, measure, measure_rates, quantiles
 from lion_fast.check.worker import Task, side_by_side
@@ -146,6 +147,42 @@ def test_half_precision_is_held_to_twice_the_plain_formula(monkeypatch: pytest.M
     monkeypatch.setattr(lion_kernels, "gated_gelu", lambda *args, **options: right(*args, **options) * 1.002)
     (problem, *_) = compare(case, torch.float16, DEVICE, repeats=1).problems
     assert re.fullmatch(r"out: error [12]\.\de-03 above its bound \d\.\de-04", problem)
+
+
+def test_a_plain_formula_that_is_far_off_allows_nothing_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rough(Case):
+        def reference(self, tensors: Tensors) -> Tensor:
+            out = super().reference(tensors)
+            return out if out.dtype == torch.float64 else out * 1.5
+
+    case = Rough(**vars(smallest("gated_gelu")))
+    assert not compare(case, torch.float16, DEVICE, repeats=1).problems
+    right = lion_kernels.gated_gelu
+    monkeypatch.setattr(lion_kernels, "gated_gelu", lambda *args, **options: right(*args, **options) * 1.02)
+    (problem, *_) = compare(case, torch.float16, DEVICE, repeats=1).problems
+    assert re.fullmatch(r"out: error 2\.\de-02 above its bound 3\.9e-03", problem)
+
+
+def test_what_has_few_elements_is_judged_over_several_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate's gradient that is wrong from the third backward pass on: the first comes with the output's own."""
+    passes = itertools.count()
+
+    class WrongInTime(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, gate: Tensor) -> Tensor:
+            return gate.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return gradients[0] * (1.1 if next(passes) >= 2 else 1.0)
+
+    right = lion_kernels.mixture_of_adapters
+    case = next(case for case in CASES if "dense for all" in case.label and case.operator == "mixture_of_adapters")
+    monkeypatch.setattr(
+        lion_kernels, "mixture_of_adapters", lambda *, gate, **given: right(gate=WrongInTime.apply(gate), **given)
+    )
+    (problem,) = compare(case, torch.float32, DEVICE, repeats=1).problems
+    assert problem.startswith("gate: error")
 
 
 def test_poison_reaches_every_allocation() -> None:
