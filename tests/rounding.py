@@ -77,6 +77,17 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
+def between(values: Tensor) -> Tensor:
+    """A threshold for `values` [N, ...], along the first dimension: amid the widest gap of two neighbours.
+
+    Rounding decides on which side of one of the values another computation of it is, and of their median.
+    """
+    ordered = values.sort(0).values
+    gaps = ordered.diff(dim=0)
+    widest = gaps.argmax(0, keepdim=True)
+    return (ordered.gather(0, widest) + gaps.gather(0, widest) / 2).squeeze(0)
+
+
 def rounding_bound(plain: Tensor, exact: Tensor) -> float:
     """What a kernel's result may be from `exact`, by what the plain formula's in the same dtype is.
 
