@@ -15,7 +15,7 @@ from lion_kernels.residual_layer_norm import cost, dropout_mask, launch_backward
 from lion_reference import residual_layer_norm as reference
 from tests.kernels import gradients
 from tests.kernels.gradients import Inputs, Measure, cast, gradient_of
-from tests.rounding import OPERATOR_FP16, OPERATOR_FP32, rounding_bound
+from tests.rounding import OPERATOR_FP32, rounding_bound
 
 pytestmark = pytest.mark.usefixtures("poison")
 MODULE = sys.modules["lion_kernels.residual_layer_norm"]
@@ -83,7 +83,7 @@ def test_half_precision_is_no_worse_than_the_plain_formula(
     expected, rounded = exact(inputs, dropout), plain(inputs, dropout)
     for name, value in outputs_and_gradients(residual_layer_norm, inputs, **dropout, backend="triton").items():
         assert value.dtype == torch.float16
-        assert relative_error(value, expected[name]) < rounding_bound(rounded[name], expected[name]), name
+        assert relative_error(value, expected[name]) < 2 * relative_error(rounded[name], expected[name]), name
 
 
 @with_and_without_dropout
@@ -176,7 +176,7 @@ def test_mixed_dtypes(backend: str, dropout: dict[str, Any], device: torch.devic
     expected = exact(inputs, dropout)
     for name, value in outputs_and_gradients(residual_layer_norm, inputs, **dropout, backend=backend).items():
         assert value.dtype == (torch.float16 if name == "x" else torch.float32)
-        assert relative_error(value, expected[name]) < (OPERATOR_FP16 if name == "x" else OPERATOR_FP32), name
+        assert relative_error(value, expected[name]) < (1e-3 if name == "x" else OPERATOR_FP32), name
     inputs["residual"] = inputs["residual"].detach().half().requires_grad_()
     assert residual_layer_norm(**inputs, eps=EPS, **dropout, backend=backend).dtype == torch.float16
 

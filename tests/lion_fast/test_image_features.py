@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lion_fast import ImageFeatures, LionForCausalLM, LionProcessor
-from tests.rounding import TWO_WAYS
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -72,7 +71,7 @@ def test_gradients_reach_the_aggregator_through_encoded_pictures(make_model: Mak
     pictures = batch.pop("pixel_values")[:2]
     model(image_features=model.encode_images(pictures)[[0, 0, 1]], **batch).loss.backward()
     for name, gradient in expected.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, **TWO_WAYS, msg=name)
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_features_are_picked_repeated_and_moved() -> None:

@@ -299,7 +299,7 @@ def test_padding_s_row_of_the_embedding_learns_nothing(make_model: Make, make_ba
         for backend in ("torch", "triton")
     ]
     assert not gradients[1][0].any()
-    torch.testing.assert_close(gradients[1], gradients[0], **TWO_WAYS)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
