@@ -15,6 +15,7 @@ from lion_kernels.attention_plain import dropout_mask
 from lion_kernels.relative_bias_attention import bucket_by_distance, cost, relative_bias_attention
 from lion_reference import relative_bias_attention as reference
 from lion_reference.relative_bias_attention import relative_position_bucket as reference_bucket
+from tests.kernels.gradients import gradients_over
 from tests.rounding import OPERATOR_FP16, OPERATOR_FP32, rounding_bound
 
 SEED = 2**40 + 12345
@@ -36,10 +37,10 @@ class Inputs:
     def __call__(self, operator: Callable[..., Tensor], **options: Any) -> Tensor:
         return operator(**self.tensors, **{**self.options, **options})
 
-    def results(self, operator: Callable[..., Tensor], **options: Any) -> dict[str, Tensor]:
+    def results(self, operator: Callable[..., Tensor], draws: int = 1, **options: Any) -> dict[str, Tensor]:
+        """The output and the gradients by argument; of more than one random gradient of the output, these stacked."""
         out = self(operator, **options)
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        gradients = torch.autograd.grad(out, list(self.tensors.values()), weights.to(out))
+        gradients = gradients_over(draws, out, list(self.tensors.values()))
         return {"out": out.detach(), **dict(zip(self.tensors, gradients, strict=True))}
 
 
@@ -307,14 +308,20 @@ def test_any_shape(data: st.DataObject, device, relative_error) -> None:
         causal=draw(st.booleans()),
         bidirectional=draw(st.booleans()),
     )
+    if "key_padding_mask" in inputs.options:
+        # With one key its weight is 1 whatever q and k are: their gradients are zero, and what rounding leaves of them
+        # has no relative error.
+        inputs.options["key_padding_mask"][1, :2] = True
     dropout_p = draw(st.sampled_from([0.0, 0.4]))
     batch, _, heads, _ = inputs.tensors["q"].shape
     keep = dropout_mask(batch, heads, queries, inputs.tensors["k"].shape[1], dropout_p, SEED).double()
-    expected = inputs.results(reference, dropout_mask=keep)
+    draws = 1 if queries > 2 else 8  # of two queries and two keys the gradients are differences that may cancel
+    expected = inputs.results(reference, draws, dropout_mask=keep)
     got = inputs.to(device, torch.float32)
     if draw(st.booleans()):
         got.tensors["k"] = got.tensors["k"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    for name, value in got.results(relative_bias_attention, dropout_p=dropout_p, seed=SEED, backend="triton").items():
+    options = {"dropout_p": dropout_p, "seed": SEED, "backend": "triton"}
+    for name, value in got.results(relative_bias_attention, draws, **options).items():
         assert relative_error(value, expected[name]) < OPERATOR_FP32, name
 
 
