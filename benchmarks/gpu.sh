@@ -128,8 +128,8 @@ benchmarks_of() { # the suites; the last benchmark begins when 15 seconds are le
 # while nothing is timed. On what it could not compile the suite itself has its say.
 compile() { # the suite, the processes
   [ -n "$GPU" ] && [ -n "$HAS_XDIST" ] || return 0
-  LION_BENCH_COMPILE_ONLY=1 TORCHINDUCTOR_COMPILE_THREADS=2 limited "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider -n "$2" --benchmark-disable \
-    "benchmarks/bench_$1.py" > "$OUT/compile-$1.txt" 2>&1
+  LION_BENCH_COMPILE_ONLY=1 TORCHINDUCTOR_COMPILE_THREADS=2 limited "$(left)" "$PYTHON" -m pytest -q \
+    -p no:cacheprovider -n "$2" --benchmark-disable "benchmarks/bench_$1.py" > "$OUT/compile-$1.txt" 2>&1
   tail -n 1 "$OUT/compile-$1.txt"
 }
 
