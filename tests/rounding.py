@@ -18,9 +18,9 @@ from torch import Tensor
 
 MARGIN = 3
 
-# What the kernels promise of one operator in fp32, outputs and gradients, from fp64. The worst that was seen of fixed shapes is 1.3e-6,
-# over one thread and two, native, AVX2 and default code paths, and OpenBLAS' for several CPUs, with which the
-# interpreter computes.
+# What the kernels promise of one operator in fp32, outputs and gradients, from fp64. The worst that was seen of fixed
+# shapes is 1.3e-6, over one thread and two, native, AVX2 and default code paths, and OpenBLAS' for several CPUs, with
+# which the interpreter computes.
 OPERATOR_FP32 = 1e-5
 
 # Of an operator that reads some of its inputs in fp16, whose rounding is 2**-11: eight of those. 6.4e-4 was seen.
