@@ -31,7 +31,7 @@ from benchmarks.side_by_side import (
 from lion_fast.bench.headline import BACKWARD, FORWARD, Headline
 from lion_fast.bench.tuning import Key, Sizes, allowed, table
 from lion_fast.check.compare import Draw, relative_error
-from lion_kernels.backend import interpreting
+from lion_kernels.core.backend import interpreting
 
 SHIPPED = "lion shipped"
 pytestmark = INTERLEAVED

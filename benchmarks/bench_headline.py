@@ -40,8 +40,8 @@ from benchmarks.side_by_side import (
 )
 from lion_fast.bench.headline import HEADLINES, SUITE, Headline
 from lion_kernels.assemble_inputs import cost as assemble_cost
-from lion_kernels.backend import interpreting
-from lion_kernels.cost import Cost
+from lion_kernels.core.backend import interpreting
+from lion_kernels.core.cost import Cost
 from lion_kernels.gated_gelu import cost as gelu_cost
 from lion_kernels.mixture_of_adapters import cost as adapters_cost
 from lion_kernels.mixture_of_lora_linear import cost as lora_cost

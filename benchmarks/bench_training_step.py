@@ -32,7 +32,7 @@ from benchmarks.side_by_side import DEVICE, INTERLEAVED, interleave, rates, repo
 from lion_fast import LionForCausalLM
 from lion_fast.check.timing import quantiles
 from lion_fast.training.memory import checkpoint_blocks
-from lion_kernels.cost import Cost, floor_seconds
+from lion_kernels.core.cost import Cost, floor_seconds
 
 ON_GPU = DEVICE.type == "cuda"
 HALF = DTYPE.itemsize < 4

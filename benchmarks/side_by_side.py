@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.memory import peak_bytes, saved_bytes
 from lion_fast.check.timing import Clock, as_it_is, captured, measure_rates, quantiles
-from lion_kernels.cost import Cost, Device, floor_seconds
+from lion_kernels.core.cost import Cost, Device, floor_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -221,7 +221,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     from triton.backends.nvidia.driver import CudaDriver
 
     import lion_kernels
-    from lion_kernels import backend, rows
+    from lion_kernels.core import backend, rowwise
 
     class Hopper(CudaDriver):
         def __init__(self) -> None:
@@ -231,7 +231,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
                 setattr(self, name, lambda *_, answer=answer: answer)
 
     hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)
-    partial_sums = rows.partial_sums
+    partial_sums = rowwise.partial_sums
     stand_ins = {
         "interpreting": lambda: True,  # on a CPU nothing else launches
         "refuse_uninterpretable": lambda **_: None,
@@ -241,10 +241,10 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Hopper()))
     stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=hopper))
     stack.enter_context(mock.patch.object(backend, "_INTERPRETING", True))
-    for info in pkgutil.iter_modules(lion_kernels.__path__):
-        if info.name == "__main__":
+    for info in pkgutil.walk_packages(lion_kernels.__path__, "lion_kernels."):
+        if info.name.endswith("__main__"):
             continue
-        module = importlib.import_module(f"lion_kernels.{info.name}")
+        module = importlib.import_module(info.name)
         for name, stand_in in stand_ins.items():
             if hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, stand_in))

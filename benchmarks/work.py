@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.memory import peak_bytes
 from benchmarks.side_by_side import DEVICE, DTYPE, interleave, rates
-from lion_kernels.cost import Cost, floor_seconds
+from lion_kernels.core.cost import Cost, floor_seconds
 
 
 class Timed(NamedTuple):

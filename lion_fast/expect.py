@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lion_kernels.backend import can_read
+from lion_kernels.core.backend import can_read
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:

@@ -17,7 +17,7 @@ from tests.interpreter import patch_the_language_once
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from lion_kernels.backend import interpreting
+from lion_kernels.core.backend import interpreting
 
 if interpreting():
     patch_the_language_once()

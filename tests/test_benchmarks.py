@@ -27,7 +27,7 @@ from lion_fast.bench import comparison, results, runs, tuning
 from lion_fast.bench.results import Entry, Run
 from lion_fast.check.cases import CASES
 from lion_fast.cli import main
-from lion_kernels.cost import Cost
+from lion_kernels.core.cost import Cost
 from tests.extras import needs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,7 +381,7 @@ def test_tuning_takes_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) 
 
     def clock(call: Callable[[], object]) -> tuning.Seconds:
         """Eight warps are fastest, and two rows better than one."""
-        with_table = tuning.import_module("lion_kernels.rows").lookup("rms_norm_forward", "D64", dict(sizes))
+        with_table = tuning.import_module("lion_kernels.core.rowwise").lookup("rms_norm_forward", "D64", dict(sizes))
         cost = abs(with_table.get("num_warps", 4) - 8) + abs(with_table.get("BT", 32) - 64) / 64 + 1
         return tuning.Seconds(cost, 0.99 * cost, 1.01 * cost)
 
@@ -392,7 +392,7 @@ def test_tuning_takes_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) 
     best = found["rms_norm_forward", "D64"]
     assert best.sizes == {**sizes, "num_warps": 8, "BT": 64}
     assert best.after < best.before
-    assert tuning.import_module("lion_kernels.rows").lookup is tuning.configs.lookup  # all is as it was
+    assert tuning.import_module("lion_kernels.core.rowwise").lookup is tuning.tuned_sizes.lookup  # all is as it was
 
     monkeypatch.setattr(tuning, "allowed", lambda dtype: -1.0)  # so every result is wrong
     with pytest.raises(ArithmeticError, match="differs"):

@@ -1,7 +1,7 @@
 """LION's operators, usable on their own: they need torch and, for the Triton backend, triton."""
 
 from lion_kernels.assemble_inputs import assemble_inputs
-from lion_kernels.backend import BACKENDS, resolve_backend
+from lion_kernels.core.backend import BACKENDS, resolve_backend
 from lion_kernels.gated_gelu import gated_gelu
 from lion_kernels.mixture_of_adapters import mixture_of_adapters
 from lion_kernels.mixture_of_lora_linear import mixture_of_lora_linear

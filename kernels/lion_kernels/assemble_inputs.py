@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import (
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.core.backend import (
     LAUNCH,
     can_read,
     interpreting,
@@ -26,9 +26,9 @@ from lion_kernels.backend import (
     tl,
     triton,
 )
-from lion_kernels.configs import lookup, shipped
-from lion_kernels.cost import Cost
-from lion_kernels.rows import last_contiguous, partial_sums, row_spec, takes
+from lion_kernels.core.cost import Cost
+from lion_kernels.core.rowwise import last_contiguous, partial_sums, row_spec, takes
+from lion_kernels.core.tuned_sizes import lookup, shipped
 
 SUM_TILE = {"BT": 32, "BD": 128, "num_warps": 4}  # of ids and channels in the sum over the soft prompt's places
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
-from lion_kernels.configs import lookup, shipped
-from lion_kernels.cost import Cost
-from lion_kernels.rows import as_rows, row_spec, takes
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.core.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
+from lion_kernels.core.cost import Cost
+from lion_kernels.core.rowwise import as_rows, row_spec, takes
+from lion_kernels.core.tuned_sizes import lookup, shipped
 
 
 @triton.jit

@@ -9,19 +9,19 @@ The gate g_e is one of
 
 In PyTorch, a weight per row and expert commutes with the up-projection, so the dense and sparse forms are one product
 over E * r inner channels; a weight per output channel does not, so the channel form adds up the experts one by one.
-`lion_kernels.low_rank` has the kernels, and the algebra of backward.
+`lion_kernels.low_rank.launch` has the kernels, and the algebra of backward.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels import low_rank
-from lion_kernels.backend import interpreting, through_op
-from lion_kernels.cost import Cost
-from lion_kernels.gates import FlatGate, GateForm, align_left, check_gate, dense_from_sparse, flatten_gate
-from lion_kernels.low_rank_plain import plain_backward, plain_forward
-from lion_kernels.rows import as_rows
+from lion_kernels.core.backend import interpreting, through_op
+from lion_kernels.core.cost import Cost
+from lion_kernels.core.rowwise import as_rows
+from lion_kernels.low_rank import launch as low_rank
+from lion_kernels.low_rank.gates import FlatGate, GateForm, align_left, check_gate, dense_from_sparse, flatten_gate
+from lion_kernels.low_rank.plain import plain_backward, plain_forward
 
 
 @torch.library.custom_op("lion_kernels::mixture_of_adapters", mutates_args=(), device_types="cuda")
@@ -155,7 +155,7 @@ def mixture_of_adapters(
         up_weight: [E, D, r].
         up_bias: [E, D] or None.
         gate: [R, E, D] with `task_ids` (channel gate), [..., k] with `expert_ids` (sparse gate), else [..., E]
-            (dense gate). Leading dimensions follow x's from the left; see `lion_kernels.gates`.
+            (dense gate). Leading dimensions follow x's from the left; see `lion_kernels.low_rank.gates`.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
         expert_ids: integers [..., k] in 0..E-1, -1 for none. Nothing waits for a GPU to look at ids: there, and in a
             compiled graph, one out of range weighs nothing and has no gradient, except that "torch" gathers the gate

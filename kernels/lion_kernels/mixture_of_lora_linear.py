@@ -3,7 +3,7 @@
     y = x W^T + b + scaling * sum_e g_e * (x A_e^T) B_e^T
 
 The gate's forms and the gradients of the update are `mixture_of_adapters`', with A down, B up and no activation;
-`lion_kernels.low_rank` has the algebra. On top of them, with g = dy,
+`lion_kernels.low_rank.launch` has the algebra. On top of them, with g = dy,
 
     dx = g W + sum_e d hidden_e A_e        dW = g^T x        db = sum_t g_t
 
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels import low_rank
-from lion_kernels.backend import interpreting, through_op
-from lion_kernels.configs import lookup
-from lion_kernels.cost import H200, Cost, floor_seconds
-from lion_kernels.gates import FlatGate, check_gate, flatten_gate
-from lion_kernels.low_rank_plain import plain_backward, plain_forward
+from lion_kernels.core.backend import interpreting, through_op
+from lion_kernels.core.cost import H200, Cost, floor_seconds
+from lion_kernels.core.tuned_sizes import lookup
+from lion_kernels.low_rank import launch as low_rank
+from lion_kernels.low_rank.gates import FlatGate, check_gate, flatten_gate
+from lion_kernels.low_rank.plain import plain_backward, plain_forward
 from lion_kernels.mixture_of_adapters import compose, run_kernels
 
 # The rate of our product beside the library's, until a table says better for a GPU: an assumption, not a measurement.
@@ -184,7 +184,7 @@ def mixture_of_lora_linear(
         lora_a: [E, r, Din].
         lora_b: [E, Dout, r].
         gate: [R, E, Dout] with `task_ids` (channel gate), [..., k] with `expert_ids` (sparse gate), else [..., E]
-            (dense gate). Leading dimensions follow x's from the left; see `lion_kernels.gates`.
+            (dense gate). Leading dimensions follow x's from the left; see `lion_kernels.low_rank.gates`.
         scaling: of the update: alpha / r in LoRA's words.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
         expert_ids: integers [..., k] in 0..E-1, -1 for none. Nothing waits for a GPU to look at ids: there, and in a

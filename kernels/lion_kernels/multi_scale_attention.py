@@ -7,8 +7,8 @@ Backward, for a gradient g of `out` and delta_s = rowsum(g * out_s):
     ds_s = p_s * (g v_s^T - delta_s)          dq = scale * sum_s gate_s * ds_s k_s
     dk_s = scale * gate_s * ds_s^T q          dv_s = gate_s * p_s^T g          dgate_s = sum(delta_s)
 
-Without a gate every map has a gradient g_s of its own, and gate_s = 1. `lion_kernels.attention` has the kernels that
-one map takes; what is here mixes maps. One map with q, k and v from the same source is self-attention.
+Without a gate every map has a gradient g_s of its own, and gate_s = 1. `attention` has the kernels that one map
+takes; what is here mixes maps. One map with q, k and v from the same source is self-attention.
 """
 
 # A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
@@ -20,11 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lion_kernels import attention
-from lion_kernels.aot import KernelSpec
-from lion_kernels.attention import Attention
-from lion_kernels.attention_plain import draw_keep, library_attention, plain_attention, plain_attention_backward
-from lion_kernels.backend import (
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.attention import launch as attention
+from lion_kernels.attention.launch import Attention
+from lion_kernels.attention.plain import draw_keep, library_attention, plain_attention, plain_attention_backward
+from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
     on_device,
@@ -34,9 +34,9 @@ from lion_kernels.backend import (
     tl,
     triton,
 )
-from lion_kernels.cost import Cost
-from lion_kernels.dropout import check_dropout, seed_tensor
-from lion_kernels.rows import last_contiguous
+from lion_kernels.core.cost import Cost
+from lion_kernels.core.dropout import check_dropout, seed_tensor
+from lion_kernels.core.rowwise import last_contiguous
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -318,7 +318,7 @@ def multi_scale_attention(
         dropout_p: the share of the probabilities that dropout zeroes, of every map by itself; 0 outside training.
         seed: of dropout, an int64, or a tensor [] of one on q's device, which a CUDA graph reads at each replay; None
             draws one from PyTorch's generator, in a CUDA graph at each replay. The mask that belongs to it, the same in
-            both backends, is `lion_kernels.attention_plain.dropout_mask`.
+            both backends, is `lion_kernels.attention.plain.dropout_mask`.
         backend: "auto", "triton" (fp16, bf16 or fp32, Dh a multiple of 8 up to 128) or "torch" (any).
 
     Returns:

@@ -21,12 +21,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lion_kernels import attention
-from lion_kernels.aot import KernelSpec
-from lion_kernels.attention import Attention
-from lion_kernels.attention_plain import draw_keep, library_attention, plain_attention, plain_attention_backward
-from lion_kernels.attention_sizes import bias_gradient_sizes, split_head_dim
-from lion_kernels.attention_tiles import (
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.attention import launch as attention
+from lion_kernels.attention.launch import Attention
+from lion_kernels.attention.plain import draw_keep, library_attention, plain_attention, plain_attention_backward
+from lion_kernels.attention.sizes import bias_gradient_sizes, split_head_dim
+from lion_kernels.attention.tiles import (
     Head,
     dropout_keep,
     load_keys_and_score,
@@ -35,7 +35,7 @@ from lion_kernels.attention_tiles import (
     locate,
     score_gradient,
 )
-from lion_kernels.backend import (
+from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
     on_device,
@@ -45,10 +45,10 @@ from lion_kernels.backend import (
     tl,
     triton,
 )
-from lion_kernels.configs import is_compact
-from lion_kernels.cost import Cost
-from lion_kernels.dropout import check_dropout, seed_tensor
-from lion_kernels.rows import last_contiguous
+from lion_kernels.core.cost import Cost
+from lion_kernels.core.dropout import check_dropout, seed_tensor
+from lion_kernels.core.rowwise import last_contiguous
+from lion_kernels.core.tuned_sizes import is_compact
 
 _NOT_SPECIALIZED = [
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v") for dim in ("batch", "row", "head")),
@@ -414,7 +414,7 @@ def relative_bias_attention(
         dropout_p: the share of the probabilities that dropout zeroes; 0 outside training.
         seed: of dropout, an int64, or a tensor [] of one on q's device, which a CUDA graph reads at each replay; None
             draws one from PyTorch's generator, in a CUDA graph at each replay. The mask that belongs to it, the same in
-            both backends, is `lion_kernels.attention_plain.dropout_mask`.
+            both backends, is `lion_kernels.attention.plain.dropout_mask`.
         backend: "auto", "triton" (fp16, bf16 or fp32, Dh a multiple of 8 up to 128) or "torch" (any).
 
     Returns:

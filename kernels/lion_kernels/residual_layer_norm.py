@@ -11,7 +11,7 @@
 Saved for backward: x, residual, and mean and deviation of each row. z is summed again: writing it in forward to read it
 in backward would move as many bytes, and in half precision it would come back rounded.
 
-The mask is a function of (seed, row, column) alone (`lion_kernels.dropout`), so backward computes it again, and
+The mask is a function of (seed, row, column) alone (`lion_kernels.core.dropout`), so backward computes it again, and
 `dropout_mask` gives it as a tensor.
 """
 
@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
-from lion_kernels.cost import Cost
-from lion_kernels.dropout import check_dropout, keep_four, keeps, seed_tensor, threshold_of
-from lion_kernels.rows import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.core.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
+from lion_kernels.core.cost import Cost
+from lion_kernels.core.dropout import check_dropout, keep_four, keeps, seed_tensor, threshold_of
+from lion_kernels.core.rowwise import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
 
 MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
 

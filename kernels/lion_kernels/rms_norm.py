@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import (
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
     on_device,
@@ -26,8 +26,8 @@ from lion_kernels.backend import (
     tl,
     triton,
 )
-from lion_kernels.cost import Cost
-from lion_kernels.rows import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
+from lion_kernels.core.cost import Cost
+from lion_kernels.core.rowwise import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
 
 MAX_CHANNELS = 8192  # a row lives in the registers of one program
 RESIDENT_WARPS = 16  # backward takes up to 118 registers a thread, and a multiprocessor has 65536

@@ -11,7 +11,7 @@ import torch
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.stages import STAGES, freeze_for_stage
-from lion_kernels.cost import H200, floor_seconds
+from lion_kernels.core.cost import H200, floor_seconds
 from lion_kernels.mixture_of_adapters import cost as adapters_cost
 from lion_kernels.multi_scale_attention import cost as attention_cost
 

@@ -1,4 +1,4 @@
-"""Finds the tile sizes that are fastest on the GPU at hand, and writes them as its table (`lion_kernels.configs`).
+"""Finds the tile sizes that are fastest on the GPU at hand, and writes them as its table (`core.tuned_sizes`).
 
 What may be tuned is what the operators look up while they run on the model's own shapes. Each size is varied alone, the
 best kept before the next, and only where a result stays the same to rounding and the gain is beyond the spread.
@@ -20,7 +20,7 @@ import lion_kernels
 from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import Draw, leaves, make_tensors, relative_error, results_of
 from lion_fast.check.timing import Clock, Seconds, measure
-from lion_kernels import configs
+from lion_kernels.core import tuned_sizes
 
 Key = tuple[str, str]  # an operator's name for its table, and the shape class
 Sizes = dict[str, Any]
@@ -56,7 +56,7 @@ def candidates(name: str, value: Any) -> list[Any]:
 def table(entries: dict[Key, Sizes]) -> Iterator[dict[Key, Sizes]]:
     """Within, the operators find `entries` in place of a table, and what they look up is gathered with its default."""
     seen: dict[Key, Sizes] = {}
-    plain = configs.lookup
+    plain = tuned_sizes.lookup
 
     def lookup(operator: str, shape_class: str, default: Sizes) -> Sizes:
         key = operator, shape_class
@@ -149,7 +149,7 @@ def run(out: Path | None, seconds: float, dry_run: bool) -> int:
     if not torch.cuda.is_available():
         raise ValueError("--tune measures on a GPU and finds none here; --dry-run shows what it would tune")
     device = torch.device("cuda", torch.cuda.current_device())
-    target = out or configs.FOLDER / configs.file_name(torch.cuda.get_device_name(device))
+    target = out or tuned_sizes.FOLDER / tuned_sizes.file_name(torch.cuda.get_device_name(device))
     entries: dict[str, dict[str, Sizes]] = {}
     cold = Clock(device)
     clock = lambda call: measure(None, lambda _: call(), device, cold, TRIALS)  # noqa: E731

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import lion_kernels
 import lion_reference
-from lion_kernels.attention_plain import dropout_mask as attention_dropout_mask
-from lion_kernels.cost import Cost
+from lion_kernels.attention.plain import dropout_mask as attention_dropout_mask
+from lion_kernels.core.cost import Cost
 from lion_kernels.residual_layer_norm import dropout_mask as row_dropout_mask
 
 DROPOUT_P = 0.25

@@ -20,8 +20,8 @@ from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import leaves, make_tensors, results_of
 from lion_fast.check.report import TIMED_DTYPE
 from lion_fast.check.uncomputed import Uncomputed
-from lion_kernels import backend
-from lion_kernels.aot import KernelSpec
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.core import backend
 
 # The constant by which a kernel's products have rows; what is not in it has no product.
 PRODUCT_ROWS = {
@@ -124,8 +124,8 @@ def _as_method(found: Recording) -> Callable[..., Any]:
 
 
 def _modules() -> list[Any]:
-    names = (info.name for info in pkgutil.iter_modules(lion_kernels.__path__))
-    return [importlib.import_module(f"lion_kernels.{name}") for name in names if name != "__main__"]
+    names = (info.name for info in pkgutil.walk_packages(lion_kernels.__path__, "lion_kernels."))
+    return [importlib.import_module(name) for name in names if not name.endswith("__main__")]
 
 
 def record_check(found: Recording, dtypes: Sequence[torch.dtype]) -> None:

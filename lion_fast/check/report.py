@@ -14,8 +14,8 @@ from lion_fast.check.compare import Outcome, compare, leaves, make_tensors, name
 from lion_fast.check.environment import environment
 from lion_fast.check.timing import Clock, Seconds, measure, measure_rates
 from lion_fast.check.worker import Task, side_by_side
-from lion_kernels.backend import interpreting
-from lion_kernels.cost import Device, floor_seconds
+from lion_kernels.core.backend import interpreting
+from lion_kernels.core.cost import Device, floor_seconds
 
 TIMED_DTYPE = torch.bfloat16
 REPEATS_INTERPRETED = 2  # a call costs about a second there

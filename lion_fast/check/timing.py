@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lion_kernels.cost import Device
+from lion_kernels.core.cost import Device
 
 WARM_UP = 3
 REPETITIONS = 50

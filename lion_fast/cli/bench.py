@@ -95,7 +95,7 @@ def _tune(args: argparse.Namespace) -> int:
         raise ValueError("expected run, compare, report or --tune; see lion-fast bench --help")
     from lion_fast.bench.tuning import run
     from lion_fast.cli.processes import run_again
-    from lion_kernels.backend import HAS_TRITON, interpreting
+    from lion_kernels.core.backend import HAS_TRITON, interpreting
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so there is nothing to tune")

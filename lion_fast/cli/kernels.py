@@ -4,11 +4,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lion_kernels.aot import KernelSpec
+    from lion_kernels.aot.compile import KernelSpec
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from lion_kernels.aot_report import add_arguments
+    from lion_kernels.aot.report import add_arguments
 
     parser = commands.add_parser(
         "kernels",
@@ -29,8 +29,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run(args: argparse.Namespace) -> int:
     from lion_fast.cli.processes import run_again
-    from lion_kernels.aot_report import print_report
-    from lion_kernels.backend import HAS_TRITON, interpreting
+    from lion_kernels.aot.report import print_report
+    from lion_kernels.core.backend import HAS_TRITON, interpreting
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so nothing compiles")
@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _recorded(args: argparse.Namespace) -> "list[KernelSpec]":
     """What is launched on sm_90, where that target and all modules are asked for."""
-    from lion_kernels.aot_report import one_each_on
+    from lion_kernels.aot.report import one_each_on
 
     if args.without_launches or args.modules or "sm_90" in one_each_on(args) or "sm_90" not in args.targets:
         return []

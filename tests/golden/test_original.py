@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lion_kernels.backend import interpreting
+from lion_kernels.core.backend import interpreting
 from tests.golden.comparison import expect_close
 from tests.golden.computing import forward_and_backward, golden_tokens, tokens, train, vision
 from tests.golden.data import Golden

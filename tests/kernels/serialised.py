@@ -10,8 +10,8 @@ import json
 import triton
 import triton.language as tl
 
-from lion_kernels.aot import KernelSpec, compile_kernel
-from lion_kernels.aot_gate import check
+from lion_kernels.aot.compile import KernelSpec, compile_kernel
+from lion_kernels.aot.gate import check
 
 
 @triton.jit

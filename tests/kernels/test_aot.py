@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lion_kernels.aot import (
+from lion_kernels.aot.compile import (
     TARGETS,
     all_specs,
     compile_kernel,
@@ -16,9 +16,9 @@ from lion_kernels.aot import (
     read_messages,
     selected_specs,
 )
-from lion_kernels.aot_page import page
-from lion_kernels.aot_report import RECORDED, to_json
-from lion_kernels.backend import interpreting
+from lion_kernels.aot.page import page
+from lion_kernels.aot.report import RECORDED, to_json
+from lion_kernels.core.backend import interpreting
 from tests.kernels.uninterpreted import GOOD, SPEC, run_uninterpreted
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

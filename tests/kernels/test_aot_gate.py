@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lion_kernels import aot_gate
-from lion_kernels.aot import KernelSpec, all_specs
-from lion_kernels.aot_gate import KINDS, KNOWN, Known, check, not_found
+from lion_kernels.aot import gate as aot_gate
+from lion_kernels.aot.compile import KernelSpec, all_specs
+from lion_kernels.aot.gate import KINDS, KNOWN, Known, check, not_found
 from tests.kernels.uninterpreted import GOOD, SPEC, run_uninterpreted
 
 KERNEL: Any = SimpleNamespace(__name__="k", arg_names=())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lion_kernels import multi_scale_attention, relative_bias_attention
-from lion_kernels.attention_plain import dropout_mask
+from lion_kernels.attention.plain import dropout_mask
 from lion_reference import multi_scale_attention as reference
 from tests.rounding import rounding_bound
 

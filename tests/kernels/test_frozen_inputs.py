@@ -19,6 +19,7 @@ from lion_kernels import (
 )
 
 # The kernels of backward, by the module that launches them.
+MODULES = {"attention": "attention.launch", "low_rank": "low_rank.launch"}
 KERNELS = {
     "attention": ("attention_backward_queries", "attention_backward_keys"),
     "relative_bias_attention": ("_bias_gradient",),
@@ -53,7 +54,7 @@ class Recorder(NamedTuple):
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     found: Launches = []
     for module_name, names in KERNELS.items():
-        module = importlib.import_module(f"lion_kernels.{module_name}")
+        module = importlib.import_module(f"lion_kernels.{MODULES.get(module_name, module_name)}")
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), name, found))
     return found
@@ -172,7 +173,7 @@ def test_the_formulas_too(name: str, device: torch.device, monkeypatch: pytest.M
     if device.type == "cuda":
         pytest.skip("the kernels are compiled here")
     for module_name in (*KERNELS, "multi_scale_attention", "mixture_of_adapters", "mixture_of_lora_linear"):
-        module = importlib.import_module(f"lion_kernels.{module_name}")
+        module = importlib.import_module(f"lion_kernels.{MODULES.get(module_name, module_name)}")
         if hasattr(module, "interpreting"):
             monkeypatch.setattr(module, "interpreting", lambda: False)
     whole = gradients(name, tuple(OPERATORS[name][1]), "triton", device)

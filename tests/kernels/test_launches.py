@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lion_fast.check.launches import PRODUCT_ROWS, recording
 from lion_fast.check.uncomputed import Uncomputed
-from lion_kernels.aot import all_specs
-from lion_kernels.aot_report import RECORDED
-from lion_kernels.backend import interpreting
+from lion_kernels.aot.compile import all_specs
+from lion_kernels.aot.report import RECORDED
+from lion_kernels.core.backend import interpreting
 from tests.kernels.uninterpreted import run_uninterpreted
 
 pytestmark = pytest.mark.slow

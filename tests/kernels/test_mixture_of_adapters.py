@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lion_kernels import mixture_of_adapters
-from lion_kernels.cost import H200, floor_seconds
+from lion_kernels.core.cost import H200, floor_seconds
 from lion_reference import mixture_of_adapters as reference
 from tests.kernels.gradients import Inputs, Measure, cast, outputs_and_gradients
 from tests.rounding import OPERATOR_FP16, OPERATOR_FP32, rounding_bound

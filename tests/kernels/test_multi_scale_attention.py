@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lion_kernels.attention_plain import dropout_mask
-from lion_kernels.attention_sizes import split_head_dim, tail
-from lion_kernels.dropout import philox
+from lion_kernels.attention.plain import dropout_mask
+from lion_kernels.attention.sizes import split_head_dim, tail
+from lion_kernels.core.dropout import philox
 from lion_kernels.multi_scale_attention import cost, multi_scale_attention
 from lion_reference import multi_scale_attention as reference
 from tests.kernels.gradients import gradients_over

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lion_kernels.occupancy import programs_per_multiprocessor
-from lion_kernels.sass import class_of, inner_loops, main_loop, parse
+from lion_kernels.aot.occupancy import programs_per_multiprocessor
+from lion_kernels.aot.sass import class_of, inner_loops, main_loop, parse
 
 # As cuobjdump prints it: the address, the instruction with its predicate, its encoding, of which a line stands alone.
 PIPELINED = [

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lion_kernels
-from lion_kernels import backend, configs
-from lion_kernels.cost import H200, Cost, Device, floor_seconds
+from lion_kernels.core import backend, tuned_sizes
+from lion_kernels.core.cost import H200, Cost, Device, floor_seconds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -81,28 +81,28 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of tables with one, of a GPU that is the current one."""
     table = {"op": {"many": {"BM": 256}, "few": {"num_warps": 2}}}
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(table), encoding="utf-8")
-    monkeypatch.setattr(configs, "FOLDER", tmp_path)
-    monkeypatch.setattr(configs, "_gpu", lambda: "NVIDIA H200")
-    configs._table.cache_clear()
+    monkeypatch.setattr(tuned_sizes, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned_sizes, "_gpu", lambda: "NVIDIA H200")
+    tuned_sizes._table.cache_clear()
     yield tmp_path
-    configs._table.cache_clear()
+    tuned_sizes._table.cache_clear()
 
 
 def test_a_table_takes_the_default_s_place(tables: Path) -> None:
     default = {"BM": 64, "num_warps": 4}
-    assert configs.lookup("op", "many", default) == {"BM": 256, "num_warps": 4}
-    assert configs.lookup("op", "unknown class", default) == default
-    assert configs.lookup("another", "many", default) == default
-    assert configs.shipped("op") == [{"BM": 256}, {"num_warps": 2}]
-    assert configs.shipped("another") == []
+    assert tuned_sizes.lookup("op", "many", default) == {"BM": 256, "num_warps": 4}
+    assert tuned_sizes.lookup("op", "unknown class", default) == default
+    assert tuned_sizes.lookup("another", "many", default) == default
+    assert tuned_sizes.shipped("op") == [{"BM": 256}, {"num_warps": 2}]
+    assert tuned_sizes.shipped("another") == []
 
 
 @pytest.mark.parametrize("gpu", [None, "NVIDIA H300", "../nvidia_h200"])
 def test_an_unknown_gpu_gets_the_default(gpu: str | None, tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tables / "sub").mkdir()
-    monkeypatch.setattr(configs, "FOLDER", tables / "sub")
-    monkeypatch.setattr(configs, "_gpu", lambda: gpu)
-    assert configs.lookup("op", "many", {"BM": 64}) == {"BM": 64}
+    monkeypatch.setattr(tuned_sizes, "FOLDER", tables / "sub")
+    monkeypatch.setattr(tuned_sizes, "_gpu", lambda: gpu)
+    assert tuned_sizes.lookup("op", "many", {"BM": 64}) == {"BM": 64}
 
 
 def test_costs_add_up() -> None:

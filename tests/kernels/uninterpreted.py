@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lion_kernels.aot import KernelSpec, Report
+from lion_kernels.aot.compile import KernelSpec, Report
 
 SPEC = KernelSpec("k", None, {}, {}, num_warps=4, num_stages=3, matrix=True)
 GOOD = Report(

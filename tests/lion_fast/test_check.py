@@ -24,7 +24,7 @@ from lion_fast.check.compare import compare, make_tensors, poisoned_memory
 from lion_fast.check.timing import Clock, Seconds, captured, measure, measure_rates, quantiles
 from lion_fast.check.worker import Task, side_by_side
 from lion_fast.cli import main
-from lion_kernels.cost import H200, Cost, Device, floor_seconds
+from lion_kernels.core.cost import H200, Cost, Device, floor_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RIGHT = lion_kernels.rms_norm

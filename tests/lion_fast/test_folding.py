@@ -11,7 +11,7 @@ from torch import Tensor
 from lion_fast import LionForCausalLM
 from lion_fast.adapters import MixtureOfAdapters
 from lion_fast.folded_adapters import FoldedAdapters, StackedAdapters
-from lion_kernels.backend import interpreting
+from lion_kernels.core.backend import interpreting
 from tests.rounding import TWO_WAYS
 
 Make = Callable[..., LionForCausalLM]

@@ -28,7 +28,7 @@ from lion_fast.images import load_image
 from lion_fast.modeling_aggregator import LionAggregator, LionAggregatorProjections
 from lion_fast.modeling_text import LionT5LayerFF
 from lion_fast.stages import parameter_groups
-from lion_kernels.backend import interpreting
+from lion_kernels.core.backend import interpreting
 from lion_reference import LION, LIONOutput
 from tests.rounding import GOLDEN_DISTANCE, WORST, expect_golden_curve, expect_within, relative_error
 
@@ -91,7 +91,7 @@ def model(converted: Path, request: pytest.FixtureRequest) -> LionForCausalLM:
 def large_tiles() -> Iterator[None]:
     """The interpreter takes as long for a tile of 16 rows, which suits fp32 on a GPU, as for one of 128."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, sizes in (("attention_sizes", "default_sizes"), ("relative_bias_attention", "bias_gradient_sizes")):
+        for module, sizes in (("attention.sizes", "default_sizes"), ("relative_bias_attention", "bias_gradient_sizes")):
             kernels = import_module(f"lion_kernels.{module}")
             patch.setattr(kernels, sizes, in_16_bits(getattr(kernels, sizes)))
         yield

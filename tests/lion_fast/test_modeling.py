@@ -523,7 +523,7 @@ def test_the_settings_of_an_aggregator_that_is_not_there_are_not_looked_at(
 def test_triton_needs_a_gpu_or_the_interpreter(
     make_model: Make, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lion_kernels.backend._INTERPRETING", False)
+    monkeypatch.setattr("lion_kernels.core.backend._INTERPRETING", False)
     with pytest.raises(ValueError, match=r"backend: the model runs 'triton' on a CUDA device, or on the CPU"):
         make_model(kernel_backend="triton")(**make_batch(labels=True))
 

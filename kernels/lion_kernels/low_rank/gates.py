@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lion_kernels.backend import can_read
+from lion_kernels.core.backend import can_read
 
 GateForm = Literal["channel", "dense", "sparse"]
 

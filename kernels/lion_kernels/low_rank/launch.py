@@ -32,11 +32,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable, resolve_backend
-from lion_kernels.configs import is_compact, shipped
-from lion_kernels.gates import FlatGate
-from lion_kernels.low_rank_kernels import (
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.core.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable, resolve_backend
+from lion_kernels.core.rowwise import as_rows
+from lion_kernels.core.tuned_sizes import is_compact, shipped
+from lion_kernels.low_rank.gates import FlatGate
+from lion_kernels.low_rank.kernels import (
     hidden_gradient_kernel,
     hidden_kernel,
     linear_kernel,
@@ -44,8 +45,7 @@ from lion_kernels.low_rank_kernels import (
     up_gradient_kernel,
     update_kernel,
 )
-from lion_kernels.low_rank_sizes import Problem, cdiv
-from lion_kernels.rows import as_rows
+from lion_kernels.low_rank.sizes import Problem, cdiv
 
 
 def forward(

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.aot import KernelSpec
-from lion_kernels.backend import DTYPES, resolve_backend, triton
-from lion_kernels.configs import lookup, shipped
+from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.core.backend import DTYPES, resolve_backend, triton
+from lion_kernels.core.tuned_sizes import lookup, shipped
 
 WIDTHS = (64, 768, 1408, 2048, 4096, 8192)  # of the ahead-of-time report
 _TILES_PER_PROGRAM = 4  # at least, where each program writes a partial sum of its own

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.dropout import keeps
+from lion_kernels.core.dropout import keeps
 
 
 def dropout_mask(
@@ -23,7 +23,7 @@ def dropout_mask(
     """What the attention operators multiply their probabilities by: 0 or 1 / (1 - dropout_p), [B, H, L, M] in fp32.
 
     Key j of query i, head h, element b and map s has word j % 4 of the counter (j // 4, i, b * H + h, s); see
-    `lion_kernels.dropout`.
+    `lion_kernels.core.dropout`.
     """
 
     def count(number: int, dim: int) -> Tensor:

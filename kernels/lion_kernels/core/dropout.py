@@ -9,7 +9,7 @@ Kernels read the seed from memory: a CUDA graph that is replayed finds there wha
 import torch
 from torch import Tensor
 
-from lion_kernels.backend import tl, triton
+from lion_kernels.core.backend import tl, triton
 
 RANDOM_BITS = 24  # of each word: dropout_p is rounded to a multiple of 2^-24
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from lion_kernels.aot import SHARED_LIMITS, KernelSpec, Report
+from lion_kernels.aot.compile import SHARED_LIMITS, KernelSpec, Report
 
 # Kind of complaint -> what it means, as the page has it.
 KINDS = {

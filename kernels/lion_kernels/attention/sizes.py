@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lion_kernels.backend import triton
-from lion_kernels.configs import is_compact, lookup
+from lion_kernels.core.backend import triton
+from lion_kernels.core.tuned_sizes import is_compact, lookup
 
 NARROW = 16  # the least rows or columns that a matrix product takes
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of `lion_kernels.low_rank`, whose docstring has the algebra.
+"""The Triton kernels of `lion_kernels.low_rank.launch`, whose docstring has the algebra.
 
 Blocks of several experts are tuples, one block each: the loops over experts are unrolled.
 """
@@ -8,7 +8,7 @@ Blocks of several experts are tuples, one block each: the loops over experts are
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
-from lion_kernels.backend import tl, triton
+from lion_kernels.core.backend import tl, triton
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The gradients of `lion_kernels.attention_forward`, from lse, the output and its gradient g.
+"""The gradients of `lion_kernels.attention.forward`, from lse, the output and its gradient g.
 
 The output is weighed by `gate` afterwards, or gate = 1:
 
@@ -12,8 +12,8 @@ comes first, as in forward.
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
-from lion_kernels.attention_forward import NOT_SPECIALIZED
-from lion_kernels.attention_tiles import (
+from lion_kernels.attention.forward import NOT_SPECIALIZED
+from lion_kernels.attention.tiles import (
     Head,
     add_rows,
     add_weighted,
@@ -29,7 +29,7 @@ from lion_kernels.attention_tiles import (
     store_rows,
     zero_rows,
 )
-from lion_kernels.backend import tl, triton
+from lion_kernels.core.backend import tl, triton
 
 
 @triton.jit

@@ -5,7 +5,7 @@
 prints, for every kernel and shipped configuration of every module with `kernel_specs()`, its registers, stack, shared
 memory, matrix instructions and the widths of its accesses to global memory on each target, and on sm_90 what its main
 loop is made of. `lion-fast kernels` adds the launches that are really made. Either fails on what
-`lion_kernels.aot_gate` finds and does not know.
+`lion_kernels.aot.gate` finds and does not know.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lion_kernels.aot import TARGETS, KernelSpec, Report, compile_kernel, configuration, selected_specs
-from lion_kernels.aot_gate import KNOWN, Complaint, check, not_found
-from lion_kernels.backend import interpreting
+from lion_kernels.aot.compile import TARGETS, KernelSpec, Report, compile_kernel, configuration, selected_specs
+from lion_kernels.aot.gate import KNOWN, Complaint, check, not_found
+from lion_kernels.core.backend import interpreting
 
 RECORDED = "launches"  # the section of what was recorded, in the place of a module
 
@@ -104,7 +104,7 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
     if options.json:
         options.json.write_text(to_json(found), encoding="utf-8")
     if options.page:
-        from lion_kernels.aot_page import page
+        from lion_kernels.aot.page import page
 
         options.page.write_text(page(found), encoding="utf-8")
     return len(unknown)

@@ -1,6 +1,6 @@
 """Tile sizes measured on known GPUs, looked up by operator and shape class.
 
-A table is a JSON file in `configs/`, named after the GPU: `{operator: {shape class: {parameter: value}}}`. No table
+A table is a JSON file in `tuned_sizes/`, named after the GPU: `{operator: {shape class: {parameter: value}}}`. No table
 ships for a GPU that nobody measured; there the operator's own default holds. A shape class is never an exact length.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).parent / "configs"
+FOLDER = Path(__file__).parents[1] / "tuned_sizes"
 
 # Bytes of shared memory that a program may have on data-center GPUs since the A100; below, sizes are compact.
 COMPACT_BELOW = 160 * 1024

@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, and read what the compiler made of it.
 
-`lion_kernels.aot_gate` says what is wrong with that, `lion_kernels.aot_report` prints it. The interpreter accepts code
+`lion_kernels.aot.gate` says what is wrong with that, `lion_kernels.aot.report` prints it. The interpreter accepts code
 that the compiler does not; this needs no GPU either, but a process without `TRITON_INTERPRET`.
 """
 
@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lion_kernels.backend import LAUNCH, interpreting
-from lion_kernels.configs import COMPACT_BELOW
-from lion_kernels.occupancy import programs_per_multiprocessor
-from lion_kernels.sass import main_loop
+from lion_kernels.aot.occupancy import programs_per_multiprocessor
+from lion_kernels.aot.sass import main_loop
+from lion_kernels.core.backend import LAUNCH, interpreting
+from lion_kernels.core.tuned_sizes import COMPACT_BELOW
 
 # (backend, architecture, threads of a warp) as Triton names them.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -120,7 +120,7 @@ class Report:
         wide_accesses, narrow_accesses: to global memory, of 16 bytes a thread or more, and of fewer.
         warnings: codes of what ptxas says about wgmma, such as "C7515".
         programs, limit: how many share a multiprocessor, and what allows no more; on sm_90 only.
-        loop: instructions of the main loop by class (`lion_kernels.sass`); on sm_90 only.
+        loop: instructions of the main loop by class (`lion_kernels.aot.sass`); on sm_90 only.
         chained: in that loop, wgmma that add to what the one before wrote, and before how many of these it waits.
     """
 
@@ -224,10 +224,13 @@ def read_messages(text: str, vendor: str) -> tuple[int, int, tuple[str, ...]]:
 def all_specs() -> Iterator[tuple[str, KernelSpec]]:
     """(module name, spec) of every kernel of every module of lion_kernels that has `kernel_specs()`."""
     package = importlib.import_module("lion_kernels")
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"lion_kernels.{info.name}")
+    for info in pkgutil.walk_packages(package.__path__, "lion_kernels."):
+        if info.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(info.name)
+        name = info.name.removeprefix("lion_kernels.").removesuffix(".launch")
         for spec in getattr(module, "kernel_specs", list)():
-            yield info.name, spec
+            yield name, spec
 
 
 def one_each(specs: Iterable[tuple[str, KernelSpec]]) -> Iterator[tuple[str, KernelSpec]]:

@@ -1,11 +1,11 @@
-"""The ahead-of-time report as a page of tables, from the JSON that `lion_kernels.aot_report` writes."""
+"""The ahead-of-time report as a page of tables, from the JSON that `lion_kernels.aot.report` writes."""
 
 from collections.abc import Iterable
 from typing import Any
 
-from lion_kernels.aot import SHARED_LIMITS, TARGETS
-from lion_kernels.aot_gate import KINDS
-from lion_kernels.aot_report import RECORDED
+from lion_kernels.aot.compile import SHARED_LIMITS, TARGETS
+from lion_kernels.aot.gate import KINDS
+from lion_kernels.aot.report import RECORDED
 
 _HEAD = """\
 # What the compiler makes of the kernels

@@ -12,7 +12,7 @@ products (its warning C7515).
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
-from lion_kernels.attention_tiles import (
+from lion_kernels.attention.tiles import (
     Head,
     add_weighted,
     dropout_keep,
@@ -24,7 +24,7 @@ from lion_kernels.attention_tiles import (
     store_rows,
     zero_rows,
 )
-from lion_kernels.backend import tl, triton
+from lion_kernels.core.backend import tl, triton
 
 # Lengths and strides change from call to call: they must not make a kernel of their own.
 NOT_SPECIALIZED = [

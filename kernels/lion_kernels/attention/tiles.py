@@ -14,8 +14,8 @@ tuple of blocks, one for each piece.
 
 from typing import Any, NamedTuple
 
-from lion_kernels.backend import tl, triton
-from lion_kernels.dropout import keep_four
+from lion_kernels.core.backend import tl, triton
+from lion_kernels.core.dropout import keep_four
 
 
 class Head(NamedTuple):
@@ -30,7 +30,7 @@ class Head(NamedTuple):
         offset: the position of the first query; that of the first key is 0.
         i_bh: the head's number in the batch.
         i_map: the feature map's number.
-        p_seed, threshold, rescale: of dropout (`lion_kernels.dropout`), and 1 / (1 - dropout_p); no seed, no dropout.
+        p_seed, threshold, rescale: of dropout (`core.dropout`), and 1 / (1 - dropout_p); no seed, no dropout.
         D1, D2: the pieces of HEAD_DIM; D2 is 0 where there is one.
         CAUSAL: whether a query may attend only keys up to its own position.
     """

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lion_kernels.backend import dot_precision
-from lion_kernels.configs import lookup
+from lion_kernels.core.backend import dot_precision
+from lion_kernels.core.tuned_sizes import lookup
 
 # A channel gate of up to this many tasks is read as whole rows and chosen from; one of more is gathered row by row.
 _ROWS_CHOSEN_FROM = 4

@@ -1,4 +1,4 @@
-"""What `lion_kernels.low_rank` computes, in PyTorch: what a CPU runs that does not interpret."""
+"""What `lion_kernels.low_rank.launch` computes, in PyTorch: what a CPU runs that does not interpret."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.gates import FlatGate
-from lion_kernels.low_rank import Gradients
+from lion_kernels.low_rank.gates import FlatGate
+from lion_kernels.low_rank.launch import Gradients
 
 
 def plain_forward(
@@ -21,7 +21,7 @@ def plain_forward(
     relu: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`lion_kernels.low_rank.forward`."""
+    """`lion_kernels.low_rank.launch.forward`."""
     hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
     if relu:
         hidden = F.relu(hidden)
@@ -49,7 +49,7 @@ def plain_backward(
     relu: bool,
     needs: Sequence[bool],
 ) -> Gradients:
-    """`lion_kernels.low_rank.backward`."""
+    """`lion_kernels.low_rank.launch.backward`."""
     grad = grad.to(x.dtype)
     factor = _plain_factor(gate, x.shape[0]).to(x.dtype)
     by_expert = hidden.unflatten(-1, down_weight.shape[:2])
