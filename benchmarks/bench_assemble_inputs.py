@@ -10,8 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.harness.side_by_side import (
+    DEVICE,
+    DTYPE,
+    INTERLEAVED,
+    Inputs,
+    Operator,
+    Suite,
+    draw,
+    leaf,
+    measure,
+    seeded,
+)
 from benchmarks.shapes import ON_GPU, cases, one_compiled, star
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels.assemble_inputs import assemble_inputs, cost
 from lion_reference import assemble_inputs as reference
 

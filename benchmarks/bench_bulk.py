@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.side_by_side import clock, replay
+from benchmarks.harness.side_by_side import clock, replay
 from lion_fast import LionForCausalLM, LionProcessor
-from lion_fast.bulk import BulkJob, run
-from lion_fast.bulk.outputs import read_rows
-from lion_fast.loading import compute_dtype, default_device
-from lion_fast.prompts import CAPTION_INSTRUCTION
+from lion_fast.inference.bulk import BulkJob, run
+from lion_fast.inference.bulk.outputs import read_rows
+from lion_fast.inference.loading import compute_dtype, default_device
+from lion_fast.model.prompts import CAPTION_INSTRUCTION
 from lion_fast.scenes import SceneGenerator
 
 NUM_IMAGES = int(os.environ.get("LION_BENCH_IMAGES", "256"))

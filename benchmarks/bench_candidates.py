@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_headline import OURS, ROWS, case_of, sizes
-from benchmarks.shapes import ON_GPU
-from benchmarks.side_by_side import (
+from benchmarks.harness.headline import BACKWARD, FORWARD, Headline
+from benchmarks.harness.side_by_side import (
     COMPILE_ONLY,
     DTYPE,
     INTERLEAVED,
@@ -28,9 +28,9 @@ from benchmarks.side_by_side import (
     report,
     skip_after_deadline,
 )
-from lion_fast.bench.headline import BACKWARD, FORWARD, Headline
-from lion_fast.bench.tuning import Key, Sizes, allowed, table
+from benchmarks.shapes import ON_GPU
 from lion_fast.check.compare import Draw, relative_error
+from lion_fast.check.tuning import Key, Sizes, allowed, table
 from lion_kernels.core.backend import interpreting
 
 SHIPPED = "lion shipped"
@@ -191,7 +191,9 @@ def bench(benchmark: Any, operator: str, direction: str, peer: str) -> None:
     if not (ON_GPU or interpreting()):
         pytest.skip("kernels run here in Triton's interpreter alone: TRITON_INTERPRET=1")
     if not ON_GPU and SECONDS > 0:
-        pytest.skip("sizes are for a GPU; on a CPU `lion-fast bench run candidates --quick` tries them on small shapes")
+        pytest.skip(
+            "sizes are for a GPU; on a CPU `python -m benchmarks.harness run candidates --quick` tries small shapes"
+        )
     if COMPILE_ONLY and peer != SHIPPED:
         pytest.skip("compiled with what is shipped")
     skip_after_deadline()

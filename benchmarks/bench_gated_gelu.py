@@ -12,8 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness.side_by_side import (
+    DEVICE,
+    DTYPE,
+    INTERLEAVED,
+    Inputs,
+    Operator,
+    Suite,
+    draw,
+    leaf,
+    measure,
+    seeded,
+)
 from benchmarks.shapes import MANY, TOKENS, cases, compiled, star
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels.gated_gelu import cost, gated_gelu
 from lion_reference import gated_gelu as reference
 

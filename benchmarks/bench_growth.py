@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_model
-from benchmarks.side_by_side import DEVICE, INTERLEAVED, interleave, report, skip_after_deadline
+from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, interleave, report, skip_after_deadline
 
 AXES = {"batch": (1, 2, 4, 8), "image size": (56, 112, 168, 224, 336)}
 SECONDS = 3.0

@@ -1,4 +1,4 @@
-"""The rows of the ledger (`lion_fast.bench.headline`): every operator at LION-FlanT5-XL's sizes beside its best peers.
+"""The ledger's rows (`benchmarks.harness.headline`): every operator at LION-FlanT5-XL's sizes beside its best peers.
 
 `pytest benchmarks/bench_headline.py` prints the table: on a GPU in bf16, as CUDA graphs with a cold cache, tasks
 mixed. "products" is the same mathematics by the library's matrix products alone, written as one would who knows it:
@@ -22,8 +22,8 @@ from benchmarks.bench_multi_scale_attention import PEERS as ATTENTION
 from benchmarks.bench_multi_scale_attention import gathered
 from benchmarks.bench_relative_bias_attention import BUCKETS, in_decoder
 from benchmarks.bench_relative_bias_attention import PEERS as BIASED_ATTENTION
-from benchmarks.shapes import COMPILES, ON_GPU
-from benchmarks.side_by_side import (
+from benchmarks.harness.headline import HEADLINES, SUITE, Headline
+from benchmarks.harness.side_by_side import (
     COMPILE_ONLY,
     DEVICE,
     DTYPE,
@@ -38,7 +38,7 @@ from benchmarks.side_by_side import (
     measure,
     seeded,
 )
-from lion_fast.bench.headline import HEADLINES, SUITE, Headline
+from benchmarks.shapes import COMPILES, ON_GPU
 from lion_kernels.assemble_inputs import cost as assemble_cost
 from lion_kernels.core.backend import interpreting
 from lion_kernels.core.cost import Cost
@@ -335,7 +335,7 @@ def peers(headline: Headline) -> list[str]:
 )
 def bench(benchmark: Callable, row: Headline, direction: str, peer: str) -> None:
     if not ON_GPU and SECONDS > 0:
-        pytest.skip("these are a GPU's shapes; on a CPU `lion-fast bench run headline --quick` runs them small")
+        pytest.skip("a GPU's shapes; on a CPU `python -m benchmarks.harness run headline --quick` runs small ones")
     if COMPILE_ONLY and direction != row.directions[0]:
         pytest.skip("both directions are compiled together")
     suite, make_inputs, costs = case_of(row)

@@ -11,8 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness.side_by_side import (
+    DEVICE,
+    DTYPE,
+    INTERLEAVED,
+    Inputs,
+    Operator,
+    Suite,
+    draw,
+    leaf,
+    measure,
+    seeded,
+)
 from benchmarks.shapes import cases, compiled, mixtures, sequences
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels import mixture_of_adapters
 from lion_kernels.mixture_of_adapters import cost
 from lion_reference import mixture_of_adapters as reference

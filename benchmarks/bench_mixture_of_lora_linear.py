@@ -13,8 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness.side_by_side import (
+    DEVICE,
+    DTYPE,
+    INTERLEAVED,
+    Inputs,
+    Operator,
+    Suite,
+    draw,
+    leaf,
+    measure,
+    seeded,
+)
 from benchmarks.shapes import ON_GPU, cases, compiled, mixtures, sequences
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels import mixture_of_lora_linear
 from lion_kernels.mixture_of_lora_linear import cost
 from lion_reference import mixture_of_lora_linear as reference

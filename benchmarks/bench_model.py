@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.side_by_side import DEVICE, DTYPE, INTERLEAVED, relative_error, report, skip_after_deadline
+from benchmarks.harness.work import Timed, timed
 from benchmarks.original import original_lion
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, relative_error, report, skip_after_deadline
-from benchmarks.work import Timed, timed
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.configuration_lion import FLAN_T5_XL
-from lion_fast.stages import STAGES, freeze_for_stage
+from lion_fast.training.stages import STAGES, freeze_for_stage
 
 BACKENDS = ["torch", "triton"] if DEVICE.type == "cuda" else ["torch"]
 BATCH = 8 if DEVICE.type == "cuda" else 2

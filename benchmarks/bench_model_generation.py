@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_model import LARGE, SMALL
+from benchmarks.harness.side_by_side import DEVICE, DTYPE, INTERLEAVED, report, skip_after_deadline
+from benchmarks.harness.work import Timed, timed
 from benchmarks.original import use_original_adapters
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, report, skip_after_deadline
-from benchmarks.work import Timed, timed
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.check.timing import quantiles
 

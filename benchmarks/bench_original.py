@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_model
-from benchmarks.memory import peak_bytes
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, interleave, relative_error, report, skip_after_deadline
 from benchmarks.original import OriginalRam, original_lion
-from benchmarks.side_by_side import DEVICE, INTERLEAVED, interleave, relative_error, report, skip_after_deadline
 from lion_fast import RamTagger
 from lion_fast.configuration_lion import LionAggregatorConfig
-from lion_fast.configuration_ram import RamConfig
-from lion_fast.modeling_aggregator import LionAggregator
+from lion_fast.model.aggregator import LionAggregator
+from lion_fast.tagging.configuration_ram import RamConfig
 from lion_reference.aggregator import Aggregator
 from lion_reference.configuration import AggregatorConfig
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.shapes import cases, one_compiled
-from benchmarks.side_by_side import (
+from benchmarks.harness.side_by_side import (
     DEVICE,
     DTYPE,
     FLEX_FORWARD,
@@ -28,6 +27,7 @@ from benchmarks.side_by_side import (
     measure,
     seeded,
 )
+from benchmarks.shapes import cases, one_compiled
 from lion_kernels import relative_bias_attention
 from lion_kernels.relative_bias_attention import cost
 from lion_reference import relative_bias_attention as reference

@@ -12,8 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness.side_by_side import (
+    DEVICE,
+    DTYPE,
+    INTERLEAVED,
+    Inputs,
+    Operator,
+    Suite,
+    draw,
+    leaf,
+    measure,
+    seeded,
+)
 from benchmarks.shapes import ON_GPU, cases, one_compiled, star
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels.residual_layer_norm import cost, residual_layer_norm
 from lion_reference import residual_layer_norm as reference
 

@@ -11,8 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness.side_by_side import (
+    DEVICE,
+    DTYPE,
+    INTERLEAVED,
+    Inputs,
+    Operator,
+    Suite,
+    draw,
+    leaf,
+    measure,
+    seeded,
+)
 from benchmarks.shapes import cases, compiled, rows
-from benchmarks.side_by_side import DEVICE, DTYPE, INTERLEAVED, Inputs, Operator, Suite, draw, leaf, measure, seeded
 from lion_kernels.rms_norm import cost, rms_norm
 from lion_reference import rms_norm as reference
 

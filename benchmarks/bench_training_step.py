@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_model
 from benchmarks.bench_model import BACKENDS, DTYPE, LARGE, SMALL
-from benchmarks.memory import peak_bytes
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, interleave, rates, report, skip_after_deadline
 from benchmarks.original import original_lion
-from benchmarks.side_by_side import DEVICE, INTERLEAVED, interleave, rates, report, skip_after_deadline
 from lion_fast import LionForCausalLM
 from lion_fast.check.timing import quantiles
 from lion_fast.training.memory import checkpoint_blocks

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.bench_headline import OURS, ROWS, case_of
-from benchmarks.side_by_side import DEVICE, Operator
-from lion_fast.bench.headline import Headline
-from lion_fast.bench.results import COUNTERS, describe_machine, run_folder
-from lion_fast.bench.runs import clone
+from benchmarks.harness.headline import Headline
+from benchmarks.harness.results import COUNTERS, describe_machine, run_folder
+from benchmarks.harness.runs import clone
+from benchmarks.harness.side_by_side import DEVICE, Operator
 
 OPERATORS = ("mixture_of_adapters", "multi_scale_attention", "relative_bias_attention")
 MARKER = "spin_kernel"  # what torch.cuda._sleep launches

@@ -8,7 +8,7 @@
 # part has its share and what those before it have left, the most valuable first (docs/gpu.md has the plan). rest, for
 # whoever has longer: kernel-tests adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer,
 # of about eight minutes each. Without a name all three. A part leaves OUT/PART.json (tests: .xml; benchmarks and counters:
-# OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `lion-fast bench report` and `compare` read) and its output in
+# OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `python -m benchmarks.harness report` and `compare` read) and its output in
 # OUT/log.txt, so that one that dies takes nothing along; interrupted from a terminal, it stops with what it has.
 # Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else; with
 # pytest-xdist it is faster. PEERS=DIR names a folder of wheels (flash-attn, liger-kernel ...), which are unpacked and

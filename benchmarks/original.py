@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast import LionForCausalLM, RamTagger
-from lion_fast.adapters import MixtureOfAdapters
+from lion_fast.model.adapters import MixtureOfAdapters
 
 
 class OriginalAdapters(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.side_by_side import DIRECTIONS, SECONDS
+from benchmarks.harness.side_by_side import DIRECTIONS, SECONDS
 
 ON_GPU = torch.cuda.is_available()
 # Compiling takes ten seconds and more on a CPU, too many for a run that measures nothing.

@@ -2,14 +2,17 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from lion_fast import _moved
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
-from lion_fast.configuration_ram import RamConfig
 from lion_fast.drop_in import apply_lion_kernels
-from lion_fast.image_features import ImageFeatures
+from lion_fast.model.image_features import ImageFeatures
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
-from lion_fast.zero_shot_tagger import ZeroShotTagger
+from lion_fast.tagging.configuration_ram import RamConfig
+from lion_fast.tagging.modeling_ram import RamTagger
+from lion_fast.tagging.zero_shot import ZeroShotTagger
+
+_moved.install()
 
 AutoConfig.register("lion", LionConfig)
 AutoConfig.register("lion_vision", LionVisionConfig)

@@ -16,17 +16,17 @@ from transformers import InstructBlipQFormerModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from lion_fast.adapters import MixtureOfAdapters
-from lion_fast.attention import prefer_kernel_attention
 from lion_fast.configuration_lion import LionConfig
-from lion_fast.expect import expect_ids, expect_shape
-from lion_fast.generation import LionGenerationMixin, lion_generation_config
-from lion_fast.image_features import ImageFeatures
-from lion_fast.modeling_aggregator import LionAggregator
-from lion_fast.modeling_text import language_model_class
-from lion_fast.modeling_vision import LionVisionModel
-from lion_fast.operators import PrefixEmbedding, run_on_kernels
-from lion_fast.quantization import keep_trained_modules
+from lion_fast.model.adapters import MixtureOfAdapters
+from lion_fast.model.aggregator import LionAggregator
+from lion_fast.model.attention import prefer_kernel_attention
+from lion_fast.model.generation import LionGenerationMixin, lion_generation_config
+from lion_fast.model.image_features import ImageFeatures
+from lion_fast.model.kernel_modules import PrefixEmbedding, run_on_kernels
+from lion_fast.model.quantization import keep_trained_modules
+from lion_fast.model.text import language_model_class
+from lion_fast.model.validation import expect_ids, expect_shape
+from lion_fast.model.vision import LionVisionModel
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
     `kernel_backend` (see `LionConfig`) chooses between lion_kernels and PyTorch, for this model alone: its modules have
-    both (`lion_fast.operators`), and its parts attend by transformers' `attn_implementation="lion_kernels"` where no
+    both (`model.kernel_modules`), and its parts attend by transformers' `attn_implementation="lion_kernels"` where no
     other was asked for. With PEFT leave `task_type` unset: the wrappers that it selects do not hand on `task_ids`.
 
     Example:
@@ -75,7 +75,7 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
     """
 
     config: LionConfig
-    language_model: Any  # one of lion_fast.modeling_text.LANGUAGE_MODELS
+    language_model: Any  # one of lion_fast.model.text.LANGUAGE_MODELS
     config_class = LionConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"

@@ -15,10 +15,10 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lion_fast.boxes import draw_boxes, parse_boxes
-from lion_fast.checkpoints import CheckpointError, naming
 from lion_fast.configuration_lion import TASKS
-from lion_fast.images import ImageLike, load_images
+from lion_fast.io.boxes import draw_boxes, parse_boxes
+from lion_fast.io.checkpoints import CheckpointError, naming
+from lion_fast.io.images import ImageLike, load_images
 
 TAG_SENTENCE = "According to {soft_prompt}, you are allowed to use or partially use the following tags: [{tags}]. "
 # A tokenizer that finds none of its files makes an empty vocabulary without a word.
@@ -114,7 +114,7 @@ class LionProcessor(ProcessorMixin):
         `text_target` the prompt is cut to `max_txt_len`, on the left, so hint and tags go first; otherwise it is whole.
 
         Args:
-            images: one picture or B of them, anything that `lion_fast.images.load_image` reads; None for pictures that
+            images: one picture or B of them, anything that `io.images.load_image` reads; None for pictures that
                 the model has encoded already (`encode_images`), which leaves out `pixel_values`.
             text: one question (or instruction) or B of them.
             tags: per picture, `"dog, cart, man"`, a list of strings, or None or "" for no tag sentence; None for no

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 import lion_kernels
-from benchmarks import side_by_side
-from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.side_by_side import DEVICE, DTYPE, Inputs, Operator, Suite, interleave, leaf, measure, report
-from benchmarks.work import work
-from lion_fast.bench import comparison, results, runs, tuning
-from lion_fast.bench.results import Entry, Run
+from benchmarks.harness import __main__ as harness
+from benchmarks.harness import comparison, results, runs, side_by_side
+from benchmarks.harness.memory import peak_bytes, saved_bytes
+from benchmarks.harness.results import Entry, Run
+from benchmarks.harness.side_by_side import DEVICE, DTYPE, Inputs, Operator, Suite, interleave, leaf, measure, report
+from benchmarks.harness.work import work
+from lion_fast.check import tuning
 from lion_fast.check.cases import CASES
 from lion_fast.cli import main
 from lion_kernels.core.cost import Cost
@@ -176,7 +177,7 @@ def test_memory() -> None:
 
 
 def entry(operator: Operator, name: str = "lion_kernels-x") -> Entry:
-    """As `benchmarks/conftest.py` and `lion-fast bench run` make one."""
+    """As `benchmarks/conftest.py` and `python -m benchmarks.harness run` make one."""
     recorder = run(operator, name)
     seconds = sorted(recorder.times)
     quantiles = seconds[len(seconds) // 2], seconds[len(seconds) // 5], seconds[-len(seconds) // 5]
@@ -199,12 +200,12 @@ def test_a_slowed_kernel_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
     same = results.save(make_run(entry(right)), tmp_path / "b")
     side_by_side._last.clear()
     after = results.save(make_run(entry(slowed)), tmp_path / "c")
-    assert main(["bench", "compare", str(before), str(after)]) == 1
+    assert harness.main(["compare", str(before), str(after)]) == 1
     out = capsys.readouterr().out
     assert "SLOWER" in out
     assert "product, rows 5, forward+backward: lion_kernels-x" in out
     assert "1 times compared: 1 slower, 0 missing" in out
-    assert main(["bench", "compare", str(after), str(same)]) == 0
+    assert harness.main(["compare", str(after), str(same)]) == 0
     assert "faster" in capsys.readouterr().out
 
 
@@ -260,28 +261,25 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
         results.load(tmp_path)
 
 
-def test_the_wheel_has_no_benchmarks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "lion_fast" / "bench" / "runs.py"))
-    monkeypatch.chdir(tmp_path)
-    assert main(["bench", "run"]) == 2
-    assert "run this in a clone of the project" in capsys.readouterr().err
-    monkeypatch.chdir(ROOT)
-    assert runs.clone() == ROOT
-    assert main(["bench", "run", "nothing"]) == 2
+def test_a_suite_that_is_unknown_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert harness.main(["run", "nothing"]) == 2
     assert "suites: expected some of assemble_inputs, " in capsys.readouterr().err
+
+
+def test_the_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "report"]) == 2
+    assert "report: run, compare and report are now `python -m benchmarks.harness`" in capsys.readouterr().err
 
 
 def test_bench_run_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "clone"
     (folder / "benchmarks").mkdir(parents=True)
-    (folder / "benchmarks" / "side_by_side.py").touch()
     (folder / "benchmarks" / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
     lines = ["def test_good(benchmark):", "    benchmark.extra_info['note'] = 3", "    benchmark(lambda: 1)"]
     lines += ["def test_bad(benchmark):", "    assert False"]
     (folder / "benchmarks" / "bench_thing.py").write_text("\n".join(lines))
-    monkeypatch.setattr(runs, "clone", lambda: folder)
+    monkeypatch.setattr(runs, "ROOT", folder)
+    monkeypatch.setattr(runs, "FOLDER", folder / "benchmarks")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     written, status = runs.run(["thing"], tmp_path / "out", None, quick=True)
     assert status == 1  # one failed, and the other is there all the same
@@ -332,7 +330,7 @@ def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
 
 def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
     needs("matplotlib", "quickstart")
-    from lion_fast.bench.report import write_report
+    from benchmarks.harness.report import write_report
 
     entry = replace(ENTRY, direction="forward", floor_seconds=0.4)
     peer = replace(entry, peer="a peer", seconds=(0.5, 0.49, 0.51))
@@ -352,7 +350,7 @@ def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
 
 def test_the_report_has_training_steps() -> None:
     """In images a second, shares of the original's time and memory and of the matrix rate; eager may lack memory."""
-    from lion_fast.bench.report import _training_steps
+    from benchmarks.harness.report import _training_steps
 
     settings: dict = {"suite": "training_step_16", "group": "16", "shape": {"pictures": 16}, "baseline": "original"}
     ours = replace(ENTRY, **settings, peer="lion_fast", seconds=(0.2, 0.19, 0.22), ratio=(0.25, 0.24, 0.26))
@@ -370,7 +368,7 @@ def test_tuning_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--tune"]) == 2
     assert "finds none here" in capsys.readouterr().err
     assert main(["bench"]) == 2
-    assert "expected run, compare, report or --tune" in capsys.readouterr().err
+    assert "expected --tune" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="with times that are made up")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import counters
-from lion_fast.bench import results
+from benchmarks.harness import results
 
 HEAD = [
     "ID",

@@ -28,10 +28,10 @@ COMMANDS = {
     "train": ("accelerate", "train", "--stage 1 model.frozen_from=X data.train.image_level=['scenes:0:4']"),
     "demo": ("gradio", "demo", "--model ."),
     "quickstart": ("matplotlib", "quickstart", "--output {out}"),
-    "claims": ("matplotlib", "quickstart", "--output {out}"),
+    "python -m benchmarks.claims": ("matplotlib", "quickstart", "--output {out}"),
     "caption": ("pyarrow", "parquet", "docs/images --model . --out {out}.parquet"),
     "locate": ("ray", "ray", "docs/images --model . --out {out}.jsonl --ray-workers 1"),
-    "bench": ("matplotlib", "quickstart", "report --page {out}.md"),
+    "python -m benchmarks.harness": ("matplotlib", "quickstart", "report --page {out}.md"),
 }
 
 CODE = """
@@ -59,7 +59,9 @@ for name in names:
             failed[name] = error.name.split(".")[0]
 for command, arguments in commands.items():
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        status = lion_fast.cli.main([command, *arguments])
+        module = command.removeprefix("python -m ")
+        main = importlib.import_module(f"{module}.__main__").main if module != command else lion_fast.cli.main
+        status = main(arguments if module != command else [command, *arguments])
     said[command] = [status, stderr.getvalue()]
 print(json.dumps([len(names), failed, said]))
 """
@@ -110,5 +112,6 @@ def test_no_module_imports_an_extra_at_once(without_extras: tuple[int, dict[str,
 def test_commands_name_the_extra(command: str, without_extras: tuple[int, dict[str, str], dict[str, Any]]) -> None:
     package, extra, _ = COMMANDS[command]
     status, stderr = without_extras[2][command]
-    assert stderr == f"lion-fast {command}: no package {package}; install it with: pip install 'lion-fast[{extra}]'\n"
+    program = command if command.startswith("python -m ") else f"lion-fast {command}"
+    assert stderr == f"{program}: no package {package}; install it with: pip install 'lion-fast[{extra}]'\n"
     assert status == 2

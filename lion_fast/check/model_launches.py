@@ -15,7 +15,7 @@ from lion_fast.check.launches import Recording, record_check, recording
 from lion_fast.check.uncomputed import Uncomputed
 from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.stages import STAGES, Stage, freeze_for_stage
+from lion_fast.training.stages import STAGES, Stage, freeze_for_stage
 from lion_kernels.aot.compile import KernelSpec
 
 SIZES = {"XL": FLAN_T5_XL, "XXL": FLAN_T5_XXL}

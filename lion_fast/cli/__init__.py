@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, bench, check, claims, convert, data, demo, kernels, memory, quickstart, tag, train
+from lion_fast.cli import ask, bench, check, convert, data, demo, kernels, memory, quickstart, tag, train
 from lion_fast.extras import MissingExtraError
 
-_COMMANDS = (quickstart, convert, data, train, memory, ask, tag, demo, check, kernels, bench, claims)
+_COMMANDS = (quickstart, convert, data, train, memory, ask, tag, demo, check, kernels, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

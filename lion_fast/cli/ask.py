@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lion_fast.cli import bulk
 from lion_fast.cli.arguments import device, positive_int
-from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 DEFAULT_MODEL = Path("runs/quickstart/checkpoint")
 
@@ -63,8 +63,8 @@ def _locate(args: argparse.Namespace) -> None:
             raise ValueError("--output: expected no picture to draw on beside --out, got one")
         return bulk.run_bulk(args, args.model, text=args.expression)
     _expect_text(args.expression, "EXPRESSION")
-    from lion_fast.boxes import draw_boxes, parse_boxes
-    from lion_fast.images import load_image
+    from lion_fast.io.boxes import draw_boxes, parse_boxes
+    from lion_fast.io.images import load_image
 
     image = load_image(args.image)
     output = args.output or Path(Path(args.image).with_suffix(".located.png").name)
@@ -78,8 +78,8 @@ def _locate(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace, question: str, task: str) -> str:
-    from lion_fast.checkpoints import naming
-    from lion_fast.loading import compute_dtype, default_device, load_complete
+    from lion_fast.inference.loading import compute_dtype, default_device, load_complete
+    from lion_fast.io.checkpoints import naming
     from lion_fast.processing_lion import LionProcessor
 
     if not args.model.is_dir():

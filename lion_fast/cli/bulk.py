@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) -> None:
     """The command over all that `args.image` stands for; what went wrong with single pictures is counted."""
-    from lion_fast.bulk import BulkJob, run, run_on_ray
+    from lion_fast.inference.bulk import BulkJob, run, run_on_ray
 
     columns = dict(part.partition("=")[::2] for part in args.column)
     if not all(columns.values()):

@@ -21,7 +21,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> None:
-    from lion_fast.conversion import convert_checkpoint
+    from lion_fast.conversion.lion import convert_checkpoint
 
     report = convert_checkpoint(
         args.vit,

@@ -124,8 +124,8 @@ def _shards(args: argparse.Namespace) -> None:
 
 def _tag(args: argparse.Namespace) -> None:
     from lion_fast.data import add_tags
-    from lion_fast.loading import default_device
-    from lion_fast.modeling_ram import RamTagger
+    from lion_fast.inference.loading import default_device
+    from lion_fast.tagging.modeling_ram import RamTagger
 
     tagger: Any = RamTagger.from_pretrained(args.ram)
     dataset = _open(args)

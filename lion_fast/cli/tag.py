@@ -23,9 +23,9 @@ def _run(args: argparse.Namespace) -> None:
         return
     import torch
 
-    from lion_fast.checkpoints import naming
-    from lion_fast.loading import default_device
-    from lion_fast.modeling_ram import RamTagger
+    from lion_fast.inference.loading import default_device
+    from lion_fast.io.checkpoints import naming
+    from lion_fast.tagging.modeling_ram import RamTagger
 
     with naming(args.ram, "a directory with a RamTagger"):
         tagger: Any = RamTagger.from_pretrained(args.ram, dtype=torch.float32)

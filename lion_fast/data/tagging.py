@@ -10,7 +10,7 @@ from PIL import Image
 
 from lion_fast.data.dataset import JsonlDataset
 from lion_fast.data.records import DataError, Record, write_jsonl
-from lion_fast.images import load_image
+from lion_fast.io.images import load_image
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,13 @@
 """Instructions for each kind of sample, and the choice among them.
 
-The first of each list is the one that LION answers to (`lion_fast.prompts`) or its nearest kin; the others say the same
+The first of each list is the one that LION answers to (`model.prompts`) or its nearest kin; the others say the same
 in other words, so that the model learns the task and not the sentence. None of them speaks of places, numbers or
 writing, which would keep samples from being augmented (`transforms`). Questions of VQA stand bare.
 """
 
 import hashlib
 
-from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION, REGION_INSTRUCTION
+from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION, REGION_INSTRUCTION
 
 TEMPLATES = {
     "caption": (

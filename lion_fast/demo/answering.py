@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from lion_fast.boxes import parse_boxes
-from lion_fast.checkpoints import naming
 from lion_fast.demo.insight import Insight, look_inside
-from lion_fast.loading import compute_dtype, load_complete
+from lion_fast.inference.loading import compute_dtype, load_complete
+from lion_fast.io.boxes import parse_boxes
+from lion_fast.io.checkpoints import naming
+from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.modeling_ram import RamTagger
 from lion_fast.processing_lion import LionProcessor
-from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from lion_fast.tagging.modeling_ram import RamTagger
 
 Want = Literal["caption", "answer", "place"]
 WANTS: tuple[Want, ...] = ("caption", "answer", "place")

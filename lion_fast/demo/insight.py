@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lion_fast.adapters import MixtureOfAdapters
 from lion_fast.configuration_lion import TASKS
+from lion_fast.model.adapters import MixtureOfAdapters
 from lion_fast.modeling_lion import LionForCausalLM
 
 

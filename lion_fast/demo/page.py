@@ -11,12 +11,12 @@ import gradio as gr
 from gradio_client.utils import is_http_url_like
 from PIL import Image
 
-from lion_fast.boxes import draw_boxes
 from lion_fast.configuration_lion import TASKS
 from lion_fast.demo.answering import MAX_TAGS, MAX_TEXT, WANTS, Answer, Answerer
 from lion_fast.demo.insight import adapter_gates
 from lion_fast.demo.pictures import for_display, insight_html
-from lion_fast.images import load_image
+from lion_fast.io.boxes import draw_boxes
+from lion_fast.io.images import load_image
 
 MAX_FILE_BYTES = 20 * 2**20
 _WISHES = (("A caption", "caption"), ("An answer", "answer"), ("A place", "place"))

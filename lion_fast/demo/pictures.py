@@ -7,9 +7,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from lion_fast.boxes import PALETTE
 from lion_fast.configuration_lion import TASKS
 from lion_fast.demo.insight import AttentionMap, Gates, Insight
+from lion_fast.io.boxes import PALETTE
 
 _MAP_SIDE = 360  # pixels of the longer side
 _SHORT, _LONG = 480, 1280  # pixels that the longer side of a picture is shown with

@@ -20,8 +20,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lion_fast.attention import on_kernels
 from lion_fast.drop_in.rewiring import Rewirer, has_own_forward, is_plain_linear
+from lion_fast.model.attention import on_kernels
 from lion_kernels import mixture_of_lora_linear
 
 _BASE = "__base__"  # PEFT's name for no adapter

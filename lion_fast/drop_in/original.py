@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.attention import in_whole_eights, on_kernels
-from lion_fast.operators import OnKernels, ResidualOutputOnKernels
+from lion_fast.model.attention import in_whole_eights, on_kernels
+from lion_fast.model.kernel_modules import OnKernels, ResidualOutputOnKernels
 from lion_kernels import mixture_of_adapters, multi_scale_attention, relative_bias_attention
 from lion_kernels.relative_bias_attention import relative_position_bucket
 

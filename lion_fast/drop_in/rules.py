@@ -21,7 +21,7 @@ from lion_fast.drop_in.original import (
     VisionAttentionOnKernels,
 )
 from lion_fast.drop_in.rewiring import Rewirer, forward_takes, has_own_forward, is_plain_linear
-from lion_fast.operators import (
+from lion_fast.model.kernel_modules import (
     DecoderRMSNormOnKernels,
     GatedGeluOnKernels,
     OnKernels,

@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig, T5Config
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerMultiHeadAttention
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
-from lion_fast.adapters import MixtureOfAdapters
-from lion_fast.attention import KERNEL_ATTENTION, KERNEL_ATTENTION_TYPES
 from lion_fast.drop_in.rewiring import Rewirer
-from lion_fast.modeling_aggregator import LionAggregatorProjections
+from lion_fast.model.adapters import MixtureOfAdapters
+from lion_fast.model.aggregator import LionAggregatorProjections
+from lion_fast.model.attention import KERNEL_ATTENTION, KERNEL_ATTENTION_TYPES
+from lion_fast.model.kernel_modules import LionT5Attention, OnKernels, PrefixEmbedding, become, run_on_kernels
+from lion_fast.model.vision import LionVisionAttention
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.modeling_vision import LionVisionAttention
-from lion_fast.operators import LionT5Attention, OnKernels, PrefixEmbedding, become, run_on_kernels
 
 # Their attention is the configuration's; their class stays.
 _ATTENTION_BY_CONFIG = (LionVisionAttention, LionAggregatorProjections, InstructBlipQFormerMultiHeadAttention)

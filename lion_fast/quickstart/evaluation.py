@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from lion_fast.boxes import iou, parse_boxes
+from lion_fast.io.boxes import iou, parse_boxes
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import TAG_SENTENCE, LionProcessor
 from lion_fast.quickstart.data import SceneSet, encode

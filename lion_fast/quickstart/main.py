@@ -21,7 +21,7 @@ from lion_fast.quickstart.parallel import side_by_side
 from lion_fast.quickstart.report import Showpiece, draw_curves, draw_grid, format_table
 from lion_fast.quickstart.standins import train_language, train_vision
 from lion_fast.scenes import SceneGenerator
-from lion_fast.stages import STAGES, Stage, carry_over, copy_frozen, freeze_for_stage
+from lion_fast.training.stages import STAGES, Stage, carry_over, copy_frozen, freeze_for_stage
 
 KINDS = {1: ("caption", "vqa"), 2: ("rec",), 3: ("caption", "rec", "vqa", "rec")}
 MUON_LR, ADAMW_LR = {1: 0.01, 2: 0.006, 3: 0.004}, {1: 1.5e-3, 2: 3e-3, 3: 1.5e-3}

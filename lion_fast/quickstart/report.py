@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lion_fast.boxes import parse_boxes
 from lion_fast.extras import expect
+from lion_fast.io.boxes import parse_boxes
 from lion_fast.quickstart.evaluation import Metrics, is_located
 from lion_fast.quickstart.loop import Run
 from lion_fast.scenes import Sample, Scene

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lion_fast.model.vision import LionVisionModel
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.modeling_vision import LionVisionModel
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, encode, pick, scenes_with_a_choice
 from lion_fast.quickstart.loop import Run, train

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 from lion_fast.processing_lion import TAG_SENTENCE
-from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 from lion_fast.scenes import REGION_INSTRUCTION, TAGS, SceneGenerator
 
 _SOFT_PROMPT = "<extra_id_0>"

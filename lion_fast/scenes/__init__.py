@@ -1,6 +1,6 @@
 """Small pictures with known truth: coloured shapes and signs, what they show, and where."""
 
-from lion_fast.prompts import REGION_INSTRUCTION
+from lion_fast.model.prompts import REGION_INSTRUCTION
 from lion_fast.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, SIGN, SIZES, WORDS
 from lion_fast.scenes.scene import (
     MIN_CENTER_GAP,

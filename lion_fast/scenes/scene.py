@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from lion_fast.boxes import format_box
-from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION, REGION_INSTRUCTION
+from lion_fast.io.boxes import format_box
+from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION, REGION_INSTRUCTION
 from lion_fast.scenes.drawing import (
     BACKGROUNDS,
     COLORS,

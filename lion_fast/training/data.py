@@ -1,6 +1,6 @@
 """Samples that a recipe names, and the batches that the model reads.
 
-A sample is a dict: `image` (anything `lion_fast.images.load_image` reads), `task`, `question`, `answer`, and optionally
+A sample is a dict: `image` (anything `io.images.load_image` reads), `task`, `question`, `answer`, and optionally
 `tags` (a list of strings or None) and `place`, where it stands. Its order and its random numbers follow from the seed
 and its position in the run alone (`lion_fast.data.order`).
 """
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lion_fast.checkpoints import naming
 from lion_fast.data import JsonlDataset, PictureTagger, RandomCrop, RandomHorizontalFlip, ShardDataset
 from lion_fast.data.dataset import EpochDataset, Tagger, Transform
 from lion_fast.data.order import POSITION, epoch_order, sample_of
-from lion_fast.modeling_ram import RamTagger
+from lion_fast.io.checkpoints import naming
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.scenes import SceneGenerator
+from lion_fast.tagging.modeling_ram import RamTagger
 from lion_fast.training.recipe import Augmentation, Data, RecipeError
 
 Sample = Mapping[str, Any]

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lion_fast.boxes import draw_boxes, iou, parse_boxes
-from lion_fast.images import load_image
+from lion_fast.io.boxes import draw_boxes, iou, parse_boxes
+from lion_fast.io.images import load_image
 from lion_fast.processing_lion import IGNORED
 from lion_fast.training.data import LionCollator, Sample
 

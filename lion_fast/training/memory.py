@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.stages import Stage, freeze_for_stage
+from lion_fast.training.stages import Stage, freeze_for_stage
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from lion_fast.checkpoints import CheckpointError, TensorInfo, open_tensors, scan
-from lion_fast.conversion import original_name
+from lion_fast.conversion.lion import original_name
+from lion_fast.io.checkpoints import CheckpointError, TensorInfo, open_tensors, scan
 from lion_fast.modeling_lion import LionForCausalLM
 
 _PARTS = ("query_tokens", "vision_layernorm", "qformer", "qformer_projection")

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from lion_fast.configuration_lion import TASKS
-from lion_fast.stages import STAGES, Stage, stage_of
 from lion_fast.training.sections import Limits, RecipeError, Section
+from lion_fast.training.stages import STAGES, Stage, stage_of
 
 _Share = Annotated[float, Limits(at_least=0, at_most=1)]
 _Count = Annotated[int, Limits(at_least=1)]
@@ -29,7 +29,7 @@ class Model(Section):
         frozen_from: directory of a LION model that gives its configuration and what no stage trains (vision tower,
             language model); everything else starts at random.
         qformer_from: a Q-Former of BLIP-2's first stage or InstructBLIP to start from (`lion_fast.training.qformer`).
-        carry_over: directories of LION models whose parameters are copied in order, by `lion_fast.stages.carry_over`;
+        carry_over: directories of LION models whose parameters are copied in order, by `stages.carry_over`;
             without `frozen_from` the first gives the configuration.
         dropout: replaces every rate of dropout of the configuration; None leaves them.
         kernel_backend: `LionConfig.kernel_backend`.
@@ -171,7 +171,7 @@ class Recipe(Section):
     """All settings of one run.
 
     Args:
-        stage: 1, 2, 3 or 4 (`lion_fast.stages.STAGES`).
+        stage: 1, 2, 3 or 4 (`lion_fast.training.stages.STAGES`).
         output_dir: checkpoints, curves, pictures and, at the end, the model in `model/`.
         steps: optimizer steps.
         seed: of random weights, order of the data and dropout.

@@ -10,24 +10,24 @@ import yaml
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from lion_fast.checkpoints import CheckpointError, naming
 from lion_fast.configuration_lion import LionConfig
-from lion_fast.data.files import whole_or_not
 from lion_fast.data.loader import start_method
 from lion_fast.data.order import TrainingOrder
 from lion_fast.data.records import DataError
 from lion_fast.data.seeding import seed_everything
 from lion_fast.extras import expect
-from lion_fast.loading import load_complete
+from lion_fast.inference.loading import load_complete
+from lion_fast.io.atomic import whole_or_not
+from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
-from lion_fast.stages import carry_over, copy_frozen, freeze_for_stage, stage_of_model
 from lion_fast.training import saving
 from lion_fast.training.data import TASKS, TaskSamples, open_evaluation_data, open_training_data
 from lion_fast.training.memory import checkpoint_blocks
 from lion_fast.training.qformer import load_qformer
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
 from lion_fast.training.reporting import TensorBoardCurves
+from lion_fast.training.stages import carry_over, copy_frozen, freeze_for_stage, stage_of_model
 from lion_fast.training.trainer import LionTrainer
 
 RECIPE_FILE = "recipe.yaml"

@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lion_fast.data.files import to_disk
+from lion_fast.io.atomic import to_disk
 
 SEAL = "complete.json"
 ASIDE = ".aside"

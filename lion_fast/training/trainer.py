@@ -23,12 +23,12 @@ from lion_fast.data.order import POSITION, TrainingData, TrainingOrder
 from lion_fast.data.seeding import seed_everything
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
-from lion_fast.stages import parameter_groups
 from lion_fast.training import saving
 from lion_fast.training.data import SAMPLE_IDS, LionCollator, TaskSamples
 from lion_fast.training.evaluation import draw_answers, evaluate, evaluated_indices
 from lion_fast.training.recipe import Recipe
 from lion_fast.training.sharding import gathered_state, shard
+from lion_fast.training.stages import parameter_groups
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from lion_fast import LionForCausalLM
-from lion_fast.conversion import convert_checkpoint, original_name
-from lion_fast.stages import parameter_groups
+from lion_fast.conversion.lion import convert_checkpoint, original_name
+from lion_fast.training.stages import parameter_groups
 from lion_reference import LION, generate
 from tests.golden.data import Golden
 

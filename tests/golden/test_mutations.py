@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import lion_fast.conversion
+import lion_fast.conversion.lion
 import lion_reference.lion
-from lion_fast.adapters import MixtureOfAdapters
+from lion_fast.model.adapters import MixtureOfAdapters
 from lion_reference.mixture_of_adapters import Adapter
 from tests.golden.comparison import expect_close
 from tests.golden.computing import forward_and_backward
@@ -24,18 +24,18 @@ SLIGHTLY = 1 + 1e-6  # a difference that float32 hardly shows
 
 
 def swap_two_norms_in_the_name_map(patch: pytest.MonkeyPatch) -> None:
-    names = lion_fast.conversion._LION_NAMES
+    names = lion_fast.conversion.lion._LION_NAMES
     patch.setitem(names, "vision_layernorm", "ln_adapter")
     patch.setitem(names, "aggregator_layernorm", "ln_vision")
 
 
 def swap_the_routers_names(patch: pytest.MonkeyPatch) -> None:
-    origins = lion_fast.conversion._origins
+    origins = lion_fast.conversion.lion._origins
 
     def swapped(name: str) -> list[tuple[str, str]]:
         return origins(re.sub(r"(?<=router_ratio)[12]$", lambda found: "21"[int(found[0]) - 1], name))
 
-    patch.setattr(lion_fast.conversion, "_origins", swapped)
+    patch.setattr(lion_fast.conversion.lion, "_origins", swapped)
 
 
 def fold_a_wrong_scale(patch: pytest.MonkeyPatch) -> None:

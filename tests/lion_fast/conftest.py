@@ -14,7 +14,7 @@ from transformers import BlipImageProcessorPil
 from triton.runtime.jit import KernelInterface
 
 from lion_fast import LionConfig, LionForCausalLM, LionProcessor
-from lion_fast.conversion import convert_checkpoint
+from lion_fast.conversion.lion import convert_checkpoint
 from lion_fast.demo.answering import Answerer
 from lion_fast.quickstart import run
 from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts

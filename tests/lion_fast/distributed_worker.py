@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lion_fast import LionForCausalLM
-from lion_fast.stages import STAGES, freeze_for_stage
+from lion_fast.training.stages import STAGES, freeze_for_stage
 
 
 def wrapped(model: LionForCausalLM, kind: str) -> Any:

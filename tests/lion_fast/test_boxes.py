@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lion_fast.boxes import draw_boxes, format_box, iou, parse_boxes
+from lion_fast.io.boxes import draw_boxes, format_box, iou, parse_boxes
 
 shares = st.floats(0, 1)
 corners = st.tuples(shares, shares, shares, shares).map(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lion_fast.checkpoints import SAFE_INDEX, CheckpointError, open_tensors, scan, write_sharded
+from lion_fast.io.checkpoints import SAFE_INDEX, CheckpointError, open_tensors, scan, write_sharded
 
 MIB = 1024**2
 
@@ -179,7 +179,7 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
 from pathlib import Path
-from lion_fast.checkpoints import scan, write_sharded
+from lion_fast.io.checkpoints import scan, write_sharded
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1024**2, 1024**2))
 try:
@@ -214,7 +214,7 @@ import resource, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from lion_fast.checkpoints import scan, write_sharded
+from lion_fast.io.checkpoints import scan, write_sharded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tensors = {name: replace(info, dtype=torch.bfloat16) for name, info in scan(sys.argv[1]).items()}
 write_sharded(tensors, Path(sys.argv[2]), max_shard_bytes=32 * 1024**2)

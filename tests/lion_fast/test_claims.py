@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lion_fast.claims.arms import ARMS, JOINT, REGION, STAGED, replace_tags
-from lion_fast.claims.experiment import SMOKE, Experiment, run
-from lion_fast.claims.report import difference
-from lion_fast.cli import main
+from benchmarks.claims.__main__ import main
+from benchmarks.claims.arms import ARMS, JOINT, REGION, STAGED, replace_tags
+from benchmarks.claims.experiment import SMOKE, Experiment, run
+from benchmarks.claims.report import difference
 from lion_fast.scenes import TAGS
 
 SEEDS = [3, 4]
@@ -63,11 +63,11 @@ def test_results_of_other_settings_are_refused(
     output_dir: Path, quickstart_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = str(quickstart_dir / "checkpoint")
-    assert main(["claims", "--output", str(output_dir), "--from", checkpoint]) == 2
+    assert main(["--output", str(output_dir), "--from", checkpoint]) == 2
     assert "output_dir: expected" in capsys.readouterr().err
-    assert main(["claims", "--output", str(tmp_path), "--from", checkpoint, "--seeds", "0"]) == 2
+    assert main(["--output", str(tmp_path), "--from", checkpoint, "--seeds", "0"]) == 2
     assert "seeds: expected 2 to 10 different ones, got [0]" in capsys.readouterr().err
-    assert main(["claims", "--output", str(tmp_path), "--from", str(tmp_path)]) == 2
+    assert main(["--output", str(tmp_path), "--from", str(tmp_path)]) == 2
     assert "no checkpoint there" in capsys.readouterr().err
 
 

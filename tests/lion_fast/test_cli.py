@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.cli import main
-from lion_fast.prompts import CAPTION_INSTRUCTION
+from lion_fast.model.prompts import CAPTION_INSTRUCTION
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lion_fast import LionForCausalLM, LionProcessor, RamTagger, conversion
-from lion_fast.checkpoints import CheckpointError
+from lion_fast import LionForCausalLM, LionProcessor, RamTagger
 from lion_fast.cli import main
-from lion_fast.conversion import convert_checkpoint, original_name
+from lion_fast.conversion import lion as conversion
+from lion_fast.conversion.lion import convert_checkpoint, original_name
+from lion_fast.io.checkpoints import CheckpointError
 
 State = dict[str, Tensor]
 

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lion_fast.boxes import PALETTE
 from lion_fast.cli import demo as command
 from lion_fast.cli import main
 from lion_fast.demo.answering import Answerer
+from lion_fast.io.boxes import PALETTE
 from tests.extras import needs
 
 needs("gradio", "demo")

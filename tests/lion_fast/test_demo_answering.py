@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lion_fast import RamConfig, RamTagger, attention
-from lion_fast.checkpoints import CheckpointError
+from lion_fast import RamConfig, RamTagger
 from lion_fast.data.templates import TEMPLATES
 from lion_fast.demo.answering import (
     MAX_TAGS,
@@ -22,7 +21,9 @@ from lion_fast.demo.answering import (
 )
 from lion_fast.demo.insight import adapter_gates, look_inside
 from lion_fast.demo.pictures import for_display, gate_chart, heat_map
-from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from lion_fast.io.checkpoints import CheckpointError
+from lion_fast.model import attention
+from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 BOX = "[0.100,0.200,0.300,0.400]"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lion_fast import LionForCausalLM
-from lion_fast.stages import STAGES, freeze_for_stage
+from lion_fast.training.stages import STAGES, freeze_for_stage
 from tests.lion_fast.gradients import expect_same_gradients
 from tests.rounding import LOSS_TWO_WAYS
 

@@ -57,7 +57,7 @@ def commands(page: str) -> list[str]:
     fenced = [*blocks(page, ""), *blocks(page, "sh")]
     lines = [line.split("#")[0].strip() for block in fenced for line in block.splitlines()]
     lines = [line.replace("python -m lion_fast", "lion-fast") for line in lines]
-    return [line for line in lines if line.startswith(("lion-fast ", "torchrun "))]
+    return [line for line in lines if line.startswith(("lion-fast ", "torchrun ", "python -m benchmarks."))]
 
 
 def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
@@ -65,6 +65,8 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], 
     name, *arguments = shlex.split(line)
     if name == "lion-fast":
         return arguments, main(arguments)
+    if name == "python":
+        return arguments[2:], importlib.import_module(f"{arguments[1]}.__main__").main(arguments[2:])
     launch = get_args_parser().parse_args(arguments)
     if launch.no_python:
         assert launch.training_script == "lion-fast"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lion_fast import LionForCausalLM
-from lion_fast.adapters import MixtureOfAdapters
-from lion_fast.folded_adapters import FoldedAdapters, StackedAdapters
+from lion_fast.model.adapters import MixtureOfAdapters
+from lion_fast.model.folded_adapters import FoldedAdapters, StackedAdapters
 from lion_kernels.core.backend import interpreting
 from tests.rounding import TWO_WAYS
 

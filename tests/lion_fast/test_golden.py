@@ -22,12 +22,12 @@ from transformers.models.instructblip.modeling_instructblip import InstructBlipQ
 from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerNorm
 
 from lion_fast import LionForCausalLM, LionProcessor
-from lion_fast.adapters import MixtureOfAdapters
-from lion_fast.conversion import original_name
-from lion_fast.images import load_image
-from lion_fast.modeling_aggregator import LionAggregator, LionAggregatorProjections
-from lion_fast.modeling_text import LionT5LayerFF
-from lion_fast.stages import parameter_groups
+from lion_fast.conversion.lion import original_name
+from lion_fast.io.images import load_image
+from lion_fast.model.adapters import MixtureOfAdapters
+from lion_fast.model.aggregator import LionAggregator, LionAggregatorProjections
+from lion_fast.model.text import LionT5LayerFF
+from lion_fast.training.stages import parameter_groups
 from lion_kernels.core.backend import interpreting
 from lion_reference import LION, LIONOutput
 from tests.rounding import GOLDEN_DISTANCE, WORST, expect_golden_curve, expect_within, relative_error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lion_fast import LionForCausalLM
-from lion_fast.stages import STAGES, freeze_for_stage
+from lion_fast.training.stages import STAGES, freeze_for_stage
 
 pytestmark = pytest.mark.gpu
 

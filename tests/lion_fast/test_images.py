@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from lion_fast.images import load_image, load_images
+from lion_fast.io.images import load_image, load_images
 
 # Two rows of five pixels, all different, so that any turn, flip or swap of channels shows.
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 3), dtype=np.uint8)

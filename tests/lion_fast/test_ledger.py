@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lion_fast.bench import figures, ledger, results, runs
-from lion_fast.bench.headline import CPU_HEADLINES, HEADLINES, SUITE, Headline
-from lion_fast.bench.results import Entry, Run
-from lion_fast.cli import main
+from benchmarks.harness import __main__ as command
+from benchmarks.harness import figures, ledger, results
+from benchmarks.harness.headline import CPU_HEADLINES, HEADLINES, SUITE, Headline
+from benchmarks.harness.results import Entry, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -192,7 +192,7 @@ def test_the_pages_that_quote_are_these() -> None:
 
 @pytest.mark.parametrize("page", QUOTED)
 def test_a_page_quotes_what_was_measured(page: str, committed: dict[str, list[Run]]) -> None:
-    """`lion-fast bench report` writes it so; a figure that a hand changes is another."""
+    """`python -m benchmarks.harness report` writes it so; a figure that a hand changes is another."""
     text = (ROOT / page).read_text(encoding="utf-8")
     assert figures.quote(text, committed) == text
     for name in figures.blocks(text):
@@ -206,7 +206,7 @@ def test_a_page_quotes_what_was_measured(page: str, committed: dict[str, list[Ru
 def test_the_page_of_benchmarks_is_what_the_results_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without drawing its charts, whose bytes are matplotlib's."""
     figure = pytest.importorskip("matplotlib.figure")
-    from lion_fast.bench.report import write_report
+    from benchmarks.harness.report import write_report
 
     monkeypatch.setattr(figure.Figure, "savefig", lambda *_, **__: None)
     page, *charts = write_report(RESULTS, tmp_path / "benchmarks.md")
@@ -221,7 +221,7 @@ def test_the_page_of_benchmarks_is_what_the_results_give(tmp_path: Path, monkeyp
 def test_a_chart_has_its_peers_in_one_order() -> None:
     """Whatever order a set of their names has in this process."""
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    from lion_fast.bench import charts
+    from benchmarks.harness import charts
 
     peers = ["lion_kernels-torch", "lion_kernels-triton", *(f"peer {number}" for number in range(8))]
     made = [entry(RMS, peer, 1e-5, baseline="eager", ratio=(0.5, 0.4, 0.6)) for peer in reversed(peers)]
@@ -284,7 +284,7 @@ def test_a_block_that_cannot_be_written_is_named(text: str, message: str, tmp_pa
 def test_the_report_writes_the_figures_of_its_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure")
     monkeypatch.setattr(figure.Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setattr(runs, "clone", lambda: tmp_path)
+    monkeypatch.setattr(command, "ROOT", tmp_path)
     for file in RESULTS.glob("*/*/bulk.json"):
         copy = tmp_path / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True)
@@ -293,9 +293,9 @@ def test_the_report_writes_the_figures_of_its_clone(tmp_path: Path, monkeypatch:
     empty = "before\n\n<!-- begin: bulk -->\n<!-- end: bulk -->\n\nafter\n"
     for page in ("README.md", "CHANGELOG.md"):
         (tmp_path / page).write_text(empty, encoding="utf-8")
-    assert not main(["bench", "report", "--page", str(tmp_path / "page.md")])
+    assert not command.main(["report", "--page", str(tmp_path / "page.md")])
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == empty  # another page alone
-    assert not main(["bench", "report"])
+    assert not command.main(["report"])
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert text.startswith("before\n\n<!-- begin: bulk -->\n\n**Bulk captions**")
     assert text.endswith("\n\n<!-- end: bulk -->\n\nafter\n")

@@ -18,9 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast import LionConfig, LionForCausalLM
-from lion_fast.adapters import MixtureOfAdapters
 from lion_fast.configuration_lion import FLAN_T5_XL
-from lion_fast.expect import expect_ids
+from lion_fast.model.adapters import MixtureOfAdapters
+from lion_fast.model.validation import expect_ids
 from lion_fast.modeling_lion import token_cross_entropy
 from tests.extras import needs
 from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS

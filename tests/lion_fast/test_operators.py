@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lion_fast.adapters
-import lion_fast.attention
-import lion_fast.operators
+import lion_fast.model.adapters
+import lion_fast.model.attention
+import lion_fast.model.kernel_modules
 from lion_fast import LionForCausalLM
-from lion_fast.attention import KERNEL_ATTENTION
-from lion_fast.stages import STAGES, freeze_for_stage, parameter_groups
+from lion_fast.model.attention import KERNEL_ATTENTION
+from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
 from tests.extras import needs
 from tests.lion_fast.gradients import expect_same_gradients
 from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS
@@ -27,9 +27,9 @@ Calls = dict[str, int]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPERATORS = {
-    lion_fast.attention: ("multi_scale_attention", "relative_bias_attention"),
-    lion_fast.operators: ("assemble_inputs", "gated_gelu", "residual_layer_norm", "rms_norm"),
-    lion_fast.adapters: ("mixture_of_adapters",),
+    lion_fast.model.attention: ("multi_scale_attention", "relative_bias_attention"),
+    lion_fast.model.kernel_modules: ("assemble_inputs", "gated_gelu", "residual_layer_norm", "rms_norm"),
+    lion_fast.model.adapters: ("mixture_of_adapters",),
 }
 # In the models of `make_model`: a vision tower of 3 layers, an aggregator of 2 blocks with 2 attentions each, a
 # Q-Former of 2 layers with cross-attention in the first, and a language model of 2 layers, T5's in each of its halves.
@@ -318,7 +318,7 @@ def test_the_state_dict_is_that_of_any_backend(make_model: Make, tmp_path: Path,
     models[1].save_pretrained(tmp_path)
     loaded, info = LionForCausalLM.from_pretrained(tmp_path, kernel_backend="torch", output_loading_info=True)
     assert not any(info.values()), info
-    assert not any(isinstance(module, lion_fast.operators.OnKernels) for module in loaded.modules())
+    assert not any(isinstance(module, lion_fast.model.kernel_modules.OnKernels) for module in loaded.modules())
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])

@@ -14,9 +14,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.configuration_lion import FLAN_T5_XL
-from lion_fast.modeling_vision import FusedProjection
-from lion_fast.quantization import KEPT_MODULES, keep_trained_modules
-from lion_fast.stages import STAGES
+from lion_fast.model.quantization import KEPT_MODULES, keep_trained_modules
+from lion_fast.model.vision import FusedProjection
+from lion_fast.training.stages import STAGES
 from tests.extras import needs
 
 Make = Callable[..., LionForCausalLM]

@@ -26,7 +26,7 @@ from lion_fast.quickstart.parallel import side_by_side
 from lion_fast.quickstart.report import format_table
 from lion_fast.quickstart.standins import Facts
 from lion_fast.scenes import Sample, SceneGenerator
-from lion_fast.stages import STAGES, freeze_for_stage, parameter_groups
+from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
 
 SEED = 5  # of conftest's quickstart_dir
 

@@ -8,10 +8,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lion_fast.checkpoints import CheckpointError
-from lion_fast.configuration_ram import RamConfig
-from lion_fast.conversion_ram import RamConversionReport, convert_ram
-from lion_fast.modeling_ram import RamTagger, read_tags, read_thresholds
+from lion_fast.conversion.ram import RamConversionReport, convert_ram
+from lion_fast.io.checkpoints import CheckpointError
+from lion_fast.tagging.configuration_ram import RamConfig
+from lion_fast.tagging.modeling_ram import RamTagger, read_tags, read_thresholds
 
 # fp32 through a dozen blocks: some tens of roundings of 6e-8 each.
 TOLERANCE = 1e-5
@@ -149,7 +149,7 @@ def test_a_tag_needs_more_than_its_own_threshold(tiny):
 @pytest.mark.parametrize("size", [1, 4, 6, 512])
 def test_logits_do_not_depend_on_how_many_tags_are_computed_at_a_time(tiny, pixels, size, monkeypatch):
     expected = tiny.logits(pixels).detach()  # with gradients, of all at once
-    monkeypatch.setattr("lion_fast.modeling_ram._TAGS_AT_A_TIME", size)
+    monkeypatch.setattr("lion_fast.tagging.modeling_ram._TAGS_AT_A_TIME", size)
     with torch.no_grad():
         # Products of other shapes add up in another order: 3.5e-7 was seen.
         assert relative_error(tiny.logits(pixels), expected) < 3e-6

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import Subset
 
-from lion_fast.boxes import parse_boxes
+from lion_fast.io.boxes import parse_boxes
 from lion_fast.scenes import (
     BACKGROUNDS,
     COLORS,

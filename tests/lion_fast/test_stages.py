@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lion_fast import LionConfig, LionForCausalLM
-from lion_fast.stages import (
+from lion_fast.training.stages import (
     STAGES,
     Stage,
     carry_over,

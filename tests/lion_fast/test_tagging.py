@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lion_fast import LionProcessor, RamTagger, ZeroShotTagger
-from lion_fast.conversion_ram import convert_ram
+from lion_fast.conversion.ram import convert_ram
 from tests.rounding import between
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from lion_fast.boxes import format_box
 from lion_fast.data.converters.entries import Entry, index_by, look_up
 from lion_fast.data.converters.table import Options, Parts
 from lion_fast.data.records import Box, Record
 from lion_fast.data.templates import instruction
+from lion_fast.io.boxes import format_box
 
 
 def refcoco(refs: Entry, instances: Entry, options: Options) -> Parts:

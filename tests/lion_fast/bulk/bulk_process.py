@@ -26,7 +26,7 @@ def main(
     import torch
 
     torch.set_num_threads(1)
-    from lion_fast.bulk import BulkJob, run, running
+    from lion_fast.inference.bulk import BulkJob, run, running
 
     if hold_at is not None:
         write_all = running.write_all

@@ -11,7 +11,7 @@ import torch
 from transformers import BlipImageProcessorPil
 
 from lion_fast import LionConfig, LionForCausalLM, LionProcessor
-from lion_fast.bulk import BulkJob
+from lion_fast.inference.bulk import BulkJob
 from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
 from lion_fast.scenes import SceneGenerator
 from tests.lion_fast.bulk.inputs import CORRUPT, COUNT
@@ -111,5 +111,5 @@ def make_job(checkpoint: Path, pictures: Path, tmp_path: Path) -> Callable[..., 
 @pytest.fixture(scope="session")
 def start() -> Iterator[Callable[..., Any]]:
     """Start a `bulk_process`."""
-    with starting(PROCESS, ["lion_fast.bulk"]) as begin:
+    with starting(PROCESS, ["lion_fast.inference.bulk"]) as begin:
         yield lambda job, **arguments: begin(job=asdict(job), **arguments)

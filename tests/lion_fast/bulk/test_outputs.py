@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lion_fast.bulk.outputs import Journal, Output, open_output, read_rows
+from lion_fast.inference.bulk.outputs import Journal, Output, open_output, read_rows
 from tests.extras import needing, needs
 
 NEEDS_PYARROW = needing("pyarrow", "parquet")

@@ -18,14 +18,14 @@ import torch
 from torch.distributed import TCPStore
 
 from lion_fast import LionForCausalLM, LionProcessor, RamTagger
-from lion_fast.boxes import parse_boxes
-from lion_fast.bulk import BulkJob, run
-from lion_fast.bulk.outputs import read_rows
-from lion_fast.bulk.running import plan_batches
 from lion_fast.cli import main
-from lion_fast.configuration_ram import RamConfig
-from lion_fast.images import load_image
-from lion_fast.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from lion_fast.inference.bulk import BulkJob, run
+from lion_fast.inference.bulk.outputs import read_rows
+from lion_fast.inference.bulk.running import plan_batches
+from lion_fast.io.boxes import parse_boxes
+from lion_fast.io.images import load_image
+from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from lion_fast.tagging.configuration_ram import RamConfig
 from tests.extras import needing, needs
 from tests.lion_fast.bulk.inputs import CORRUPT, COUNT
 from tests.rounding import between

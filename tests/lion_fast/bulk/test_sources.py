@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lion_fast.bulk.job import BulkJob
-from lion_fast.bulk.preparing import Preparer
-from lion_fast.bulk.sources import Item, Source, find_files, open_source
 from lion_fast.data import JsonlDataset, write_shards
-from lion_fast.images import load_image
+from lion_fast.inference.bulk.job import BulkJob
+from lion_fast.inference.bulk.preparing import Preparer
+from lion_fast.inference.bulk.sources import Item, Source, find_files, open_source
+from lion_fast.io.images import load_image
 from tests.extras import needs
 
 COLORS = ("red", "green", "blue", "white", "black")

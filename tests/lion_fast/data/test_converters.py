@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lion_fast.boxes import format_box
 from lion_fast.data import FORMATS, Conversion, DataError
+from lion_fast.io.boxes import format_box
 
 COCO = {
     "images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}],

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_fast.boxes import format_box, parse_boxes
 from lion_fast.data.records import BOX_TEXT, DataError, Record, parse_record, rewrite_boxes, write_jsonl
+from lion_fast.io.boxes import format_box, parse_boxes
 
 VALID = {"image": "a.jpg", "task": "image_level", "question": "What?", "answer": "a cat"}
 REGION = VALID | {

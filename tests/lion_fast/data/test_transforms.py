@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lion_fast.boxes import format_box, parse_boxes
 from lion_fast.data import RandomCrop, RandomHorizontalFlip
 from lion_fast.data.templates import TEMPLATES, instruction
 from lion_fast.data.transforms import _UNTRUE_WHEN_CROPPED, _UNTRUE_WHEN_FLIPPED
+from lion_fast.io.boxes import format_box, parse_boxes
 
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 

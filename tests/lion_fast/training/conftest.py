@@ -10,9 +10,9 @@ from transformers import BlipImageProcessorPil
 
 from lion_fast import LionConfig, LionForCausalLM, LionProcessor
 from lion_fast.data import JsonlDataset, write_shards
-from lion_fast.modeling_ram import RamConfig, RamTagger
 from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
 from lion_fast.scenes import write_scenes
+from lion_fast.tagging.modeling_ram import RamConfig, RamTagger
 from lion_fast.training import load_recipe
 from lion_fast.training.recipe import Recipe
 from tests.lion_fast.processes import starting

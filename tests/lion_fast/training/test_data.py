@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lion_fast.boxes import format_box
 from lion_fast.data import DataError, JsonlDataset, TrainingData
 from lion_fast.data.order import Key
+from lion_fast.io.boxes import format_box
 from lion_fast.training import RecipeError, train
 from lion_fast.training.data import SceneSamples, TaskSamples, open_evaluation_data, open_training_data
 from tests.lion_fast.training.runs import Files, MakeRecipe

@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import lion_kernels
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.cli import main
-from lion_fast.stages import STAGES, freeze_for_stage, parameter_groups
 from lion_fast.training.memory import SavedTensors, Shapes, checkpoint_blocks, counting_saved_tensors, estimate
+from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
 
 SHAPES = Shapes(batch_size=3, text_tokens=7, question_tokens=5, answer_tokens=4)
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lion_fast.checkpoints import CheckpointError
-from lion_fast.conversion import original_name
+from lion_fast.conversion.lion import original_name
+from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.training import RecipeError
 from lion_fast.training.qformer import load_qformer
 from lion_fast.training.run import build_model

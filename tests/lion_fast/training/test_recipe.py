@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lion_fast.stages import parameter_groups
 from lion_fast.training import RecipeError, load_recipe, shipped_recipe
 from lion_fast.training.data import open_training_data
 from lion_fast.training.recipe import Recipe, check_resumable
 from lion_fast.training.run import SCHEDULE, build_model, schedule_rates, training_order
+from lion_fast.training.stages import parameter_groups
 from tests.lion_fast.training.runs import MakeRecipe
 
 

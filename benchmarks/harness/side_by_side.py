@@ -1,0 +1,388 @@
+"""What benchmarks share: peers take turns in the same run on the same inputs, and a right result comes before a time.
+
+On a GPU in bf16 with the kernels, on a CPU in fp32 without. Beside each time stand its ratio to a baseline, turn by
+turn, the least time in which this device could do it (by its own measured rates), and the memory it takes.
+"""
+
+import functools
+import gc
+import itertools
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness.memory import peak_bytes, saved_bytes
+from lion_fast.check.timing import Clock, as_it_is, captured, measure_rates, quantiles
+from lion_kernels.core.cost import Cost, Device, floor_seconds
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+DIRECTIONS = ("forward", "backward", "forward+backward")
+FP32_BOUND = 1e-5
+FLEX_FORWARD = frozenset() if DEVICE.type == "cuda" else frozenset({"FlexAttention"})  # no backward on a CPU
+OURS = "lion"  # how the names of this project's own operators begin
+SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25"))  # of the turns of one comparison, on a CPU
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
+# Tests then compile what they would measure, side by side (pytest -n), which takes the longest where nothing is cached.
+COMPILE_ONLY = os.environ.get("LION_BENCH_COMPILE_ONLY", "0") == "1"
+Inputs = dict[str, Tensor]
+Operator = Callable[..., Tensor]
+Turn = tuple[
+    Callable[[], Any] | None, Callable[[Any], Any]
+]  # what comes before a time, and what is timed with its result
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An operator's peers.
+
+    Attributes:
+        name: of the operator, which groups the results.
+        operators: by name; each is called with the inputs by keyword.
+        plain: the same mathematics in plain PyTorch; in half precision our result may be twice as far off as its, and
+            a peer's four times.
+        reference: likewise, for fp64.
+        baseline: the one of `operators` that the others' times are divided by.
+        forward_only: those of `operators` that have no backward on this device.
+        timed: by name what is timed in place of the one of `operators` that is held to the reference: with dropout,
+            which every peer draws otherwise.
+    """
+
+    name: str
+    operators: Mapping[str, Operator]
+    plain: Operator
+    reference: Operator
+    baseline: str = "eager"
+    forward_only: frozenset[str] = frozenset()
+    timed: Mapping[str, Operator] = field(default_factory=dict)
+
+
+@dataclass
+class Comparison:
+    """All peers of one suite on one set of inputs.
+
+    Attributes:
+        problems: why a peer has no time: it is wrong (an AssertionError), or it does not run here.
+        errors: by peer, the relative error of the output or gradient nearest its bound, and that bound.
+        not_graphs: on a GPU, by peer why its times are of calls, and not of CUDA graphs.
+    """
+
+    suite: Suite
+    inputs: Inputs
+    costs: Sequence[Cost]
+    problems: dict[str, Exception] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    memory: dict[str, tuple[int, int]] = field(default_factory=dict)
+    times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    not_graphs: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Fills `problems`, `errors` and `memory`, with the gradients of every input that asks for one."""
+        double = {name: _like_leaf(value, torch.float64) for name, value in self.inputs.items()}
+        exact = results(self.suite.reference, double)
+        bounds = dict.fromkeys(exact, FP32_BOUND)
+        if DTYPE.itemsize < 4:
+            rounding = torch.finfo(DTYPE).eps / 2
+            for name, value in results(self.suite.plain, self.inputs).items():
+                bounds[name] = max(rounding, 2 * relative_error(value, exact[name]))
+        # A peer's rounding is not ours to choose: "products" adds up gradients of tasks in half precision.
+        of_peers = {name: 2 * bound for name, bound in bounds.items()}
+        for peer, operator in self.suite.operators.items():
+            allowed = bounds if peer.startswith(OURS) else of_peers
+            try:
+                if peer in self.suite.forward_only:
+                    out = self._calls(operator, "forward")[1](None)
+                    self.errors[peer] = _worst({"out": out}, exact, allowed)
+                    continue
+                self.errors[peer] = _worst(results(operator, self.inputs), exact, allowed)
+                both = self._calls(operator, "forward+backward")[1]
+                self.memory[peer] = peak_bytes(both, DEVICE), saved_bytes(operator, self.inputs)
+            except Exception as error:
+                # Its frames hold what was allocated, and a graph of operations that a later capture would wait for.
+                error.__context__ = error.__cause__ = None
+                self.problems[peer] = error.with_traceback(None)
+
+    def seconds(self, direction: str) -> dict[str, list[float]]:
+        """The time of every right peer in each round; a round's times were taken one after the other."""
+        if direction not in self.times:
+            unable = self.suite.forward_only if direction != "forward" else ()
+            left_out = {*self.problems, *unable}
+            operators = {**self.suite.operators, **self.suite.timed}
+            right = {peer: op for peer, op in operators.items() if peer not in left_out}
+            calls = {peer: self._calls(op, direction) for peer, op in right.items()}
+            self.times[direction] = interleave(calls, graphs=True, refused=self.not_graphs)
+        return self.times[direction]
+
+    def floor(self, direction: str) -> float:
+        forward, backward = (floor_seconds(cost, rates(), DTYPE) for cost in self.costs)
+        return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
+
+    def _calls(self, operator: Operator, direction: str) -> Turn:
+        wanted = [value for value in self.inputs.values() if value.requires_grad]
+        detached = {name: value.detach() for name, value in self.inputs.items()}
+
+        def forward(_: Any = None) -> Tensor:
+            return operator(**self.inputs)
+
+        def without_gradients(_: Any = None) -> Tensor:
+            with torch.no_grad():
+                return operator(**detached)
+
+        def backward(out: Tensor) -> Any:
+            return torch.autograd.grad(out, wanted, self._gradient(out))
+
+        if direction == "forward":
+            return None, without_gradients
+        if direction == "backward":
+            return forward, backward
+        return None, lambda _=None: backward(forward())
+
+    def _gradient(self, out: Tensor) -> Tensor:
+        if not hasattr(self, "_grad"):
+            self._grad = draw(*out.shape, generator=seeded(1)).to(out)
+        return self._grad
+
+
+def measure(
+    benchmark: Any,
+    suite: Suite,
+    peer: str,
+    direction: str,
+    shape: Mapping[str, Any],
+    make_inputs: Callable[[], Inputs],
+    costs: Sequence[Cost],
+) -> None:
+    """Reports the time of one peer, if its result is right. The first one asked for times all of them, taking turns.
+
+    The test that calls this has the marker `INTERLEAVED`, by which pytest-benchmark's clock is the times taken here.
+
+    Args:
+        shape: what tells this comparison from the suite's others, for tables and curves.
+        costs: of forward and backward in the dtype that is measured.
+    """
+    skip_after_deadline()
+    if COMPILE_ONLY:
+        _compile(suite, peer, make_inputs())
+    comparison = _comparison(suite, tuple(shape.items()), make_inputs, costs)
+    if peer in comparison.problems:
+        problem = comparison.problems[peer]
+        if peer == suite.baseline or peer.startswith(OURS):
+            raise problem
+        pytest.skip(f"{peer} has no time here: {str(problem) or type(problem).__name__}")
+    if peer in suite.forward_only and direction != "forward":
+        pytest.skip(f"{peer} has no backward on this device")
+    seconds = comparison.seconds(direction)
+    error, bound = comparison.errors[peer]
+    peak, saved = comparison.memory.get(peer, (None, None))
+    report(
+        benchmark,
+        seconds,
+        peer,
+        baseline=suite.baseline,
+        group=f"{suite.name}, {', '.join(f'{key} {value}' for key, value in shape.items())}, {direction}",
+        suite=suite.name,
+        direction=direction,
+        shape=dict(shape),
+        dtype=str(DTYPE).removeprefix("torch."),
+        floor_seconds=comparison.floor(direction),
+        peak_bytes=peak,
+        saved_bytes=saved,
+        error=error,
+        bound=bound,
+        **({"not_a_graph": comparison.not_graphs[peer]} if peer in comparison.not_graphs else {}),
+    )
+
+
+def _compile(suite: Suite, peer: str, inputs: Inputs) -> None:
+    """Fills the caches of compilers on this machine's disk; what cannot run says so when it is to be measured."""
+    torch.compiler.reset()  # as before each comparison: what saw another shape is compiled for any
+    operators = [suite.operators[peer], *([suite.timed[peer]] if peer in suite.timed else [])]
+    try:
+        for operator in operators:
+            if peer not in suite.forward_only:
+                results(operator, inputs)
+            with torch.no_grad():
+                operator(**{name: value.detach() for name, value in inputs.items()})
+    except Exception as problem:
+        pytest.skip(f"does not run here: {problem}")
+    pytest.skip("compiled, and not measured: LION_BENCH_COMPILE_ONLY is set")
+
+
+_last: list[tuple[Any, Comparison]] = []
+
+
+def _comparison(suite: Suite, key: tuple, make_inputs: Callable[[], Inputs], costs: Sequence[Cost]) -> Comparison:
+    if not _last or _last[0][0] != (suite.name, key):
+        _last.clear()  # the inputs' memory is needed
+        gc.collect()
+        torch.compiler.reset()  # a shape of its own for every compiled peer, and no limit on how many it may have seen
+        comparison = Comparison(suite, make_inputs(), costs)
+        comparison.check()
+        _last.append(((suite.name, key), comparison))
+    return _last[0][1]
+
+
+def interleave(
+    calls: Mapping[str, Turn],
+    seconds: float | None = None,
+    *,
+    graphs: bool = False,
+    refused: dict[str, str] | None = None,
+) -> dict[str, list[float]]:
+    """Times of each call by rounds, in which all take turns: forwards in one round, in reverse in the next.
+
+    On a GPU by its own events, with a cold cache; elsewhere by the clock (one thread's own), as the caches are.
+
+    Args:
+        calls: by name, what is not timed (None: nothing), and what is, given what that returned.
+        seconds: how long about, there are never fewer than five rounds; None is `SECONDS` on a CPU, and as many rounds
+            as there may be on a GPU.
+        graphs: on a GPU, time CUDA graphs of the calls that can be captured.
+        refused: gets why those that cannot are timed as they are, by name.
+    """
+    if not calls:
+        return {}
+    once = 1.0
+    for _ in range(3 if DEVICE.type == "cuda" else 1):
+        start = time.perf_counter()
+        for prepare, call in calls.values():
+            call(prepare() if prepare else None)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        once = time.perf_counter() - start
+    if seconds is None:
+        seconds = math.inf if DEVICE.type == "cuda" else SECONDS
+    rounds = math.ceil(min(MAX_ROUNDS, max(MIN_ROUNDS, seconds / once)))
+    clocks = _on_gpu(calls, graphs, refused) if DEVICE.type == "cuda" else _by_clock(calls)
+    taken: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
+            taken[name].append(clocks[name]())
+    return {name: [read() for read in reads] for name, reads in taken.items()}
+
+
+def _by_clock(calls: Mapping[str, Turn]) -> dict[str, Callable[[], Callable[[], float]]]:
+    """One thread's own time, which leaves out when other processes had its core; of several threads what all waited."""
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def take(prepare: Callable[[], Any] | None, call: Callable[[Any], Any]) -> Callable[[], float]:
+        given = prepare() if prepare else None
+        start = now()
+        call(given)
+        seconds = now() - start
+        return lambda: seconds
+
+    return {name: functools.partial(take, *turn) for name, turn in calls.items()}
+
+
+def _on_gpu(
+    calls: Mapping[str, Turn], graphs: bool, refused: dict[str, str] | None
+) -> dict[str, Callable[[], Callable[[], float]]]:
+    clock, taken = Clock(DEVICE), {}
+    for name, (prepare, call) in calls.items():
+        turn = captured(prepare, call, DEVICE) if graphs else as_it_is(prepare, call, "not asked to be a graph")
+        if graphs and turn.refused and refused is not None:
+            refused[name] = turn.refused
+        taken[name] = functools.partial(clock, turn)
+    return taken
+
+
+_ticks: deque[float] = deque()
+
+
+def clock() -> float:
+    """pytest-benchmark's timer where the times were taken before: each reading is theirs."""
+    return _ticks.popleft()
+
+
+INTERLEAVED = pytest.mark.benchmark(timer=clock)
+
+
+def report(
+    benchmark: Any, seconds: Mapping[str, list[float]], peer: str, *, baseline: str, group: str, **info: Any
+) -> None:
+    """Hands one peer's times to pytest-benchmark, with `info` and its ratio to `baseline`, round by round."""
+    benchmark.group = group
+    benchmark.extra_info.update(peer=peer, **info)
+    if baseline in seconds:
+        pairs = zip(seconds[peer], seconds[baseline], strict=True)
+        ratio = quantiles([mine / other for mine, other in pairs])
+        benchmark.extra_info.update(baseline=baseline, ratio=[ratio.median, ratio.low, ratio.high])
+    replay(benchmark, seconds[peer])
+
+
+def replay(benchmark: Any, seconds: Sequence[float]) -> None:
+    """Hands times that were taken before to pytest-benchmark, whose timer is `clock`."""
+    _ticks.clear()
+    _ticks.extend(itertools.chain.from_iterable((0.0, value) for value in seconds))
+    benchmark.pedantic(lambda: None, rounds=len(seconds))
+
+
+def skip_after_deadline() -> None:
+    """A benchmark does not begin after `LION_BENCH_DEADLINE`, in seconds of `time.time()`."""
+    deadline = os.environ.get("LION_BENCH_DEADLINE")
+    if deadline is not None and time.time() > float(deadline):
+        pytest.skip("the time that was given to this run is over")
+
+
+@functools.cache
+def rates() -> Device:
+    """What this device copies and multiplies in a second, measured."""
+    if DEVICE.type == "cuda":
+        return measure_rates(DEVICE, (DTYPE,))
+    source, target = torch.ones(2**28, dtype=torch.int8), torch.ones(2**28, dtype=torch.int8)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    taken = interleave(
+        {"copy": (None, lambda _: target.copy_(source)), "product": (None, lambda _: torch.mm(a, b))}, 0.5
+    )
+    copy, product = (quantiles(taken[name]).median for name in ("copy", "product"))
+    return Device("cpu", 2 * source.nbytes / copy, {"float32": 2 * 2048**3 / product})
+
+
+def results(operator: Operator, inputs: Inputs) -> Inputs:
+    """The output, and the gradients by input, for a gradient of the output that every dtype holds."""
+    out = operator(**inputs)
+    generator = torch.Generator(out.device).manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator, device=out.device).to(torch.bfloat16).to(out)
+    wanted = [name for name, value in inputs.items() if value.requires_grad]
+    gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], grad)
+    return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def _worst(got: Inputs, exact: Inputs, bounds: Mapping[str, float]) -> tuple[float, float]:
+    errors = {name: relative_error(value, exact[name]) for name, value in got.items()}
+    for name, error in errors.items():
+        if not error <= bounds[name]:
+            raise AssertionError(f"wrong {name} (relative error {error:.1e}, allowed {bounds[name]:.1e}), so no time")
+    worst = max(errors, key=lambda name: errors[name] / bounds[name])
+    return errors[worst], bounds[worst]
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def _like_leaf(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(dtype).requires_grad_(value.requires_grad) if value.is_floating_point() else value
+
+
+def draw(*size: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """Normal values, drawn on the device by a generator of its own (`seeded`): a CPU would take long for them."""
+    return torch.randn(*size, generator=generator, device=DEVICE) * scale
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def leaf(value: Tensor) -> Tensor:
+    """`value` on the device, in the dtype that is measured, asking for its gradient."""
+    return value.to(DEVICE, DTYPE).requires_grad_()

@@ -1,7 +1,0 @@
-"""Captions, answers, places and tags of very many pictures: `docs/bulk.md`."""
-
-from lion_fast.bulk.job import BulkJob
-from lion_fast.bulk.ray import run_on_ray
-from lion_fast.bulk.running import Summary, run
-
-__all__ = ["BulkJob", "Summary", "run", "run_on_ray"]

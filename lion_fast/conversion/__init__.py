@@ -1,0 +1,1 @@
+"""Published checkpoints into directories that `from_pretrained` loads."""

@@ -1,0 +1,1 @@
+"""Answers from a trained model: loading, and bulk jobs over whole data sets."""

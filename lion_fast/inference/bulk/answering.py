@@ -1,0 +1,94 @@
+"""The models that finish the rows: LION, and RAM for tags."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lion_fast.inference.bulk.job import BulkJob
+from lion_fast.inference.bulk.outputs import Row
+from lion_fast.inference.bulk.preparing import Encode, Inputs, LionEncoder, Prepared, TaggerEncoder
+from lion_fast.inference.loading import compute_dtype, load_complete
+from lion_fast.io.boxes import parse_boxes
+from lion_fast.io.checkpoints import naming
+from lion_fast.processing_lion import LionProcessor
+from lion_fast.tagging.modeling_ram import RamTagger
+
+
+class Answerer(ABC):
+    """A model on its device.
+
+    Args:
+        job: names the model's directory.
+        device: where it computes, in `dtype_of(job, device)`.
+
+    Attributes:
+        encode: makes of pictures what the model reads; it is pickled to where that is done.
+
+    Raises:
+        ValueError: the directory holds no such model.
+    """
+
+    encode: Encode
+
+    def __init__(self, job: BulkJob, device: torch.device):
+        self.job, self.device = job, device
+
+    @torch.inference_mode()
+    def __call__(self, prepared: Prepared) -> list[Row]:
+        """The rows of a batch, finished."""
+        if prepared.inputs is not None:
+            unfinished = [row for row in prepared.rows if row["error"] is None]
+            found = self._answers(prepared.inputs, prepared.sizes)
+            for row, values in zip(unfinished, found, strict=True):
+                row.update(values)
+        return prepared.rows
+
+    @abstractmethod
+    def _answers(self, inputs: Inputs, sizes: list[tuple[int, int]]) -> list[Row]:
+        """The fields that the model fills, of every input without an error."""
+
+
+class LionAnswerer(Answerer):
+    def __init__(self, job: BulkJob, device: torch.device):
+        super().__init__(job, device)
+        directory = Path(job.model)
+        with naming(directory, "a directory with LION's processor"):
+            self.processor = LionProcessor.from_pretrained(directory)
+        self.model = load_complete(directory, compute_dtype(device)).to(device)
+        self.encode = LionEncoder(job, self.processor)
+        limits = {"num_beams": job.num_beams, "max_new_tokens": job.max_new_tokens}
+        self.limits = {name: value for name, value in limits.items() if value is not None}
+
+    def _answers(self, inputs: Inputs, sizes: list[tuple[int, int]]) -> list[Row]:
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        ids = self.model.generate(**on_device, **self.limits)
+        texts = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        if self.job.command == "locate":
+            return [{"answer": text, "boxes": parse_boxes(text, size)} for text, size in zip(texts, sizes, strict=True)]
+        return [{self.job.definition.fields[-1]: text} for text in texts]
+
+
+class TagAnswerer(Answerer):
+    def __init__(self, job: BulkJob, device: torch.device):
+        super().__init__(job, device)
+        with naming(job.model, "a directory with a RamTagger"):
+            tagger: Any = RamTagger.from_pretrained(job.model, dtype=dtype_of(job, device))
+        self.tagger = tagger.to(device)
+        self.encode = TaggerEncoder(tagger.config.vision_config.image_size)
+
+    def _answers(self, inputs: Inputs, sizes: list[tuple[int, int]]) -> list[Row]:
+        images = list(inputs["images"])
+        joined = self.tagger(images, batch_size=len(images))
+        return [{"tags": [tag for tag in tags.split(", ") if tag]} for tags in joined]
+
+
+def load_answerer(job: BulkJob, device: torch.device) -> Answerer:
+    """The model that a job's command needs."""
+    return (TagAnswerer if job.command == "tag" else LionAnswerer)(job, device)
+
+
+def dtype_of(job: BulkJob, device: torch.device) -> torch.dtype:
+    """What a job's model computes in; the tagger in float32, as for single pictures: tags hang on thresholds."""
+    return torch.float32 if job.command == "tag" else compute_dtype(device)

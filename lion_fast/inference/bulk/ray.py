@@ -1,0 +1,127 @@
+"""The same job on Ray Data: one worker per GPU keeps its model, and this process alone writes what they send."""
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from lion_fast.extras import expect
+from lion_fast.inference.bulk.answering import dtype_of, load_answerer
+from lion_fast.inference.bulk.job import BulkJob
+from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Row
+from lion_fast.inference.bulk.preparing import Prepared, Preparer
+from lion_fast.inference.bulk.running import Summary, begin, plan_batches, write_all
+from lion_fast.inference.bulk.sources import open_source
+
+_BATCHES_PER_TASK = 8
+
+
+def run_on_ray(
+    job: BulkJob,
+    *,
+    num_workers: int | None = None,
+    batch_size: int = 32,
+    threads: int = 2,
+    strict: bool = False,
+    rows_per_part: int = ROWS_PER_PART,
+) -> Summary:
+    """`run` on a Ray cluster: the one that this process is connected to, that `RAY_ADDRESS` names, or a new one here.
+
+    Input and model have to lie under the same path on every machine; the output is written here. What a kill loses is
+    what the workers have been given: at most eight batches each, and those that wait for them.
+
+    Args:
+        num_workers: models; by default one per GPU of the cluster, or one if it has none. Each has a GPU, or a CPU.
+        batch_size: inputs that go through a model together.
+        threads: that read and decode, in each worker.
+        strict, rows_per_part: see `run`.
+
+    Raises:
+        ValueError, OSError: as `run`.
+        MissingExtraError: Ray is not installed.
+    """
+    expect("ray", "ray", "ray.data")
+    import ray
+    import ray.data
+
+    for name, value in (("batch_size", batch_size), ("threads", threads), ("num_workers", num_workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}")
+    ours = not ray.is_initialized()
+    if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody unless it is asked for
+        ray.init()
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        source = open_source(job)
+        dtype = dtype_of(job, torch.device("cuda" if gpus else "cpu"))
+        output, done = begin(job, source, dtype, rows_per_part)
+        batches = plan_batches(source.lengths, done, batch_size)
+        writer = output.open(0, 1)
+        answered: Iterable[Sequence[Row]] = ()
+        if batches:
+            # Not ray.data.range, whose reading would want CPUs, which may all be the workers'.
+            dataset: Any = ray.data.from_items(
+                list(range(len(batches))), override_num_blocks=math.ceil(len(batches) / _BATCHES_PER_TASK)
+            )
+            dataset.context.enable_progress_bars = False
+            what = ray.put((job, source, batches))
+            dataset = dataset.map_batches(
+                _Worker,
+                fn_constructor_kwargs={"what": [what], "threads": threads, "folder": os.getcwd(), "on_gpu": gpus > 0},
+                batch_size=_BATCHES_PER_TASK,
+                concurrency=num_workers or max(1, gpus),
+                num_cpus=1,
+                num_gpus=1 if gpus else 0,
+            )
+            answered = _received(dataset)
+        summary = write_all(answered, writer, batches, done, label=job.command, strict=strict)
+        output.settle()
+        return summary
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+class _Worker:
+    """A model, and threads that prepare its batches ahead of it.
+
+    Args:
+        what: a reference to the job, its source and its batches.
+        folder: what relative paths start from.
+    """
+
+    def __init__(self, what: list, threads: int, folder: str, on_gpu: bool):
+        import ray
+
+        os.chdir(folder)
+        job, source, self.batches = ray.get(what[0])
+        self.answer = load_answerer(job, torch.device("cuda" if on_gpu else "cpu"))
+        self.prepare = Preparer(job, source, self.answer.encode)
+        self.threads = ThreadPoolExecutor(threads)
+        self.ahead = threads + 1
+
+    def __call__(self, places: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
+        for prepared in self._prepared(places["item"]):
+            yield {"rows": [json.dumps(self.answer(prepared))]}
+
+    def _prepared(self, places: Iterable[int]) -> Iterator[Prepared]:
+        waiting: deque[Future[Prepared]] = deque()
+        for place in places:
+            waiting.append(self.threads.submit(self.prepare, self.batches[place]))
+            if len(waiting) > self.ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _received(dataset: Any) -> Iterator[list[Row]]:
+    for block in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        for rows in block["rows"]:
+            yield json.loads(rows)

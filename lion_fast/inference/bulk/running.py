@@ -1,0 +1,239 @@
+"""Running a job: in one process, in several that `torchrun` starts, or on Ray (`lion_fast.inference.bulk.ray`)."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from lion_fast.data.loader import checked_workers, start_method
+from lion_fast.inference.bulk.answering import dtype_of, load_answerer
+from lion_fast.inference.bulk.job import BulkJob, record_settings
+from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Output, Row, Writer, open_output
+from lion_fast.inference.bulk.preparing import Prepared, Preparer
+from lion_fast.inference.bulk.sources import Source, open_source
+from lion_fast.inference.loading import default_device
+
+_BATCHES_PER_WINDOW = 32
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did; of a job on several processes, in this one.
+
+    Args:
+        rows: written by this run.
+        errors: how many of them have an error; `first_error` is one of these, with its id.
+        before: rows that were there when it began.
+        seconds: from the first batch to the last.
+    """
+
+    rows: int
+    errors: int
+    first_error: str | None
+    before: int
+    seconds: float
+
+
+def run(
+    job: BulkJob,
+    *,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    device: torch.device | None = None,
+    strict: bool = False,
+    rows_per_part: int = ROWS_PER_PART,
+) -> Summary:
+    """Do what is left of a job: all of it, or what an earlier run with the same settings has not done.
+
+    Under `torchrun` every process takes its share, and all write to one file system.
+
+    Args:
+        batch_size: inputs that go through the model together, in each process; of alike length.
+        num_workers: processes that read and decode beside each model; 0 for none. By default one fewer than the cores.
+        device: this process's GPU if there is one.
+        strict: whether an input that cannot be used is an error. Otherwise its row holds its error.
+        rows_per_part: of a file of an output as Parquet.
+
+    Raises:
+        ValueError: settings that do not fit the input or what the output was begun with; with `strict`, a bad input.
+        OSError: the input or the model is not there, or the output cannot be written.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+    num_workers = checked_workers(num_workers)
+    with process_group() as (rank, world_size):
+        device = device or default_device(int(os.environ.get("LOCAL_RANK", "0")))
+        source = open_source(job)
+        output, done = begin(job, source, dtype_of(job, device), rows_per_part)
+        batches = plan_batches(source.lengths, done, batch_size)[rank::world_size]
+        answer = load_answerer(job, device)
+        writer = output.open(rank, world_size)
+        _meet(None)
+        loader: Any = DataLoader(
+            _Batches(batches, Preparer(job, source, answer.encode)),
+            batch_size=None,
+            num_workers=num_workers if batches else 0,
+            multiprocessing_context=start_method() if num_workers and batches else None,
+            collate_fn=_as_it_is,
+            pin_memory=device.type == "cuda",
+        )
+        label = job.command if world_size == 1 else f"{job.command}, process {rank + 1} of {world_size}"
+        summary = write_all(map(answer, loader), writer, batches, done, label=label, strict=strict, show=rank == 0)
+        _meet(None)
+        if rank == 0:
+            output.settle()
+        _meet(None)
+    return summary
+
+
+def begin(job: BulkJob, source: Source, dtype: torch.dtype, rows_per_part: int) -> tuple[Output, np.ndarray]:
+    """Settle the output, record the settings or compare them, and see what is left.
+
+    Returns:
+        The output, and bool [n]: the inputs that have their row.
+    """
+    if not Path(job.model).is_dir():
+        raise ValueError(f"model: expected a directory, got {job.model}")
+    output = open_output(Path(job.out), tuple(job.row("")), rows_per_part)
+    failure = None
+    if rank_and_size()[0] == 0:
+        try:
+            output.settle()
+            record_settings(job, source.files, str(dtype).removeprefix("torch."), began=output.began())
+        except (ValueError, OSError) as error:
+            failure = str(error)
+    failure, size = _meet((failure, len(source)))
+    if failure is not None:
+        raise ValueError(failure)
+    if size != len(source):
+        raise ValueError(f"input: expected the same {size} inputs in every process, got {len(source)}")
+    ids = set(output.ids())
+    done = np.fromiter((source.id(index) in ids for index in range(len(source))), bool, len(source))
+    _meet(None)
+    return output, done
+
+
+def plan_batches(lengths: np.ndarray, done: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Positions of what is left, in batches.
+
+    The inputs are cut into windows of 32 batches; within a window they are sorted by length. What is done is taken out
+    of the batches afterwards, so an input is in the same company in every run with the same batch size.
+
+    Args:
+        lengths: int32 [n].
+        done: bool [n].
+    """
+    batches = []
+    window = batch_size * _BATCHES_PER_WINDOW
+    for start in range(0, len(lengths), window):
+        order = start + np.argsort(lengths[start : start + window], kind="stable")
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            left = batch[~done[batch]]
+            if len(left):
+                batches.append(left)
+    return batches
+
+
+def write_all(
+    answered: Iterable[Sequence[Row]],
+    writer: Writer,
+    batches: Sequence[np.ndarray],
+    done: np.ndarray,
+    *,
+    label: str,
+    strict: bool,
+    show: bool = True,
+) -> Summary:
+    """Append rows as they come, showing how far it is, and close the writer.
+
+    Args:
+        answered: the rows of one batch after another.
+        batches: what they are made of.
+        done: bool [n].
+
+    Raises:
+        ValueError: with `strict`, for a row with an error, which is not written.
+    """
+    rows, errors, first_error = 0, 0, None
+    total, before = sum(map(len, batches)), int(done.sum())
+    began = time.monotonic()
+    # Where nobody watches, a line now and then is enough.
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    progress = tqdm(
+        total=total, desc=label, unit="image", smoothing=0, mininterval=interval, maxinterval=interval, disable=not show
+    )
+    try:
+        with progress:
+            for batch in answered:
+                bad = [row for row in batch if row["error"] is not None]
+                if bad and strict:
+                    writer.append([row for row in batch if row["error"] is None])
+                    raise ValueError(_described(bad[0]))
+                writer.append(batch)
+                rows += len(batch)
+                errors += len(bad)
+                first_error = first_error or (_described(bad[0]) if bad else None)
+                progress.update(len(batch))
+    finally:
+        writer.close()
+    return Summary(rows, errors, first_error, before, time.monotonic() - began)
+
+
+def rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """Rank and number of the processes that torchrun started, joined for as long as the context lasts."""
+    joining = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if joining:
+        # At the end the quickest waits for the slowest, for as long as it takes.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield rank_and_size()
+    finally:
+        if joining:
+            dist.destroy_process_group()
+
+
+def _meet(word: Any) -> Any:
+    """Wait until all processes are here; what the first of them has to say."""
+    words = [word]
+    if rank_and_size()[1] > 1:
+        dist.broadcast_object_list(words)
+        dist.barrier()
+    return words[0]
+
+
+class _Batches(Dataset):
+    """Prepared batches, by their place in the plan."""
+
+    def __init__(self, batches: Sequence[np.ndarray], prepare: Preparer):
+        self.batches, self.prepare = batches, prepare
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, place: int) -> Prepared:
+        return self.prepare(self.batches[place])
+
+
+def _as_it_is(prepared: Any) -> Any:
+    return prepared
+
+
+def _described(row: Row) -> str:
+    return f"{row['id']}: {row['error']}"

@@ -1,0 +1,167 @@
+"""Files of JSON lines and Parquet files with a picture, or its path, in every row."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lion_fast.data.dataset import MAX_LINE_BYTES, lines_with_offsets
+from lion_fast.data.records import describe
+from lion_fast.extras import expect
+from lion_fast.inference.bulk.sources import Columns, Item, Positions, Source, printable, sized
+
+_CACHED_BYTES = 256 << 20
+
+
+class JsonlSource(Source):
+    """Lines, each a JSON object with the path of a picture; ids are `file.jsonl:17`. Blank lines are no inputs.
+
+    Raises:
+        ValueError: no line has a field that is needed.
+    """
+
+    def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]], image_root: Path | None):
+        positions, lengths = Positions(3), []
+        seen: set[str] = set()
+        for place, (_, path) in enumerate(files):
+            with path.open("rb") as file:
+                for number, (offset, line) in enumerate(lines_with_offsets(file), 1):
+                    if line is not None and not line.strip():
+                        continue
+                    positions.add(place, offset, number)
+                    try:
+                        fields = _parse(line)
+                    except ValueError:
+                        fields = {}
+                    seen |= fields.keys()
+                    lengths.append(columns.length(fields))
+        for needed in (columns.image, columns.text):
+            if needed is not None and needed not in seen:
+                raise ValueError(
+                    f"columns: expected lines with {needed!r}, got none in {files[0][0]}; "
+                    f"there are {', '.join(sorted(seen)) or 'no fields'}"
+                )
+        super().__init__(columns, lengths, sized(files))
+        self._tables, self._image_root, self._positions = files, image_root, positions.array()
+
+    def id(self, index: int) -> str:
+        place, _, number = self._positions[index]
+        return f"{printable(self._tables[place][0])}:{number}"
+
+    def __getitem__(self, index: int) -> Item:
+        place, offset, _ = self._positions[index]
+        path = self._tables[place][1]
+        with path.open("rb") as file:
+            file.seek(offset)
+            line = file.readline(MAX_LINE_BYTES)
+        fields = _parse(None if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n") else line)
+        return item_of(fields, self.columns, self._image_root or path.parent)
+
+
+class ParquetSource(Source):
+    """Rows of Parquet files; ids are `file.parquet:17`, counted from 0.
+
+    The column of pictures holds paths, the content of image files, or structs of `bytes` and `path` as in Hugging
+    Face's data sets. Row groups are read whole; those read last are kept, up to 256 MiB of them in each process.
+
+    Raises:
+        ValueError: a file cannot be read, or lacks a column.
+        MissingExtraError: pyarrow is not installed.
+    """
+
+    def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]], image_root: Path | None):
+        expect("parquet", "pyarrow")
+        import pyarrow.parquet as pq
+        from pyarrow import ArrowException
+
+        groups, lengths, start = Positions(4), [np.zeros(0, np.int32)], 0
+        for place, (_, path) in enumerate(files):
+            file_start = start
+            try:
+                with pq.ParquetFile(path) as file:
+                    names = file.schema_arrow.names
+                    for needed in (columns.image, columns.text):
+                        if needed is not None and needed not in names:
+                            raise ValueError(f"{path}: expected a column {needed!r}, got {', '.join(names)}")
+                    texts = [name for name in (columns.text, columns.tags) if name is not None and name in names]
+                    for group in range(file.num_row_groups):
+                        lengths.append(_lengths(file, group, texts, columns))
+                        groups.add(place, group, start, file_start)
+                        start += len(lengths[-1])
+            except ArrowException as error:
+                raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+        super().__init__(columns, np.concatenate(lengths), sized(files))
+        self._tables, self._image_root, self._groups = files, image_root, groups.array()
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": OrderedDict()}
+
+    def id(self, index: int) -> str:
+        place, _, _, file_start = self._groups[self._group_of(index)]
+        return f"{printable(self._tables[place][0])}:{index - file_start}"
+
+    def __getitem__(self, index: int) -> Item:
+        group = self._group_of(index)
+        place, _, start, _ = self._groups[group]
+        fields = self._read(group).slice(index - start, 1).to_pylist()[0]
+        return item_of(fields, self.columns, self._image_root or self._tables[place][1].parent)
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self._groups[:, 2], index, side="right")) - 1
+
+    def _read(self, group: int) -> Any:
+        if group not in self._cache:
+            import pyarrow.parquet as pq
+
+            place, number, _, _ = self._groups[group]
+            with pq.ParquetFile(self._tables[place][1]) as file:
+                names = {self.columns.image, self.columns.text, self.columns.tags} & set(file.schema_arrow.names)
+                self._cache[group] = file.read_row_group(int(number), columns=sorted(names))
+            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > _CACHED_BYTES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(group)
+        return self._cache[group]
+
+
+def item_of(fields: Mapping[str, Any], columns: Columns, root: Path) -> Item:
+    """The input that a row of a table holds.
+
+    Args:
+        root: what a relative path starts from.
+
+    Raises:
+        ValueError: for a row without a picture, or with text or tags of another kind.
+    """
+    image = fields.get(columns.image)
+    path = image
+    if isinstance(image, dict):
+        path = image.get("path")
+        image = path if image.get("bytes") is None else image["bytes"]
+    if not isinstance(image, str | bytes) or not image:
+        raise ValueError(f"{columns.image}: expected a picture, got {'nothing' if not image else describe(image)}")
+    name = printable(path) if isinstance(path, str) else None
+    content = image if isinstance(image, bytes) else root / image
+    return Item(content, name, columns.text_of(fields), columns.tags_of(fields))
+
+
+def _lengths(file: Any, group: int, texts: list[str], columns: Columns) -> np.ndarray:
+    if not texts:
+        return np.zeros(file.metadata.row_group(group).num_rows, np.int32)
+    rows = file.read_row_group(group, columns=texts).to_pylist()
+    return np.array([columns.length(fields) for fields in rows], np.int32)
+
+
+def _parse(line: bytes | None) -> dict[str, Any]:
+    if line is None:
+        raise ValueError(f"expected at most {MAX_LINE_BYTES} bytes in a line")
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected a JSON object, got {describe(fields)}")
+    return fields

@@ -1,0 +1,44 @@
+"""Loading a model that has to be whole, where and in what it is to compute."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from lion_fast.io.checkpoints import CheckpointError, naming
+from lion_fast.modeling_lion import LionForCausalLM
+
+
+def default_device(local_rank: int = 0) -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What LION computes in unless it is told otherwise: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_complete(directory: Path, dtype: torch.dtype) -> Any:
+    """A directory's `LionForCausalLM`, unless parameters of it would be left as random as they start.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or lacks parameters, or has them in other shapes.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is said below, in one line
+    try:
+        with naming(directory, "a checkpoint of LION that can be loaded"):
+            loaded: Any = LionForCausalLM.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    model, info = loaded
+    absent = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if absent:
+        raise CheckpointError(
+            f"{directory}: {len(absent)} tensors are missing or of another shape, such as {absent[0]}"
+        )
+    return model.eval()

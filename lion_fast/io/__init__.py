@@ -1,0 +1,1 @@
+"""Images, boxes, checkpoint files and atomic writing; imports nothing else of this package."""

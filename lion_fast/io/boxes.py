@@ -1,0 +1,173 @@
+"""Boxes: LION's text of them, their overlap, and drawing them.
+
+A box is [x1, y1, x2, y2], left, top, right and bottom edge, in the units of `image_size = (width, height)`: pixels
+where the picture's size is given, 0..1 with the default (1, 1). Sizes are those of the upright picture (`load_image`).
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from lion_fast.io.images import ImageLike, load_image
+
+_BOX_TEXT = re.compile(r"\[([0-9., ]+)\]")
+
+# Okabe and Ito's palette without black: told apart by colour-blind readers too.
+PALETTE = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66))
+
+
+def parse_boxes(text: str, image_size: tuple[float, float] = (1, 1)) -> list[list[float]]:
+    """The boxes in a model's answer, such as `Answer: [0.440,0.060,0.650,0.367]`.
+
+    Brackets of digits, dots, commas and spaces are read in order up to the first that does not hold four numbers, so an
+    answer whose first bracket is malformed has no box. Numbers are clipped to 0..1 and corners sorted, so
+    x1 <= x2 and y1 <= y2 and the box lies inside the picture; it may be empty.
+
+    Args:
+        text: the answer.
+        image_size: (width, height) of the picture; pixels give boxes in pixels.
+
+    Returns:
+        One [x1, y1, x2, y2] per box; [] where there is none.
+
+    Raises:
+        TypeError: for a text that is no string (answers are decoded one by one).
+        ValueError: for an `image_size` that is not two positive numbers.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected a string, got {type(text).__name__}")
+    width, height = _checked_size(image_size)
+    boxes = []
+    for match in _BOX_TEXT.finditer(text):
+        try:
+            numbers = [min(float(number), 1.0) for number in match[1].split(",")]
+        except ValueError:
+            break
+        if len(numbers) != 4:
+            break
+        (x1, x2), (y1, y2) = sorted(numbers[0::2]), sorted(numbers[1::2])
+        boxes.append([x1 * width, y1 * height, x2 * width, y2 * height])
+    return boxes
+
+
+def format_box(box: Sequence[float], image_size: tuple[float, float] = (1, 1)) -> str:
+    """LION's text of a box: `[x1,y1,x2,y2]`, 0..1 of width and height, three decimals, no spaces.
+
+    What reaches over the picture's edge is clipped.
+
+    Raises:
+        ValueError: for a box that is not four finite numbers with x1 <= x2 and y1 <= y2, and for an `image_size` that
+            is not two positive numbers.
+    """
+    width, height = _checked_size(image_size)
+    x1, y1, x2, y2 = _checked_box(box, "box")
+    shares = (x1 / width, y1 / height, x2 / width, y2 / height)
+    return "[" + ",".join(f"{min(max(share, 0.0), 1.0):.3f}" for share in shares) + "]"
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Area of the intersection over area of the union, 0..1; 0 where both boxes are empty.
+
+    Raises:
+        ValueError: for a box that is not four finite numbers with x1 <= x2 and y1 <= y2.
+    """
+    ax1, ay1, ax2, ay2 = _checked_box(a, "a")
+    bx1, by1, bx2, by2 = _checked_box(b, "b")
+    shared = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def draw_boxes(image: ImageLike, boxes: Sequence[Sequence[float]], labels: Sequence[str] | None = None) -> Image.Image:
+    """A copy of the picture with boxes drawn on it, each in its own colour between dark and light edges.
+
+    Args:
+        image: anything `load_image` reads.
+        boxes: [x1, y1, x2, y2] in pixels of the upright picture.
+        labels: one line of text per box, put above it, or inside it where there is no room above.
+
+    Returns:
+        RGB picture of the same size.
+
+    Raises:
+        ValueError: for boxes that are not four finite numbers with x1 <= x2 and y1 <= y2, or another number of labels
+            than of boxes.
+        TypeError: for labels that are not strings.
+    """
+    picture = load_image(image)
+    if labels is not None and len(labels) != len(boxes):
+        raise ValueError(f"labels: expected one per box ({len(boxes)}), got {len(labels)}")
+    for i, label in enumerate(labels or ()):
+        if not isinstance(label, str):
+            raise TypeError(f"labels[{i}]: expected a string, got {type(label).__name__}")
+    checked = [_checked_box(box, f"boxes[{i}]") for i, box in enumerate(boxes)]
+    colors = [PALETTE[i % len(PALETTE)] for i in range(len(boxes))]
+    stroke = max(1, round(min(picture.size) / 160))
+    draw = ImageDraw.Draw(picture)
+    # Far outside the picture nothing shows, and Pillow's coordinates overflow.
+    limits = [side + 8 * stroke for side in picture.size * 2]
+    checked = [tuple(min(max(v, -m), m) for v, m in zip(box, limits, strict=True)) for box in checked]
+    for box, color in zip(checked, colors, strict=True):
+        _draw_outline(draw, box, color, stroke)
+    # Labels come last, so that no later box strikes through an earlier label.
+    for box, color, label in zip(checked, colors, labels or (), strict=labels is not None):
+        _draw_label(draw, box, color, label, stroke)
+    return picture
+
+
+def _draw_outline(draw: ImageDraw.ImageDraw, box: tuple[float, ...], color: tuple[int, int, int], stroke: int) -> None:
+    # A dark line outside and a light one inside: one of them stands out from whatever lies beneath.
+    edge = max(1, stroke // 2)
+    x1, y1, x2, y2 = (round(value) for value in box)
+    for inset, width, ink in (
+        (-edge, edge, (0, 0, 0)),
+        (0, stroke, color),
+        (stroke, edge, (255, 255, 255)),
+    ):
+        if x2 - x1 > 2 * inset and y2 - y1 > 2 * inset:
+            draw.rectangle((x1 + inset, y1 + inset, x2 - 1 - inset, y2 - 1 - inset), outline=ink, width=width)
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw, box: tuple[float, ...], color: tuple[int, int, int], label: str, stroke: int
+) -> None:
+    width, height = draw.im.size
+    font = ImageFont.load_default(max(10, round(min(width, height) / 28)))
+    padding = stroke + 1
+    left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+    plate_width, plate_height = right - left + 2 * padding, bottom - top + 2 * padding
+    x = max(0, min(round(box[0]), math.floor(width - plate_width)))
+    above = round(box[1]) - plate_height
+    y = above if above >= 0 else max(0, min(round(box[1]), math.floor(height - plate_height)))
+    draw.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=color, outline=(0, 0, 0))
+    luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    draw.text(
+        (x + padding - left, y + padding - top), label, fill=(0, 0, 0) if luma > 110 else (255, 255, 255), font=font
+    )
+
+
+def _checked_size(image_size: tuple[float, float]) -> tuple[float, float]:
+    size = _numbers(image_size, 2)
+    if size is None or min(size) <= 0:
+        raise ValueError(f"image_size: expected (width, height), both positive, got {image_size}")
+    width, height = size
+    return width, height
+
+
+def _checked_box(box: Sequence[float], name: str) -> tuple[float, float, float, float]:
+    numbers = _numbers(box, 4)
+    if numbers is None or numbers[0] > numbers[2] or numbers[1] > numbers[3]:
+        raise ValueError(f"{name}: expected four numbers x1 <= x2, y1 <= y2, got {box}")
+    x1, y1, x2, y2 = numbers
+    return x1, y1, x2, y2
+
+
+def _numbers(values: Sequence[float], count: int) -> list[float] | None:
+    """`values` as `count` finite numbers, or None where they are anything else."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None

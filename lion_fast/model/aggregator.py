@@ -1,0 +1,145 @@
+"""The vision aggregator (LION, section 3.2): fuses several layers of the vision tower, coarse to fine.
+
+h = block_1(block_0(V_last; V_mid); V_low), where a block is self-attention, cross-attention to one feature map, and a
+feed-forward, each followed by bias, dropout, residual and LayerNorm as in BERT. Nothing is masked.
+"""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lion_fast.configuration_lion import LionAggregatorConfig
+from lion_fast.model.attention import attend
+
+
+class LionAggregatorProjections(nn.Module):
+    """Query from the hidden states, key and value from `context`."""
+
+    def __init__(self, config: LionAggregatorConfig):
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+        query, key, value = (
+            projected.unflatten(-1, (self.num_heads, -1))
+            for projected in (self.query(hidden_states), self.key(context), self.value(context))
+        )
+        return attend(self, query, key, value, self.dropout if self.training else 0.0)
+
+
+class ZeroInitLinear(nn.Linear):
+    """A linear layer whose weight starts at zero: a new block passes its input through."""
+
+
+class LionAggregatorOutput(nn.Module):
+    """LayerNorm(residual + dropout(dense(x)))."""
+
+    def __init__(self, config: LionAggregatorConfig, in_features: int):
+        super().__init__()
+        self.dense = ZeroInitLinear(in_features, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(hidden_states)))
+
+
+class LionAggregatorAttention(nn.Module):
+    def __init__(self, config: LionAggregatorConfig):
+        super().__init__()
+        self.self = LionAggregatorProjections(config)
+        self.output = LionAggregatorOutput(config, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+        return self.output(self.self(hidden_states, context), hidden_states)
+
+
+class LionAggregatorIntermediate(nn.Module):
+    def __init__(self, config: LionAggregatorConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden_states))
+
+
+class LionAggregatorBlock(GradientCheckpointingLayer):
+    def __init__(self, config: LionAggregatorConfig):
+        super().__init__()
+        self.attention = LionAggregatorAttention(config)
+        self.crossattention = LionAggregatorAttention(config)
+        self.intermediate = LionAggregatorIntermediate(config)
+        self.output = LionAggregatorOutput(config, config.intermediate_size)
+
+    def forward(self, hidden_states: Tensor, feature_map: Tensor) -> Tensor:
+        hidden_states = self.attention(hidden_states, hidden_states)
+        hidden_states = self.crossattention(hidden_states, feature_map)
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+class LionAggregator(PreTrainedModel):
+    """One block per feature map after the first."""
+
+    config: LionAggregatorConfig
+    config_class = LionAggregatorConfig
+    base_model_prefix = "aggregator"
+    main_input_name = "feature_maps"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar[list[str]] = ["LionAggregatorBlock"]
+
+    def __init__(self, config: LionAggregatorConfig):
+        super().__init__(config)
+        self.blocks = nn.ModuleList([LionAggregatorBlock(config) for _ in config.feature_layers[1:]])
+        self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroInitLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def forward(self, feature_maps: Tensor) -> Tensor:
+        """Fuse the feature maps.
+
+        Args:
+            feature_maps: [B, S, N, hidden_size], S = number of `feature_layers`; the first is where the
+                hidden states start.
+
+        Returns:
+            [B, N, hidden_size].
+
+        Raises:
+            ValueError: S is not the configuration's.
+        """
+        if feature_maps.shape[1] != 1 + len(self.blocks):
+            raise ValueError(
+                f"feature_maps: expected [B, {1 + len(self.blocks)}, N, {self.config.hidden_size}], "
+                f"got {list(feature_maps.shape)}"
+            )
+        hidden_states = feature_maps[:, 0]
+        for block, feature_map in zip(self.blocks, feature_maps[:, 1:].unbind(1), strict=True):
+            hidden_states = block(hidden_states, feature_map)
+        return hidden_states

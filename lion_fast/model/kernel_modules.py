@@ -1,0 +1,228 @@
+"""The modules that LION is made of, with a forward on lion_kernels.
+
+`run_on_kernels` gives the modules of one model the classes below, in place: parameters and their names stay. Such a
+class has two forwards, its own on the kernels and that of the class it takes the place of, which runs wherever
+`kernel_backend` resolves to PyTorch. So a model on PyTorch computes what it would without any of this.
+
+Parameters are read in the call of the module that has them: sharding and offloading bring them for it.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
+from transformers.models.instructblip.modeling_instructblip import (
+    InstructBlipQFormerOutput,
+    InstructBlipQFormerSelfOutput,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
+
+from lion_fast.model.aggregator import LionAggregatorOutput
+from lion_fast.model.attention import are_last, attends_on_kernels, on_kernels
+from lion_kernels import assemble_inputs, gated_gelu, residual_layer_norm, rms_norm
+
+
+class OnKernels:
+    """A module whose forward is `kernel_forward` on the kernels, and the replaced class's elsewhere."""
+
+    operators: ClassVar[str]  # of lion_kernels, that it calls
+    kernel_backend: str
+    kernel_forward: Callable[..., Tensor]
+
+    def takes(self, hidden_states: Tensor) -> bool:
+        """Whether the kernel's mathematics are the replaced class's for this input."""
+        return True
+
+    def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
+        if on_kernels(self.kernel_backend, hidden_states.device) and self.takes(hidden_states):
+            return self.kernel_forward(hidden_states, *args)
+        return super().forward(hidden_states, *args)  # type: ignore[misc]
+
+
+class RMSNormOnKernels(OnKernels):
+    operators = "rms_norm"
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def kernel_forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, backend=self.kernel_backend)
+
+
+class LionT5LayerNorm(RMSNormOnKernels, T5LayerNorm):
+    pass
+
+
+class DecoderRMSNormOnKernels(RMSNormOnKernels):
+    def takes(self, hidden_states: Tensor) -> bool:
+        # These families round to the input's dtype, where T5 and the kernel round to the weight's.
+        return hidden_states.dtype == self.weight.dtype
+
+
+class LionLlamaRMSNorm(DecoderRMSNormOnKernels, LlamaRMSNorm):
+    pass
+
+
+class LionQwen2RMSNorm(DecoderRMSNormOnKernels, Qwen2RMSNorm):
+    pass
+
+
+class LionQwen3RMSNorm(DecoderRMSNormOnKernels, Qwen3RMSNorm):
+    pass
+
+
+class GatedGeluOnKernels(OnKernels):
+    """T5's gated feed-forward with the exact GELU, which is LION's."""
+
+    operators = "gated_gelu"
+    wi_0: nn.Module
+    wi_1: nn.Module
+    dropout: nn.Module
+    wo: Any
+
+    def kernel_forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up = self.wi_0(hidden_states), self.wi_1(hidden_states)
+        hidden_states = self.dropout(gated_gelu(gate, up, backend=self.kernel_backend))
+        weight = self.wo.weight  # in float32 where the rest is in half precision, where it would overflow
+        if isinstance(weight, Tensor) and weight.dtype != torch.int8:
+            hidden_states = hidden_states.to(weight.dtype)
+        return self.wo(hidden_states)
+
+
+class LionT5DenseGatedActDense(GatedGeluOnKernels, T5DenseGatedActDense):
+    pass
+
+
+class ResidualLayerNorm(nn.LayerNorm):
+    """LayerNorm(dropout(x) + residual) in one call."""
+
+    kernel_backend: str
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+        if residual is None:
+            return super().forward(input)
+        backend = self.kernel_backend
+        return residual_layer_norm(
+            input, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, backend=backend
+        )
+
+
+class ResidualOutputOnKernels(OnKernels):
+    """LayerNorm(dropout(dense(x)) + residual), as BERT ends its sublayers."""
+
+    operators = "residual_layer_norm"
+    dense: nn.Module
+    dropout: nn.Dropout
+    LayerNorm: nn.Module
+    training: bool
+
+    def kernel_forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        dropout_p = self.dropout.p if self.training else 0.0
+        return self.LayerNorm(self.dense(hidden_states), residual, dropout_p)
+
+
+class LionQFormerSelfOutput(ResidualOutputOnKernels, InstructBlipQFormerSelfOutput):
+    pass
+
+
+class LionQFormerOutput(ResidualOutputOnKernels, InstructBlipQFormerOutput):
+    pass
+
+
+class LionAggregatorOutputOnKernels(ResidualOutputOnKernels, LionAggregatorOutput):
+    pass
+
+
+class LionT5Attention(T5Attention):
+    """T5's attention that hands the kernels the table of biases, not the biases of all pairs.
+
+    With a static cache sdpa computes the decoder's self-attention: the kernels' queries are the last positions.
+    """
+
+    operators = "relative_bias_attention, multi_scale_attention"
+    kernel_backend: str
+
+    def compute_bias(self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0) -> Tensor:
+        table = self.relative_attention_bias
+        on_table = attends_on_kernels(self.config, device or table.weight.device)
+        if not on_table or not are_last(past_seen_tokens, query_length, key_length):
+            return super().compute_bias(query_length, key_length, device, past_seen_tokens)
+        return table(torch.arange(self.relative_attention_num_buckets, device=device))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if key_value_states is not None and attends_on_kernels(self.config, hidden_states.device):
+            position_bias = hidden_states.new_empty(0)  # transformers would make zeros [1, H, L, Lk]
+        return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
+
+
+class PrefixEmbedding(nn.Embedding):
+    """The language model's embedding, with the prefix before the text and the soft prompt in its place."""
+
+    operators = "assemble_inputs"
+    kernel_backend: str
+
+    @property
+    def assembles(self) -> bool:
+        """Whether it may be called with a prefix: the operator would teach the row for padding, too."""
+        return self.padding_idx is None or not (torch.is_grad_enabled() and self.weight.requires_grad)
+
+    def forward(
+        self,
+        input: Tensor,
+        prefix: Tensor | None = None,
+        soft_prompt: Tensor | None = None,
+        soft_prompt_id: int | None = None,
+    ) -> Tensor:
+        if prefix is None or soft_prompt is None or soft_prompt_id is None:
+            return super().forward(input)
+        prefix, soft_prompt, input = (x.to(self.weight.device) for x in (prefix, soft_prompt, input))
+        return assemble_inputs(prefix, input, self.weight, soft_prompt, soft_prompt_id, backend=self.kernel_backend)
+
+
+ON_KERNELS: dict[type[nn.Module], Any] = {
+    T5LayerNorm: LionT5LayerNorm,
+    LlamaRMSNorm: LionLlamaRMSNorm,
+    Qwen2RMSNorm: LionQwen2RMSNorm,
+    Qwen3RMSNorm: LionQwen3RMSNorm,
+    T5DenseGatedActDense: LionT5DenseGatedActDense,
+    InstructBlipQFormerSelfOutput: LionQFormerSelfOutput,
+    InstructBlipQFormerOutput: LionQFormerOutput,
+    LionAggregatorOutput: LionAggregatorOutputOnKernels,
+    T5Attention: LionT5Attention,
+}
+
+
+def run_on_kernels(model: PreTrainedModel, kernel_backend: str) -> None:
+    """Let the modules of `model` compute with lion_kernels, in place, wherever `kernel_backend` resolves to Triton.
+
+    Left to transformers is what the kernels do not compute: other activations than the exact GELU, and an embedding
+    that has another class than `nn.Embedding`.
+    """
+    for module in model.modules():
+        inexact = isinstance(module, T5DenseGatedActDense) and not isinstance(module.act, GELUActivation)
+        if type(module) in ON_KERNELS and not inexact:
+            become(ON_KERNELS[type(module)], module, kernel_backend)
+        if isinstance(module, ResidualOutputOnKernels):
+            become(ResidualLayerNorm, module.LayerNorm, kernel_backend)
+    embedding = model.get_input_embeddings()
+    if type(embedding) is nn.Embedding:
+        become(PrefixEmbedding, embedding, kernel_backend)
+
+
+def become(kind: Any, module: Any, kernel_backend: str) -> None:
+    """Give `module` the class `kind`, whose forward runs on the kernels where `kernel_backend` says so."""
+    module.__class__ = kind
+    module.kernel_backend = kernel_backend

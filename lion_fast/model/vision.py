@@ -1,0 +1,174 @@
+"""The frozen vision tower: EVA-g's ViT, with LION's parameter names and no final norm."""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lion_fast.configuration_lion import LionVisionConfig
+from lion_fast.model.attention import attend
+
+
+class FusedProjection(nn.Linear):
+    """Query, key and value in one product. Their bias comes with the call: keys have none.
+
+    Called like any linear layer, it works where its weight is offloaded or has LoRA beside it.
+    """
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
+class LionVisionAttention(nn.Module):
+    def __init__(self, config: LionVisionConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.is_causal = False
+        self.qkv = FusedProjection(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.v_bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # keys have none
+        if isinstance(getattr(self.qkv, "base_layer", self.qkv), FusedProjection):  # LoRA has it as its base
+            qkv = self.qkv(hidden_states, bias)
+        else:
+            qkv = self.qkv(hidden_states) + bias  # a quantized layer stands in its place
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, Dh] each
+        return self.proj(attend(self, query, key, value))
+
+
+class LionVisionMLP(nn.Module):
+    def __init__(self, config: LionVisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states)))
+
+
+class LionVisionBlock(GradientCheckpointingLayer):
+    def __init__(self, config: LionVisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = LionVisionAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LionVisionMLP(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class LionPatchEmbedding(nn.Module):
+    def __init__(self, config: LionVisionConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)
+
+
+class LionVisionModel(PreTrainedModel):
+    """ViT whose block outputs are what LION reads; there is no norm after the last block."""
+
+    config: LionVisionConfig
+    config_class = LionVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar[list[str]] = ["LionVisionBlock"]
+
+    def __init__(self, config: LionVisionConfig):
+        super().__init__(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.hidden_size))
+        self.patch_embed = LionPatchEmbedding(config)
+        self.blocks = nn.ModuleList([LionVisionBlock(config) for _ in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, LionVisionAttention):
+            init.zeros_(module.q_bias)
+            init.zeros_(module.v_bias)
+        elif isinstance(module, LionVisionModel):
+            init.normal_(module.cls_token, std=std)
+            init.normal_(module.pos_embed, std=std)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Read images of another size from now on: the patches' positions are interpolated (bicubic).
+
+        Args:
+            image_size: pixels along each side, a multiple of the patch size.
+
+        Raises:
+            ValueError: it is no multiple of the patch size.
+        """
+        patch_size = self.config.patch_size
+        if image_size < patch_size or image_size % patch_size:
+            raise ValueError(f"image_size: expected a multiple of patch_size {patch_size}, got {image_size}")
+        positions = interpolate_positions(self.pos_embed.detach(), image_size // patch_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+        self.config.image_size = image_size
+
+    def forward(self, pixel_values: Tensor, layers: Iterable[int] | None = None) -> Tensor:
+        """Outputs of the blocks `layers`, in their order.
+
+        Args:
+            pixel_values: [B, 3, image_size, image_size], normalised.
+            layers: 0-based blocks; the last one if None. Blocks after the highest are not run.
+
+        Returns:
+            [B, S, N, hidden_size], S = number of `layers`, N = 1 + number of patches.
+
+        Raises:
+            ValueError: the pixels' shape is not the configuration's.
+        """
+        channels, size = self.config.num_channels, self.config.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (channels, size, size):
+            raise ValueError(f"pixel_values: expected [B, {channels}, {size}, {size}], got {list(pixel_values.shape)}")
+        layers = [len(self.blocks) - 1] if layers is None else list(layers)
+        patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
+        class_token = self.cls_token.expand(patches.shape[0], -1, -1)
+        hidden_states = torch.cat([class_token, patches], dim=1) + self.pos_embed
+        outputs = {}
+        for index, block in enumerate(self.blocks[: max(layers) + 1]):
+            hidden_states = block(hidden_states)
+            if index in layers:
+                outputs[index] = hidden_states
+        return torch.stack([outputs[index] for index in layers], dim=1)
+
+
+def interpolate_positions(pos_embed: Tensor, grid: int) -> Tensor:
+    """Positions [1, 1 + g * g, D] for `grid` x `grid` patches: bicubic in float32, the class token's kept."""
+    class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    old_grid = round(patches.shape[1] ** 0.5)
+    square = patches.unflatten(1, (old_grid, old_grid)).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([class_token, resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

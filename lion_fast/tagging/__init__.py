@@ -1,0 +1,1 @@
+"""Taggers, whose tags go into the prompt: RAM, and zero-shot with any CLIP-like model."""

@@ -1,0 +1,325 @@
+"""The RAM image tagger (Recognize Anything, arXiv 2306.03514): which of a fixed list of tags a picture shows.
+
+A Swin encoder gives image tokens; each tag's text embedding queries them in a head of cross-attention and feed-forward
+blocks; one logit per tag is held against that tag's own threshold.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import compress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel, SwinModel
+from transformers import initialization as init
+from transformers.utils.hub import cached_file
+
+from lion_fast.io.checkpoints import CheckpointError
+from lion_fast.io.images import ImageLike, load_batches, load_images
+from lion_fast.model.attention import attend
+from lion_fast.tagging.configuration_ram import RamConfig
+
+TAG_LIST_FILE = "tag_list.txt"
+TAG_THRESHOLDS_FILE = "tag_thresholds.txt"
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# On a CPU, without gradients: what the layers hold of so many tags stays in the cache; of all tags it is more memory
+# than the rest of the tagger takes.
+_TAGS_AT_A_TIME = 512
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class RamTagLayer(nn.Module):
+    """Cross-attention to the image and a feed-forward, each followed by residual and LayerNorm as in BERT."""
+
+    def __init__(self, config: RamConfig):
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        self.num_heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.projection_size, config.hidden_size)
+        self.value = nn.Linear(config.projection_size, config.hidden_size)
+        self.attention_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def keys_and_values(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """image_tokens [B, N, projection_size] -> what every tag attends, both [B, N, H, Dh]."""
+        projected = self.key(image_tokens), self.value(image_tokens)
+        key, value = (states.unflatten(-1, (self.num_heads, -1)) for states in projected)
+        return key, value
+
+    def forward(self, hidden_states: Tensor, key: Tensor, value: Tensor, query: Tensor | None = None) -> Tensor:
+        """One block.
+
+        Args:
+            hidden_states: [1 or B, T, hidden_size], of all tags or of some: no tag sees another.
+            key, value: [B, N, H, Dh] from `keys_and_values`.
+            query: `self.query(hidden_states)` where it is known already.
+
+        Returns:
+            [B, T, hidden_size].
+        """
+        projected = self.query(hidden_states) if query is None else query
+        queries = projected.expand(len(key), -1, -1).unflatten(-1, (self.num_heads, -1))
+        attended = attend(self, queries, key, value, dropout=self.attention_dropout if self.training else 0.0)
+        hidden_states = self.attention_norm(hidden_states + self.dropout(self.attention_proj(attended)))
+        return self.ffn_norm(hidden_states + self.dropout(self.down_proj(F.gelu(self.up_proj(hidden_states)))))
+
+
+class RamTagHead(nn.Module):
+    """One logit per tag from image tokens.
+
+    The hidden states that the tags start with and the first block's queries depend on weights alone. Without gradients
+    they are computed once and kept for as long as the weights they come from are the same. Only values written in place
+    through `parameter.data`, which PyTorch does not count as a change, go unnoticed until the next call with gradients.
+    """
+
+    def __init__(self, config: RamConfig):
+        super().__init__()
+        self.label_embed = nn.Parameter(torch.zeros(config.num_tags, config.label_size))
+        self.wordvec_proj = nn.Linear(config.label_size, config.hidden_size)
+        self.layers = nn.ModuleList([RamTagLayer(config) for _ in range(config.num_hidden_layers)])
+        self.fc = nn.Linear(config.hidden_size, 1)
+        self._start: tuple[object, tuple[Tensor, Tensor]] | None = None
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        """image_tokens: [B, N, projection_size] -> logits [B, num_tags]."""
+        hidden_states, query = self._starting_states(image_tokens.device.type)
+        layers: list[Any] = list(self.layers)
+        images = [layer.keys_and_values(image_tokens) for layer in layers]
+        in_parts = image_tokens.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        size = _TAGS_AT_A_TIME if in_parts else hidden_states.shape[1]
+        parts = zip(hidden_states.split(size, dim=1), query.split(size, dim=1), strict=True)
+        return torch.cat([self._logits(*part, images) for part in parts], dim=1)
+
+    def _logits(self, hidden_states: Tensor, query: Tensor | None, images: list[tuple[Tensor, Tensor]]) -> Tensor:
+        for layer, (key, value) in zip(self.layers, images, strict=True):
+            hidden_states = layer(hidden_states, key, value, query)
+            query = None
+        return self.fc(hidden_states).squeeze(-1)
+
+    def _starting_states(self, device_type: str) -> tuple[Tensor, Tensor]:
+        """Hidden states and first queries, both [1, num_tags, hidden_size]."""
+        first_query = self.get_submodule("layers.0.query")
+        sources = [self.label_embed, *self.wordvec_proj.parameters(), *first_query.parameters()]
+        constant = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if not constant or any(source.is_inference() for source in sources):
+            self._start = None  # an optimizer may be about to write the weights, or nothing tells whether they changed
+            return self._project_labels(first_query)
+        autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        key = (autocast_dtype, [(source.data_ptr(), source._version) for source in sources])
+        start = self._start
+        if start is None or start[0] != key:
+            start = self._start = (key, self._project_labels(first_query))
+        return start[1]
+
+    def _project_labels(self, first_query: nn.Module) -> tuple[Tensor, Tensor]:
+        hidden_states = F.relu(self.wordvec_proj(self.label_embed)).unsqueeze(0)
+        return hidden_states, first_query(hidden_states)
+
+    def _apply(self, *args, **kwargs):
+        # A move to another device or dtype and back can put other values at the old address.
+        self._start = None
+        return super()._apply(*args, **kwargs)
+
+
+class RamTagger(PreTrainedModel):
+    """Tags pictures; calling it gives one string per picture.
+
+    Example:
+        >>> tagger = RamTagger.from_pretrained("lion-flan-t5-xl/ram")
+        >>> tagger(["street.jpg"])
+        ["dog, cart, man"]
+
+    Args:
+        config: its configuration.
+        tags: names, one per row of `label_embed`; `from_pretrained` reads them from `tag_list.txt`.
+        tag_thresholds: probability, 0 to 1, above which a tag is given; from `tag_thresholds.txt`.
+
+    Raises:
+        ValueError: `tags` or `tag_thresholds` are not `config.num_tags` many.
+    """
+
+    config: RamConfig
+    config_class = RamConfig
+    base_model_prefix = "ram"
+    main_input_name = "images"
+    input_modalities = "image"
+    _supports_sdpa = True
+    _no_split_modules: ClassVar[list[str]] = ["SwinStage", "RamTagLayer"]
+
+    def __init__(
+        self, config: RamConfig, tags: Sequence[str] | None = None, tag_thresholds: Sequence[float] | None = None
+    ):
+        super().__init__(config)
+        for name, values in (("tags", tags), ("tag_thresholds", tag_thresholds)):
+            if values is not None and len(values) != config.num_tags:
+                raise ValueError(f"{name}: expected {config.num_tags} (config.num_tags), got {len(values)}")
+        self.tags = tags
+        self.tag_thresholds = tag_thresholds
+        self.vision_model = SwinModel(config.vision_config)
+        self.image_proj = nn.Linear(config.vision_config.hidden_size, config.projection_size)
+        self.tag_head = RamTagHead(config)
+        self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RamTagHead):
+            init.normal_(module.label_embed, std=std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
+        """As of every transformers model; the tags and thresholds are read from their files beside the weights.
+
+        Raises:
+            CheckpointError: a file of tags or thresholds that cannot be read as such.
+            OSError: no such file.
+            ValueError: more or fewer tags or thresholds than the model has.
+        """
+        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        tags = read_tags(str(cached_file(pretrained_model_name_or_path, TAG_LIST_FILE, **options)))
+        thresholds = read_thresholds(str(cached_file(pretrained_model_name_or_path, TAG_THRESHOLDS_FILE, **options)))
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *args, tags=tags, tag_thresholds=thresholds, **kwargs
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As of every transformers model, with the tags and thresholds as files beside the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.tags is not None and self.tag_thresholds is not None:
+            for name, values in ((TAG_LIST_FILE, self.tags), (TAG_THRESHOLDS_FILE, self.tag_thresholds)):
+                text = "".join(f"{value}\n" for value in values)
+                (Path(save_directory) / name).write_text(text, encoding="utf-8")
+
+    @torch.no_grad()
+    def forward(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 8) -> list[str]:
+        """Tags of each picture, in the list's order and joined by ", ". Dropout is off, whatever the mode.
+
+        Args:
+            images: one picture or a sequence of them: paths, PIL images, or what else `load_image` takes. Files are
+                opened batch by batch.
+            batch_size: pictures that go through the network together.
+
+        Raises:
+            FileNotFoundError, TypeError: as `load_image`.
+            ValueError: as `load_image`; also for a model without tags and thresholds, or a `batch_size` below 1.
+        """
+        tags, tag_thresholds = self.tags, self.tag_thresholds
+        if tags is None or tag_thresholds is None:
+            raise ValueError("tags, tag_thresholds: expected both when the model was made, got none")
+        thresholds = torch.tensor(tag_thresholds)
+        strings = []
+        with _evaluating(self):
+            for pictures in load_batches(images, batch_size):
+                probabilities = self.logits(self._to_pixels(pictures)).float().sigmoid().cpu()
+                strings += [", ".join(compress(tags, shown)) for shown in (probabilities > thresholds).tolist()]
+        return strings
+
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Pictures as float32 pixels [B, 3, image_size, image_size] on the model's device.
+
+        Each is squashed to a square (bilinear) and normalised by ImageNet's mean and standard deviation.
+        """
+        return self._to_pixels(load_images(images))
+
+    def _to_pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        size = self.config.vision_config.image_size
+        squashed = [np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
+        pixels = torch.from_numpy(np.stack(squashed)).to(self.device).movedim(-1, 1).float() / 255
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return (pixels - mean) / std
+
+    def logits(self, pixel_values: Tensor) -> Tensor:
+        """One logit per picture and tag, differentiable.
+
+        Args:
+            pixel_values: [B, 3, image_size, image_size], normalised as by `preprocess`.
+
+        Returns:
+            [B, num_tags], in the model's dtype.
+
+        Raises:
+            ValueError: the pixels' shape is not the configuration's.
+        """
+        size = self.config.vision_config.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(f"pixel_values: expected [B, 3, {size}, {size}], got {list(pixel_values.shape)}")
+        features = self.vision_model(pixel_values.to(self.dtype))
+        tokens = torch.cat([features.pooler_output.unsqueeze(1), features.last_hidden_state], dim=1)
+        return self.tag_head(self.image_proj(tokens))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def read_tags(path: str | os.PathLike) -> list[str]:
+    """Tags from a UTF-8 file with one per line.
+
+    Raises:
+        CheckpointError: no such file, not UTF-8, or a blank line before the last tag.
+    """
+    tags = _read_lines(path)
+    for number, tag in enumerate(tags, 1):
+        if not tag:
+            raise CheckpointError(f"{path}, line {number}: expected a tag, got a blank line")
+    return tags
+
+
+def read_thresholds(path: str | os.PathLike) -> list[float]:
+    """Thresholds from a file with one number in 0..1 per line.
+
+    Raises:
+        CheckpointError: no such file, not UTF-8, or a line that is no such number.
+    """
+    thresholds = []
+    for number, line in enumerate(_read_lines(path), 1):
+        try:
+            threshold = float(line)
+        except ValueError:
+            threshold = float("nan")
+        if not 0 <= threshold <= 1:
+            raise CheckpointError(f"{path}, line {number}: expected a number in 0..1, got {line!r}")
+        thresholds.append(threshold)
+    return thresholds
+
+
+def _read_lines(path: str | os.PathLike) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a readable text file ({error})") from error
+    return [line.strip() for line in text.rstrip().splitlines()]
