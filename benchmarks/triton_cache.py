@@ -235,7 +235,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     stand_ins = {
         "interpreting": lambda: True,  # on a CPU nothing else launches
         "refuse_uninterpretable": lambda **_: None,
-        "can_read": lambda ids: False,
+        "values_on_host": lambda ids: False,
         "partial_sums": lambda tiles, warps, device, **more: partial_sums(tiles, warps, torch.device("cuda"), **more),
     }
     stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Hopper()))

@@ -7,7 +7,7 @@ class MissingExtraError(ImportError):
     """A package that an extra brings is not installed; the message says how to install it."""
 
 
-def expect(extra: str, *packages: str) -> None:
+def require(extra: str, *packages: str) -> None:
     """See that what is about to be imported is there.
 
     Args:

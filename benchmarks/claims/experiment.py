@@ -16,7 +16,7 @@ import torch
 from benchmarks.claims.arms import ARMS, BLUR, IMAGE_KINDS, TRAINED_WRONG, WRONG_RATES, Arm, accuracy_name, tell_tags
 from benchmarks.claims.reading import teach_tags
 from benchmarks.claims.report import MAX_SEEDS, write_report
-from lion_fast.extras import expect
+from lion_fast.extras import require
 from lion_fast.io.atomic import whole_or_not
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
@@ -74,7 +74,7 @@ def run(
         OSError: there is no checkpoint.
         MissingExtraError: matplotlib is not installed.
     """
-    expect("quickstart", "matplotlib")  # which draws when all is trained
+    require("quickstart", "matplotlib")  # which draws when all is trained
     if len(set(seeds)) != len(seeds) or not 2 <= len(seeds) <= MAX_SEEDS:
         raise ValueError(f"seeds: expected 2 to {MAX_SEEDS} different ones, got {list(seeds)}")
     output_dir, say = Path(output_dir), print if show else _silence

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.harness import scaling
 from benchmarks.harness.headline import SUITE
 from benchmarks.harness.results import Entry, Run
-from lion_fast.extras import expect
+from lion_fast.extras import require
 
 _COLORS = {"ours": "#0b6e4f", "eager": "#b23a48", "original": "#b23a48", "floor": "#6c757d"}
 DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -50,7 +50,7 @@ def draw_model(folder: Path) -> Path:
 
 
 def _save(file: Path, chart: Callable[[Any, Any], bool], run: Run | Sequence[Run] | None) -> Path | None:
-    expect("quickstart", "matplotlib")
+    require("quickstart", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

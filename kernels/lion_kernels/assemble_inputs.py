@@ -18,16 +18,16 @@ from torch import Tensor
 from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import (
     LAUNCH,
-    can_read,
     interpreting,
+    needs_dispatch,
     on_device,
     refuse_uninterpretable,
-    through_op,
     tl,
     triton,
+    values_on_host,
 )
 from lion_kernels.core.cost import Cost
-from lion_kernels.core.rowwise import last_contiguous, partial_sums, row_spec, takes
+from lion_kernels.core.rowwise import is_supported, last_contiguous, partial_sums, row_spec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
 SUM_TILE = {"BT": 32, "BD": 128, "num_warps": 4}  # of ids and channels in the sum over the soft prompt's places
@@ -272,9 +272,9 @@ def assemble_inputs(
     _check(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
     arguments = (prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
     floating: dict[str, Tensor | None] = {"prefix": prefix, "embedding": embedding, "soft_prompt": soft_prompt}
-    if not takes("assemble_inputs", backend, floating):
+    if not is_supported("assemble_inputs", backend, floating):
         return _plain(*arguments)
-    return _assemble_inputs(*arguments) if through_op(*floating.values()) else launch_forward(*arguments)
+    return _assemble_inputs(*arguments) if needs_dispatch(*floating.values()) else launch_forward(*arguments)
 
 
 def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> None:
@@ -299,7 +299,7 @@ def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Te
     for name, tensor in (("prefix", prefix), ("input_ids", input_ids), ("soft_prompt", soft_prompt)):
         if tensor.device != embedding.device:
             raise ValueError(f"{name}: expected device {embedding.device} (from embedding), got {tensor.device}")
-    if can_read(input_ids):
+    if values_on_host(input_ids):
         strange = (input_ids != soft_prompt_id) & ((input_ids < 0) | (input_ids >= vocabulary))
         if strange.any():
             ids = input_ids[strange].unique().tolist()

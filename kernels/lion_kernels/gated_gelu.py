@@ -17,9 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot.compile import KernelSpec
-from lion_kernels.core.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
+from lion_kernels.core.backend import (
+    LAUNCH,
+    interpreting,
+    needs_dispatch,
+    on_device,
+    refuse_uninterpretable,
+    tl,
+    triton,
+)
 from lion_kernels.core.cost import Cost
-from lion_kernels.core.rowwise import as_rows, row_spec, takes
+from lion_kernels.core.rowwise import as_rows, is_supported, row_spec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
 
@@ -207,9 +215,9 @@ def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
     """
     _check(gate, up)
-    if not takes("gated_gelu", backend, {"gate": gate}):
+    if not is_supported("gated_gelu", backend, {"gate": gate}):
         return F.gelu(gate) * up
-    return _gated_gelu(gate, up) if through_op(gate, up) else launch_forward(gate, up)
+    return _gated_gelu(gate, up) if needs_dispatch(gate, up) else launch_forward(gate, up)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:

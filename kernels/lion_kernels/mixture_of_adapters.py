@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.core.backend import interpreting, through_op
+from lion_kernels.core.backend import interpreting, needs_dispatch
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.rowwise import as_rows
 from lion_kernels.low_rank import launch as low_rank
-from lion_kernels.low_rank.gates import FlatGate, GateForm, align_left, check_gate, dense_from_sparse, flatten_gate
+from lion_kernels.low_rank.gates import GateForm, KernelGate, align_left, check_gate, dense_from_sparse, flatten_gate
 from lion_kernels.low_rank.plain import plain_backward, plain_forward
 
 
@@ -38,8 +38,8 @@ def _forward(
     rows_per_gate: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [T, D] and hidden [T, E*r] from x [T, D] and a gate as `FlatGate` has it."""
-    flat = FlatGate(form, gate, ids, rows_per_gate)
+    """out [T, D] and hidden [T, E*r] from x [T, D] and a gate as `KernelGate` has it."""
+    flat = KernelGate(form, gate, ids, rows_per_gate)
     out, hidden = low_rank.forward(x, down_weight, down_bias, up_weight, up_bias, flat, residual, relu, True)
     assert hidden is not None
     return out, hidden
@@ -47,7 +47,7 @@ def _forward(
 
 @_forward.register_kernel("cpu")
 def _(x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, form, rows_per_gate, relu):
-    flat = FlatGate(form, gate, ids, rows_per_gate)
+    flat = KernelGate(form, gate, ids, rows_per_gate)
     run = low_rank.forward if interpreting() else plain_forward
     return run(x, down_weight, down_bias, up_weight, up_bias, flat, residual, relu, True)
 
@@ -77,7 +77,7 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that `needs` does not name is empty."""
-    flat = FlatGate(form, gate, ids, rows_per_gate)
+    flat = KernelGate(form, gate, ids, rows_per_gate)
     return _run_backward(
         low_rank.backward, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs
     )
@@ -85,7 +85,7 @@ def _backward(
 
 @_backward.register_kernel("cpu")
 def _(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu, needs):
-    flat = FlatGate(form, gate, ids, rows_per_gate)
+    flat = KernelGate(form, gate, ids, rows_per_gate)
     run = low_rank.backward if interpreting() else plain_backward
     return _run_backward(run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs)
 
@@ -179,7 +179,7 @@ def mixture_of_adapters(
     others = {"gate": gate, "residual": residual, "task_ids": task_ids, "expert_ids": expert_ids}
     low_rank.check_placement(x, weights, others)
     relu = activation == "relu"
-    if low_rank.takes(x, backend, "mixture_of_adapters"):
+    if low_rank.is_supported(x, backend, "mixture_of_adapters"):
         return run_kernels(x, weights, gate, task_ids, expert_ids, residual, form, relu)
     return compose(x, weights, gate, task_ids, expert_ids, residual, form, relu)
 
@@ -222,7 +222,7 @@ def run_kernels(
     if residual is not None:
         residual = as_rows(residual)
     arguments = (rows, down_weight, weights["down_bias"], up_weight, weights["up_bias"])
-    if through_op(*arguments, flat.gate, residual):
+    if needs_dispatch(*arguments, flat.gate, residual):
         out, _ = _forward(*arguments, flat.gate, flat.ids, residual, form, flat.rows_per_gate, relu)
     else:
         out, _ = low_rank.forward(*arguments, flat, residual, relu, False)

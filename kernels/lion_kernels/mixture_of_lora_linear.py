@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.core.backend import interpreting, through_op
+from lion_kernels.core.backend import interpreting, needs_dispatch
 from lion_kernels.core.cost import H200, Cost, floor_seconds
 from lion_kernels.core.tuned_sizes import lookup
 from lion_kernels.low_rank import launch as low_rank
-from lion_kernels.low_rank.gates import FlatGate, check_gate, flatten_gate
+from lion_kernels.low_rank.gates import KernelGate, check_gate, flatten_gate
 from lion_kernels.low_rank.plain import plain_backward, plain_forward
 from lion_kernels.mixture_of_adapters import compose, run_kernels
 
@@ -34,7 +34,7 @@ def _run_forward(
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
-    gate: FlatGate,
+    gate: KernelGate,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if fuses(x.shape[0], weight.shape[1], weight.shape[0], x.dtype):
@@ -76,8 +76,8 @@ def _forward(
     form: str,
     rows_per_gate: int,
 ) -> tuple[Tensor, Tensor]:
-    """y [T, Dout] and hidden [T, E*r] from x [T, Din] and a gate as `FlatGate` has it."""
-    out, hidden = _run_forward(x, weight, bias, lora_a, lora_b, FlatGate(form, gate, ids, rows_per_gate), True)
+    """y [T, Dout] and hidden [T, E*r] from x [T, Din] and a gate as `KernelGate` has it."""
+    out, hidden = _run_forward(x, weight, bias, lora_a, lora_b, KernelGate(form, gate, ids, rows_per_gate), True)
     assert hidden is not None
     return out, hidden
 
@@ -85,7 +85,7 @@ def _forward(
 @_forward.register_kernel("cpu")
 def _(x, weight, bias, lora_a, lora_b, gate, ids, form, rows_per_gate):
     run = _run_forward if interpreting() else _run_plain_forward
-    return run(x, weight, bias, lora_a, lora_b, FlatGate(form, gate, ids, rows_per_gate), True)
+    return run(x, weight, bias, lora_a, lora_b, KernelGate(form, gate, ids, rows_per_gate), True)
 
 
 @_forward.register_fake
@@ -109,14 +109,14 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weight, bias, lora_a, lora_b and gate; one that `needs` does not name is empty."""
-    flat = FlatGate(form, gate, ids, rows_per_gate)
+    flat = KernelGate(form, gate, ids, rows_per_gate)
     return _run_backward(low_rank.backward, grad, x, hidden, weight, lora_a, lora_b, flat, needs)
 
 
 @_backward.register_kernel("cpu")
 def _(grad, x, hidden, weight, lora_a, lora_b, gate, ids, form, rows_per_gate, needs):
     run = low_rank.backward if interpreting() else plain_backward
-    flat = FlatGate(form, gate, ids, rows_per_gate)
+    flat = KernelGate(form, gate, ids, rows_per_gate)
     return _run_backward(run, grad, x, hidden, weight, lora_a, lora_b, flat, needs)
 
 
@@ -209,7 +209,7 @@ def mixture_of_lora_linear(
     low_rank.check_placement(x, weights, others)
     if scaling != 1.0:
         gate = gate * scaling
-    on_kernels = low_rank.takes(x, backend, "mixture_of_lora_linear")
+    on_kernels = low_rank.is_supported(x, backend, "mixture_of_lora_linear")
     if update_input is not None or not on_kernels:
         base = F.linear(x, weight, bias)
         pair = {"down_weight": lora_a, "down_bias": None, "up_weight": lora_b, "up_bias": None}
@@ -219,7 +219,7 @@ def mixture_of_lora_linear(
     rows, cast = low_rank.cast_for_kernels(x, weights)
     arguments = (rows, cast["weight"], cast["bias"], cast["lora_a"], cast["lora_b"])
     flat = flatten_gate(form, gate, x.shape[:-1], experts, task_ids, expert_ids)
-    if through_op(*arguments, flat.gate):
+    if needs_dispatch(*arguments, flat.gate):
         out, _ = _forward(*arguments, flat.gate, flat.ids, form, flat.rows_per_gate)
     else:
         out, _ = _run_forward(*arguments, flat, False)  # type: ignore[arg-type]

@@ -27,10 +27,10 @@ from lion_kernels.attention.plain import draw_keep, library_attention, plain_att
 from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
+    needs_dispatch,
     on_device,
     refuse_uninterpretable,
     resolve_backend,
-    through_op,
     tl,
     triton,
 )
@@ -343,7 +343,7 @@ def multi_scale_attention(
     else:
         refuse_uninterpretable(q=q)
         arguments = (q, list(keys), list(values), masks, scale_gate, seed, factor, dropout_p)
-        if through_op(q, *keys, *values, scale_gate):
+        if needs_dispatch(q, *keys, *values, scale_gate):
             out = _forward_op(*arguments)[0]
         else:
             out = _launch_forward(*arguments, save=False)[0]

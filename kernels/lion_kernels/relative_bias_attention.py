@@ -38,10 +38,10 @@ from lion_kernels.attention.tiles import (
 from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
+    needs_dispatch,
     on_device,
     refuse_uninterpretable,
     resolve_backend,
-    through_op,
     tl,
     triton,
 )
@@ -438,7 +438,7 @@ def relative_bias_attention(
     if chosen == "torch" or not attention.supported(q):
         return _compose(*arguments)
     refuse_uninterpretable(q=q, bias_table=bias_table)
-    if through_op(q, k, v, bias_table):
+    if needs_dispatch(q, k, v, bias_table):
         return _forward_op(*arguments)[0]
     return _launch_forward(_attention(*arguments), save=False)[0]
 

@@ -22,10 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.aot.compile import KernelSpec
-from lion_kernels.core.backend import LAUNCH, interpreting, on_device, refuse_uninterpretable, through_op, tl, triton
+from lion_kernels.core.backend import (
+    LAUNCH,
+    interpreting,
+    needs_dispatch,
+    on_device,
+    refuse_uninterpretable,
+    tl,
+    triton,
+)
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.dropout import check_dropout, keep_four, keeps, seed_tensor, threshold_of
-from lion_kernels.core.rowwise import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
+from lion_kernels.core.rowwise import WIDTHS, as_rows, is_supported, norm_specs, partial_sums, row_tile
 
 MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
 
@@ -446,9 +454,9 @@ def residual_layer_norm(
     _check(x, residual, weight, bias, x_bias)
     check_dropout(dropout_p, seed, x.device)
     tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "x_bias": x_bias}
-    if takes("residual_layer_norm", backend, tensors, MAX_CHANNELS):
+    if is_supported("residual_layer_norm", backend, tensors, MAX_CHANNELS):
         arguments = (x, residual, weight, bias, x_bias, seed_tensor(seed, dropout_p, x.device), dropout_p, eps)
-        if through_op(*tensors.values()):
+        if needs_dispatch(*tensors.values()):
             return _residual_layer_norm(*arguments)[0]
         return launch_forward(*arguments, statistics=False)[0]
     if dropout_p > 0 and seed is None:

@@ -20,14 +20,14 @@ from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
+    needs_dispatch,
     on_device,
     refuse_uninterpretable,
-    through_op,
     tl,
     triton,
 )
 from lion_kernels.core.cost import Cost
-from lion_kernels.core.rowwise import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, takes
+from lion_kernels.core.rowwise import WIDTHS, as_rows, is_supported, norm_specs, partial_sums, row_tile
 
 MAX_CHANNELS = 8192  # a row lives in the registers of one program
 RESIDENT_WARPS = 16  # backward takes up to 118 registers a thread, and a multiprocessor has 65536
@@ -245,9 +245,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
     """
     _check(x, weight)
-    if not takes("rms_norm", backend, {"x": x, "weight": weight}, MAX_CHANNELS):
+    if not is_supported("rms_norm", backend, {"x": x, "weight": weight}, MAX_CHANNELS):
         return _plain(x, weight, eps)[0]
-    if through_op(x, weight):
+    if needs_dispatch(x, weight):
         return _rms_norm(x, weight, eps)[0]
     return launch_forward(x, weight, eps, statistics=False)[0]
 

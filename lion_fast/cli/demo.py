@@ -32,12 +32,12 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run(args: argparse.Namespace) -> None:
     from lion_fast.demo.answering import Answerer
-    from lion_fast.extras import expect
+    from lion_fast.extras import require
     from lion_fast.inference.loading import default_device
 
     if not args.model.is_dir():
         raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
-    expect("demo", "gradio", "matplotlib")
+    require("demo", "gradio", "matplotlib")
     from lion_fast.demo.server import serving
 
     answerer = Answerer.from_pretrained(args.model, args.device or default_device())

@@ -19,7 +19,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> None:
-    from lion_fast.extras import expect
+    from lion_fast.extras import require
     from lion_fast.training.recipe import load_recipe, shipped_recipe
 
     if args.print_recipe:
@@ -27,7 +27,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     recipe = load_recipe(args.stage, args.config, args.overrides)
     recipe.check_sources()
-    expect("train", "accelerate", "tensorboard")
+    require("train", "accelerate", "tensorboard")
     from lion_fast.training.run import train
 
     trainer = train(recipe, resume=args.resume)

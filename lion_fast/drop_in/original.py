@@ -28,12 +28,12 @@ class AdapterRouterOnKernels(OnKernels):
     router_ratio2: Tensor
     training: bool
 
-    def takes(self, hidden_states: Tensor) -> bool:
+    def is_supported(self, hidden_states: Tensor) -> bool:
         dropped = any(adapter.dropout > 0 for adapter in self.adapters) and self.training
         return self.router_idx in (0, 1) and not dropped
 
     def runs_on_kernels(self, x: Tensor) -> bool:
-        return on_kernels(self.kernel_backend, x.device) and self.takes(x)
+        return on_kernels(self.kernel_backend, x.device) and self.is_supported(x)
 
     def gate(self, x: Tensor) -> Tensor:
         """Weights [1] of the one adapter, or factors [2, D] of this batch's task; the adapters' scales folded in."""

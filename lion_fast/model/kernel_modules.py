@@ -35,12 +35,12 @@ class OnKernels:
     kernel_backend: str
     kernel_forward: Callable[..., Tensor]
 
-    def takes(self, hidden_states: Tensor) -> bool:
+    def is_supported(self, hidden_states: Tensor) -> bool:
         """Whether the kernel's mathematics are the replaced class's for this input."""
         return True
 
     def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
-        if on_kernels(self.kernel_backend, hidden_states.device) and self.takes(hidden_states):
+        if on_kernels(self.kernel_backend, hidden_states.device) and self.is_supported(hidden_states):
             return self.kernel_forward(hidden_states, *args)
         return super().forward(hidden_states, *args)  # type: ignore[misc]
 
@@ -59,7 +59,7 @@ class LionT5LayerNorm(RMSNormOnKernels, T5LayerNorm):
 
 
 class DecoderRMSNormOnKernels(RMSNormOnKernels):
-    def takes(self, hidden_states: Tensor) -> bool:
+    def is_supported(self, hidden_states: Tensor) -> bool:
         # These families round to the input's dtype, where T5 and the kernel round to the weight's.
         return hidden_states.dtype == self.weight.dtype
 

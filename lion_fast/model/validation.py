@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lion_kernels.core.backend import can_read
+from lion_kernels.core.backend import values_on_host
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -28,7 +28,7 @@ def expect_ids(name: str, ids: Tensor, rows: int, also: int | None = None) -> No
     if also is not None:
         known = known | (ids == also)
     expected = f"{name}: expected ids in 0..{rows - 1}"
-    if can_read(ids):
+    if values_on_host(ids):
         if not known.all():
             raise ValueError(f"{expected}, got {ids[~known].unique().tolist()}")
     elif ids.device.type in ("cpu", "cuda"):

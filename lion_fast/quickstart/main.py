@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lion_fast.extras import expect
+from lion_fast.extras import require
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
@@ -90,7 +90,7 @@ def run(
         ValueError: for a `scale` that is not positive.
         MissingExtraError: matplotlib is not installed.
     """
-    expect("quickstart", "matplotlib")  # which draws when all is trained
+    require("quickstart", "matplotlib")  # which draws when all is trained
     if scale <= 0:
         raise ValueError(f"scale: expected a positive factor, got {scale}")
     settings = SMOKE if smoke else Settings().scaled(scale)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lion_fast.extras import expect
+from lion_fast.extras import require
 from lion_fast.io.boxes import parse_boxes
 from lion_fast.quickstart.evaluation import Metrics, is_located
 from lion_fast.quickstart.loop import Run
@@ -38,7 +38,7 @@ def pyplot() -> Any:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    expect("quickstart", "matplotlib")
+    require("quickstart", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lion_fast.extras import MissingExtraError, expect
+from lion_fast.extras import MissingExtraError, require
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class TensorBoardCurves(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             try:
-                expect("train", "tensorboard")
+                require("train", "tensorboard")
             except MissingExtraError as error:
                 logger.warning("no curves for TensorBoard: %s", error)
                 return

@@ -15,7 +15,7 @@ from lion_fast.data.loader import start_method
 from lion_fast.data.order import TrainingOrder
 from lion_fast.data.records import DataError
 from lion_fast.data.seeding import seed_everything
-from lion_fast.extras import expect
+from lion_fast.extras import require
 from lion_fast.inference.loading import load_complete
 from lion_fast.io.atomic import whole_or_not
 from lion_fast.io.checkpoints import CheckpointError, naming
@@ -68,7 +68,7 @@ def train(
         OSError: a file cannot be read or written, as on a full disk; the newest checkpoint is whole.
         MissingExtraError: accelerate is not installed, which transformers' Trainer needs.
     """
-    expect("train", "accelerate")
+    require("train", "accelerate")
     from accelerate.utils import broadcast_object_list
 
     run_dir = Path(recipe.output_dir)

@@ -99,7 +99,7 @@ def refuse_uninterpretable(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: bfloat16 is not supported by Triton's interpreter; use float32 or float16")
 
 
-def through_op(*tensors: Tensor | None) -> bool:
+def needs_dispatch(*tensors: Tensor | None) -> bool:
     """Whether a call has to go through its custom op: someone differentiates, traces, or has a tensor class of his own.
 
     Otherwise it launches at once, and keeps nothing for backward.
@@ -109,7 +109,7 @@ def through_op(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def can_read(ids: Tensor) -> bool:
+def values_on_host(ids: Tensor) -> bool:
     """Whether values may be looked at: on a GPU that would wait for the device, and a trace or a tensor class of
     somebody's own, such as one that only knows its shape, may have none."""
     return ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()

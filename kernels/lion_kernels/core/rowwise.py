@@ -28,7 +28,9 @@ def as_rows(x: Tensor) -> Tensor:
     return last_contiguous(x.reshape(-1, x.shape[-1]))
 
 
-def takes(operator: str, backend: str, tensors: dict[str, Tensor | None], max_channels: int | None = None) -> bool:
+def is_supported(
+    operator: str, backend: str, tensors: dict[str, Tensor | None], max_channels: int | None = None
+) -> bool:
     """Whether the kernels compute `operator`; "auto" leaves to PyTorch what they do not take.
 
     Args:

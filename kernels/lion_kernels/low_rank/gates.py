@@ -10,12 +10,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lion_kernels.core.backend import can_read
+from lion_kernels.core.backend import values_on_host
 
 GateForm = Literal["channel", "dense", "sparse"]
 
 
-class FlatGate(NamedTuple):
+class KernelGate(NamedTuple):
     """A gate as the kernels take it: contiguous, and with row `t // rows_per_gate` of it for row t of x [T, D].
 
     Attributes:
@@ -37,19 +37,19 @@ def flatten_gate(
     experts: int,
     task_ids: Tensor | None,
     expert_ids: Tensor | None,
-) -> FlatGate:
+) -> KernelGate:
     """The gate of x [*leading, D], differentiable in `gate`; copied only where it broadcasts over a first dimension."""
     if form == "channel":
         assert task_ids is not None
         ids, rows_per_gate = _flatten(task_ids, leading, trailing=0)
-        return FlatGate(form, gate.contiguous(), ids, rows_per_gate)
+        return KernelGate(form, gate.contiguous(), ids, rows_per_gate)
     if form == "dense":
         flat, rows_per_gate = _flatten(gate, leading, trailing=1)
-        return FlatGate(form, flat, None, rows_per_gate)
+        return KernelGate(form, flat, None, rows_per_gate)
     assert expert_ids is not None
     flat, rows_per_gate = _flatten(dense_from_sparse(gate, expert_ids, experts), leading, trailing=1)
     ids, _ = _flatten(expert_ids, leading, trailing=1)
-    return FlatGate(form, flat, ids, rows_per_gate)
+    return KernelGate(form, flat, ids, rows_per_gate)
 
 
 def _flatten(tensor: Tensor, leading: torch.Size, trailing: int) -> tuple[Tensor, int]:
@@ -126,7 +126,7 @@ def _check_leading(name: str, given: torch.Size, x: Tensor) -> None:
 def _check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}")
-    if not can_read(ids):
+    if not values_on_host(ids):
         return
     outside = ids[(ids < low) | (ids >= high)]
     if outside.numel():

@@ -36,7 +36,7 @@ from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable, resolve_backend
 from lion_kernels.core.rowwise import as_rows
 from lion_kernels.core.tuned_sizes import is_compact, shipped
-from lion_kernels.low_rank.gates import FlatGate
+from lion_kernels.low_rank.gates import KernelGate
 from lion_kernels.low_rank.kernels import (
     hidden_gradient_kernel,
     hidden_kernel,
@@ -54,7 +54,7 @@ def forward(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    gate: FlatGate,
+    gate: KernelGate,
     residual: Tensor | None,
     relu: bool,
     keep_hidden: bool,
@@ -87,7 +87,7 @@ def launch_linear(
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
-    gate: FlatGate,
+    gate: KernelGate,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """x weight^T + bias + the gated low-rank updates in one tile loop, and hidden [T, E*r] where it is kept."""
@@ -106,7 +106,7 @@ def launch_linear(
 
 
 def launch_hidden(
-    problem: Problem, x: Tensor, down_weight: Tensor, down_bias: Tensor | None, gate: FlatGate, may_split: bool
+    problem: Problem, x: Tensor, down_weight: Tensor, down_bias: Tensor | None, gate: KernelGate, may_split: bool
 ) -> tuple[Tensor, int]:
     """hidden [T, E*r] in x's dtype and 1, or its parts [splits, T, E*r] in fp32, before bias and activation."""
     refuse_uninterpretable(x=x)
@@ -147,7 +147,7 @@ def backward(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    gate: FlatGate,
+    gate: KernelGate,
     relu: bool,
     needs: Sequence[bool],
 ) -> Gradients:
@@ -183,7 +183,7 @@ def _launch_hidden_gradient(
     hidden: Tensor,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    gate: FlatGate,
+    gate: KernelGate,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     constants = problem.constants("hidden_gradient", gate_gradient=gate_gradient)
@@ -207,7 +207,7 @@ def _launch_up_gradient(
     hidden: Tensor,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    gate: FlatGate,
+    gate: KernelGate,
     dup_weight: Tensor | None,
     dup_bias: Tensor | None,
     dgate: Tensor | None,
@@ -243,7 +243,7 @@ def _problem(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    gate: FlatGate,
+    gate: KernelGate,
     has_residual: bool,
     relu: bool,
 ) -> Problem:
@@ -266,7 +266,7 @@ def _problem(
     )
 
 
-def takes(x: Tensor, backend: str, operator: str) -> bool:
+def is_supported(x: Tensor, backend: str, operator: str) -> bool:
     """Whether the kernels compute `operator`; "auto" leaves to PyTorch what they do not take.
 
     Raises:

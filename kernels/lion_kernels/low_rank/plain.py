@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.low_rank.gates import FlatGate
+from lion_kernels.low_rank.gates import KernelGate
 from lion_kernels.low_rank.launch import Gradients
 
 
@@ -16,7 +16,7 @@ def plain_forward(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    gate: FlatGate,
+    gate: KernelGate,
     residual: Tensor | None,
     relu: bool,
     keep_hidden: bool,
@@ -45,7 +45,7 @@ def plain_backward(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    gate: FlatGate,
+    gate: KernelGate,
     relu: bool,
     needs: Sequence[bool],
 ) -> Gradients:
@@ -86,7 +86,7 @@ def plain_backward(
     )
 
 
-def _plain_factor(gate: FlatGate, rows: int) -> Tensor:
+def _plain_factor(gate: KernelGate, rows: int) -> Tensor:
     """[T, E, N] of a channel gate, else [T, E]."""
     if gate.form == "channel":
         assert gate.ids is not None

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lion_fast.extras import expect
+from lion_fast.extras import require
 from lion_fast.io.atomic import to_disk, whole_or_not
 
 Row = dict[str, Any]
@@ -149,7 +149,7 @@ class ParquetOutput(Output):
     """
 
     def __init__(self, path: Path, fields: Sequence[str], rows_per_part: int):
-        expect("parquet", "pyarrow")
+        require("parquet", "pyarrow")
         super().__init__(path)
         self.schema = _schema(fields)
         self.rows_per_part = rows_per_part

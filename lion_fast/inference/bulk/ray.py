@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lion_fast.extras import expect
+from lion_fast.extras import require
 from lion_fast.inference.bulk.answering import dtype_of, load_answerer
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Row
@@ -46,7 +46,7 @@ def run_on_ray(
         ValueError, OSError: as `run`.
         MissingExtraError: Ray is not installed.
     """
-    expect("ray", "ray", "ray.data")
+    require("ray", "ray", "ray.data")
     import ray
     import ray.data
 

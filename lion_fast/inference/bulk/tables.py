@@ -10,7 +10,7 @@ import numpy as np
 
 from lion_fast.data.dataset import MAX_LINE_BYTES, lines_with_offsets
 from lion_fast.data.records import describe
-from lion_fast.extras import expect
+from lion_fast.extras import require
 from lion_fast.inference.bulk.sources import Columns, Item, Positions, Source, printable, sized
 
 _CACHED_BYTES = 256 << 20
@@ -73,7 +73,7 @@ class ParquetSource(Source):
     """
 
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]], image_root: Path | None):
-        expect("parquet", "pyarrow")
+        require("parquet", "pyarrow")
         import pyarrow.parquet as pq
         from pyarrow import ArrowException
 
