@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, MissingExtraError) as error:
-        print(f"python -m benchmarks.harness {args.action}: {error}", file=sys.stderr)
+        print(f"python -m benchmarks.harness: {error}", file=sys.stderr)
         return 2
 
 
