@@ -121,7 +121,7 @@ run_tests() { # where the report goes, how many processes, then pytest's argumen
 benchmarks_of() { # the suites; the last benchmark begins when 15 seconds are left, two starts of Python counted
   local few=()
   [ -z "$GPU" ] && few=(--quick)
-  limited "$(left)" "$PYTHON" -m lion_fast bench run "$@" --out "$OUT/results" --seconds "$(left 28)" "${few[@]}"
+  limited "$(left)" "$PYTHON" -m benchmarks.harness run "$@" --out "$OUT/results" --seconds "$(left 28)" "${few[@]}"
 }
 
 # Compiles what a suite would measure, in several processes, so that it need not when it measures: for the background,
