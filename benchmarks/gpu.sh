@@ -1,35 +1,36 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in parts, on a machine where nothing can be installed.
+# Runs everything that needs a GPU, in parts, on a machine where nothing can be installed.
 #
-#   benchmarks/gpu.sh OUT [first | second | rest | PART ...]
+#   benchmarks/gpu.sh OUT [first | second | rest | PART ...]      (default: all three groups)
 #
-# first: is every operator right, how fast is it beside its peers, and what limits it: environment check headline
-# counters. second: gpu-tests candidates step-16 determinism. Each of the two ends within six minutes, of which every
-# part has its share and what those before it have left, the most valuable first (docs/gpu.md has the plan). rest, for
-# whoever has longer: kernel-tests adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer,
-# of about eight minutes each. Without a name all three. A part leaves OUT/PART.json (tests: .xml; benchmarks and counters:
-# OUT/results/DEVICE/DATE-COMMIT/SUITE.json, which `python -m benchmarks.harness report` and `compare` read) and its output in
-# OUT/log.txt, so that one that dies takes nothing along; interrupted from a terminal, it stops with what it has.
-# Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark, and nothing else; with
-# pytest-xdist it is faster. PEERS=DIR names a folder of wheels (flash-attn, liger-kernel ...), which are unpacked and
-# measured beside. PACK=FILE.tar.gz holds OUT as one file, made anew after each part. LION_BENCH_COMMIT=NAME is the
-# commit of a copy without its history. TRITON_CACHE=FILE names a cache that benchmarks/triton_cache.py made for this
-# Python and Triton: what the check and the training step launch need not be compiled then.
-# Without a GPU it is a dry run: the same lines, on small shapes, with kernels in Triton's interpreter.
+# first:  environment check headline counters: correctness, speed against the peers, and the limiting resource.
+# second: gpu-tests candidates step-16 determinism.
+# rest:   kernel-tests adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer, about
+#         eight minutes each.
+# first and second each end within six minutes. A part has a time limit and inherits what earlier parts left unused; the
+# most valuable part runs first (docs/gpu.md has the plan). A part writes OUT/PART.json (tests: .xml; benchmarks and
+# counters: OUT/results/DEVICE/DATE-COMMIT/SUITE.json, as `python -m benchmarks.harness report` and `compare` read it)
+# and its output to OUT/log.txt, so a crash loses no earlier part. Interrupted, the script keeps what it has.
+# Needs python3 (or PYTHON=...) with torch, triton, transformers, pytest and pytest-benchmark; pytest-xdist makes it
+# faster. PEERS=DIR: a folder of wheels (flash-attn, liger-kernel ...) to unpack and measure as peers.
+# PACK=FILE.tar.gz: an archive of OUT, renewed after each part. LION_BENCH_COMMIT=NAME: the commit of a copy without
+# history. TRITON_CACHE=FILE: a cache from benchmarks/triton_cache.py for this Python and Triton, with which the check
+# and the training step need not compile.
+# Without a GPU it does a dry run: the same commands on small shapes, with the kernels in Triton's interpreter.
 set -uo pipefail
 
 FIRST=(environment check headline counters)
 SECOND=(gpu-tests candidates step-16 determinism)
 REST=(kernel-tests adapters lora attention rows tuning model step-16-whole step-64 generation sanitizer)
 OPERATORS=(adapters lora attention rows)
-# Seconds that a part may take. Those of first, and those of second, come to 350.
+# Seconds that a part may take. The limits of first add up to 350, and so do those of second.
 declare -A LIMITS=(
   [environment]=45 [check]=120 [headline]=120 [counters]=65
   [gpu-tests]=90 [candidates]=45 [step-16]=160 [determinism]=55
 )
 REST_LIMIT=470
 if [ $# -lt 1 ]; then
-  sed -n '2,21s/^# \{0,1\}//p' "$0"
+  sed -n '2,20s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -76,24 +77,24 @@ if [ -n "$GPU" ]; then
   unset TRITON_INTERPRET TRITON_PTXAS_PATH TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
   PROCESSES=$(($(nproc) < 12 ? $(nproc) : 12))
 else
-  echo "no CUDA device: a dry run, which measures nothing"
+  echo "no CUDA device: this is a dry run and measures nothing"
   export TRITON_INTERPRET=1
   PROCESSES=1
 fi
 HAS_XDIST=
 "$PYTHON" -c 'import xdist' 2> /dev/null && HAS_XDIST=1
 
-# What a script in the background starts ignores SIGINT, which asks it to stop, unless it is set to be heard.
+# A process that a background script starts ignores SIGINT, which asks it to stop, so the handler is reset.
 HEARING='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])'
 
-# What is left of the part's time, in seconds, less those that the argument keeps back.
+# Prints the seconds left to the part, minus the argument.
 left() {
   local seconds=$((PART_ENDS - SECONDS - ${1:-0}))
   echo $((seconds > 11 ? seconds : 11))
 }
 
-# The first argument is how long the command may take, in seconds; ten before that it is asked to stop, and so it is
-# where the script is interrupted: a terminal does not reach it.
+# Runs a command for at most as many seconds as the first argument says. It gets SIGINT ten seconds before that, and
+# also when the script is interrupted, because a terminal's signal does not reach it.
 limited() {
   local seconds=$1 running status interrupted=
   shift
@@ -102,31 +103,31 @@ limited() {
   trap 'interrupted=1; kill -INT "$running" 2>/dev/null' INT TERM
   wait "$running"
   status=$?
-  while kill -0 "$running" 2>/dev/null; do # the trap has ended the wait
+  while kill -0 "$running" 2>/dev/null; do # the trap ended the wait
     wait "$running"
     status=$?
   done
   trap - INT TERM
-  [ -z "$interrupted" ] || exit "$status" # a part is a shell of its own: none of its other commands begins
+  [ -z "$interrupted" ] || exit "$status" # a part is a subshell: exit skips its remaining commands
   return "$status"
 }
 
-run_tests() { # where the report goes, how many processes, then pytest's arguments
+run_tests() { # arguments: report file, number of processes, then pytest's arguments
   local report=$1 processes=$2 spread=()
   shift 2
   [ -n "$HAS_XDIST" ] && [ "$processes" -gt 1 ] && spread=(-n "$processes" --dist loadgroup)
   limited "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider "${spread[@]}" --junitxml="$report" "$@"
 }
 
-benchmarks_of() { # the suites; the last benchmark begins when 15 seconds are left, two starts of Python counted
+benchmarks_of() { # arguments: suites; no benchmark begins in the last 15 seconds, allowing for two starts of Python
   local few=()
   [ -z "$GPU" ] && few=(--quick)
   limited "$(left)" "$PYTHON" -m benchmarks.harness run "$@" --out "$OUT/results" --seconds "$(left 28)" "${few[@]}"
 }
 
-# Compiles what a suite would measure, in several processes, so that it need not when it measures: for the background,
-# while nothing is timed. On what it could not compile the suite itself has its say.
-compile() { # the suite, the processes
+# Compiles the kernels of a suite in several processes before it is measured. Runs in the background while nothing is
+# timed. The suite itself reports what cannot be compiled.
+compile() { # arguments: suite, number of processes
   [ -n "$GPU" ] && [ -n "$HAS_XDIST" ] || return 0
   LION_BENCH_COMPILE_ONLY=1 TORCHINDUCTOR_COMPILE_THREADS=2 limited "$(left)" "$PYTHON" -m pytest -q \
     -p no:cacheprovider -n "$2" --benchmark-disable "benchmarks/bench_$1.py" > "$OUT/compile-$1.txt" 2>&1
@@ -140,7 +141,7 @@ environment() {
   limited "$(left)" "$PYTHON" -m lion_fast.check.environment --rates --json "$OUT/environment.json"
 }
 
-check() { # every operator in fp32, fp16 and bf16 with all gradients, and on the model's own shapes; no times
+check() { # every operator in fp32, fp16 and bf16 with all gradients, and at the model's shapes; no times
   local which=() status
   [ -z "$GPU" ] && which=(--operators rms_norm gated_gelu)
   compile headline 6 &
@@ -158,14 +159,14 @@ headline() {
 counters() {
   local raw=$OUT/counters.csv sections=() section
   if [ -z "$GPU" ] || ! command -v ncu > /dev/null; then
-    echo "no ncu, or no GPU: the calls that it would count run by themselves"
+    echo "no ncu or no GPU: running the calls without counters"
     limited "$(left)" "$PYTHON" -m benchmarks.counters
     return
   fi
   for section in SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis WarpStateStats Occupancy LaunchStats; do
     sections+=(--section "$section")
   done
-  # Clocks stay as they are, and the cache is emptied before each pass.
+  # Clocks are left alone, and the cache is flushed before each pass.
   limited "$(left 12)" ncu --clock-control none --cache-control all --profile-from-start off "${sections[@]}" \
     --csv --page raw --print-units base --log-file "$raw" "$PYTHON" -m benchmarks.counters || tail -n 5 "$raw"
   limited "$(left)" "$PYTHON" -m benchmarks.counters --read "$raw" --out "$OUT/results"
@@ -173,11 +174,11 @@ counters() {
 
 # ---------------------------------------------------------------- second
 
-gpu-tests() { # those that need a GPU, but for the slow ones; in a dry run they are collected, and others run
+gpu-tests() { # tests that need a GPU, except slow ones; a dry run collects them and runs others
   local status
-  export OMP_NUM_THREADS=2 # of each process: references in fp64 are computed on the CPU
+  export OMP_NUM_THREADS=2 # per process: fp64 references are computed on the CPU
   compile candidates 3 &
-  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # to collect all takes 9 s of each process
+  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # collecting all tests takes 9 s per process
   run_tests "$OUT/gpu-tests.xml" $((PROCESSES < 8 ? PROCESSES : 8)) -m "gpu and not slow" "${files[@]}"
   status=$?
   if [ -z "$GPU" ] && [ $status -eq 0 ]; then
@@ -192,7 +193,7 @@ candidates() {
   benchmarks_of candidates
 }
 
-step-16() { # images, of LION-FlanT5-XL; in a dry run two, of a small model
+step-16() { # 16 images, LION-FlanT5-XL; a dry run takes two images and a small model
   local peers="original,lion_fast,torch.compile by block" pictures=16 seconds=8
   [ -z "$GPU" ] && peers=original,lion_fast pictures=2 seconds=0
   LION_STEP_PEERS=$peers LION_STEP_PICTURES=$pictures LION_STEP_SECONDS=$seconds benchmarks_of training_step
@@ -236,7 +237,7 @@ model() {
   benchmarks_of model
 }
 
-step-16-whole() { # beside torch.compile of the whole model
+step-16-whole() { # against torch.compile of the whole model
   LION_STEP_PICTURES=$([ -n "$GPU" ] && echo 16 || echo 2) benchmarks_of training_step
 }
 
@@ -259,11 +260,11 @@ generation() {
 sanitizer() {
   local tool status=0
   if [ -z "$GPU" ] || ! command -v compute-sanitizer > /dev/null; then
-    echo "no compute-sanitizer, or no GPU: its cases run by themselves"
+    echo "no compute-sanitizer or no GPU: running its cases without it"
     limited "$(left)" "$PYTHON" benchmarks/sanitizer_cases.py
     return
   fi
-  # Compiled first without it. PyTorch's caching allocator would hide accesses beyond a tensor's end.
+  # The first run compiles, without the tool. PyTorch's caching allocator would hide accesses beyond a tensor's end.
   limited 150 "$PYTHON" benchmarks/sanitizer_cases.py || return
   for tool in memcheck racecheck; do
     limited 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
@@ -273,7 +274,7 @@ sanitizer() {
   return $status
 }
 
-pack() { # whole at any moment
+pack() { # the archive is complete at any moment
   [ -z "${PACK:-}" ] || { tar -C "$OUT" --exclude=./triton-cache -czf "$PACK.part" . && mv "$PACK.part" "$PACK"; }
 }
 
@@ -285,7 +286,7 @@ PART_ENDS=$SECONDS
 for part in "${PARTS[@]}"; do
   start=$SECONDS
   PART_ENDS=$((PART_ENDS + ${LIMITS[$part]:-$REST_LIMIT}))
-  [ -n "$GPU" ] || PART_ENDS=$((SECONDS + REST_LIMIT)) # a CPU interprets
+  [ -n "$GPU" ] || PART_ENDS=$((SECONDS + REST_LIMIT)) # the interpreter is slow
   echo "=== $part" | tee -a "$LOG"
   "$part" 2>&1 | tee -i -a "$LOG"
   status=${PIPESTATUS[0]}

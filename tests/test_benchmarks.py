@@ -431,7 +431,7 @@ def test_the_gpu_script_stops_when_it_is_interrupted(tmp_path: Path) -> None:
     waits = "import time; print('begun', flush=True); time.sleep(100)"
     python = tmp_path / "python"
     waiting = f'{sys.executable} -c "$2" {sys.executable} -c "{waits}"'
-    python.write_text(f'#!/usr/bin/env bash\ncase "$*" in *"bench run"*) exec {waiting} ;; esac\n')
+    python.write_text(f'#!/usr/bin/env bash\ncase "$*" in *"harness run"*) exec {waiting} ;; esac\n')
     python.chmod(0o755)
     # A shell cannot hear what was ignored when it began, as SIGINT is where these tests run in the background.
     hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
