@@ -1,1 +1,1 @@
-"""Results of the benchmarks: `lion-fast bench` runs them, compares two runs, draws them and tunes the kernels."""
+"""Runs the benchmarks (`python -m benchmarks.harness`), compares two runs, and reports and draws their results."""

@@ -1,7 +1,7 @@
-"""The figures that the README, the changelog and the pages quote, written by what was measured and not by hand.
+"""The figures that the README, the changelog and the docs quote, generated from the results.
 
-A block between the lines `<!-- begin: NAME -->` and `<!-- end: NAME -->`, which no reader sees, is what the function of
-that name makes of the results; `python -m benchmarks.harness report` rewrites it.
+A block between `<!-- begin: NAME -->` and `<!-- end: NAME -->` (comments that readers do not see) is the output of the
+function of that name below. `python -m benchmarks.harness report` rewrites the blocks.
 """
 
 import re
@@ -20,10 +20,10 @@ _BLOCK = re.compile(
 )
 _MARKER = re.compile(r"^<!-- (?:begin|end): .*-->$", re.MULTILINE)
 ALIKE = 0.05  # times that differ by less are called alike
-NOT_ON_A_GPU = f"**On a GPU**: {ledger.MISSING}, so no kernel is called fast."
+NOT_ON_A_GPU = "**GPU**: nothing has been measured yet, so we make no speed claims."
 # The rows of a CPU's ledger that are held to the original, by suite and operator, in words.
 _ORIGINAL = {
-    ("mixture_of_adapters", "mixture_of_adapters"): "adapters forward and backward",
+    ("mixture_of_adapters", "mixture_of_adapters"): "adapters, forward and backward",
     ("original", "training step"): "a small training step with AdamW",
     ("original", "RAM tagging"): "RAM tagging",
     ("original", "aggregator"): "the aggregator",
@@ -99,15 +99,15 @@ def _cpu(devices: Devices, _: str) -> Iterator[str]:
         if held:
             shares = ", ".join(held[words] for words in _ORIGINAL.values() if words in held)
             yield _fill(
-                f"**Speed on a CPU**, fp32 on {device}, as a share of the original's eager time: {shares}. Beside the "
-                f"fastest peer of each, {_standing(table)}."
+                f"**CPU** ({device}, fp32), time relative to the original's eager form, lower is better: {shares}. "
+                f"Against the fastest peer in each row of the ledger, {_standing(table)}."
             )
 
 
 def _products(ours: Entry, ratio: float) -> str:
     """What ours cannot save, where it saves nearly nothing."""
     products = ours.other.get("spent", {}).get("products")
-    return f", of which {products:.0%} is the same matrix products" if products and ratio > 0.9 else ""
+    return f" ({products:.0%} of it in matrix products that both share)" if products and ratio > 0.9 else ""
 
 
 def _gpu_tables(devices: Devices) -> dict[str, list[Row]]:
@@ -123,9 +123,9 @@ def _gpu(devices: Devices, _: str) -> Iterator[str]:
     firsts = {headline.operator: headline for headline in reversed(HEADLINES)}
     for device, table in tables.items():
         if not any(row.run for row in table):
-            yield f"**On {device}**: {ledger.MISSING}."
+            yield f"**{device}**: {ledger.MISSING}."
             continue
-        yield _fill(f"**On {device}**, bf16, beside the fastest peer of each, {_standing(table)}. The main ones:")
+        yield _fill(f"**{device}**, bf16: against the fastest peer in each row, {_standing(table)}. The main rows:")
         rows = [row for row in table if row.run and row.headline == firsts[row.headline.operator]]
         yield "\n".join(ledger.lines(rows)).rstrip()
 
@@ -135,14 +135,14 @@ def _standing(table: Sequence[Row]) -> str:
     ratios = [row.ratio for row in table if row.ratio is not None]
     faster, slower = sum(ratio < 1 - ALIKE for ratio in ratios), sum(ratio > 1 + ALIKE for ratio in ratios)
     text = (
-        f"ours is faster in {faster}, as fast within {ALIKE:.0%} in {len(ratios) - faster - slower} and slower in "
-        f"{slower} of {len(table)} rows of the ledger"
+        f"ours is faster in {faster} of {len(table)} rows, within {ALIKE:.0%} in {len(ratios) - faster - slower} and "
+        f"slower in {slower}"
     )
     wrong = sum(row.run is not None and row.ours is None for row in table)
     missing = sum(row.run is None for row in table)
     alone = len(table) - len(ratios) - wrong - missing
-    rest = ((wrong, "without a right result"), (alone, "without a peer"), (missing, ledger.MISSING))
-    return text + "".join(f", {number} {words}" for number, words in rest if number)
+    rest = ((wrong, "without a correct result"), (alone, "without a peer"), (missing, ledger.MISSING))
+    return text + "".join(f"; {number} {words}" for number, words in rest if number)
 
 
 def _operator(devices: Devices, operator: str) -> Iterator[str]:
@@ -181,10 +181,10 @@ def _bulk(devices: Devices, _: str) -> Iterator[str]:
     for run, entries in _newest(devices, "bulk"):
         rates = {peer: entry.other["images per second"] for peer, entry in entries.items()}
         best = max(rates, key=lambda peer: rates[peer] if peer != _LOOP else 0)
-        loop = f", {rates[_LOOP]:.3g} in a plain loop over `generate`" if _LOOP in rates else ""
+        loop = f", against {rates[_LOOP]:.3g} in a plain loop over `generate`" if _LOOP in rates else ""
         yield _fill(
-            f"**Bulk captions** with the quickstart's checkpoint on {run.device}: {rates[best]:.3g} images a second in "
-            f"batches of {best.split('-')[0]}{loop}."
+            f"**Bulk captions** with the quickstart's checkpoint on {run.device}: {rates[best]:.3g} images per second "
+            f"in batches of {best.split('-')[0]}{loop}."
         )
 
 
@@ -201,7 +201,7 @@ def _bulk_lines(entries: Mapping[str, Entry]) -> Iterator[str]:
     yield "| | images per second | CPU milliseconds per image |"
     yield "|---|---|---|"
     for peer, entry in entries.items():
-        words = "plain loop over `generate`, one picture at a time"
+        words = "plain loop over `generate`, one image at a time"
         if peer != _LOOP:
             size, workers = peer.split("-")
             words = f"batches of {size}, {workers if workers != '0' else 'no'} {_plural('worker', workers)}"
@@ -214,11 +214,11 @@ def _data(devices: Devices, _: str) -> Iterator[str]:
         rates = {peer: f"{entry.other['images per second']:.0f}" for peer, entry in entries.items()}
         first = next(iter(entries.values()))
         size = first.other["bytes of a picture"] / 1e3
-        text = f"On {run.title} ({first.group}; {size:.0f} kB each, to 224 x 224 pixels): pictures a second from "
-        kinds = {"files": "files of their own", "shards": "shards"}
-        text += "; from ".join(f"{words} {_by_workers(rates, kind)}" for kind, words in kinds.items())
+        text = f"On {run.title} ({first.group}; {size:.0f} kB each, to 224 x 224 pixels), images per second from "
+        kinds = {"files": "separate files", "shards": "shards"}
+        text += "; from ".join(f"{words}: {_by_workers(rates, kind)}" for kind, words in kinds.items())
         if index:
-            text += f". A file is checked at {index.other['lines per second']:,} lines a second"
+            text += f". Checking a file: {index.other['lines per second']:,} lines per second"
         yield _fill(text + ".")
 
 

@@ -138,7 +138,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     when = row.run.environment["commit"], row.run.environment["date"]
     peer = f"{row.peer.peer}, {time_in_words(row.peer.seconds[0])}" if row.peer else "none"
     if row.ours is None:
-        return "**no right result**", "", peer, "", *when
+        return "**no correct result**", "", peer, "", *when
     form = f" ({row.ours.peer})" if row.others else ""
     reached = "" if row.reached is None else f"{row.reached:.0%}"
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"

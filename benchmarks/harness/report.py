@@ -1,6 +1,6 @@
-"""The page of results, docs/benchmarks.md: the ledger, then tables and charts of each device's newest run, and a model.
+"""Writes docs/benchmarks.md: the ledger, tables and charts of each device's newest run, and a cost model of GPUs.
 
-It says where a peer wins as plainly as where it does not.
+The page lists every comparison that a peer wins.
 """
 
 from collections.abc import Iterator
@@ -13,50 +13,59 @@ from benchmarks.harness.units import size_in_words, time_in_words
 LEDGER = """\
 # Benchmarks
 
-This page is made by `python -m benchmarks.harness report` from the results in `benchmarks/results`.
+`python -m benchmarks.harness report` generates this page from `benchmarks/results`.
 
 ## Ledger
 
-What the project is judged by: each operator at the sizes that LION has, and the whole model, on each device. *Time* is
-the fastest of ours, *of floor* the least time in which the device could do it as a share of that, *best peer* the
-fastest form that is not ours, and *ours / peer* our time as a share of its: **below 1 ours is faster**. Every row is
-the newest measurement of its own, with its commit, in fp32 on a CPU and in bf16 on a GPU; a row that nobody has
-measured says so.
+The ledger has one row for each operator at LION's sizes, and for the whole model, on each device.
+
+- *time*: the fastest of our implementations.
+- *of floor*: the device's lower bound divided by our time; 100% means that the bound is reached.
+- *best peer*: the fastest implementation that is not ours.
+- *ours / peer*: our time divided by the peer's. **Below 1, ours is faster.**
+
+Each row shows its newest measurement and the commit of that measurement, in fp32 on a CPU and in bf16 on a GPU. Rows
+without a measurement say so.
 """
 
 HEAD = """\
 ## How it is measured
 
-Peers take turns in one run on the same inputs, forwards in one round and in reverse in the next. A result is checked
-against the reference in fp64 before it is timed, and a wrong one has no time. Times are medians, with the 20 % and the
-80 % quantile; a ratio is the median of the ratios round by round, so that what else the machine does cancels. *Floor*
-is the least time in which the device could do it: the bytes that must move and the operations, by the copy bandwidth
-and the matrix rate that it reached in the same run; small inputs stay in a cache that is faster, and pass it. *Peak* is
-the most memory that a forward and backward hold beyond their inputs, *kept* what forward keeps for backward. On a GPU,
-CUDA graphs of the operators by device events, with a cold cache; on a CPU, the clock, or of a single thread its
-processor time, which leaves out what other processes had, with the caches as they are. `torch.compile` and
-FlexAttention, which compile for long, are measured at a few shapes on a GPU, at one on a CPU. The whole model's floor
-is that of the matrix products and their weights alone.
+- **Order.** Peers take turns within one run on the same inputs, in reverse order every second round.
+- **Correctness.** Each result is checked against the fp64 reference before it is timed. A wrong result gets no time.
+- **Statistics.** Times are medians with the 20 % and 80 % quantiles. A ratio is the median of the ratios of each round,
+  so that other load on the machine cancels.
+- **Floor.** The lower bound of the time: the bytes that must move and the operations to do, at the copy bandwidth and
+  the matrix rate measured in the same run. Small inputs stay in a faster cache and can beat it. The whole model's floor
+  counts only the matrix products and their weights.
+- **Memory.** *peak* is the most memory that forward and backward hold beyond their inputs. *kept* is what forward keeps
+  for backward.
+- **Clock.** On a GPU, operators are timed as CUDA graphs with device events and a cold cache. On a CPU, the wall clock
+  is used, or the processor time of single-threaded code, with warm caches.
+- **Compilers.** `torch.compile` and FlexAttention take long to compile, so they are measured at a few shapes on a GPU
+  and at one on a CPU.
 
 ```
-python -m benchmarks.harness run rms_norm --quick --out runs/bench   # one suite to see that it runs
+python -m benchmarks.harness run rms_norm --quick --out runs/bench   # a smoke run of one suite
 python -m benchmarks.harness report --results runs/bench --page runs/benchmarks.md
-lion-fast bench --tune --dry-run                        # what there is to tune
+lion-fast bench --tune --dry-run                        # list what can be tuned
 ```
 
-Without `--quick` it measures, without a suite everything, and without `--out` into `benchmarks/results`, of which
-`python -m benchmarks.harness report` makes this page, and the figures in the README, the changelog and the other pages.
-`python -m benchmarks.harness compare A B` fails where a time of ours moved from A to B by more than both runs' spread.
-`lion-fast bench --tune` finds a GPU's fastest tile sizes and writes the table that the kernels read.
-`benchmarks/gpu.sh OUT` runs everything that wants a GPU ([in a quarter of an hour](gpu.md)). Running needs a clone;
-results can be compared anywhere.
+Without `--quick`, `run` measures; without a suite, it runs all suites; without `--out`, it writes to
+`benchmarks/results`. `report` then generates this page and the figures in the README, the changelog and the docs.
+`python -m benchmarks.harness compare A B` fails if one of our times changed from A to B by more than the spread of both
+runs. `lion-fast bench --tune` finds the fastest tile sizes for a GPU and writes the table that the kernels read.
+`benchmarks/gpu.sh OUT` runs everything that needs a GPU ([GPU measurements](gpu.md)). The benchmarks need a clone of
+the repository.
 """
 
 AIMS = """\
-**Aims on an H200 in bf16**{measured}: adapter mixture forward at least 85 % of its floor, 6x eager and 2.5x
-`torch.compile`; backward at least 75 % of its floor; attention at 257 x 88 at least 1.25x the best peer; T5's attention
-at least as fast as FlexAttention; a training step of LION-FlanT5-XL on 16 and on 64 pictures 3x the original's eager
-speed and 1.5x that of `torch.compile`, in 60 % of its memory, at half of the matrix rate.
+**Targets on an H200 in bf16**{measured}:
+
+- mixture of adapters: forward at 85 % of its floor, 6x eager and 2.5x `torch.compile`; backward at 75 % of its floor;
+- attention at 257 x 88: at least 1.25x the best peer; T5's attention: at least as fast as FlexAttention;
+- a training step of LION-FlanT5-XL on 16 and on 64 images: 3x the original's eager speed and 1.5x that of
+  `torch.compile`, in 60 % of its memory, at half of the matrix rate.
 """
 
 
@@ -82,8 +91,10 @@ def write_report(results: Path, page: Path) -> list[Path]:
     text = [LEDGER, *ledger.write(devices), HEAD]
     on_gpu = any(run.environment["gpu"] for run in runs)
     if not on_gpu:
-        text.append("**No GPU has run anything yet**: everything below about GPUs is a model, and says so.\n")
-    text.append(AIMS.format(measured="" if on_gpu else ", none of them measured yet"))
+        text.append(
+            "**Nothing has run on a GPU yet.** All numbers about GPUs below come from a cost model and say so.\n"
+        )
+    text.append(AIMS.format(measured="" if on_gpu else " (none measured yet)"))
     for number, run in enumerate(runs):
         drawn = charts.draw(run, images, f"bench_{number}_")
         files += drawn.values()
@@ -119,7 +130,7 @@ def _sections(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
     yield from _original(run, drawn)
     yield from _training_steps(run)
     yield from _wins(run)
-    for name, words in (("peers", "Speed beside each peer"), ("floors", "Achieved against the floor")):
+    for name, words in (("peers", "Speed relative to each peer"), ("floors", "Share of the floor reached")):
         if name in drawn:
             yield f"![{words}](images/{drawn[name].name})\n"
     yield from _growth(run, drawn)
@@ -131,7 +142,7 @@ def _original(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
     ours = [entry for entry in entries if entry.ours and entry.ratio]
     if not ours:
         return
-    yield "### The PyTorch backend beside the original's eager form\n"
+    yield "### The PyTorch backend against the original's eager form\n"
     if "original" in drawn:
         yield f"![Share of the original's time](images/{drawn['original'].name})\n"
     yield "| | original | ours | ratio (20 to 80 %) | aim | | peak memory, original | ours |"
@@ -156,10 +167,10 @@ def _training_steps(run: Run) -> Iterator[str]:
     entries = [entry for entry in run.entries if entry.suite.startswith(_STEP)]
     if not entries:
         return
-    yield "### A training step beside the original's eager form and `torch.compile`\n"
+    yield "### A training step against the original's eager form and `torch.compile`\n"
     yield (
-        "| | peer | a step (20 to 80 %) | images a second | of the original's time | peak memory | of the original's | "
-        "of the matrix rate |"
+        "| | peer | a step (20 to 80 %) | images per second | of the original's time | peak memory | of the original's "
+        "| of the matrix rate |"
     )
     yield "|---|---|---|---|---|---|---|---|"
     for entry in entries:
@@ -187,8 +198,8 @@ def _profile(entry: Entry, base: Entry) -> str:
     if entry.ratio[0] > charts.aim(entry):
         products = entry.other["spent"]["products"]
         text += (
-            f" The products of matrices are {products:.0%} of ours. The original has the same ones, and PyTorch's "
-            f"library computes them: if all else took no time, the ratio would be {products * entry.ratio[0]:.2f}. "
+            f" Matrix products take {products:.0%} of our time. The original computes the same products with the same "
+            f"library, so if everything else took no time, the ratio would be {products * entry.ratio[0]:.2f}. "
             f"{entry.other.get('tried', '')}"
         ).rstrip()
     return text + "\n"
@@ -222,8 +233,8 @@ def _wins(run: Run) -> Iterator[str]:
         return
     yield "### Where a peer wins\n"
     yield (
-        f"In {len(lost)} of {compared} comparisons a peer is faster than the best of ours, by 5 % or by more than both "
-        "spread:\n"
+        f"In {len(lost)} of {compared} comparisons a peer is faster than our best implementation, by 5 % or by more "
+        "than the spread of both:\n"
     )
     if lost:
         yield "| | best peer | its time | ours | ours / peer |"
@@ -243,20 +254,20 @@ def _growth(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         yield f"![Mixture of adapters by tokens, experts, rank and channels](images/{drawn['adapters'].name})\n"
     if "adapters" in drawn and not run.environment["gpu"]:  # of a GPU's bends nothing is known before there are some
         yield (
-            "Few tokens cost what their weights and the calls cost, whatever their number; the curve bends up where "
-            "the tokens' own traffic outweighs them. The PyTorch backend folds the gate into the up-projection where "
-            "a sequence has more rows than the rank, and adds the adapters one by one below; with more adapters its "
-            "one product grows by their rank alone, where the eager form goes over all tokens twice more for each. The "
-            "eager form bends again at 8 adapters, in part because what it holds is then more than the allocator keeps "
-            "for the next call, and the system hands it out anew, page by page; the rest is not explained.\n"
+            "With few tokens, the cost is that of the weights and the calls; it rises once the traffic of the tokens "
+            "outweighs both. The PyTorch backend folds the gate into the up-projection if a sequence has more rows "
+            "than the rank, and otherwise adds the adapters one by one. With more adapters, its single product grows "
+            "only by their rank, while the eager form passes over all tokens twice more per adapter. The eager form "
+            "bends again at 8 adapters, partly because its memory then exceeds what the allocator keeps for the next "
+            "call, so the system supplies it again page by page; the rest is unexplained.\n"
         )
     if "growth" in drawn:
         yield f"![A training step by batch and image size](images/{drawn['growth'].name})\n"
         yield (
-            "A step of a small model grows less than its batch: what some thousand calls and the gradient of an "
-            "embedding cost does not grow. It grows less than the pixels as long as the text, which stays, is most of "
-            "the work, and bends up as the prefix (a token for each 14 x 14 pixels) takes over, attention with its "
-            "square.\n"
+            "A small model's step grows more slowly than its batch, because the cost of some thousand calls and of "
+            "the embedding's gradient is fixed. It grows more slowly than the number of pixels while the text, whose "
+            "length is fixed, is most of the work. It bends up as the visual prefix (one token per 14 x 14 pixels) "
+            "takes over, because attention grows with the square of its length.\n"
         )
 
 
@@ -287,20 +298,20 @@ def _tables(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
 def _model() -> Iterator[str]:
     step = scaling.joint_step()
     yield "## GPUs, by the cost model\n"
-    yield "**Not measured yet.** What follows is arithmetic, to be held against measurements once there are some.\n"
+    yield "**Not measured yet.** This section is arithmetic, to be compared with measurements once they exist.\n"
     yield "![The cost model's curves](images/bench_model_of_gpus.png)\n"
     yield (
-        "The operators' curves are floors on an H200 (copies 4.3 TB/s, multiplies 790 TFLOP/s in bf16). The adapters' "
-        "are flat up to about a hundred tokens, where the weights are most of what moves, and a line after that; by "
-        "rank and experts they are flat as long as moving the tokens takes longer than the products, and bend where "
-        "the products do, backward between 128 and 256 inner channels and forward between 256 and 512. Attention by "
-        "image size goes with the pixels while memory is the limit, and with their square once the products are.\n"
+        "The operators' curves are floors on an H200 (4.3 TB/s copy bandwidth, 790 TFLOP/s in bf16). The adapters' "
+        "curves are flat up to about a hundred tokens, where the weights are most of the traffic, and linear after "
+        "that. By rank and number of experts they are flat while moving the tokens takes longer than the products, "
+        "and rise after that: backward between 128 and 256 inner channels, forward between 256 and 512. Attention "
+        "grows with the number of pixels while memory is the limit, and with its square once the products are.\n"
     )
     yield (
-        f"Many GPUs: a joint step of LION-FlanT5-XL on {scaling.BATCH} pictures a GPU is {step.flops / 1e12:.0f} "
-        f"TFLOP, {1e3 * step.seconds:.0f} ms at an assumed {scaling.REACHED:.0%} of the matrix rate, after which "
-        f"{step.trained_bytes / 1e9:.2f} GB of gradients go round a ring: over NVLink ({scaling.NVLINK / 1e9:.0f} GB/s "
-        f"a direction) within a machine of {scaling.GPUS_IN_A_MACHINE}, over a network of "
-        f"{scaling.NETWORK / 1e9:.0f} GB/s a GPU beyond it, which is where the lower curve bends. The upper one lets "
-        "the exchange run beside backward, half of the step.\n"
+        f"Many GPUs: a joint step of LION-FlanT5-XL on {scaling.BATCH} images per GPU is {step.flops / 1e12:.0f} "
+        f"TFLOP, which takes {1e3 * step.seconds:.0f} ms at an assumed {scaling.REACHED:.0%} of the matrix rate. Then "
+        f"{step.trained_bytes / 1e9:.2f} GB of gradients pass around a ring: over NVLink "
+        f"({scaling.NVLINK / 1e9:.0f} GB/s per direction) within a machine of {scaling.GPUS_IN_A_MACHINE} GPUs, and "
+        f"over a network of {scaling.NETWORK / 1e9:.0f} GB/s per GPU beyond it, where the lower curve bends. The upper "
+        "curve assumes that the exchange overlaps with backward, half of the step.\n"
     )

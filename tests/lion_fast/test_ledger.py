@@ -126,7 +126,7 @@ def test_another_suite_at_the_same_shape_counts_and_one_at_another_does_not() ->
 def test_a_result_that_became_wrong_is_not_hidden_by_an_older_one() -> None:
     right = make_run(entry(RMS, "lion_kernels-triton", 2e-5))
     rows = ledger.rows([make_run(entry(RMS, "eager", 9e-5), day=2), right])
-    assert line(rows, RMS).endswith("| forward | **no right result** |  | eager, 90 us |  | commit2 | 2026-01-02 |")
+    assert line(rows, RMS).endswith("| forward | **no correct result** |  | eager, 90 us |  | commit2 | 2026-01-02 |")
 
 
 def test_a_headline_has_its_words_everywhere() -> None:
@@ -238,7 +238,7 @@ def gpu_paragraph(*devices: Run) -> str:
 
 def test_a_gpu_that_nobody_had_is_not_measured_yet() -> None:
     cpu = make_run(device="a CPU", gpu=False)
-    assert gpu_paragraph(cpu) == "**On a GPU**: not measured yet, so no kernel is called fast."
+    assert gpu_paragraph(cpu) == "**GPU**: nothing has been measured yet, so we make no speed claims."
     assert gpu_paragraph(make_run()) == gpu_paragraph(cpu)  # it ran, and no headline
     text = "<!-- begin: operator rms_norm -->\n<!-- end: operator rms_norm -->\n"
     assert "\n\nOn a GPU: not measured yet.\n\n" in figures.quote(text, {"a CPU": [cpu]})
@@ -252,12 +252,12 @@ def test_what_a_gpu_measured_is_quoted_with_what_it_loses_and_lacks() -> None:
     )
     text = gpu_paragraph(run)
     total = sum(len(one.directions) for one in HEADLINES)
-    assert f"**On {H200}**, bf16, beside the fastest peer of each, ours is faster in 1, as fast within 5% in 0" in text
-    assert f"slower in 1 of {total} rows of the ledger, 1 without a right result, {total - 3} not measured yet." in text
+    assert f"**{H200}**, bf16: against the fastest peer in each row, ours is faster in 1 of {total} rows" in text
+    assert f"within 5% in 0 and slower in 1; 1 without a correct result; {total - 3} not measured yet." in text
     assert "| rms_norm | 16,384 x 2048 | forward | 20 us | 50% | eager, 40 us | 0.50 | commit1 | 2026-01-01 |" in text
-    assert "mixed tasks | forward | **no right result** |" in text
+    assert "mixed tasks | forward | **no correct result** |" in text
     assert "not measured yet |" not in text  # the ledger has those rows
-    assert "**On NVIDIA H100**: not measured yet." in text
+    assert "**NVIDIA H100**: not measured yet." in text
     page = figures.quote("<!-- begin: operator rms_norm -->\n<!-- end: operator rms_norm -->\n", {H200: [run]})
     assert "| rms_norm | 16,384 x 2048 | backward | 90 us | 11% | eager, 30 us | 3.00 | commit1 | 2026-01-01 |" in page
     assert "On NVIDIA H100: not measured yet." in page
