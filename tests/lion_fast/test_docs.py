@@ -33,7 +33,7 @@ WANTING = {
     "tag ": "model: expected a directory, got lion-xl/ram",
     "caption tags.jsonl": "input: expected a file, a folder, or a pattern of files that are there, got tags.jsonl",
     "train --stage 1 model": "captions.jsonl",
-    "train --stage 2 model": "places.jsonl",
+    "train --stage 2 model": "boxes.jsonl",
     "train --stage 3": "captions.jsonl",
 }
 
