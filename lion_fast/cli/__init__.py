@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The rest of the library says what is wrong with its input by ValueError and OSError, and by MissingExtraError what
     is not installed. Anything else is a bug of ours and shows as such, with its traceback.
     """
-    parser = argparse.ArgumentParser(prog="lion-fast", description="LION: caption, answer, ground, and train.")
+    parser = argparse.ArgumentParser(prog="lion-fast", description="LION: caption, answer, locate, and train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:
         module.add_parsers(commands)

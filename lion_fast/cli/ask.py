@@ -11,28 +11,33 @@ DEFAULT_MODEL = Path("runs/quickstart/checkpoint")
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    caption = commands.add_parser("caption", help="describe a picture in one sentence")
-    ask = commands.add_parser("ask", help="answer a question about a picture")
-    locate = commands.add_parser("locate", help="find what an expression names and draw a box around it")
+    caption = commands.add_parser("caption", help="describe an image in one sentence")
+    ask = commands.add_parser("ask", help="answer a question about an image")
+    locate = commands.add_parser("locate", help="locate an object and draw a box around it")
     for parser in (caption, ask, locate):
-        parser.add_argument("image", metavar="IMAGE", help="a picture's file")
+        parser.add_argument("image", metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set")
         parser.add_argument(
             "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
         )
-        parser.add_argument("--tags", help='what the picture may show, e.g. "dog, cart, man"')
-        parser.add_argument("--num-beams", type=positive_int, metavar="N", help="beams (default: the checkpoint's)")
+        parser.add_argument("--tags", help='what the image may show, e.g. "dog, cart, man"')
         parser.add_argument(
-            "--max-new-tokens", type=positive_int, metavar="N", help="tokens at most (default: the checkpoint's)"
+            "--num-beams", type=positive_int, metavar="N", help="number of beams (default: the checkpoint's)"
         )
-        parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+        parser.add_argument(
+            "--max-new-tokens",
+            type=positive_int,
+            metavar="N",
+            help="maximum number of new tokens (default: the checkpoint's)",
+        )
+        parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
         bulk.add_options(parser)
-    column = "with --out: read from the input if it is not given"
+    column = "optional with --out if the input has it"
     ask.add_argument("question", metavar="QUESTION", nargs="?", help=column)
     locate.add_argument(
-        "expression", metavar="EXPRESSION", nargs="?", help=f'what to find, e.g. "the red circle"; {column}'
+        "expression", metavar="EXPRESSION", nargs="?", help=f'what to locate, e.g. "the red circle"; {column}'
     )
     locate.add_argument(
-        "--output", type=Path, metavar="PNG", help="picture to write (default: IMAGE's name with .located.png)"
+        "--output", type=Path, metavar="PNG", help="image to write (default: IMAGE's name with .located.png)"
     )
     caption.set_defaults(run=_caption)
     ask.set_defaults(run=_ask)

@@ -12,10 +12,14 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="tune the kernels for this GPU",
         description=f"Tune the kernels for this GPU. The benchmarks' {_MOVED}.",
     )
-    parser.add_argument("--tune", action="store_true", help="find the tile sizes that are fastest on this GPU")
-    parser.add_argument("--dry-run", action="store_true", help="with --tune: show what it would try, on a CPU")
-    parser.add_argument("--table", type=Path, metavar="F", help="with --tune: write here (default: the kernels' table)")
-    parser.add_argument("--tune-seconds", type=float, default=400.0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--tune", action="store_true", help="find the fastest tile sizes for this GPU")
+    parser.add_argument("--dry-run", action="store_true", help="with --tune: list what would be tried; works on a CPU")
+    parser.add_argument(
+        "--table", type=Path, metavar="F", help="with --tune: output file (default: the kernels' table)"
+    )
+    parser.add_argument(
+        "--tune-seconds", type=float, default=400.0, metavar="S", help="time limit (default: %(default)s)"
+    )
     parser.add_argument("moved", nargs="*", metavar="ACTION", help=argparse.SUPPRESS)
     parser.set_defaults(run=_tune)
 

@@ -8,21 +8,21 @@ from lion_fast.cli.arguments import positive_int
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("many pictures", "with --out, IMAGE may be all that docs/bulk.md describes")
+    group = parser.add_argument_group("bulk jobs", "with --out, IMAGE may be any input that docs/bulk.md describes")
     group.add_argument(
         "--out",
         metavar="FILE",
-        help="write a row per picture to FILE.jsonl or to the folder FILE.parquet, or go on with it",
+        help="write a row per image to FILE.jsonl or to the folder FILE.parquet, or resume it",
     )
     group.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: cores less one)")
+    group.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: number of cores - 1)")
     group.add_argument(
-        "--column", action="append", default=[], metavar="ROLE=NAME", help="field of the table, such as image=jpg"
+        "--column", action="append", default=[], metavar="ROLE=NAME", help="field of the table, e.g. image=jpg"
     )
-    group.add_argument("--image-root", metavar="DIR", help="of the paths in a table (default: the table's folder)")
-    group.add_argument("--strict", action="store_true", help="stop at the first picture that cannot be used")
+    group.add_argument("--image-root", metavar="DIR", help="root of the paths in a table (default: its folder)")
+    group.add_argument("--strict", action="store_true", help="stop at the first unusable image")
     group.add_argument(
-        "--ray-workers", type=positive_int, metavar="N", help="run on Ray, with so many models, each with a GPU if any"
+        "--ray-workers", type=positive_int, metavar="N", help="run on Ray with N models, each on a GPU if there are any"
     )
 
 

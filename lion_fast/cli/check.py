@@ -14,28 +14,28 @@ printed. bfloat16 is not run: the interpreter computes something else with it.""
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "check",
-        help="hold the kernels to the reference on this machine",
-        description="Hold every operator's Triton kernels, forward and every gradient, to the reference in fp64, and "
-        "on a GPU put their time beside its floor. Without a GPU they run in Triton's interpreter. The exit status is "
-        "1 where anything is out of bounds.",
+        help="compare the kernels with the reference on this machine",
+        description="Compare the Triton kernels of every operator, forward and all gradients, with the reference in "
+        "fp64. On a GPU, also print times and their lower bounds; without one, run in Triton's interpreter. The exit "
+        "status is 1 if any error is out of bounds.",
     )
     parser.add_argument("--operators", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)} (default: all that run)"
+        "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: all supported)"
     )
-    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    parser.add_argument("--json", type=Path, metavar="F", help="write everything that was found here")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
+    parser.add_argument("--json", type=Path, metavar="F", help="write all results to this file")
     parser.add_argument(
-        "--processes", type=positive_int, default=1, metavar="N", help="compare N cases at a time (default: 1)"
+        "--processes", type=positive_int, default=1, metavar="N", help="compare N cases in parallel (default: 1)"
     )
     parser.add_argument(
         "--repeats",
         type=positive_int,
         metavar="N",
-        help="equal calls that have to give equal bits, 20 at most on the largest shapes (default: 200, 2 on those and "
-        "in the interpreter)",
+        help="equal calls that must give equal bits, at most 20 at the largest shapes (default: 200; 2 at those shapes "
+        "and in the interpreter)",
     )
-    parser.add_argument("--no-times", dest="times", action="store_false", help="measure no times on a GPU")
+    parser.add_argument("--no-times", dest="times", action="store_false", help="do not measure times on a GPU")
     parser.set_defaults(run=_run)
 
 

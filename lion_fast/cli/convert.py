@@ -6,17 +6,17 @@ import argparse
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "convert",
-        help="convert original checkpoints",
-        description="Convert the original checkpoints to a directory that LionForCausalLM.from_pretrained loads.",
+        help="convert the published checkpoints",
+        description="Convert the published checkpoints to a directory that LionForCausalLM.from_pretrained loads.",
     )
     parser.add_argument("--vit", required=True, metavar="PTH", help="EVA's vision tower, eva_vit_g.pth")
-    parser.add_argument("--llm", required=True, metavar="DIR", help="directory of Flan-T5")
-    parser.add_argument("--bert", required=True, metavar="DIR", help="directory of bert-base-uncased")
+    parser.add_argument("--llm", required=True, metavar="DIR", help="Flan-T5's directory")
+    parser.add_argument("--bert", required=True, metavar="DIR", help="bert-base-uncased's directory")
     parser.add_argument("--lion", required=True, metavar="PTH", help="LION's trained parameters, LION-FlanT5-XL.pth")
-    parser.add_argument("--ram", metavar="PTH", help="RAM's tagger, ram_swin_large_14m.pth; needs the next two")
+    parser.add_argument("--ram", metavar="PTH", help="RAM's tagger, ram_swin_large_14m.pth; also needs the next two")
     parser.add_argument("--ram-tags", metavar="TXT", help="RAM's list of tags, one per line")
     parser.add_argument("--ram-thresholds", metavar="TXT", help="RAM's threshold of each tag, one per line")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
     parser.set_defaults(run=_run)
 
 

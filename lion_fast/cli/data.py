@@ -8,39 +8,45 @@ from lion_fast.cli.arguments import device, positive_int
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("data", help="make, convert, check, tag and pack training data")
+    parser = commands.add_parser("data", help="generate, convert, check, tag and pack training data")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_scenes(actions)
     _add_convert(actions)
-    check = actions.add_parser("check", help="check every line and every picture of a file")
+    check = actions.add_parser("check", help="check every line and every image of a file")
     check.set_defaults(run=_check)
-    shards = actions.add_parser("shards", help="pack a file and its pictures into tar files")
-    shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    shards = actions.add_parser("shards", help="pack a file and its images into tar files")
+    shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to create")
     shards.add_argument(
-        "--shard-mb", type=positive_int, default=512, metavar="N", help="MiB of a shard at most (default: %(default)s)"
+        "--shard-mb", type=positive_int, default=512, metavar="N", help="maximum MiB per shard (default: %(default)s)"
     )
-    shards.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    shards.add_argument("--seed", type=int, default=0, help="seed of the order (default: %(default)s)")
     shards.set_defaults(run=_shards)
-    tag = actions.add_parser("tag", help="write a file's records with tags of their pictures")
-    tag.add_argument("--ram", type=Path, required=True, metavar="DIR", help="RamTagger's directory")
+    tag = actions.add_parser("tag", help="add tags to the records of a file")
+    tag.add_argument("--ram", type=Path, required=True, metavar="DIR", help="directory of a RamTagger")
     tag.add_argument("--out", type=Path, required=True, metavar="JSONL", help="file to write")
     tag.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
-    tag.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    tag.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
     tag.set_defaults(run=_tag)
     for action in (check, shards, tag):
-        action.add_argument("file", metavar="JSONL", help="file of training data")
-        action.add_argument("--image-root", type=Path, metavar="DIR", help="of pictures (default: the file's folder)")
-        _add_skip_bad(action, "lines and pictures that cannot be used")
+        action.add_argument("file", metavar="JSONL", help="training data file")
+        action.add_argument(
+            "--image-root", type=Path, metavar="DIR", help="root of the images (default: the file's folder)"
+        )
+        _add_skip_bad(action, "unusable lines and images")
 
 
 def _add_scenes(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = actions.add_parser("scenes", help="draw scenes, to try training with nothing downloaded")
-    parser.add_argument("--count", type=positive_int, required=True, metavar="N", help="scenes")
-    parser.add_argument("--seed", type=int, default=0, help="names the set of scenes (default: %(default)s)")
+    parser = actions.add_parser("scenes", help="generate scenes, to try training without a download")
+    parser.add_argument("--count", type=positive_int, required=True, metavar="N", help="number of scenes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: %(default)s)")
     parser.add_argument(
-        "--image-size", type=positive_int, default=96, metavar="N", help="pixels (default: %(default)s)"
+        "--image-size",
+        type=positive_int,
+        default=96,
+        metavar="N",
+        help="width and height in pixels (default: %(default)s)",
     )
-    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="some of caption, vqa, rec, reg (default: all)")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="caption, vqa, rec, reg (default: all)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
     parser.set_defaults(run=_scenes)
 
@@ -58,19 +64,19 @@ def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT")
     parser.add_argument("files", nargs="+", metavar="FILE", help="the format's files, in the order above")
     parser.add_argument("--out", type=Path, required=True, metavar="JSONL", help="file to write")
-    parser.add_argument("--images", default="", metavar="DIR", help="put before the pictures' names")
+    parser.add_argument("--images", default="", metavar="DIR", help="folder to prepend to image names")
+    parser.add_argument("--image-name", metavar="TEMPLATE", help="e.g. '{image_id:012d}.jpg' (default: the format's)")
+    parser.add_argument("--split", action="append", default=[], help="split to convert; can be repeated (default: all)")
     parser.add_argument(
-        "--image-name", metavar="TEMPLATE", help="such as '{image_id:012d}.jpg' (default: the format's)"
+        "--kinds", nargs="+", default=[], metavar="KIND", help="kinds of region samples: rec, reg (default: both)"
     )
-    parser.add_argument("--split", action="append", default=[], help="split to take, may be repeated (default: all)")
-    parser.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help="of regions: rec, reg (default: both)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of instructions (default: %(default)s)")
-    _add_skip_bad(parser, "entries that make no record")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of instructions (default: %(default)s)")
+    _add_skip_bad(parser, "invalid entries")
     parser.set_defaults(run=_convert)
 
 
 def _add_skip_bad(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--skip-bad", action="store_true", help=f"leave out and count {what}, instead of stopping")
+    parser.add_argument("--skip-bad", action="store_true", help=f"skip and count {what} instead of stopping")
 
 
 def _scenes(args: argparse.Namespace) -> None:

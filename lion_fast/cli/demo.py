@@ -13,9 +13,9 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "demo",
-        help="a page in the browser: upload a picture, ask, see what was used for the answer",
-        description="Serve a page that captions, answers and locates, and shows which visual tokens and adapters were "
-        "used. It is served to this machine alone unless --host says otherwise, and fetches nothing.",
+        help="serve a web page to upload an image, ask about it, and inspect the answer",
+        description="Serve a web page that captions, answers and locates, and shows which visual tokens and adapters "
+        "were used. Only this machine can open it unless --host says otherwise. It loads nothing from the internet.",
     )
     parser.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
@@ -25,8 +25,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default=_LOOPBACK[0],
         help="address to listen on; 0.0.0.0 for the whole network (default: %(default)s)",
     )
-    parser.add_argument("--port", type=positive_int, metavar="N", help="default: the first free one from 7860")
-    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument("--port", type=positive_int, metavar="N", help="default: the first free port from 7860")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
     parser.set_defaults(run=_run)
 
 

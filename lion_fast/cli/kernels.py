@@ -12,17 +12,17 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     parser = commands.add_parser(
         "kernels",
-        help="compile the kernels for GPUs that need not be here, and report what came of it",
-        description="Compile every kernel and configuration ahead of time and print its registers, stack, shared "
-        "memory, matrix instructions and widths of memory accesses by architecture; for sm_90 also the launches that "
-        "check and the model make, and what their main loops are made of. The exit status is 1 where a kernel spills, "
-        "does not fit, misses the matrix units or waits for each of their instructions, and that is not known.",
+        help="compile the kernels ahead of time, for GPUs that need not be present, and report the result",
+        description="Compile every kernel and configuration ahead of time and print registers, stack, shared memory, "
+        "matrix instructions and widths of memory accesses by architecture. For sm_90, also print the launches that "
+        "check and the model make, with the instructions of their main loops. The exit status is 1 if a kernel spills, "
+        "does not fit, does not use the matrix units or waits for each of their instructions, unless that is known.",
     )
     add_arguments(parser)
     parser.add_argument(
         "--without-launches",
         action="store_true",
-        help="only what the kernels list themselves, as python -m lion_kernels",
+        help="only the configurations that the kernels list, as python -m lion_kernels does",
     )
     parser.set_defaults(run=_run)
 

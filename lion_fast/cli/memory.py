@@ -12,23 +12,23 @@ _SIZES = ("xl", "xxl")
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "memory",
-        help="estimate what a stage of training takes on a device",
+        help="estimate the memory of a training stage",
         description=(
-            "Estimate weights, gradients, optimizer and saved activations of a stage, with and without kernels and "
-            "gradient checkpointing. Nothing is allocated. Settings are those of lion-fast train."
+            "Estimate the memory of weights, gradients, optimizer and saved activations of a stage, with and without "
+            "kernels and gradient checkpointing, without allocating it. The settings are those of lion-fast train."
         ),
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. batch.per_process=64")
     parser.add_argument("--stage", type=int, default=4, choices=(1, 2, 3, 4), help="default: %(default)s")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="the settings that differ from the stage's recipe")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="settings that override the stage's recipe")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", type=Path, metavar="DIR", help="a LION directory (default: the recipe's)")
-    which.add_argument("--size", choices=_SIZES, help="LION-FlanT5-XL or -XXL, as published, without any file")
+    which.add_argument("--model", type=Path, metavar="DIR", help="checkpoint (default: the recipe's)")
+    which.add_argument("--size", choices=_SIZES, help="LION-FlanT5-XL or -XXL as published; needs no files")
     parser.add_argument("--text-tokens", type=positive_int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--question-tokens", type=positive_int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--answer-tokens", type=positive_int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--processes", type=positive_int, default=1, metavar="N", help="that parallel=fsdp shares among"
+        "--processes", type=positive_int, default=1, metavar="N", help="processes that parallel=fsdp shards over"
     )
     parser.set_defaults(run=_run)
 

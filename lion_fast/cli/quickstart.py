@@ -13,9 +13,13 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of scenes and weights (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and weights (default: %(default)s)")
     parser.add_argument(
-        "--scale", type=float, default=1.0, metavar="X", help="X times the training steps (default: %(default)s)"
+        "--scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="multiply the number of training steps by X (default: %(default)s)",
     )
     parser.set_defaults(run=_run)
 

@@ -7,14 +7,14 @@ from pathlib import Path
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "train",
-        help="train one of the stages on your data",
-        description="Train one stage. The stage's recipe is laid under the file, and the file under key=value.",
+        help="train one stage on your data",
+        description="Train one stage. --config overrides the stage's recipe, and KEY=VALUE overrides both.",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. optimizer.lr=3e-5 batch.size=128")
     parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
-    parser.add_argument("--config", type=Path, metavar="YAML", help="the settings that differ from the stage's recipe")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest undamaged checkpoint")
-    parser.add_argument("--print-recipe", action="store_true", help="print the stage's commented recipe, and stop")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="settings that override the stage's recipe")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest undamaged checkpoint")
+    parser.add_argument("--print-recipe", action="store_true", help="print the stage's commented recipe and exit")
     parser.set_defaults(run=_run)
 
 

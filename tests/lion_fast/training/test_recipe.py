@@ -22,7 +22,7 @@ def test_shipped_recipes_are_whole(stage: int) -> None:
     recipe = load_recipe(stage)
     assert recipe.stage == stage
     assert recipe.optimizer.lr == (1e-5 if stage == 4 else 1e-4)
-    settings, below = shipped_recipe(stage).split("log_every: 50             # [ours], as all below\n")
+    settings, below = shipped_recipe(stage).split("log_every: 50             # [ours], like everything below\n")
     numbers = [line for line in settings.splitlines() if re.match(r" *\w+: +\[?[0-9]", line)]
     assert len(numbers) > 15
     assert all("# [" in line for line in numbers if not line.startswith("stage:")), "every number names its source"
