@@ -1,12 +1,12 @@
-# Both commands make what they need: a virtual environment in .venv, with pinned packages.
+# All targets first create what they need: a virtual environment in .venv with pinned packages.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# A machine with an NVIDIA GPU gets PyTorch's CUDA build, which brings its own Triton. Elsewhere the CPU build is tried
-# first (pass PIP_EXTRA_INDEX_URL where PyTorch publishes it, or a folder of wheels as PIP_FIND_LINKS); it has none.
+# A machine with an NVIDIA GPU gets PyTorch's CUDA build, which includes Triton. Other machines try the CPU build first
+# (set PIP_EXTRA_INDEX_URL to PyTorch's index of it, or PIP_FIND_LINKS to a folder of wheels), which does not include it.
 TORCH := 2.13.0
 TRITON_FOR_CPU := 3.9.0
 
