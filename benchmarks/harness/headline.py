@@ -63,13 +63,13 @@ def _rows_alike(operator: str, channels: int, label: str) -> Headline:
 
 
 def _step(pictures: int, checkpointed: bool = False, size: str = "LION-FlanT5-XL") -> Headline:
-    label = f"{size}, {pictures} pictures{', blocks computed again in backward' if checkpointed else ''}"
+    label = f"{size}, {pictures} images{', with gradient checkpointing' if checkpointed else ''}"
     shape = {"pictures": pictures, "checkpointed": checkpointed}
     return Headline("training step", label, shape, ("",), f"training_step_{pictures}")
 
 
 def _generation(pictures: int, beams: int, tokens: int, size: str = "LION-FlanT5-XL") -> Headline:
-    words = [f"{n} {name}{'s' if n > 1 else ''}" for n, name in ((pictures, "picture"), (beams, "beam"))]
+    words = [f"{n} {name}{'s' if n > 1 else ''}" for n, name in ((pictures, "image"), (beams, "beam"))]
     label = f"{size}, {', '.join(words)}, {tokens} tokens"
     shape = {"pictures": pictures, "beams": beams}
     return Headline("generation", label, shape, ("generation",), "model_generation")
@@ -150,7 +150,7 @@ HEADLINES: tuple[Headline, ...] = (
     ),
     _step(16),
     _step(64),
-    _step(64, checkpointed=True),  # eager keeps more of 64 pictures than one GPU holds
+    _step(64, checkpointed=True),  # eager keeps more of 64 images than one GPU holds
     _generation(64, 5, 20),
     _generation(1, 5, 20),
     _generation(1, 1, 20),
@@ -162,7 +162,7 @@ def _on_a_cpu(operator: str, label: str, shape: Shape, directions: tuple[str, ..
 
 
 def _beside_the_original(part: str) -> Headline:
-    return Headline(part, "beside the original's eager form", {"part": part}, ("",), "original")
+    return Headline(part, "against the original's eager form", {"part": part}, ("",), "original")
 
 
 # On a CPU: what the operators' own suites measure there, where all peers were measured, torch.compile included; and the
