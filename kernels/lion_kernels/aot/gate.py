@@ -19,10 +19,10 @@ KINDS = {
     "spill": "registers spill to the stack",
     "matrix": "no matrix instruction in a kernel that multiplies tiles of 16-bit values",
     "wide": "no 16-byte access to global memory",
-    "ptxas": "ptxas' warning C75xx: it serialises wgmma in the whole kernel",
-    "waits": "in the main loop every wgmma is waited for before the next",
-    "ahead": "the main loop multiplies on wgmma and copies nothing ahead",
-    "known": "listed as known, and does not occur",
+    "ptxas": "ptxas warns (C75xx) that it serialises wgmma in the whole kernel",
+    "waits": "the main loop waits for every wgmma before it issues the next",
+    "ahead": "the main loop multiplies with wgmma but prefetches nothing",
+    "known": "listed as known but does not occur",
 }
 
 
