@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from lion_fast import _moved
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.drop_in import apply_lion_kernels
+from lion_fast.inference.pipeline import LionAnswer, LionPipeline
 from lion_fast.model.image_features import ImageFeatures
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
@@ -27,8 +28,10 @@ AutoProcessor.register(LionConfig, LionProcessor)
 __all__ = [
     "ImageFeatures",
     "LionAggregatorConfig",
+    "LionAnswer",
     "LionConfig",
     "LionForCausalLM",
+    "LionPipeline",
     "LionProcessor",
     "LionVisionConfig",
     "RamConfig",

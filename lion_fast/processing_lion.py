@@ -58,6 +58,7 @@ class LionProcessor(ProcessorMixin):
     """
 
     qformer_tokenizer: PreTrainedTokenizerBase
+    tag_sentence = TAG_SENTENCE  # benchmarks/claims compares others
     parse_boxes = staticmethod(parse_boxes)
     draw_boxes = staticmethod(draw_boxes)
 
@@ -107,6 +108,7 @@ class LionProcessor(ProcessorMixin):
         task: str | Sequence[str] = "image_level",
         text_target: str | Sequence[str] | None = None,
         return_tensors: str | None = "pt",
+        padding: bool = True,
     ) -> BatchFeature:
         """Everything the model reads for B pictures with one question each.
 
@@ -123,6 +125,7 @@ class LionProcessor(ProcessorMixin):
                 one for all or one each.
             text_target: one answer or B of them, for training.
             return_tensors: `"pt"`, `"np"`, or None for lists.
+            padding: True, as transformers' pipelines pass it: a batch is always padded to its longest sample.
 
         Returns:
             `pixel_values` [B, 3, H, W] float32; `input_ids`, `attention_mask` [B, L]; `qformer_input_ids`,
@@ -135,6 +138,8 @@ class LionProcessor(ProcessorMixin):
                 soft prompt, a question or tags in which the soft prompt's token stands, or a tagger without pictures.
             TypeError: for text, tags or tasks that are not strings.
         """
+        if padding is not True:
+            raise ValueError(f"padding: expected True, got {padding!r}")
         questions = _strings(text, "text")
         pictures = None if images is None else load_images(images)
         if pictures is not None and len(pictures) != len(questions):
@@ -192,7 +197,7 @@ class LionProcessor(ProcessorMixin):
                 f"tags[{place}]: expected none, as the tokenizer has no token for the soft prompt "
                 f"(soft_prompt_token={self.soft_prompt_token!r}), got {tags!r}"
             )
-        return TAG_SENTENCE.format(soft_prompt=self.soft_prompt_token, tags=tags) + question
+        return self.tag_sentence.format(soft_prompt=self.soft_prompt_token, tags=tags) + question
 
     def _labels(self, answers: list[str]) -> list[list[int]]:
         rows = [

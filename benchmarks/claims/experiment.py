@@ -14,17 +14,16 @@ import numpy as np
 import torch
 
 from benchmarks.claims.arms import ARMS, BLUR, IMAGE_KINDS, TRAINED_WRONG, WRONG_RATES, Arm, accuracy_name, tell_tags
-from benchmarks.claims.reading import teach_tags
+from benchmarks.claims.reading import teach_tags, telling
 from benchmarks.claims.report import MAX_SEEDS, write_report
 from lion_fast.extras import require
 from lion_fast.io.atomic import whole_or_not
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
-from lion_fast.quickstart.evaluation import answer, choose, is_located
+from lion_fast.quickstart.evaluation import accuracy
 from lion_fast.quickstart.loop import train_lion
 from lion_fast.quickstart.models import build_config
-from lion_fast.scenes import Sample
 from lion_fast.training.stages import STAGES, carry_over, copy_frozen, freeze_for_stage
 
 # Neither the quickstart's stand-ins nor its learning rates have seen these scenes.
@@ -198,13 +197,13 @@ class Experiment:
         # The same scenes and questions in the same order for every arm of a stage, whatever its tags.
         rng = np.random.default_rng([seed, *arm.stage.name.encode()])
         batches = training_batches(
-            self.processor,
+            self._processor(arm),
             train_set,
             arm.kinds,
             self.settings.batch_size,
             rng,
             tag_rate=0.0 if arm.tag_sentence is None else 1.0,
-            **self._tags(arm, TRAINED_WRONG, (seed, _TRAIN_SCENES), train_set),
+            tags=self._tags(arm, TRAINED_WRONG, (seed, _TRAIN_SCENES), train_set),
         )
         training = train_lion(f"seed {seed}, {arm.name}", model, arm.kinds, batches, steps, **arm.learning_rates)
         if any(arm.name in other.after for other in ARMS):
@@ -221,23 +220,24 @@ class Experiment:
             "cpu_seconds": round(time.process_time() - start, 1),
         }
 
-    def _tags(self, arm: Arm, wrong: float, seed: Sequence[int], scene_set: SceneSet) -> dict[str, Any]:
-        """Arguments of `training_batches` and `answer`."""
-        if arm.tag_sentence is None:
-            return {}
-        return {"tags": tell_tags(scene_set, wrong, seed), "tag_sentence": arm.tag_sentence}
+    def _processor(self, arm: Arm) -> LionProcessor:
+        return self.processor if arm.tag_sentence is None else telling(self.processor, arm.tag_sentence)
+
+    def _tags(self, arm: Arm, wrong: float, seed: Sequence[int], scene_set: SceneSet) -> list[str] | None:
+        """One string per scene; None for an arm that reads no tags."""
+        return None if arm.tag_sentence is None else tell_tags(scene_set, wrong, seed)
 
     def _accuracy(self, arm: Arm, seed: int, model: LionForCausalLM) -> dict[str, float]:
         """Share of unseen scenes' samples that are answered as they should be, by kind and share of wrong tags."""
         _, test_set = self._sets_of(arm)
-        shares = {}
+        processor, shares = self._processor(arm), {}
         for wrong in (0.0,) if arm.tag_sentence is None else WRONG_RATES:
             tags = self._tags(arm, wrong, (seed, _TEST_SCENES), test_set)
             for kind in arm.measured:
-                indices, samples = choose(test_set, kind, _ASKED[kind], np.random.default_rng(0))
-                answers = answer(model, self.processor, test_set, indices, samples, **tags)
-                right = [_is_right(*pair) for pair in zip(samples, answers, strict=True)]
-                shares[accuracy_name(kind, wrong if tags else None)] = float(np.mean(right))
+                asked = (kind, _ASKED[kind], np.random.default_rng(0))
+                shares[accuracy_name(kind, wrong if tags else None)] = accuracy(
+                    model, processor, test_set, *asked, tags
+                )
         return shares
 
 
@@ -252,10 +252,6 @@ def _save(model: LionForCausalLM, path: Path) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with whole_or_not(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_right(sample: Sample, got: str) -> bool:
-    return got == sample.answer if sample.box is None else is_located(sample, got)
 
 
 def _digest(model: LionForCausalLM) -> str:

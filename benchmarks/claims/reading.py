@@ -4,6 +4,7 @@ Flan-T5 can make something of a list of tags in its prompt. The quickstart's lan
 it is told by words after the picture only confuses it: with true tags it names less than without.
 """
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,13 @@ from lion_fast.quickstart.standins import Facts, linears, told_loss
 
 _NUM_FACTS = 16  # tokens that a scene is told in, as many as stage 1 shows
 _HIDDEN = (0.0, 0.8)  # share of a scene's words that it is not told, drawn per batch, so that tags are worth reading
+
+
+def telling(processor: LionProcessor, sentence: str) -> LionProcessor:
+    """A processor that puts tags into another sentence."""
+    processor = copy.copy(processor)
+    processor.tag_sentence = sentence
+    return processor
 
 
 def teach_tags(
@@ -53,7 +61,7 @@ def teach_tags(
                     batch = (
                         encode(processor, samples)
                         if sentence is None
-                        else encode(processor, samples, [tags[i] for i in scenes], tag_sentence=sentence)
+                        else encode(telling(processor, sentence), samples, [tags[i] for i in scenes])
                     )
                     facts.is_word = is_word & (torch.rand(is_word.shape) >= rng.uniform(*_HIDDEN))
                     told = facts.tell(scenes, _NUM_FACTS, rng)

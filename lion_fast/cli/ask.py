@@ -2,10 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lion_fast.cli import bulk
 from lion_fast.cli.arguments import device, positive_int
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lion_fast.inference.pipeline import LionAnswer
 
 DEFAULT_MODEL = Path("runs/quickstart/checkpoint")
 
@@ -47,19 +53,19 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _caption(args: argparse.Namespace) -> None:
     if args.out is not None:
         return bulk.run_bulk(args, args.model)
-    print(_answer(args, CAPTION_INSTRUCTION, "image_level"))
+    print(_answer(args, CAPTION_INSTRUCTION, "image_level")[1].text)
 
 
 def _ask(args: argparse.Namespace) -> None:
     if args.out is not None:
         return bulk.run_bulk(args, args.model, text=args.question)
     _expect_text(args.question, "QUESTION")
-    print(_answer(args, args.question, "image_level"))
+    print(_answer(args, args.question, "image_level")[1].text)
 
 
 def _expect_text(text: str | None, name: str) -> None:
-    if text is None:
-        raise ValueError(f"{name}: expected one for the picture, got none")
+    if text is None or not text.strip():
+        raise ValueError(f"{name}: expected one for the picture, got {'none' if text is None else repr(text)}")
 
 
 def _locate(args: argparse.Namespace) -> None:
@@ -68,32 +74,25 @@ def _locate(args: argparse.Namespace) -> None:
             raise ValueError("--output: expected no picture to draw on beside --out, got one")
         return bulk.run_bulk(args, args.model, text=args.expression)
     _expect_text(args.expression, "EXPRESSION")
-    from lion_fast.io.boxes import draw_boxes, parse_boxes
-    from lion_fast.io.images import load_image
+    from lion_fast.io.boxes import draw_boxes
 
-    image = load_image(args.image)
     output = args.output or Path(Path(args.image).with_suffix(".located.png").name)
-    answer = _answer(args, LOCATE_INSTRUCTION.format(expression=args.expression), "region_level")
-    print(answer)
-    boxes = parse_boxes(answer, image.size)
-    if not boxes:
-        raise ValueError(f"the model's answer holds no box: {answer!r}")
-    draw_boxes(image, boxes, labels=[args.expression] * len(boxes)).save(output)
-    print(f"box in pixels: {[round(x) for x in boxes[0]]}, drawn in {output}")
+    image, answer = _answer(args, LOCATE_INSTRUCTION.format(expression=args.expression), "region_level")
+    print(answer.text)
+    if not answer.boxes:
+        raise ValueError(f"the model's answer holds no box: {answer.text!r}")
+    draw_boxes(image, answer.boxes, labels=[args.expression] * len(answer.boxes)).save(output)
+    print(f"box in pixels: {[round(x) for x in answer.boxes[0]]}, drawn in {output}")
 
 
-def _answer(args: argparse.Namespace, question: str, task: str) -> str:
-    from lion_fast.inference.loading import compute_dtype, default_device, load_complete
-    from lion_fast.io.checkpoints import naming
-    from lion_fast.processing_lion import LionProcessor
+def _answer(args: argparse.Namespace, question: str, task: str) -> "tuple[Image, LionAnswer]":
+    """The image, upright, and the model's answer."""
+    from lion_fast.inference.pipeline import LionPipeline
+    from lion_fast.io.images import load_image
 
     if not args.model.is_dir():
         raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
-    device = args.device or default_device()
-    with naming(args.model, "a directory with LION's processor"):
-        processor = LionProcessor.from_pretrained(args.model)
-    batch = processor(images=args.image, text=question, tags=args.tags, task=task, return_tensors="pt")
-    model = load_complete(args.model, compute_dtype(device)).to(device)
+    image = load_image(args.image, "images")  # before the model, which takes longer
     limits = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    ids = model.generate(**batch.to(device), **{name: value for name, value in limits.items() if value is not None})
-    return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    given = {name: value for name, value in limits.items() if value is not None}
+    return image, LionPipeline(args.model, device=args.device)(image, question, task, args.tags, **given)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lion_fast.demo.insight import Insight, look_inside
-from lion_fast.inference.loading import compute_dtype, load_complete
+from lion_fast.inference.pipeline import LionPipeline, generate_texts
 from lion_fast.io.boxes import parse_boxes
 from lion_fast.io.checkpoints import naming
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
@@ -109,15 +109,13 @@ class Answerer:
         Raises:
             CheckpointError: the directory has no processor or no whole model of LION in it, or a broken tagger.
         """
-        with naming(directory, "a directory with LION's processor"):
-            processor = LionProcessor.from_pretrained(directory)
-        model = load_complete(directory, compute_dtype(device)).to(device)
+        pipeline = LionPipeline(directory, device=device)
         tagger: Any = None
         if (directory / "ram").is_dir():
             with naming(directory / "ram", "a RAM tagger"):
                 tagger = RamTagger.from_pretrained(directory / "ram")
             tagger.to(device).eval()
-        return cls(model, processor, tagger)
+        return cls(pipeline.model, pipeline.processor, tagger)
 
     @property
     def takes_tags(self) -> bool:
@@ -149,8 +147,7 @@ class Answerer:
             batch = dict(made.to(self.model.device))
             with torch.no_grad():
                 batch["vision_features"] = self.model.get_vision_features(batch.pop("pixel_values"))
-            ids = self.model.generate(**batch)
-            answer = self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+            (answer,), ids = generate_texts(self.model, self.processor, batch)
             seconds = time.perf_counter() - start
             insight = look_inside(self.model, batch, ids)
         return Answer(answer, parse_boxes(answer, image.size), instruction, task, seconds, insight)

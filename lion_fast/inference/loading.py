@@ -20,8 +20,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_complete(directory: Path, dtype: torch.dtype) -> Any:
+def load_complete(directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
     """A directory's `LionForCausalLM`, unless parameters of it would be left as random as they start.
+
+    Args:
+        settings: of its configuration, such as `kernel_backend`, that are to differ from the directory's.
 
     Raises:
         CheckpointError: it cannot be loaded, or lacks parameters, or has them in other shapes.
@@ -31,7 +34,7 @@ def load_complete(directory: Path, dtype: torch.dtype) -> Any:
     try:
         with naming(directory, "a checkpoint of LION that can be loaded"):
             loaded: Any = LionForCausalLM.from_pretrained(
-                directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
     finally:
         logging.set_verbosity(verbosity)

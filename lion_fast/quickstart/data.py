@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from lion_fast.configuration_lion import TASKS
 from lion_fast.data.loader import start_method
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.processing_lion import IGNORED, TAG_SENTENCE, LionProcessor
+from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.models import IMAGE_SIZE
 from lion_fast.scenes import Sample, Scene, SceneGenerator, corrupt_tags
 
@@ -96,33 +95,15 @@ def compute_features(model: LionForCausalLM, scene_set: SceneSet, batch_size: in
     scene_set.features = torch.cat([model.get_vision_features(scene_set.pixel_values(b)).half() for b in batches])
 
 
-def encode(
-    processor: LionProcessor,
-    samples: Sequence[Sample],
-    tags: Sequence[str] | None = None,
-    with_labels: bool = True,
-    tag_sentence: str = TAG_SENTENCE,
-) -> dict[str, Tensor]:
-    """The text part of a batch, as `LionProcessor` makes it, for pictures that are already features."""
-    questions = [sample.text for sample in samples]
-    prompts = questions
-    if tags is not None:
-        token = processor.soft_prompt_token
-        hints = [tag_sentence.format(soft_prompt=token, tags=listed) if listed else "" for listed in tags]
-        prompts = [hint + question for hint, question in zip(hints, questions, strict=True)]
-    prompt = processor.tokenizer(prompts, padding=True, return_tensors="pt")
-    question = processor.qformer_tokenizer(questions, padding=True, return_tensors="pt")
-    batch = {
-        "input_ids": prompt["input_ids"],
-        "attention_mask": prompt["attention_mask"],
-        "qformer_input_ids": question["input_ids"],
-        "qformer_attention_mask": question["attention_mask"],
-        "task_ids": torch.tensor([TASKS.index(sample.task) for sample in samples]),
-    }
-    if with_labels:
-        answers = processor.tokenizer([sample.answer for sample in samples], padding=True, return_tensors="pt")
-        batch["labels"] = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, IGNORED)
-    return batch
+def encode(processor: LionProcessor, samples: Sequence[Sample], tags: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """What the processor makes of samples, for images that are features already."""
+    return processor(
+        images=None,
+        text=[sample.text for sample in samples],
+        tags=tags,
+        task=[sample.task for sample in samples],
+        text_target=[sample.answer for sample in samples],
+    ).data
 
 
 def scenes_with_a_choice(scene_set: SceneSet) -> np.ndarray:
@@ -142,7 +123,6 @@ def training_batches(
     rng: np.random.Generator,
     tag_rate: float = 0.2,
     tags: Sequence[str] | None = None,
-    tag_sentence: str = TAG_SENTENCE,
 ) -> Iterator[dict[str, Tensor]]:
     """Endless batches of one kind of instruction each, `kinds` in turn, so that lengths within a batch are alike.
 
@@ -160,6 +140,6 @@ def training_batches(
                     told = [", ".join(corrupt_tags(scene_set.scenes[i].tags, rng)) for i in scenes]
                 else:
                     told = [tags[int(i)] for i in scenes]
-            batch = encode(processor, samples, told, tag_sentence=tag_sentence)
+            batch = encode(processor, samples, told)
             assert scene_set.features is not None
             yield {**batch, "vision_features": scene_set.features[torch.from_numpy(scenes)].float()}

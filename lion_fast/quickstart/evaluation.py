@@ -1,18 +1,21 @@
 """Captions, answers and boxes on scenes that no training has seen."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from lion_fast.io.boxes import iou, parse_boxes
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.processing_lion import TAG_SENTENCE, LionProcessor
+from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, encode
 from lion_fast.scenes import Sample
+from lion_fast.training import evaluation
 
 _GREEDY = {"num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 48}
+_BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -27,48 +30,67 @@ class Metrics:
         return asdict(self)
 
 
-@torch.inference_mode()
 def answer(
     model: LionForCausalLM,
     processor: LionProcessor,
     scene_set: SceneSet,
     indices: Sequence[int],
     samples: Sequence[Sample],
-    batch_size: int = 128,
     tags: Sequence[str] | None = None,
-    tag_sentence: str = TAG_SENTENCE,
-) -> list[str]:
-    """The model's greedy answers to `samples`, each about the scene of its index; `tags` are one string per scene."""
-    model.eval()
-    answers = []
-    for start in range(0, len(samples), batch_size):
-        chosen = list(indices[start : start + batch_size])
+) -> tuple[list[str], dict[str, float]]:
+    """The model's greedy answers to `samples`, each about the scene of its index, and their metrics.
+
+    Args:
+        tags: one string per scene.
+    """
+
+    def collate(asked: Sequence[Any]) -> dict[str, Tensor]:
+        chosen: list[int] = [each["scene"] for each in asked]
         told = None if tags is None else [tags[i] for i in chosen]
-        asked = samples[start : start + batch_size]
-        batch = encode(processor, asked, told, with_labels=False, tag_sentence=tag_sentence)
+        batch = encode(processor, [each["sample"] for each in asked], told)
         if scene_set.features is None:
-            batch["pixel_values"] = scene_set.pixel_values(chosen)
-        else:
-            # A model that reads the last layer alone takes it out of all.
-            batch["vision_features"] = scene_set.features[chosen, : len(model.config.feature_layers)].float()
-        ids = model.generate(**batch, **_GREEDY)
-        answers += processor.batch_decode(ids, skip_special_tokens=True)
-    return answers
+            return {**batch, "pixel_values": scene_set.pixel_values(chosen)}
+        # A model that reads the last layer alone takes it out of all.
+        return {**batch, "vision_features": scene_set.features[chosen, : len(model.config.feature_layers)].float()}
+
+    asked: Any = [
+        {"scene": index, "sample": sample, "answer": sample.answer}
+        for index, sample in zip(indices, samples, strict=True)
+    ]
+    metrics, answered = evaluation.evaluate(
+        model.eval(),
+        processor,
+        asked,
+        indices=range(len(asked)),
+        batch_size=_BATCH_SIZE,
+        device=model.device,
+        pictures=len(asked),
+        autocast=nullcontext,
+        collate=collate,
+        **_GREEDY,
+    )
+    return [text for _, text in answered], metrics
+
+
+def accuracy(
+    model: LionForCausalLM,
+    processor: LionProcessor,
+    scene_set: SceneSet,
+    kind: str,
+    per_scene: int,
+    rng: np.random.Generator,
+    tags: Sequence[str] | None = None,
+) -> float:
+    """Share of right answers to up to `per_scene` samples of a kind of every scene; `tags` as of `answer`."""
+    _, metrics = answer(model, processor, scene_set, *choose(scene_set, kind, per_scene, rng), tags)
+    return metrics["grounding_accuracy" if kind == "rec" else "exact_match"]
 
 
 def evaluate(model: LionForCausalLM, processor: LionProcessor, scene_set: SceneSet) -> Metrics:
     """Measure any checkpoint on scenes: per scene its caption, two of its questions and two of its expressions."""
     rng = np.random.default_rng(0)
-
-    def ask(kind: str, per_scene: int) -> list[tuple[Sample, str]]:
-        indices, samples = choose(scene_set, kind, per_scene, rng)
-        return list(zip(samples, answer(model, processor, scene_set, indices, samples), strict=True))
-
-    captions, questions, places = ask("caption", 1), ask("vqa", 2), ask("rec", 2)
     return Metrics(
-        float(np.mean([got == sample.answer for sample, got in captions])),
-        float(np.mean([got == sample.answer for sample, got in questions])),
-        float(np.mean([is_located(sample, got) for sample, got in places])),
+        *(accuracy(model, processor, scene_set, *each, rng) for each in (("caption", 1), ("vqa", 2), ("rec", 2)))
     )
 
 
@@ -81,10 +103,3 @@ def choose(scene_set: SceneSet, kind: str, per_scene: int, rng: np.random.Genera
             indices.append(index)
             samples.append(pool[number])
     return indices, samples
-
-
-def is_located(sample: Sample, got: str) -> bool:
-    """Whether the first box in an answer overlaps the sample's by at least a half."""
-    boxes = parse_boxes(got)
-    assert sample.box is not None
-    return bool(boxes) and iou(boxes[0], sample.box) >= 0.5

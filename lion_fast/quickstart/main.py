@@ -214,8 +214,8 @@ def _write(
     indices = range(min(_SHOWN, len(test_set)))
     captions = [test_set.samples(i, "caption")[0] for i in indices]
     places = [test_set.samples(i, "rec")[-1 - i % 2] for i in indices]
-    told = answer(model, processor, test_set, indices, captions)
-    located = answer(model, processor, test_set, indices, places)
+    told, _ = answer(model, processor, test_set, indices, captions)
+    located, _ = answer(model, processor, test_set, indices, places)
     pieces = [Showpiece(large[i], told[i], places[i], located[i]) for i in indices]
     draw_grid(pieces, output_dir / "predictions.png")
     draw_curves(runs, output_dir / "losses.png")

@@ -10,9 +10,10 @@ import numpy as np
 
 from lion_fast.extras import require
 from lion_fast.io.boxes import parse_boxes
-from lion_fast.quickstart.evaluation import Metrics, is_located
+from lion_fast.quickstart.evaluation import Metrics
 from lion_fast.quickstart.loop import Run
 from lion_fast.scenes import Sample, Scene
+from lion_fast.training.evaluation import is_right
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,7 +104,7 @@ def _draw_piece(axis: "Axes", piece: Showpiece) -> None:
     for box in parse_boxes(piece.located)[:1]:
         _draw_box(axis, box, size, _PREDICTED, 2.6, "-")
     expression = piece.place.text.split(" locate ")[1].split(" and let me know ")[0]
-    found = is_located(piece.place, piece.located)
+    found = is_right(piece.located, piece.place.answer)
     axis.set_title(f"“{expression}”", fontsize=10.5, color=_INK if found else _BAD, pad=5)
     right = piece.caption == piece.scene.caption
     caption = "\n".join(textwrap.wrap(piece.caption, 44, max_lines=3))

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lion_fast.inference.pipeline import generate_texts
 from lion_fast.io.boxes import draw_boxes, iou, parse_boxes
 from lion_fast.io.images import load_image
 from lion_fast.processing_lion import IGNORED
@@ -53,6 +54,7 @@ def evaluate(
     device: torch.device,
     pictures: int,
     autocast: Callable[[], Any],
+    collate: Callable[[Sequence[Sample]], dict[str, Any]] | None = None,
     **generation: Any,
 ) -> tuple[dict[str, float], list[tuple[Sample, str]]]:
     """Loss and answers over some samples, shared out among processes.
@@ -63,6 +65,7 @@ def evaluate(
         batch_size: per process.
         pictures: how many of this process's samples come back with their answers.
         autocast: makes the context that the model runs in.
+        collate: makes the batches; `LionCollator` if None.
         generation: settings of `generate`.
 
     Returns:
@@ -72,7 +75,7 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     own = list(indices[rank::world])
     rounds = -(-len(indices) // (world * batch_size))
-    collate, totals, shown = LionCollator(processor), Totals(), []
+    collate, totals, shown = collate or LionCollator(processor), Totals(), []
     for round_ in range(rounds):
         chosen = own[round_ * batch_size : (round_ + 1) * batch_size]
         # Where a model is sharded all processes have to run it equally often: one that has no samples left runs any.
@@ -80,13 +83,12 @@ def evaluate(
         batch = {name: value.to(device) for name, value in collate(counted or [samples[indices[0]]]).items()}
         with autocast():
             loss = model(**batch).loss
-            ids = model.generate(**{name: value for name, value in batch.items() if name != "labels"}, **generation)
+            answers, _ = generate_texts(model, processor, batch, **generation)
         if not counted:
             continue
         tokens = int((batch["labels"] != IGNORED).sum())
         totals.add("loss", loss.item() * tokens)
         totals.add("tokens", tokens)
-        answers = [answer.strip() for answer in processor.batch_decode(ids, skip_special_tokens=True)]
         for sample, answer in zip(counted, answers, strict=True):
             _judge(totals, sample, answer)
         shown += list(zip(counted, answers, strict=True))[: pictures - len(shown)]
@@ -100,14 +102,15 @@ def evaluate(
 
 
 def _judge(totals: Totals, sample: Sample, answer: str) -> None:
-    true = parse_boxes(sample["answer"])
-    if true:
-        found = parse_boxes(answer)
-        totals.add("placed", 1)
-        totals.add("located", float(bool(found) and iou(found[0], true[0]) >= 0.5))
-    else:
-        totals.add("answered", 1)
-        totals.add("matched", float(answer == sample["answer"].strip()))
+    asked, right = ("placed", "located") if parse_boxes(sample["answer"]) else ("answered", "matched")
+    totals.add(asked, 1)
+    totals.add(right, float(is_right(answer, sample["answer"])))
+
+
+def is_right(answer: str, true: str) -> bool:
+    """Whether an answer is the true one: equal, or where that has a box, its first box overlaps it with IoU >= 0.5."""
+    expected, found = parse_boxes(true), parse_boxes(answer)
+    return bool(found) and iou(found[0], expected[0]) >= 0.5 if expected else answer == true.strip()
 
 
 def draw_answers(shown: Sequence[tuple[Sample, str]]) -> Image.Image:

@@ -96,7 +96,7 @@ def test_locate_says_when_there_is_no_box(
         (["caption", "absent.png"], "absent.png"),
         (["caption", ""], "images (an empty path): expected an image file"),
         (["caption", "{picture}", "--model", "absent"], "--model: no directory absent"),
-        (["ask", "{picture}", " "], "text[0]: expected a question"),
+        (["ask", "{picture}", " "], "QUESTION: expected one for the picture, got ' '"),
     ],
 )
 def test_bad_input_is_a_line(

@@ -270,6 +270,7 @@ def test_a_tokenizer_without_eos_is_refused():
         ({"task": 1}, TypeError, "task: expected a string or a list of strings, got int"),
         ({"text_target": ["a", "b"]}, ValueError, r"text_target: expected one per picture \(1\), got 2"),
         ({"text_target": [None]}, TypeError, r"text_target\[0\]: expected a string, got NoneType"),
+        ({"padding": "max_length"}, ValueError, "padding: expected True, got 'max_length'"),
     ],
 )
 def test_errors_name_the_argument(processor, call, error, message):

@@ -1,7 +1,6 @@
 """The models that finish the rows: LION, and RAM for tags."""
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +8,9 @@ import torch
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.outputs import Row
 from lion_fast.inference.bulk.preparing import Encode, Inputs, LionEncoder, Prepared, TaggerEncoder
-from lion_fast.inference.loading import compute_dtype, load_complete
-from lion_fast.io.boxes import parse_boxes
+from lion_fast.inference.loading import compute_dtype
+from lion_fast.inference.pipeline import LionPipeline
 from lion_fast.io.checkpoints import naming
-from lion_fast.processing_lion import LionProcessor
 from lion_fast.tagging.modeling_ram import RamTagger
 
 
@@ -53,21 +51,16 @@ class Answerer(ABC):
 class LionAnswerer(Answerer):
     def __init__(self, job: BulkJob, device: torch.device):
         super().__init__(job, device)
-        directory = Path(job.model)
-        with naming(directory, "a directory with LION's processor"):
-            self.processor = LionProcessor.from_pretrained(directory)
-        self.model = load_complete(directory, compute_dtype(device)).to(device)
-        self.encode = LionEncoder(job, self.processor)
+        self.pipeline = LionPipeline(job.model, device=device)
+        self.encode = LionEncoder(job, self.pipeline.processor)
         limits = {"num_beams": job.num_beams, "max_new_tokens": job.max_new_tokens}
         self.limits = {name: value for name, value in limits.items() if value is not None}
 
     def _answers(self, inputs: Inputs, sizes: list[tuple[int, int]]) -> list[Row]:
-        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        ids = self.model.generate(**on_device, **self.limits)
-        texts = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        answers = self.pipeline.answer(inputs, sizes, **self.limits)
         if self.job.command == "locate":
-            return [{"answer": text, "boxes": parse_boxes(text, size)} for text, size in zip(texts, sizes, strict=True)]
-        return [{self.job.definition.fields[-1]: text} for text in texts]
+            return [{"answer": answer.text, "boxes": answer.boxes} for answer in answers]
+        return [{self.job.definition.fields[-1]: answer.text} for answer in answers]
 
 
 class TagAnswerer(Answerer):

@@ -1,0 +1,251 @@
+"""From images and questions to answers in one call: batches, `generate` and decoding, as every command here does it."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lion_fast.configuration_lion import KERNEL_BACKENDS
+from lion_fast.inference.loading import compute_dtype, default_device, load_complete
+from lion_fast.io.boxes import parse_boxes
+from lion_fast.io.checkpoints import naming
+from lion_fast.io.images import ImageLike, load_image
+from lion_fast.model.prompts import CAPTION_INSTRUCTION
+from lion_fast.modeling_lion import LionForCausalLM
+from lion_fast.processing_lion import LionProcessor, Tagger, Tags
+
+
+class LionAnswer(NamedTuple):
+    """An answer about one image.
+
+    Args:
+        text: what the model wrote.
+        boxes: the boxes in the text, [x1, y1, x2, y2] in pixels of the upright image; [] where there are none.
+    """
+
+    text: str
+    boxes: list[list[float]]
+
+
+class LionPipeline:
+    """A model with its processor: images and questions in, answers out.
+
+    Example:
+        >>> pipe = LionPipeline("runs/quickstart/checkpoint")
+        >>> pipe("street.jpg").text
+        "a dog pulls a cart"
+        >>> locate = "In the image <image>, can you locate the cart and let me know its coordinates?"
+        >>> pipe(["street.jpg", "yard.jpg"], locate, task="region_level")[0].boxes
+        [[43.0, 4.2, 63.1, 22.5]]
+
+    Args:
+        model: a checkpoint's directory, or a model that is loaded already; it is set to evaluation mode.
+        processor: of a model that is loaded already; a directory has its own.
+        device: where a directory's model computes; a GPU if there is one.
+        dtype: in which a directory's model computes; bfloat16 on a GPU and float32 on a CPU.
+        kernel_backend: of a directory's model, see `LionConfig`; its configuration's own if None.
+
+    Raises:
+        ValueError: no such directory, or arguments that do not go with the model's kind.
+        CheckpointError: the directory has no processor or no complete model of LION in it.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | LionForCausalLM,
+        processor: LionProcessor | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        kernel_backend: str | None = None,
+    ):
+        self.model: Any
+        if isinstance(model, str | os.PathLike):
+            if processor is not None:
+                raise ValueError("processor: expected None beside a directory, which has its own, got one")
+            self.model, self.processor = _load(Path(model), device, dtype, kernel_backend)
+            return
+        for name, value in (("device", device), ("dtype", dtype), ("kernel_backend", kernel_backend)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None for a model that is loaded already, got {value!r}")
+        if processor is None:
+            raise ValueError("processor: expected the model's LionProcessor beside a model that is loaded, got None")
+        self.model, self.processor = model.eval(), processor
+
+    @overload
+    def __call__(
+        self,
+        images: ImageLike,
+        text: str | None = None,
+        task: str = "image_level",
+        tags: Tags | Tagger = None,
+        *,
+        batch_size: int = 8,
+        **generation: Any,
+    ) -> LionAnswer: ...
+    @overload
+    def __call__(
+        self,
+        images: Sequence[ImageLike],
+        text: str | Iterable[str] | None = None,
+        task: str | Iterable[str] = "image_level",
+        tags: str | Iterable[Tags] | Tagger | None = None,
+        *,
+        batch_size: int = 8,
+        **generation: Any,
+    ) -> list[LionAnswer]: ...
+    @overload
+    def __call__(
+        self,
+        images: Iterable[ImageLike],
+        text: str | Iterable[str] | None = None,
+        task: str | Iterable[str] = "image_level",
+        tags: str | Iterable[Tags] | Tagger | None = None,
+        *,
+        batch_size: int = 8,
+        **generation: Any,
+    ) -> Iterator[LionAnswer]: ...
+    def __call__(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        text: str | Iterable[str] | None = None,
+        task: str | Iterable[str] = "image_level",
+        tags: Any = None,
+        *,
+        batch_size: int = 8,
+        **generation: Any,
+    ) -> LionAnswer | list[LionAnswer] | Iterator[LionAnswer]:
+        """Answers about images, in their order.
+
+        Args:
+            images: one image, anything that `load_image` reads; a sequence of them; or any other iterable, which is
+                read one batch at a time.
+            text: a question or an instruction for all images, or one for each; None asks for captions.
+            task: `"image_level"` (captions, questions) or `"region_level"` (boxes), for all images or for each.
+            tags: `"dog, cart, man"` for all images; for each a string, a list of strings or None; or a tagger, see
+                `LionProcessor`. A list of strings beside a single image is that image's.
+            batch_size: images that go through the model together.
+            generation: settings of `generate`, such as `num_beams` and `max_new_tokens`; the checkpoint's if not given.
+
+        Returns:
+            One answer for a single image, a list for a sequence, and an iterator for any other iterable.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: an image that cannot be read (see `load_image`).
+            ValueError, TypeError: as `LionProcessor`; texts, tasks or tags that are not one per image; a `batch_size`
+                below 1; settings that make other than one answer per image.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+        if isinstance(images, str | bytes | np.ndarray | Tensor) or not isinstance(images, Iterable):
+            own = tags if tags is None or callable(tags) else [tags]
+            (answer,) = self._stream([load_image(images, "images")], text, task, own, 1, generation)
+            return answer
+        answers = self._stream(images, text, task, tags, batch_size, generation)
+        return list(answers) if isinstance(images, Sequence) else answers
+
+    def answer(
+        self, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], **generation: Any
+    ) -> list[LionAnswer]:
+        """Answers to one batch that the processor has made.
+
+        Args:
+            inputs: of B images, as `LionProcessor` returns them; they are moved to the model's device.
+            sizes: (width, height) of each upright image in pixels, for the boxes.
+            generation: settings of `generate`.
+
+        Raises:
+            ValueError: settings that make other than one answer per image.
+        """
+        on_device = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in inputs.items()}
+        texts, _ = generate_texts(self.model, self.processor, on_device, **generation)
+        if len(texts) != len(sizes):
+            raise ValueError(f"num_return_sequences: expected 1, got {len(texts)} answers for {len(sizes)} images")
+        return [LionAnswer(text, parse_boxes(text, size)) for text, size in zip(texts, sizes, strict=True)]
+
+    def _stream(
+        self, images: Iterable[Any], text: Any, task: Any, tags: Any, batch_size: int, generation: dict[str, Any]
+    ) -> Iterator[LionAnswer]:
+        text = CAPTION_INSTRUCTION if text is None else text
+        samples, start = _samples(images, {"text": text, "task": task, "tags": tags}), 0
+        while batch := list(itertools.islice(samples, batch_size)):
+            pictures, texts, tasks, own = map(list, zip(*batch, strict=True))
+            known: Any = tags if callable(tags) else own
+            try:
+                inputs = self.processor(images=pictures, text=texts, tags=known, task=tasks, return_tensors="pt")
+            except (ValueError, TypeError) as error:
+                error.add_note(f"in the batch that starts with images[{start}]")
+                raise
+            yield from self.answer(inputs, [picture.size for picture in pictures], **generation)
+            start += len(batch)
+
+
+def generate_texts(
+    model: Any, processor: Any, inputs: Mapping[str, Any], **generation: Any
+) -> tuple[list[str], Tensor]:
+    """What a model answers to a batch, as text without outer whitespace and as token ids.
+
+    Args:
+        model: what has `generate`.
+        processor: what has `batch_decode`.
+        inputs: of B samples, on the model's device.
+        generation: settings of `generate`.
+
+    Returns:
+        B texts, and int64 [B, L].
+
+    Raises:
+        ValueError: settings that make anything but token ids.
+    """
+    ids = model.generate(**inputs, **generation)
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"return_dict_in_generate: expected False, got one that makes {type(ids).__name__}")
+    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)], ids
+
+
+def _load(
+    directory: Path, device: str | torch.device | None, dtype: torch.dtype | None, kernel_backend: str | None
+) -> tuple[LionForCausalLM, LionProcessor]:
+    if not directory.is_dir():
+        raise ValueError(f"model: expected a checkpoint's directory, got {directory}")
+    if kernel_backend is not None and kernel_backend not in KERNEL_BACKENDS:
+        raise ValueError(f"kernel_backend: expected one of {', '.join(KERNEL_BACKENDS)}, got {kernel_backend!r}")
+    device = default_device() if device is None else torch.device(device)
+    with naming(directory, "a directory with LION's processor"):
+        processor = LionProcessor.from_pretrained(directory)
+    settings = {} if kernel_backend is None else {"kernel_backend": kernel_backend}
+    return load_complete(directory, dtype or compute_dtype(device), **settings).to(device), processor
+
+
+def _samples(images: Iterable[ImageLike], columns: Mapping[str, Any]) -> Iterator[tuple]:
+    """Each image, loaded, with its value of every column; a string, None or a tagger is every image's.
+
+    Raises:
+        TypeError, ValueError: a column of another kind, or with more or fewer values than there are images.
+    """
+    each = {}
+    for name, values in columns.items():
+        if values is None or isinstance(values, str) or callable(values):
+            each[name] = itertools.repeat(values)
+        elif not isinstance(values, Iterable):
+            raise TypeError(f"{name}: expected a string or one per image, got {type(values).__name__}")
+        elif isinstance(values, Sized) and isinstance(images, Sized) and len(values) != len(images):
+            raise ValueError(f"{name}: expected one per image ({len(images)}), got {len(values)}")
+        else:
+            each[name] = iter(values)
+    end, count = object(), 0
+    for image in images:
+        row = {name: next(values, end) for name, values in each.items()}
+        for name, value in row.items():
+            if value is end:
+                raise ValueError(f"{name}: expected one per image, got {count} for more images")
+        yield load_image(image, f"images[{count}]"), *row.values()
+        count += 1
+    for name, values in each.items():
+        if not isinstance(values, itertools.repeat) and next(values, end) is not end:
+            raise ValueError(f"{name}: expected one per image ({count}), got more")
