@@ -48,15 +48,14 @@ def answer(
         chosen: list[int] = [each["scene"] for each in asked]
         told = None if tags is None else [tags[i] for i in chosen]
         batch = encode(processor, [each["sample"] for each in asked], told)
+        del batch["labels"]  # a loss takes as long as the answers, and is not shown
         if scene_set.features is None:
             return {**batch, "pixel_values": scene_set.pixel_values(chosen)}
         # A model that reads the last layer alone takes it out of all.
         return {**batch, "vision_features": scene_set.features[chosen, : len(model.config.feature_layers)].float()}
 
-    asked: Any = [
-        {"scene": index, "sample": sample, "answer": sample.answer}
-        for index, sample in zip(indices, samples, strict=True)
-    ]
+    pairs = zip(indices, samples, strict=True)
+    asked: Any = [{"scene": index, "sample": sample, "answer": sample.answer} for index, sample in pairs]
     metrics, answered = evaluation.evaluate(
         model.eval(),
         processor,
@@ -82,24 +81,18 @@ def accuracy(
     tags: Sequence[str] | None = None,
 ) -> float:
     """Share of right answers to up to `per_scene` samples of a kind of every scene; `tags` as of `answer`."""
-    _, metrics = answer(model, processor, scene_set, *choose(scene_set, kind, per_scene, rng), tags)
-    return metrics["grounding_accuracy" if kind == "rec" else "exact_match"]
-
-
-def evaluate(model: LionForCausalLM, processor: LionProcessor, scene_set: SceneSet) -> Metrics:
-    """Measure any checkpoint on scenes: per scene its caption, two of its questions and two of its expressions."""
-    rng = np.random.default_rng(0)
-    return Metrics(
-        *(accuracy(model, processor, scene_set, *each, rng) for each in (("caption", 1), ("vqa", 2), ("rec", 2)))
-    )
-
-
-def choose(scene_set: SceneSet, kind: str, per_scene: int, rng: np.random.Generator) -> tuple[list[int], list[Sample]]:
-    """Up to `per_scene` samples of a kind of every scene, and the scenes' indices."""
     indices, samples = [], []
     for index in range(len(scene_set)):
         pool = scene_set.samples(index, kind)
         for number in rng.permutation(len(pool))[:per_scene]:
             indices.append(index)
             samples.append(pool[number])
-    return indices, samples
+    _, metrics = answer(model, processor, scene_set, indices, samples, tags)
+    return metrics["grounding_accuracy" if kind == "rec" else "exact_match"]
+
+
+def evaluate(model: LionForCausalLM, processor: LionProcessor, scene_set: SceneSet) -> Metrics:
+    """Measure any checkpoint on scenes: per scene its caption, two of its questions and two of its expressions."""
+    rng = np.random.default_rng(0)
+    asked = (("caption", 1), ("vqa", 2), ("rec", 2))
+    return Metrics(*(accuracy(model, processor, scene_set, *each, rng) for each in asked))

@@ -65,7 +65,7 @@ def evaluate(
         batch_size: per process.
         pictures: how many of this process's samples come back with their answers.
         autocast: makes the context that the model runs in.
-        collate: makes the batches; `LionCollator` if None.
+        collate: makes the batches; `LionCollator` if None. Where it makes no labels there is no loss.
         generation: settings of `generate`.
 
     Returns:
@@ -82,13 +82,14 @@ def evaluate(
         counted = [samples[index] for index in chosen]
         batch = {name: value.to(device) for name, value in collate(counted or [samples[indices[0]]]).items()}
         with autocast():
-            loss = model(**batch).loss
+            loss = model(**batch).loss if "labels" in batch else None
             answers, _ = generate_texts(model, processor, batch, **generation)
         if not counted:
             continue
-        tokens = int((batch["labels"] != IGNORED).sum())
-        totals.add("loss", loss.item() * tokens)
-        totals.add("tokens", tokens)
+        if loss is not None:
+            tokens = int((batch["labels"] != IGNORED).sum())
+            totals.add("loss", loss.item() * tokens)
+            totals.add("tokens", tokens)
         for sample, answer in zip(counted, answers, strict=True):
             _judge(totals, sample, answer)
         shown += list(zip(counted, answers, strict=True))[: pictures - len(shown)]
