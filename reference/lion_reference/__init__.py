@@ -1,4 +1,4 @@
-"""LION (CVPR 2024, arXiv 2311.11860) and its operators in plain PyTorch: what everything else is measured against."""
+"""LION (CVPR 2024, arXiv 2311.11860) and its operators in plain PyTorch: the reference for everything else."""
 
 from .assemble_inputs import assemble_inputs
 from .configuration import AggregatorConfig, LIONConfig, QFormerConfig, T5Config, ViTConfig

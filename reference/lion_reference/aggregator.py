@@ -1,4 +1,4 @@
-"""LION's vision aggregator (arXiv 2311.11860): the last ViT layer looks back at two earlier ones, token by token."""
+"""LION's vision aggregator (arXiv 2311.11860): the last ViT layer attends to two earlier layers."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from .configuration import AggregatorConfig
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to one feature map, feed-forward layer."""
+    """Self-attention, cross-attention to one feature map, and a feed-forward layer."""
 
     def __init__(self, config: AggregatorConfig, width: int) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class Aggregator(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         for module in self.modules():
-            # Each block starts as norms of its input: what the projections add begins at zero.
+            # The output projections start at zero, so that each block only normalises its input.
             if isinstance(module, Output):
                 nn.init.zeros_(module.dense.weight)
 
     def forward(self, x: Tensor, feature_maps: list[Tensor]) -> Tensor:
-        """x [B, N, D], one feature map [B, N, D] for each block -> [B, N, D]."""
+        """x [B, N, D], one feature map [B, N, D] per block -> [B, N, D]."""
         for block, feature_map in zip(self.blocks, feature_maps, strict=True):
             x = block(x, feature_map)
         return x

@@ -1,4 +1,4 @@
-"""The language model's input: visual prefix, then the text's embeddings, its soft prompt filled in."""
+"""The language model's input: the visual prefix, then the text's embeddings with the soft prompt inserted."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def assemble_inputs(
     prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int
 ) -> Tensor:
-    """[prefix | embedding of the text], where the token `soft_prompt_id` embeds as `soft_prompt`.
+    """Concatenate the prefix and the text's embeddings, in which `soft_prompt` replaces the token `soft_prompt_id`.
 
     Args:
         prefix: [B, P, D].

@@ -1,4 +1,4 @@
-"""The post-norm layers of BERT (Devlin et al., arXiv 1810.04805) that the Q-Former and the aggregator are made of."""
+"""The post-norm layers of BERT (Devlin et al., arXiv 1810.04805), used by the Q-Former and the aggregator."""
 
 import math
 
@@ -11,7 +11,7 @@ from .residual_layer_norm import residual_layer_norm
 
 
 class Intermediate(nn.Module):
-    """The feed-forward layer's first half, exact GELU."""
+    """First half of the feed-forward layer, with the exact GELU."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Intermediate(nn.Module):
 
 
 class Output(nn.Module):
-    """Projection, dropout, residual and norm: the end of attention and of the feed-forward layer alike."""
+    """Projection, dropout, residual and norm, which end both attention and the feed-forward layer."""
 
     def __init__(self, width_in: int, width: int, eps: float, dropout: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Output(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to a context, self-attention where they are the same, never causal."""
+    """Multi-head attention of x to a context (self-attention if they are the same), never causal."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        # In this order they run, and in its reverse their gradients add up: it shows in the last bit.
+        # The order matters for the last bit: gradients are added in the reverse of it.
         self.self = nn.ModuleDict(
             {name: nn.Linear(width if name == "query" else context_width, width) for name in projections}
         )
@@ -63,7 +63,7 @@ class Attention(nn.Module):
             for name, project in self.self.items()
         }
         q, k, v = heads["query"], heads["key"], heads["value"]
-        # BERT divides the scores where the ViT scales the queries: `multi_scale_attention` rounds like the latter.
+        # BERT divides the scores; `multi_scale_attention` scales the queries as the ViT does, which rounds differently.
         scores = einsum(q, k, "b l h d, b m h d -> b h l m") / math.sqrt(q.shape[-1])
         if key_padding_mask is None:
             probabilities = scores.softmax(-1)

@@ -1,4 +1,4 @@
-"""Reads the files LION was published as. Every dimension comes from them, so a tiny model loads like the real one."""
+"""Reads the published files of LION. Every dimension comes from them, so a tiny model loads like the real one."""
 
 import json
 import math
@@ -17,7 +17,7 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 
 
 class StateDict(dict[str, Tensor]):
-    """A file's tensors by name; a name it lacks is an error that says so."""
+    """The tensors of a file by name; a missing name raises an error that names file and key."""
 
     def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
         super().__init__(tensors)
@@ -33,9 +33,9 @@ class StateDict(dict[str, Tensor]):
 def read_checkpoint_files(
     *, vit: str | Path, llm: str | Path, bert: str | Path, lion: str | Path, image_size: int | None
 ) -> tuple[LIONConfig, dict[str, Tensor]]:
-    """The configuration and the state dict of the whole model, in the files' dtypes but for T5, in bf16.
+    """Read the configuration and the state dict of the whole model, in the files' dtypes except T5, which is in bf16.
 
-    Which visual inputs there are, and whether there are tags, follows from which of their parameters `lion` holds.
+    The parameters in `lion` determine the visual inputs and whether the model has tags.
     """
     vit_state, t5_state, lion_state = read_torch(Path(vit)), read_safetensors(Path(llm)), read_torch(Path(lion))
     if image_size is not None:
@@ -43,7 +43,7 @@ def read_checkpoint_files(
         vit_state["pos_embed"] = resize_pos_embed(vit_state["pos_embed"].float(), grid_size)
     state_dict = {
         **{f"visual_encoder.{name}": tensor for name, tensor in vit_state.items()},
-        # LION was trained over a T5 rounded to bf16, so the original rounds it wherever it runs.
+        # LION was trained with T5 rounded to bf16, so the original always rounds it.
         **{f"t5_model.{name}": tensor.bfloat16() for name, tensor in t5_state.items()},
         **lion_state,
     }
@@ -131,13 +131,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_torch(path: Path) -> StateDict:
-    """A state dict, or the one under "model", beside which an optimizer's state may lie."""
+    """Read a state dict, or the one under "model" in a file that may also hold an optimizer's state."""
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return StateDict(path, content.get("model", content))
 
 
 def read_safetensors(directory: Path) -> StateDict:
-    """All tensors of a directory's safetensors files: a length (8 bytes), a JSON header, the tensors' bytes."""
+    """Read all tensors of a directory's safetensors files: a length (8 bytes), a JSON header, the tensors' bytes."""
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"{directory}: expected *.safetensors files, got none")

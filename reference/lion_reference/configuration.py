@@ -1,11 +1,11 @@
-"""The dimensions of every part of LION. Defaults are LION-FlanT5-XL's."""
+"""The dimensions of every part of LION. The defaults are those of LION-FlanT5-XL."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class ViTConfig:
-    """EVA-CLIP g/14, of which the blocks up to the last that LION reads."""
+    """EVA-CLIP g/14, up to the last block that LION reads."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -17,7 +17,7 @@ class ViTConfig:
 
 @dataclass
 class QFormerConfig:
-    """The BERT of InstructBLIP. `num_embeddings` counts BERT's vocabulary and one added token."""
+    """The Q-Former of InstructBLIP, a BERT. `num_embeddings` counts BERT's vocabulary and one added token."""
 
     width: int = 768
     depth: int = 12
@@ -33,7 +33,7 @@ class QFormerConfig:
 
 @dataclass
 class AggregatorConfig:
-    """`layers` are 0-based ViT blocks: where the hidden states start, then what each block attends to."""
+    """`layers` are 0-based ViT blocks: the first gives the initial hidden states, each block attends to one other."""
 
     layers: tuple[int, ...] = (38, 28, 18)
     num_heads: int = 16
@@ -65,8 +65,10 @@ class T5Config:
 
 @dataclass
 class LIONConfig:
-    """`visual_input`: "ALL", "QFORMER" or "AGGREGATOR". `soft_prompt_id`: the token embedded as `soft_prompt_hint`;
-    None in a model without tags.
+    """Configuration of `LION`.
+
+    `visual_input` is "ALL", "QFORMER" or "AGGREGATOR". `soft_prompt_id` is the token embedded as `soft_prompt_hint`,
+    or None for a model without tags.
     """
 
     vit: ViTConfig = field(default_factory=ViTConfig)

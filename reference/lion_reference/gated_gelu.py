@@ -1,6 +1,6 @@
-"""The gated activation of T5 1.1's feed-forward layer (Shazeer, arXiv 2002.05202), with the exact GELU LION uses.
+"""The gated activation of T5 1.1's feed-forward layer (Shazeer, arXiv 2002.05202), with the exact GELU as in LION.
 
-out = gate * Phi(gate) * up, Phi the normal distribution function
+out = gate * Phi(gate) * up, where Phi is the standard normal distribution function
 """
 
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
-"""The three forms a mixture's gate may take, brought to one: a factor per row, expert and channel.
+"""Expansion of the three forms of a mixture's gate to one: a factor per row, expert and channel.
 
-Leading dimensions are aligned on the left: a gate or id tensor of shape [B] serves x [B, L, D] with one value per
-sequence, one of shape [B, L] with one value per row. A dimension of 1 broadcasts.
+Leading dimensions are aligned on the left: for x [B, L, D], a gate or id tensor of shape [B] has one value per
+sequence, and a tensor of shape [B, L] has one value per row. A dimension of 1 broadcasts.
 """
 
 import torch
@@ -18,14 +18,16 @@ def expand_gate(
     task_ids: Tensor | None = None,
     expert_ids: Tensor | None = None,
 ) -> Tensor:
-    """The factor of every expert's output, [..., E, width] or [..., E, 1], broadcastable to `leading` + [E, width].
+    """Return the factor of every expert's output, [..., E, width] or [..., E, 1].
 
-    - channel gate: `gate` [R, E, width] and `task_ids`, integers in [0, R), shaped like the first dimensions of x;
-    - dense gate: `gate` [..., E];
-    - sparse gate: `gate` [..., k] and `expert_ids` [..., k], integers in [0, E), -1 for none. An expert named twice
-      counts twice.
+    The result broadcasts to `leading` + [E, width].
 
-    Raises ValueError where a shape or a value does not fit.
+    - Channel gate: `gate` [R, E, width] and `task_ids`, integers in [0, R), shaped like the first dimensions of x.
+    - Dense gate: `gate` [..., E].
+    - Sparse gate: `gate` [..., k] and `expert_ids` [..., k], integers in [0, E), -1 for none. An expert that occurs
+      twice counts twice.
+
+    Raises ValueError if a shape or a value does not match.
     """
     if task_ids is not None and expert_ids is not None:
         raise ValueError("task_ids, expert_ids: expected at most one of them, got both")
@@ -38,7 +40,7 @@ def expand_gate(
         if gate.shape != expert_ids.shape or gate.ndim == 0:
             raise ValueError(f"expert_ids: expected {list(gate.shape)} (from gate), got {list(expert_ids.shape)}")
         _check_ids("expert_ids", expert_ids, -1, num_experts)
-        chosen = F.one_hot(expert_ids.long() + 1, num_experts + 1)[..., 1:]  # [..., k, E], -1 falls away
+        chosen = F.one_hot(expert_ids.long() + 1, num_experts + 1)[..., 1:]  # [..., k, E], drops -1
         gate = (gate.unsqueeze(-1) * chosen).sum(-2)
     elif gate.ndim == 0 or gate.shape[-1] != num_experts:
         raise ValueError(f"gate: expected [..., {num_experts}] (E from down_weight), got {list(gate.shape)}")

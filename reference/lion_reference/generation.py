@@ -1,4 +1,4 @@
-"""Greedy and beam search by the rules of transformers' `generate`, without a cache, one sample at a time."""
+"""Greedy and beam search with the rules of transformers' `generate`, without a cache, one sample at a time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .lion import LION
 
 NextLogits = Callable[[Tensor], Tensor]  # ids [K, n] -> scores of the next token [K, vocabulary]
-Adjust = Callable[[Tensor, Tensor], Tensor]  # such scores and the ids [K, n] before -> scores [K, vocabulary]
+Adjust = Callable[[Tensor, Tensor], Tensor]  # scores [K, vocabulary], previous ids [K, n] -> scores [K, vocabulary]
 
 
 @torch.no_grad()
@@ -29,10 +29,10 @@ def generate(
     repetition_penalty: float = 1.5,
     length_penalty: float = 1.0,
 ) -> Tensor:
-    """The answers' token ids, [B, 1 + n], n <= max_new_tokens: start token, answer, EOS where it ended, padding.
+    """Generate the answers' token ids, [B, 1 + n], n <= max_new_tokens: start token, answer, EOS if reached, padding.
 
-    The first arguments are those of `LION.forward`. `min_length` counts the start token; `length_penalty` is the
-    exponent of the length by which a beam's log-probability is divided.
+    The first arguments are those of `LION.forward`. `min_length` counts the start token. A beam's log-probability is
+    divided by its length to the power of `length_penalty`.
     """
     config = model.config.t5
     encoded = model.encode(pixel_values, input_ids, attention_mask, qformer_input_ids, qformer_attention_mask, task_ids)
@@ -62,7 +62,7 @@ def generate(
 
 
 def penalize_repetition(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Makes every token of ids [K, n] less likely in scores [K, vocabulary] (Keskar et al., arXiv 1909.05858)."""
+    """Make every token of ids [K, n] less likely in scores [K, vocabulary] (Keskar et al., arXiv 1909.05858)."""
     seen = scores.gather(1, ids)
     return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
@@ -70,7 +70,7 @@ def penalize_repetition(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:
 def greedy_search(
     next_logits: NextLogits, adjust: Adjust, start: Tensor, eos_token_id: int, max_new_tokens: int
 ) -> Tensor:
-    """start [1, 1] -> the ids of the answer, [1 + n]."""
+    """start [1, 1] -> ids of the answer, [1 + n]."""
     ids = start
     for _ in range(max_new_tokens):
         token = adjust(next_logits(ids), ids).argmax(-1, keepdim=True)
@@ -89,12 +89,12 @@ def beam_search(
     num_beams: int,
     length_penalty: float,
 ) -> Tensor:
-    """start [1, 1] -> the ids of the best answer, [1 + n].
+    """start [1, 1] -> ids of the best answer, [1 + n].
 
-    Repetition is penalized in the log-probabilities, not in the logits, and the penalty stays in a beam's score.
+    The repetition penalty applies to the log-probabilities, not the logits, and remains in a beam's score.
     """
     ids, scores = start, torch.zeros(1)
-    answers: list[tuple[float, Tensor]] = []  # the num_beams best that ended, best first
+    answers: list[tuple[float, Tensor]] = []  # the num_beams best finished answers, best first
 
     def keep(score: float, answer: Tensor) -> None:
         answers.append((score, answer))
@@ -115,7 +115,7 @@ def beam_search(
                 keep(score.item() / length**length_penalty, candidate)
         scores, ids = (torch.stack(column) for column in zip(*survivors[:num_beams], strict=True))
 
-        # Done when the best running beam, were it to end here, would not enter a full list.
+        # Stop when the list is full and the best running beam, ended here, would not enter it.
         if len(answers) == num_beams and answers[-1][0] >= scores[0].item() / length**length_penalty:
             return answers[0][1]
     for score, answer in zip(scores, ids, strict=True):

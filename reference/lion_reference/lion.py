@@ -1,5 +1,5 @@
-"""LION (CVPR 2024, arXiv 2311.11860): a ViT, read by a Q-Former and a vision aggregator, before a Flan-T5 whose
-feed-forward layers hold a mixture of adapters chosen by task.
+"""LION (CVPR 2024, arXiv 2311.11860): a ViT, whose outputs a Q-Former and a vision aggregator pass to a Flan-T5 with a
+mixture of adapters, chosen by task, in every feed-forward layer.
 """
 
 import warnings
@@ -24,8 +24,9 @@ IGNORED_LABEL = -100
 
 @dataclass
 class EncodedInputs:
-    """What the decoder reads. visual_prefix: [B, P, D]; inputs_embeds, encoder_output: [B, P + L, D];
-    attention_mask: [B, P + L].
+    """Inputs of the decoder.
+
+    visual_prefix: [B, P, D]; inputs_embeds, encoder_output: [B, P + L, D]; attention_mask: [B, P + L].
     """
 
     visual_prefix: Tensor
@@ -36,14 +37,14 @@ class EncodedInputs:
 
 @dataclass
 class LIONOutput(EncodedInputs):
-    """loss: the mean cross-entropy of the tokens that count; logits: [B, Lt, vocabulary]."""
+    """loss: mean cross-entropy over the tokens whose label is not -100; logits: [B, Lt, vocabulary]."""
 
     loss: Tensor
     logits: Tensor
 
 
 class LION(nn.Module):
-    """The model, its parameters named as in the published checkpoints. ViT and T5 are frozen, the rest is trained."""
+    """The model, with the parameter names of the published checkpoints. ViT and T5 are frozen, the rest is trained."""
 
     def __init__(self, config: LIONConfig) -> None:
         super().__init__()
@@ -79,16 +80,16 @@ class LION(nn.Module):
         image_size: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """The model of the original's files, in eval mode.
+        """Load the model from the original's files, in eval mode.
 
         Args:
-            vit: EVA's state dict.
-            llm: the directory of Flan-T5.
-            bert: the directory of the BERT that the Q-Former was started from.
-            lion: the trained parameters.
-            image_size: pixels, where not that of the ViT's position embeddings; those are then interpolated.
+            vit: file of EVA's state dict.
+            llm: directory of Flan-T5.
+            bert: directory of the BERT that initialised the Q-Former.
+            lion: file of the trained parameters.
+            image_size: side of the images in pixels; another size than the ViT's interpolates its position embeddings.
 
-        Warns of the files' keys that LION has no use for. Raises ValueError naming the keys that are missing.
+        Warns of keys in the files that LION does not use. Raises ValueError naming missing keys.
         """
         config, state_dict = read_checkpoint_files(vit=vit, llm=llm, bert=bert, lion=lion, image_size=image_size)
         with torch.device("meta"):
@@ -104,7 +105,7 @@ class LION(nn.Module):
     def visual_prefix(
         self, pixel_values: Tensor, qformer_input_ids: Tensor | None, qformer_attention_mask: Tensor | None
     ) -> Tensor:
-        """pixel_values [B, 3, H, W], the question [B, Lq] for the Q-Former -> [B, P, D]: Q-Former, then aggregator."""
+        """pixel_values [B, 3, H, W], the Q-Former's question [B, Lq] -> [B, P, D], Q-Former before aggregator."""
         states = self.visual_encoder(pixel_values)
         last, *earlier = (states[layer] for layer in self.config.aggregator.layers)
         prefix = []
@@ -128,7 +129,7 @@ class LION(nn.Module):
         qformer_attention_mask: Tensor | None = None,
         task_ids: Tensor | None = None,
     ) -> EncodedInputs:
-        """Everything up to the encoder's output; arguments as for `forward`."""
+        """Compute everything up to the encoder's output; the arguments are those of `forward`."""
         visual_prefix = self.visual_prefix(pixel_values, qformer_input_ids, qformer_attention_mask)
         embedding, soft_prompt_id = self.t5_model.shared.weight, self.config.soft_prompt_id
         if soft_prompt_id is None:
@@ -149,23 +150,23 @@ class LION(nn.Module):
         *,
         labels: Tensor,
     ) -> LIONOutput:
-        """The loss of an answer.
+        """Compute the loss of the answers `labels`.
 
         Args:
             pixel_values: [B, 3, H, W], in the model's dtype.
             input_ids, attention_mask: [B, L], tags and question for T5.
-            qformer_input_ids, qformer_attention_mask: [B, Lq], the question for the Q-Former, where there is one.
-            task_ids: [B], 0 region_level, 1 image_level, where there are two adapters.
-            labels: [B, Lt], -100 where a token does not count.
+            qformer_input_ids, qformer_attention_mask: [B, Lq], the question for the Q-Former, if the model has one.
+            task_ids: [B], 0 region_level, 1 image_level, if the model has two adapters.
+            labels: [B, Lt]; -100 is ignored.
 
-        Raises ValueError where an argument is missing or does not fit.
+        Raises ValueError if an argument is missing or does not match.
         """
         encoded = self.encode(
             pixel_values, input_ids, attention_mask, qformer_input_ids, qformer_attention_mask, task_ids
         )
-        counts = labels != IGNORED_LABEL
+        is_target = labels != IGNORED_LABEL
         start = labels.new_full((len(labels), 1), self.config.t5.decoder_start_token_id)
-        shifted = torch.cat([start, labels.where(counts, self.config.t5.pad_token_id)[:, :-1]], dim=1)
-        logits = self.t5_model.decode(shifted, counts, encoded.encoder_output, encoded.attention_mask, task_ids)
+        shifted = torch.cat([start, labels.where(is_target, self.config.t5.pad_token_id)[:, :-1]], dim=1)
+        logits = self.t5_model.decode(shifted, is_target, encoded.encoder_output, encoded.attention_mask, task_ids)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
         return LIONOutput(**vars(encoded), loss=loss, logits=logits)

@@ -1,4 +1,4 @@
-"""The mixture of adapters: bottleneck adapters side by side, weighed by a gate (LION, arXiv 2311.11860).
+"""The mixture of adapters: parallel bottleneck adapters weighted by a gate (LION, arXiv 2311.11860).
 
 out = residual + sum_e g_e * (up_weight_e act(down_weight_e x + down_bias_e) + up_bias_e)
 """
@@ -26,7 +26,7 @@ def mixture_of_adapters(
     residual: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
-    """The gated sum of E adapters of rank r, one floating dtype throughout.
+    """Compute the gated sum of E adapters of rank r; all tensors have one floating-point dtype.
 
     Args:
         x: [..., D].
@@ -39,7 +39,7 @@ def mixture_of_adapters(
         activation: "relu" or "identity".
 
     Returns: [..., D].
-    Raises ValueError where a shape, an id or the activation does not fit.
+    Raises ValueError if a shape, an id or the activation is invalid.
     """
     _check(x, down_weight, down_bias, up_weight, up_bias, residual, activation)
     num_experts, _, width = down_weight.shape
@@ -82,7 +82,7 @@ def _check(
 
 
 class Adapter(nn.Module):
-    """scale * (up_proj relu(down_proj x)), rank wide inside."""
+    """scale * (up_proj relu(down_proj x)), with an inner width of `rank`."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -98,10 +98,10 @@ class Adapter(nn.Module):
 
 
 class MixtureOfAdapters(nn.Module):
-    """What LION adds to every feed-forward layer of its language model.
+    """The mixture of adapters in every feed-forward layer of LION's language model.
 
-    Two adapters (0 region, 1 image) and a router that is a table by task, or one adapter and no router. What
-    `mixture_of_adapters` computes with `gate` = ratio * scale, rounded as the original rounds it.
+    It has two adapters (0 region, 1 image) and a router, a table by task, or one adapter and no router. It computes
+    `mixture_of_adapters` with `gate` = ratio * scale, rounded as in the original.
     """
 
     def __init__(self, width: int, rank: int, num_adapters: int) -> None:
@@ -114,12 +114,12 @@ class MixtureOfAdapters(nn.Module):
             self.router_ratio2 = nn.Parameter(torch.tensor([[0.0], [1.0]]).repeat(1, width))
 
     def forward(self, x: Tensor, task_ids: Tensor | None) -> Tensor:
-        """x [B, L, D]; task_ids [B], 0 region_level, 1 image_level, unused with one adapter -> [B, L, D]."""
+        """x [B, L, D], task_ids [B] (0 region_level, 1 image_level; unused with one adapter) -> [B, L, D]."""
         updates = torch.stack([adapter(x) for adapter in self.adapters], dim=-2)  # [B, L, E, D]
         if len(self.adapters) == 1:
             return updates.squeeze(-2)
         if task_ids is None:
-            raise ValueError("task_ids: expected one per sequence for a model with two adapters, got None")
+            raise ValueError("task_ids: expected one id per sequence for a model with two adapters, got None")
         gate = torch.stack([self.router_ratio1, self.router_ratio2], dim=1)  # [task, E, D]
         factor = expand_gate(gate, x.shape[:-1], *gate.shape[1:], task_ids=task_ids)
         return (factor * updates).sum(-2)

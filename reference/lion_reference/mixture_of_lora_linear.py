@@ -22,7 +22,7 @@ def mixture_of_lora_linear(
     expert_ids: Tensor | None = None,
     update_input: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer plus E gated updates of rank r, one floating dtype throughout.
+    """Compute a linear layer plus E gated updates of rank r; all tensors have one floating-point dtype.
 
     Args:
         x: [..., Din].
@@ -32,7 +32,7 @@ def mixture_of_lora_linear(
         gate: [R, E, Dout] with `task_ids`, [..., k] with `expert_ids`, [..., E] with neither (see `expand_gate`).
 
     Returns: [..., Dout].
-    Raises ValueError where a shape or an id does not fit.
+    Raises ValueError if a shape or an id does not match.
     """
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: expected [Dout, {x.shape[-1]}] (Din from x), got {list(weight.shape)}")

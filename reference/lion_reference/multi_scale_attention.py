@@ -13,7 +13,7 @@ from torch import Tensor
 def attention_probabilities(scores: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the last dimension of scores where mask (bool, broadcastable) is true, zero elsewhere.
 
-    A row whose mask is false throughout gives zeros.
+    A row whose mask is all false gives zeros.
     """
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0)
@@ -29,19 +29,19 @@ def multi_scale_attention(
     scale_gate: Tensor | None = None,
     dropout_mask: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Multi-head attention to S feature maps, of which each has a softmax of its own.
+    """Compute multi-head attention to S feature maps, with one softmax per map.
 
     Args:
         q: [B, L, H, Dh].
-        keys, values: S tensors [B, L_s, H, Dh] each; lengths may differ.
+        keys, values: S tensors [B, L_s, H, Dh] each; the lengths L_s may differ.
         scale: factor of the scores, Dh^-0.5 by default.
         key_padding_mask: [B, L_s], nonzero where a key may be attended; one for all maps, or one (or None) per map.
-        scale_gate: [S], factors of a sum over the maps.
+        scale_gate: [S], weights of a sum over the maps.
         dropout_mask: S tensors [B, H, L, L_s] that multiply the probabilities (0 or 1 / (1 - p)).
 
-    Returns: [B, L, S, H, Dh]; [B, L, H, Dh] with a `scale_gate` or where S = 1. A query that may attend no key of a
-    map gets zeros from it.
-    Raises ValueError where a shape does not fit.
+    Returns: [B, L, S, H, Dh]; [B, L, H, Dh] with a `scale_gate` or if S = 1. The output of a map is zero for a query
+    that may attend to none of its keys.
+    Raises ValueError if a shape does not match.
     """
     if not keys or len(keys) != len(values):
         raise ValueError(f"values: expected one per feature map of keys, got {len(values)} for {len(keys)} keys")

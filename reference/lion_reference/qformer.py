@@ -1,4 +1,4 @@
-"""The Q-Former of InstructBLIP (Dai et al., arXiv 2305.06500): queries that read the image, led by the question."""
+"""The Q-Former of InstructBLIP (Dai et al., arXiv 2305.06500): queries read the image, guided by the question."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from .configuration import QFormerConfig
 
 
 class Embeddings(nn.Module):
-    """The queries, without positions, then the words with theirs; one norm over both."""
+    """The queries without positions, then the words with positions, with one norm over both."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ PROJECTIONS = ("key", "value", "query")  # in the order of BLIP-2, not of BERT
 
 
 class Layer(nn.Module):
-    """Self-attention of queries and words, cross-attention of the queries, a feed-forward layer for each of the two."""
+    """Joint self-attention, cross-attention of the queries, and separate feed-forward layers for queries and words."""
 
     def __init__(self, config: QFormerConfig, image_width: int, has_cross_attention: bool) -> None:
         super().__init__()

@@ -13,11 +13,11 @@ from .multi_scale_attention import attention_probabilities
 
 
 def relative_position_bucket(distance: Tensor, *, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
-    """The bucket of each distance (key position - query position, integers of any shape).
+    """Return the bucket of each distance (key position - query position, integers of any shape).
 
-    Half of the buckets hold one distance each; the other half divides the distances up to `max_distance` evenly on a
-    logarithmic scale, and its last bucket holds everything beyond. Bidirectional: one such series for keys at or
-    before the query, another for keys after it. Otherwise keys after the query fall into bucket 0.
+    Half of the buckets hold one distance each. The other half divides the distances up to `max_distance` evenly on a
+    logarithmic scale; its last bucket also holds all larger distances. If bidirectional, keys at or before the query
+    have one such series of buckets and keys after it have another. Otherwise, keys after the query have bucket 0.
     """
     if bidirectional:
         num_buckets //= 2
@@ -27,7 +27,7 @@ def relative_position_bucket(distance: Tensor, *, num_buckets: int, max_distance
         first = torch.zeros_like(distance)
         distance = (-distance).clamp(min=0)
     num_exact = num_buckets // 2
-    # fp32 whatever the model's dtype: that is where the published weights have their bucket boundaries.
+    # fp32 whatever the model's dtype: the published weights were trained with these bucket boundaries.
     position = torch.log(distance.clamp(min=1).float() / num_exact) / math.log(max_distance / num_exact)
     logarithmic = num_exact + (position * (num_buckets - num_exact)).long()
     return first + torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
@@ -45,20 +45,20 @@ def relative_bias_attention(
     causal: bool = False,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """Multi-head self-attention with T5's relative position bias.
+    """Compute multi-head self-attention with T5's relative position bias.
 
     Args:
         q: [B, L, H, Dh], the last L of the M positions of k.
         k, v: [B, M, H, Dh], M >= L.
         bias_table: [num_buckets, H].
         key_padding_mask: [B, M], nonzero where a key may be attended.
-        bidirectional: whether keys before and after the query have buckets of their own.
-        max_distance: the distance from which on all share a bucket.
-        causal: whether a query may attend only keys up to its own position.
+        bidirectional: whether keys before and after the query have separate buckets.
+        max_distance: distance from which all distances share a bucket.
+        causal: whether a query may attend only to keys up to its own position.
         dropout_mask: [B, H, L, M], multiplies the probabilities (0 or 1 / (1 - p)).
 
-    Returns: [B, L, H, Dh]. A query that may attend no key gets zeros.
-    Raises ValueError where a shape does not fit.
+    Returns: [B, L, H, Dh]; zero for a query that may attend to no key.
+    Raises ValueError if a shape does not match.
     """
     batch, length, heads, head_dim = q.shape
     if k.shape != (batch, k.shape[1], heads, head_dim) or k.shape[1] < length:

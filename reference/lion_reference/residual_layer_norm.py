@@ -19,7 +19,7 @@ def residual_layer_norm(
 ) -> Tensor:
     """x, residual [..., D]; weight, bias, x_bias [D]; dropout_mask [..., D], 0 or 1 / (1 - p) -> [..., D].
 
-    Raises ValueError where x and residual differ in shape.
+    Raises ValueError if x and residual differ in shape.
     """
     if x.shape != residual.shape:
         raise ValueError(f"residual: expected {list(x.shape)} (from x), got {list(residual.shape)}")

@@ -1,5 +1,5 @@
 """Flan-T5 (Raffel et al., arXiv 1910.10683; Chung et al., 2210.11416) with a mixture of adapters in every
-feed-forward layer. Decoding keeps no cache: every step reads the whole sequence again.
+feed-forward layer. Decoding keeps no cache: every step processes the whole sequence.
 """
 
 from typing import cast
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections of self- and cross-attention. A stack's first self-attention holds the bias table of all."""
+    """Projections of self- and cross-attention. A stack's first self-attention holds the bias table of all layers."""
 
     def __init__(self, config: T5Config, has_bias_table: bool = False) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class GatedMLP(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
-    """The gated MLP reads the normed stream, the adapters beside it the stream as it is."""
+    """The gated MLP reads the normed residual stream; the parallel adapters read the stream itself."""
 
     def __init__(self, config: T5Config, rank: int, num_adapters: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class FeedForwardLayer(nn.Module):
         self.adapter = MixtureOfAdapters(config.width, rank, num_adapters)
 
     def forward(self, x: Tensor, task_ids: Tensor | None) -> Tensor:
-        # The adapters run first, as in the original: the order in which the gradients of x add up is the reverse.
+        # The adapters run first, as in the original: the gradients of x are added in the reverse order.
         update = self.adapter(x, task_ids)
         return x + self.dropout(self.DenseReluDense(self.layer_norm(x))) + update
 
@@ -175,7 +175,7 @@ class DecoderBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """The encoder or the decoder, after the embedding."""
+    """The encoder or the decoder, without the embedding."""
 
     def __init__(self, config: T5Config, block: type[nn.Module], depth: int, rank: int, num_adapters: int) -> None:
         super().__init__()

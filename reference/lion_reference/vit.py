@@ -15,7 +15,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Self-attention whose packed projection has a bias for queries and values but none for keys."""
+    """Self-attention whose packed projection has a bias for queries and values but not for keys."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """pixel_values [B, 3, image_size, image_size] -> the output of every block, [B, 1 + patches, D] each.
+        """pixel_values [B, 3, image_size, image_size] -> output of every block, [B, 1 + patches, D] each.
 
-        Raises ValueError where the image has another size.
+        Raises ValueError if the image has another size.
         """
         expected = (3, self.image_size, self.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
@@ -93,7 +93,7 @@ class ViT(nn.Module):
 
 
 def resize_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
-    """Position embeddings [1, 1 + n^2, D], [CLS] kept and the n x n grid resized -> [1, 1 + grid_size^2, D]."""
+    """Resize the n x n grid of position embeddings [1, 1 + n^2, D], keeping [CLS] -> [1, 1 + grid_size^2, D]."""
     cls_position, grid = pos_embed[:, :1], pos_embed[:, 1:]
     grid = rearrange(grid, "one (y x) d -> one d y x", y=math.isqrt(grid.shape[1]))
     grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bicubic", align_corners=False)

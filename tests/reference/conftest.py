@@ -1,4 +1,4 @@
-"""The tiny model of the golden data, in the reference, and what the original computed with it."""
+"""The tiny model of the golden data, loaded in the reference, and the original's results for it."""
 
 import json
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def model(files: dict[str, Path]) -> LION:
 
 
 class GoldenViT(nn.Module):
-    """The states that the original's ViT gave for the golden images, by layer."""
+    """Returns the outputs of the original's ViT for the golden images, by layer."""
 
     def __init__(self, expected: dict[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -56,10 +56,10 @@ class GoldenViT(nn.Module):
 
 @pytest.fixture(scope="session")
 def load_behind_vit(files: dict[str, Path], expected: dict[str, Tensor]) -> Callable[[torch.dtype], LION]:
-    """Loads a model that reads the golden ViT states.
+    """Return a function that loads a model whose ViT returns the golden states.
 
-    What follows the ViT strips the large part that its states have in common and so leaves 60 times their fp32
-    error, which differs from one CPU to the next. The ViT is compared for itself.
+    The layers after the ViT remove the large component that its states share, which amplifies their fp32 error 60
+    times; that error differs between CPUs. A separate test compares the ViT.
     """
 
     def load(dtype: torch.dtype) -> LION:
@@ -72,7 +72,7 @@ def load_behind_vit(files: dict[str, Path], expected: dict[str, Tensor]) -> Call
 
 @pytest.fixture(scope="session")
 def inputs(lion_tiny: Path, meta: dict, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The four golden samples, without task and labels."""
+    """Return the four golden samples, without tasks and labels."""
     from transformers import AutoTokenizer
 
     def tokenize(directory: str, texts: list[str]) -> tuple[Tensor, Tensor]:

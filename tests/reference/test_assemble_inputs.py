@@ -5,7 +5,7 @@ import torch
 from lion_reference import assemble_inputs
 
 
-def test_every_position_and_its_gradient():
+def test_every_position_and_gradient():
     prefix = torch.randn(2, 3, 4, requires_grad=True)
     embedding = torch.randn(10, 4, requires_grad=True)
     soft_prompt = torch.randn(4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Reading the original's files: what is missing, what is more, and the models with one visual input."""
+"""Reading the original's files: missing keys, unused keys, and models with one visual input."""
 
 import copy
 import shutil
@@ -22,13 +22,13 @@ def lion_state(files) -> dict[str, Tensor]:
 
 
 def load(files: dict, path: Path, name: str, state: dict) -> LION:
-    """The model with one file replaced by a changed one."""
+    """Load the model with one of its files replaced by `state`."""
     torch.save(state, path / "changed.pth")
     return LION.from_checkpoint_files(**{**files, name: path / "changed.pth"})
 
 
 def single_adapter(state: dict[str, Tensor], visual_input: str) -> dict[str, Tensor]:
-    """A first- or second-stage checkpoint: one visual input, and of each pair of adapters the one that came of it."""
+    """Return a first- or second-stage checkpoint: one visual input, and the adapter of each pair that it trained."""
     dropped, kept = (AGGREGATOR_KEYS, 1) if visual_input == "QFORMER" else (QFORMER_KEYS, 0)
     return {
         name.replace(f"adapters.{kept}.", "adapters.0."): tensor
@@ -49,7 +49,7 @@ def variant_inputs(variant, inputs) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in inputs.items() if not name.startswith("qformer")}
 
 
-def test_the_files_tensors_arrive(model, files, lion_state):
+def test_all_tensors_are_loaded(model, files, lion_state):
     state = model.state_dict()
     for name, tensor in torch.load(files["vit"], weights_only=True).items():
         assert torch.equal(state[f"visual_encoder.{name}"], tensor.float()), name
@@ -59,7 +59,7 @@ def test_the_files_tensors_arrive(model, files, lion_state):
         assert torch.equal(state[name], tensor), name
 
 
-def test_t5_may_come_in_several_files(model, files, tmp_path):
+def test_t5_may_be_sharded(model, files, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(files["llm"] / name, tmp_path)
     tensors = sorted(load_file(files["llm"] / "model.safetensors").items())
@@ -71,7 +71,7 @@ def test_t5_may_come_in_several_files(model, files, tmp_path):
         assert torch.equal(sharded[name], tensor), name
 
 
-def test_a_variant_sees_its_part_of_the_prefix(variant, variant_inputs, expected):
+def test_a_variant_has_its_part_of_the_prefix(variant, variant_inputs, expected):
     output = variant(**variant_inputs, labels=expected["image_level.labels"])
     queries, patches = expected["visual_prefix"].split([8, 17], dim=1)
     name, wanted = ("prefix", queries) if variant.config.has_qformer else ("projected", patches)
@@ -83,8 +83,8 @@ def test_a_variant_sees_its_part_of_the_prefix(variant, variant_inputs, expected
             assert parameter.grad.isfinite().all(), name
 
 
-def test_a_variant_is_the_whole_model_with_its_router_as_initialised(variant, model, expected):
-    """Initial routers give each task its own adapter alone: 1 to the image level, 0 to the region level."""
+def test_a_variant_equals_the_whole_model_with_initial_routers(variant, model, expected):
+    """Initial routers select each task's own adapter: 1 at the image level, 0 at the region level."""
     model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         if "router_ratio" in name:
@@ -113,7 +113,7 @@ def test_missing_keys_are_named(files, lion_state, tmp_path):
         load(files, tmp_path, "lion", {"soft_prompt_hint": lion_state["soft_prompt_hint"]})
 
 
-def test_further_keys_are_ignored_and_listed(files, tmp_path):
+def test_unused_keys_are_ignored_and_listed(files, tmp_path):
     state = torch.load(files["vit"], weights_only=True)
     state["blocks.39.norm1.weight"] = torch.ones(176)
     with pytest.warns(UserWarning, match=r"ignored keys \['visual_encoder.blocks.39.norm1.weight'\]"):

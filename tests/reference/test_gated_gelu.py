@@ -1,4 +1,4 @@
-"""The gated GELU against the normal distribution function of the standard library."""
+"""The gated GELU against the standard library's normal distribution function."""
 
 from statistics import NormalDist
 

@@ -1,4 +1,4 @@
-"""Greedy and beam search: over a language model small enough to enumerate, and beside transformers' own."""
+"""Greedy and beam search, against enumeration with a tiny language model and against transformers."""
 
 import itertools
 
@@ -14,7 +14,7 @@ START = torch.tensor([[0]])
 
 
 def next_logits(ids: Tensor) -> Tensor:
-    """A language model in which a token depends on the two before it."""
+    """A language model in which each token depends on the previous two."""
     previous = ids[:, -2] if ids.shape[1] > 1 else ids[:, -1]
     return 2 * TABLE[previous, ids[:, -1]]
 
@@ -29,7 +29,7 @@ def test_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
 
 
 def all_answers() -> list[list[int]]:
-    """Every sequence that ends at EOS or at the limit."""
+    """Return every sequence that ends at EOS or at the limit."""
     answers = []
     for length in range(1, MAX_NEW_TOKENS + 1):
         for tokens in itertools.product(range(VOCAB), repeat=length):
@@ -55,8 +55,8 @@ def test_enough_beams_find_the_best_answer(penalty, length_penalty):
 
 
 @pytest.mark.parametrize(("penalty", "length_penalty"), [(1.0, 1.0), (1.5, 1.0), (1.2, 2.0), (1.0, 0.0)])
-def test_beams_follow_transformers(penalty, length_penalty):
-    """Models of 9 tokens, so that answers often end and the rules for ended beams decide."""
+def test_beam_search_matches_transformers(penalty, length_penalty):
+    """The vocabulary has 9 tokens, so that answers often end and the rules for finished beams matter."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
@@ -76,13 +76,13 @@ def test_beams_follow_transformers(penalty, length_penalty):
                 return model(input_ids=source.expand(len(ids), -1), decoder_input_ids=ids).logits[:, -1]
 
             found = beam_search(logits, adjuster(penalty), START, EOS, 8, 3, length_penalty)
-        # Answers differ in what follows EOS: nothing here, padding there.
+        # transformers pads after EOS; the reference does not.
         assert found.tolist() == wanted[0, : len(found)].tolist()
         assert len(found) == wanted.shape[1] or found[-1] == EOS
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_greedy_takes_the_likeliest_token_until_eos(penalty):
+def test_greedy_search_picks_the_likeliest_token_until_eos(penalty):
     answer = greedy_search(next_logits, adjuster(penalty), START, EOS, 20).tolist()
     for n in range(1, len(answer)):
         ids = torch.tensor([answer[:n]])

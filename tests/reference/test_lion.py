@@ -1,4 +1,4 @@
-"""The reference against what the original model computed (golden data), and what follows from the architecture."""
+"""The reference against the original model's results (golden data), and properties of the architecture."""
 
 import copy
 
@@ -11,8 +11,8 @@ from tests.rounding import AFTER_VISION, GRADIENTS_AFTER_VISION, expect_golden_c
 
 TASKS = ("region_level", "image_level")
 
-# Training on these four samples multiplies any difference by 1e5 in twelve steps. Where the CPU rounds as the golden
-# data's, equal operations in equal order leave 6e-7 of a loss.
+# Training on these four samples amplifies any difference by 1e5 in twelve steps. On a CPU that rounds like the golden
+# data's, equal operations in equal order give a relative error of 6e-7 of the loss.
 EQUAL_ROUNDING_LOSS_TOLERANCE = 1e-4
 
 
@@ -23,7 +23,7 @@ def task(request) -> str:
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fp32", "fp64"])
 def trained(request, load_behind_vit, inputs, expected, task, task_ids) -> tuple[LION, LIONOutput]:
-    """A model after one backward pass, and what its forward pass gave."""
+    """Return a model after one backward pass, and the output of its forward pass."""
     model = load_behind_vit(request.param)
     output = model(**inputs, task_ids=task_ids[task], labels=expected[f"{task}.labels"])
     output.loss.backward()
@@ -73,8 +73,8 @@ def test_gradients(trained, expected, task, meta):
     wanted = {name: expected[f"{task}.grad.{name}"] for name in meta["trainable"]}
     for name in meta["trainable"]:
         if name.endswith(".key.bias"):
-            # A bias of all keys shifts all scores of a softmax alike: its gradient is zero, here and there noise.
-            # Rounding is 1e-7 of what cancels, of which the weight's is a measure: 3.4e-7 of it was seen.
+            # A key bias shifts all scores of a softmax alike, so its true gradient is zero and both sides hold noise.
+            # The noise is about 1e-7 of the cancelling terms, which the weight's gradient estimates; 3.4e-7 was seen.
             bound = 2e-6 * wanted[name.removesuffix("bias") + "weight"].norm()
             assert gradients[name].norm() < bound, name
             assert wanted[name].norm() < bound, name
@@ -82,16 +82,16 @@ def test_gradients(trained, expected, task, meta):
             assert not gradients[name].any(), name
         elif not name.endswith(".scale"):
             expect_within(GRADIENTS_AFTER_VISION, relative_error(gradients[name], wanted[name]))
-    # One number each, a sum over all tokens and channels that may nearly cancel: measured together.
+    # Each scale's gradient is one number, a sum over tokens and channels that may nearly cancel: compare all together.
     scales = [name for name in meta["trainable"] if name.endswith(".scale")]
     together = [torch.cat([source[name] for name in scales]) for source in (gradients, wanted)]
     expect_within(GRADIENTS_AFTER_VISION, relative_error(*together))
 
 
-def test_bits(files, inputs, expected, meta, task, task_ids, rounds_as_golden):
-    """On a CPU that rounds like the golden data's, nothing differs: every operation and its order is the original's."""
+def test_bit_equality(files, inputs, expected, meta, task, task_ids, rounds_as_golden):
+    """On a CPU that rounds like the golden data's, results are bit-equal: operations and order are the original's."""
     if not rounds_as_golden:
-        pytest.skip("this CPU or build of torch rounds otherwise than the golden data's")
+        pytest.skip("this CPU or build of torch rounds differently from the golden data's")
     model = LION.from_checkpoint_files(**files)
     states = model.visual_encoder(inputs["pixel_values"])
     assert all(torch.equal(states[layer], expected[f"vit.layer{layer}"]) for layer in (18, 28, 38))
@@ -105,14 +105,14 @@ def test_bits(files, inputs, expected, meta, task, task_ids, rounds_as_golden):
         gradient, wanted = model.get_parameter(name).grad, expected[f"{task}.grad.{name}"]
         assert gradient is not None, name
         if ".router_ratio" in name:
-            # Summed by sample here, by batch in the original, whose batches have one task: a last bit or two.
+            # The sum is by sample here and by batch in the original, whose batches have one task: last bits differ.
             assert relative_error(gradient, wanted) < 1e-6, name
         else:
             assert torch.equal(gradient, wanted), name
 
 
 def parameter_groups(model: LION, weight_decay: float) -> list[dict]:
-    """The original's groups: the aggregator apart, in each no decay of vectors."""
+    """Return the original's groups: the aggregator is separate, and vectors have no weight decay."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
         (is_aggregator, decays): [] for is_aggregator in (False, True) for decays in (True, False)
     }
@@ -175,13 +175,13 @@ def test_a_batch_may_mix_tasks(model, load_behind_vit, inputs, expected):
         assert answers[n] == until_eos(expected[f"{task}.generate.beams5.rp1.5"])[n]
 
 
-def test_min_length_holds_back_the_end(model, inputs, task_ids):
+def test_min_length_delays_eos(model, inputs, task_ids):
     settings = {"task_ids": task_ids["region_level"], "num_beams": 5, "max_new_tokens": 16}
     assert min(len(answer) for answer in until_eos(generate(model, **inputs, **settings))) < 14
     assert min(len(answer) for answer in until_eos(generate(model, **inputs, **settings, min_length=15))) >= 14
 
 
-def test_dropout_is_the_only_difference_of_training(model, inputs, expected, task_ids):
+def test_training_mode_only_adds_dropout(model, inputs, expected, task_ids):
     arguments = {**inputs, "task_ids": task_ids["image_level"], "labels": expected["image_level.labels"]}
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -194,9 +194,9 @@ def test_dropout_is_the_only_difference_of_training(model, inputs, expected, tas
         assert model(**arguments).loss == without
 
 
-def test_a_wrong_task_is_an_error(model, inputs, expected):
+def test_invalid_tasks_are_refused(model, inputs, expected):
     labels = expected["image_level.labels"]
     with pytest.raises(ValueError, match=r"task_ids: expected values from 0 to 1, got \[2\]"):
         model(**inputs, task_ids=torch.tensor([0, 1, 2, 0]), labels=labels)
-    with pytest.raises(ValueError, match="task_ids: expected one per sequence"):
+    with pytest.raises(ValueError, match="task_ids: expected one id per sequence"):
         model(**inputs, labels=labels)

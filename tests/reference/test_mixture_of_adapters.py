@@ -31,7 +31,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def expert(row: Tensor, weights: dict[str, Tensor], e: int, activation: str = "relu") -> Tensor:
-    """Expert e's output for one row [D], one number at a time."""
+    """Compute expert e's output for one row [D], one number at a time."""
     hidden = []
     for r in range(RANK):
         value = weights["down_bias"][e, r] + sum(weights["down_weight"][e, r, d] * row[d] for d in range(WIDTH))
@@ -45,7 +45,7 @@ def expert(row: Tensor, weights: dict[str, Tensor], e: int, activation: str = "r
 
 
 def mixture(x: Tensor, weights: dict[str, Tensor], factor, activation: str = "relu") -> Tensor:
-    """factor(b, n, e): what expert e counts for row (b, n)."""
+    """Compute the mixture, where factor(b, n, e) is the weight of expert e for row (b, n)."""
     out = torch.zeros_like(x)
     for b in range(BATCH):
         for n in range(LENGTH):
@@ -82,7 +82,7 @@ def test_dense_gate_broadcasts_over_a_sequence(x, weights, shape):
 def test_sparse_gate(x, weights):
     gate, expert_ids = randn(BATCH, LENGTH, 2), torch.randint(-1, EXPERTS, (BATCH, LENGTH, 2))
     expert_ids[0, 0] = -1  # a row without any expert
-    expert_ids[0, 1] = 2  # a row that names one twice
+    expert_ids[0, 1] = 2  # a row with the same expert twice
     out = mixture_of_adapters(x, **weights, gate=gate, expert_ids=expert_ids)
 
     def factor(b: int, n: int, e: int) -> float:
@@ -158,13 +158,13 @@ def test_errors_name_the_argument(x, weights, change, message):
         mixture_of_adapters(**arguments)
 
 
-def test_module_starts_by_adding_nothing(x):
+def test_new_module_adds_nothing(x):
     module = MixtureOfAdapters(WIDTH, RANK, num_adapters=2).double()
     assert not module(x, torch.tensor([0, 1, 1])).any()
 
 
 @pytest.mark.parametrize("num_adapters", [1, 2])
-def test_module_is_the_operator_with_scaled_ratios_as_gate(x, num_adapters):
+def test_module_equals_the_operator_with_scaled_ratios_as_gate(x, num_adapters):
     module = MixtureOfAdapters(WIDTH, RANK, num_adapters).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
@@ -181,6 +181,6 @@ def test_module_is_the_operator_with_scaled_ratios_as_gate(x, num_adapters):
     torch.testing.assert_close(module(x, task_ids), wanted)
 
 
-def test_module_refuses_to_route_without_tasks(x):
-    with pytest.raises(ValueError, match="task_ids: expected one per sequence"):
+def test_module_requires_tasks(x):
+    with pytest.raises(ValueError, match="task_ids: expected one id per sequence"):
         MixtureOfAdapters(WIDTH, RANK, num_adapters=2).double()(x, None)

@@ -26,7 +26,7 @@ def arguments() -> dict:
 
 
 def merged(arguments: dict, factor) -> Tensor:
-    """Each row through weight + scaling * sum_e diag(factor(b, n, e)) B_e A_e."""
+    """Multiply each row by weight + scaling * sum_e diag(factor(b, n, e)) B_e A_e."""
     out = torch.empty(BATCH, LENGTH, WIDTH_OUT, dtype=torch.float64)
     for b in range(BATCH):
         for n in range(LENGTH):

@@ -43,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
     return out
 
 
-def test_every_map_has_a_softmax_of_its_own(q, keys, values):
+def test_every_map_has_its_own_softmax(q, keys, values):
     out = multi_scale_attention(q, keys, values)
     assert out.shape == (BATCH, LENGTH, len(LENGTHS), HEADS, HEAD_DIM)
     for s, (k, v) in enumerate(zip(keys, values, strict=True)):
@@ -70,7 +70,7 @@ def test_masks_hide_keys(q, keys, values):
     assert (out[1, :, 0] == 0).all()
 
 
-def test_nothing_attended_gives_finite_gradients(q, keys, values):
+def test_fully_masked_rows_have_finite_gradients(q, keys, values):
     q.requires_grad_()
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]])
     multi_scale_attention(q, keys[:1], values[:1], key_padding_mask=mask).sum().backward()

@@ -1,4 +1,4 @@
-"""T5's attention against loops, its buckets against integer arithmetic."""
+"""T5's attention against loops, and its buckets against integer arithmetic."""
 
 import math
 
@@ -13,8 +13,10 @@ BATCH, LENGTH, HEADS, HEAD_DIM, BUCKETS, MAX_DISTANCE = 2, 7, 2, 3, 8, 6
 
 
 def bucket(distance: int, num_buckets: int, max_distance: int, bidirectional: bool) -> int:
-    """T5's bucket of one distance. With n exact of m buckets, d >= n falls into n + the largest j < m - n with
-    (d / n)^(m - n) >= (max_distance / n)^j, here in integers.
+    """Compute T5's bucket of one distance in integers.
+
+    With n exact buckets of m, a distance d >= n has bucket n + j, where j is the largest j < m - n with
+    (d / n)^(m - n) >= (max_distance / n)^j.
     """
     first = 0
     if bidirectional:
@@ -76,7 +78,7 @@ def test_follows_the_definition(arguments, queries, bidirectional, causal):
     out = relative_bias_attention(
         **arguments, key_padding_mask=mask, bidirectional=bidirectional, max_distance=MAX_DISTANCE, causal=causal
     )
-    # With a causal mask the second sample's first query sees no key: zeros.
+    # With a causal mask, the second sample's first query attends to no key and gets zeros.
     torch.testing.assert_close(out, attention(**arguments, bidirectional=bidirectional, causal=causal, mask=mask))
 
 

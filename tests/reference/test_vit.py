@@ -1,4 +1,4 @@
-"""What the golden data does not say about the ViT."""
+"""Properties of the ViT that the golden data does not cover."""
 
 import math
 
@@ -11,7 +11,7 @@ from lion_reference.vit import resize_pos_embed
 
 
 def bicubic_matrix(old: int, new: int) -> Tensor:
-    """[new, old]: the weights of Keys' cubic (a = -0.75) at the centres of the new cells, border values repeated."""
+    """Return [new, old]: Keys' cubic weights (a = -0.75) at the centres of the new cells, with a repeated border."""
     weights = torch.zeros(new, old, dtype=torch.float64)
     for n in range(new):
         centre = (n + 0.5) * old / new - 0.5
@@ -24,7 +24,7 @@ def bicubic_matrix(old: int, new: int) -> Tensor:
 
 
 @pytest.mark.parametrize("new", [4, 5, 7])
-def test_position_embeddings_resize(new):
+def test_position_embeddings_are_resized_by_bicubic_interpolation(new):
     pos_embed = torch.randn(1, 1 + 4 * 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     resized = resize_pos_embed(pos_embed, new)
     assert torch.equal(resized[:, 0], pos_embed[:, 0])
@@ -34,6 +34,6 @@ def test_position_embeddings_resize(new):
         torch.testing.assert_close(resized[0, 1:, d].reshape(new, new), wanted)
 
 
-def test_another_image_size_needs_other_position_embeddings(model: LION):
+def test_another_image_size_is_refused(model: LION):
     with pytest.raises(ValueError, match=r"pixel_values: expected \['B', 3, 56, 56\], got \[1, 3, 70, 70\]"):
         model.visual_encoder(torch.zeros(1, 3, 70, 70))
