@@ -1,4 +1,4 @@
-"""Pictures, questions, tags and answers as the tensors that `LionForCausalLM` reads."""
+"""Convert images, questions, tags and answers to the inputs of `LionForCausalLM`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,40 +21,42 @@ from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.io.images import ImageLike, load_images
 
 TAG_SENTENCE = "According to {soft_prompt}, you are allowed to use or partially use the following tags: [{tags}]. "
-# A tokenizer that finds none of its files makes an empty vocabulary without a word.
+# Without any of these files, a tokenizer silently gets an empty vocabulary.
 _VOCABULARY_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
-IGNORED = -100  # label that the loss passes over
+IGNORED = -100  # label that the loss ignores
 
 Tags = str | Sequence[str] | None
-"""Tags of one picture: as LION writes them (`"dog, cart, man"`), one string per tag, or none."""
+"""Tags of one image: one string in LION's format (`"dog, cart, man"`), one string per tag, or None."""
 
 Tagger = Callable[[list[Image.Image]], Sequence[Tags]]
-"""What gives each of a list of pictures its tags: a `RamTagger`, a `ZeroShotTagger`, any function."""
+"""A function from a list of images to the tags of each: a `RamTagger`, a `ZeroShotTagger` or any other."""
 
 
 class LionProcessor(ProcessorMixin):
-    """Image processor, language model's tokenizer and Q-Former's tokenizer in one.
+    """Combines an image processor, the language model's tokenizer and the Q-Former's tokenizer.
 
-    The tokenizers that are passed are set up in place: both truncate on the left; the language model's pads on the
-    right for an encoder-decoder and on the left for a decoder-only model, where the answer must follow the prompt's
-    last token, and pads with EOS if it had no padding token.
+    The tokenizers are configured in place. Both truncate on the left. The language model's tokenizer pads on the right
+    for an encoder-decoder, and on the left for a decoder-only model, whose answer must follow the prompt's last token.
+    It pads with EOS if it has no padding token.
 
     Args:
-        image_processor: squashes, rescales and normalises; `BlipImageProcessorPil` gives the original's pixels exactly.
-        tokenizer: the language model's.
-        qformer_tokenizer: BERT's, with the `[DEC]` token that the Q-Former's vocabulary ends with.
-        is_encoder_decoder: whether the language model is one (T5) or decoder-only (Llama, Qwen).
-        soft_prompt_token: stands in the tag sentence where the model puts its learned vector; None for no tags.
-        max_txt_len: tokens of the prompt in training, and of the Q-Former's question always; what is more is cut off on
-            the left.
-        max_target_len: tokens of the answer, EOS included; what is more is cut off on the right.
+        image_processor: squashes, rescales and normalises; `BlipImageProcessorPil` gives exactly the original's pixels.
+        tokenizer: tokenizer of the language model.
+        qformer_tokenizer: tokenizer of BERT with `[DEC]`, the last token of the Q-Former's vocabulary.
+        is_encoder_decoder: whether the language model is an encoder-decoder (T5) or decoder-only (Llama, Qwen).
+        soft_prompt_token: token of the tag sentence that the model replaces with its learned vector; None for a model
+            without tags.
+        max_txt_len: maximum number of tokens of the prompt in training, and of the Q-Former's question always; longer
+            texts are truncated on the left.
+        max_target_len: maximum number of tokens of the answer, including EOS; longer answers are truncated on the
+            right.
 
     Attributes:
-        soft_prompt_token_id: id of `soft_prompt_token`, or None where the tokenizer has no such token.
+        soft_prompt_token_id: id of `soft_prompt_token`, or None if the tokenizer has no such token.
 
     Raises:
-        ValueError: for a tokenizer without EOS, or a decoder-only model's that ends every prompt with it, or a length
-            below 1.
+        ValueError: the tokenizer has no EOS, the tokenizer of a decoder-only model ends every prompt with EOS, or a
+            length is below 1.
     """
 
     qformer_tokenizer: PreTrainedTokenizerBase
@@ -72,7 +74,7 @@ class LionProcessor(ProcessorMixin):
         max_txt_len: int = 128,
         max_target_len: int = 128,
     ):
-        # Where torchvision is installed, from_pretrained brings a processor with its resize, which gives other pixels.
+        # With torchvision installed, from_pretrained loads a processor that resizes with it and gives other pixels.
         pil = image_processor.backend == "pil"
         super().__init__(
             image_processor if pil else BlipImageProcessorPil.from_dict(image_processor.to_dict()),
@@ -83,11 +85,11 @@ class LionProcessor(ProcessorMixin):
             if length < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {length}")
         if tokenizer.eos_token is None:
-            raise ValueError("tokenizer: expected one with an EOS token, which ends the answers, got none")
+            raise ValueError("tokenizer: expected one with an EOS token to end the answers, got none")
         if not is_encoder_decoder and len(ids := tokenizer("a").input_ids) > 1 and ids[-1] == tokenizer.eos_token_id:
             raise ValueError(
-                f"tokenizer: expected prompts of a decoder-only model to be open-ended, got {tokenizer.eos_token!r} "
-                "after them; load it with add_eos_token=False"
+                f"tokenizer: expected prompts of a decoder-only model without EOS, got {tokenizer.eos_token!r} "
+                "at their end; load it with add_eos_token=False"
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -110,53 +112,54 @@ class LionProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         padding: bool = True,
     ) -> BatchFeature:
-        """Everything the model reads for B pictures with one question each.
+        """Prepare the model's inputs for B images with one question each.
 
         The Q-Former reads the question alone; the language model reads the tag sentence, then the question. With
-        `text_target` the prompt is cut to `max_txt_len`, on the left, so hint and tags go first; otherwise it is whole.
+        `text_target`, the prompt is truncated to `max_txt_len` on the left, which removes hint and tags first; without
+        it, the prompt is never truncated.
 
         Args:
-            images: one picture or B of them, anything that `io.images.load_image` reads; None for pictures that
-                the model has encoded already (`encode_images`), which leaves out `pixel_values`.
-            text: one question (or instruction) or B of them.
-            tags: per picture, `"dog, cart, man"`, a list of strings, or None or "" for no tag sentence; None for no
-                tags at all; or a tagger, such as a `RamTagger`, which is asked once about each different picture.
-            task: `"image_level"` (captions, questions) or `"region_level"` (boxes), which the adapters' router goes by;
-                one for all or one each.
-            text_target: one answer or B of them, for training.
+            images: one image or B images, of any type that `io.images.load_image` reads; None for images that the model
+                has already encoded (`encode_images`), which leaves out `pixel_values`.
+            text: one question (or instruction) or B questions.
+            tags: tags of each image: `"dog, cart, man"`, a list of strings, or None or "" for no tag sentence. None for
+                no tags at all. A tagger, such as a `RamTagger`, is called with each distinct image once.
+            task: `"image_level"` (captions, questions) or `"region_level"` (boxes), by which the adapters' router
+                chooses; one for all samples or one per sample.
+            text_target: one answer or B answers, for training.
             return_tensors: `"pt"`, `"np"`, or None for lists.
             padding: True, as transformers' pipelines pass it: a batch is always padded to its longest sample.
 
         Returns:
             `pixel_values` [B, 3, H, W] float32; `input_ids`, `attention_mask` [B, L]; `qformer_input_ids`,
             `qformer_attention_mask` [B, Lq]; `task_ids` [B], 0 region_level, 1 image_level; and with `text_target`
-            `labels` [B, Lt], ending with EOS and padded on the right with -100. All int64 but the first.
+            `labels` [B, Lt], ending with EOS and padded on the right with -100. All but `pixel_values` are int64.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: for a picture that cannot be read (see `load_image`).
-            ValueError: for arguments of different lengths, a blank question, an unknown task, tags for a model without
-                soft prompt, a question or tags in which the soft prompt's token stands, or a tagger without pictures.
-            TypeError: for text, tags or tasks that are not strings.
+            FileNotFoundError, ValueError, TypeError: an image cannot be read (see `load_image`).
+            ValueError: the arguments' lengths differ, a question is blank, a task is unknown, the model has no soft
+                prompt for the tags, a question or a tag contains the soft prompt's token, or a tagger gets no images.
+            TypeError: text, tags or tasks are not strings.
         """
         if padding is not True:
             raise ValueError(f"padding: expected True, got {padding!r}")
         questions = _strings(text, "text")
-        pictures = None if images is None else load_images(images)
-        if pictures is not None and len(pictures) != len(questions):
+        images = None if images is None else load_images(images)
+        if images is not None and len(images) != len(questions):
             raise ValueError(
-                f"text: expected one question per picture, got {len(questions)} for {len(pictures)} pictures; "
-                "pass a picture once for each of its questions"
+                f"text: expected one question per image, got {len(questions)} for {len(images)} images; "
+                "repeat an image for each of its questions"
             )
         if callable(tags):
-            tags_by_sample = _ask(tags, pictures)
+            tags_by_sample = _run_tagger(tags, images)
         else:
             tags_by_sample = _tags_by_sample(tags, len(questions), single=isinstance(text, str))
         prompts = [
-            self._prompt(*sample, place) for place, sample in enumerate(zip(questions, tags_by_sample, strict=True))
+            self._prompt(*sample, index) for index, sample in enumerate(zip(questions, tags_by_sample, strict=True))
         ]
-        cut = {"truncation": True, "max_length": self.max_txt_len}
-        prompt = self.tokenizer(prompts, padding=True, **(cut if text_target is not None else {}))
-        question = self.qformer_tokenizer(questions, padding=True, **cut)
+        truncation = {"truncation": True, "max_length": self.max_txt_len}
+        prompt = self.tokenizer(prompts, padding=True, **(truncation if text_target is not None else {}))
+        question = self.qformer_tokenizer(questions, padding=True, **truncation)
         data = {
             "input_ids": prompt["input_ids"],
             "attention_mask": prompt["attention_mask"],
@@ -164,8 +167,8 @@ class LionProcessor(ProcessorMixin):
             "qformer_attention_mask": question["attention_mask"],
             "task_ids": _task_ids(task, len(questions)),
         }
-        if pictures is not None:
-            data["pixel_values"] = self.image_processor(pictures, return_tensors=return_tensors)["pixel_values"]
+        if images is not None:
+            data["pixel_values"] = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
         if text_target is not None:
             data["labels"] = self._labels(_strings(text_target, "text_target", len(questions)))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -181,20 +184,20 @@ class LionProcessor(ProcessorMixin):
             "task_ids",
         ]
 
-    def _prompt(self, question: str, tags: str, place: int) -> str:
+    def _prompt(self, question: str, tags: str, index: int) -> str:
         if not question.strip():
-            raise ValueError(f"text[{place}]: expected a question or an instruction, got {question!r}")
+            raise ValueError(f"text[{index}]: expected a question or an instruction, got {question!r}")
         for name, value in (("text", question), ("tags", tags)):
             if self.soft_prompt_token is not None and self.soft_prompt_token in value:
                 raise ValueError(
-                    f"{name}[{place}]: expected text without {self.soft_prompt_token!r}, the place of the soft prompt, "
+                    f"{name}[{index}]: expected text without {self.soft_prompt_token!r}, the token of the soft prompt, "
                     f"got {value!r}"
                 )
         if not tags:
             return question
         if self.soft_prompt_token_id is None:
             raise ValueError(
-                f"tags[{place}]: expected none, as the tokenizer has no token for the soft prompt "
+                f"tags[{index}]: expected none, as the tokenizer has no token for the soft prompt "
                 f"(soft_prompt_token={self.soft_prompt_token!r}), got {tags!r}"
             )
         return self.tag_sentence.format(soft_prompt=self.soft_prompt_token, tags=tags) + question
@@ -214,20 +217,20 @@ def build_processor(
     image_size: int = 224,
     soft_prompt_token: str | None = "<extra_id_0>",
 ) -> LionProcessor:
-    """The processor of a model that is put together from its parts.
+    """Build the processor of a model that is assembled from its parts.
 
-    BERT's vocabulary gets `[DEC]` as its last token, as that of the published Q-Formers has; the language model's gets
-    `soft_prompt_token` if it lacks it, whose id may then lie beyond the model's embedding table.
+    `[DEC]` is appended to BERT's vocabulary, as in the published Q-Formers. `soft_prompt_token` is added to the
+    language model's vocabulary if missing; its id may then lie beyond the model's embedding table.
 
     Args:
         llm_dir: directory with the language model's `config.json` and tokenizer.
         bert_dir: directory with the tokenizer of the Q-Former's BERT (`bert-base-uncased`).
-        image_size: side of the square pictures in pixels.
+        image_size: side of the square images in pixels.
         soft_prompt_token: see `LionProcessor`.
 
     Raises:
-        NotADirectoryError: for a path that leads to no directory.
-        CheckpointError: for a directory without a tokenizer's vocabulary, or with files that cannot be read.
+        NotADirectoryError: a path is not a directory.
+        CheckpointError: a directory has no tokenizer vocabulary, or its files cannot be read.
     """
     for name, path in (("llm_dir", llm_dir), ("bert_dir", bert_dir)):
         if not Path(path).is_dir():
@@ -256,7 +259,7 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
-    """The token's id, or None where the tokenizer does not read it as one token."""
+    """Return the token's id, or None if the tokenizer does not map it to one token."""
     if token is None:
         return None
     ids = tokenizer(token, add_special_tokens=False).input_ids
@@ -264,7 +267,7 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | No
 
 
 def _strings(value: object, name: str, count: int | None = None) -> list[str]:
-    """`value` as a list, of `count` strings if that is given."""
+    """Return `value` as a list of strings, checking their number if `count` is given."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, bytes):
@@ -281,16 +284,16 @@ def _strings(value: object, name: str, count: int | None = None) -> list[str]:
 
 def _check_count(values: Sequence, name: str, count: int) -> None:
     if len(values) != count:
-        raise ValueError(f"{name}: expected one per picture ({count}), got {len(values)}")
+        raise ValueError(f"{name}: expected one per image ({count}), got {len(values)}")
 
 
 def _tags_by_sample(tags: Tags | Sequence[Tags], count: int, single: bool) -> list[str]:
-    """Tags of each sample in one string; "" for none. A flat list belongs to the one sample of a `single` call."""
+    """Return each sample's tags as one string, "" for none. In a `single` call, a flat list belongs to its sample."""
     if tags is None:
         return [""] * count
     if not isinstance(tags, Sequence):
         raise TypeError(
-            f"tags: expected None, a string or a list of one entry per picture, or a tagger, got {type(tags).__name__}"
+            f"tags: expected None, a string, a list with one entry per image or a tagger, got {type(tags).__name__}"
         )
     of_one_sample = isinstance(tags, str) or (single and all(isinstance(tag, str) for tag in tags))
     entries = [tags] if of_one_sample else tags
@@ -298,16 +301,16 @@ def _tags_by_sample(tags: Tags | Sequence[Tags], count: int, single: bool) -> li
     return ["" if entry is None else _joined_tags(entry, f"tags[{i}]") for i, entry in enumerate(entries)]
 
 
-def _ask(tagger: Tagger, pictures: list[Image.Image] | None) -> list[str]:
-    """A tagger's tags of each picture in one string; pictures that are equal are tagged together."""
-    if pictures is None:
-        raise ValueError("tags: expected no tagger where there are no images for it, got one")
-    contents = [(picture.size, picture.tobytes()) for picture in pictures]
-    different = dict(zip(contents, pictures, strict=True))
-    found = tagger(list(different.values()))
-    if isinstance(found, str) or len(found) != len(different):
-        raise ValueError(f"tags: expected the tagger to give {len(different)} pictures one entry each, got {found!r}")
-    tags = dict(zip(different, _tags_by_sample(found, len(found), single=False), strict=True))
+def _run_tagger(tagger: Tagger, images: list[Image.Image] | None) -> list[str]:
+    """Return a tagger's tags of each image as one string; equal images are tagged once."""
+    if images is None:
+        raise ValueError("tags: expected no tagger without images, got one")
+    contents = [(image.size, image.tobytes()) for image in images]
+    distinct = dict(zip(contents, images, strict=True))
+    found = tagger(list(distinct.values()))
+    if isinstance(found, str) or len(found) != len(distinct):
+        raise ValueError(f"tags: expected one entry from the tagger for each of {len(distinct)} images, got {found!r}")
+    tags = dict(zip(distinct, _tags_by_sample(found, len(found), single=False), strict=True))
     return [tags[content] for content in contents]
 
 

@@ -1,1 +1,1 @@
-"""Images, boxes, checkpoint files and atomic writing; imports nothing else of this package."""
+"""Images, boxes, checkpoint files and atomic writing; independent of the rest of the package."""

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are whole."""
+"""Atomic writing: a file appears under its name only when it is complete."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its name at the end, and is removed after an error."""
+    """Yield a temporary path beside `path`, which is renamed to `path` at the end and removed after an error."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         yield unfinished
@@ -18,7 +18,7 @@ def whole_or_not(path: Path) -> Iterator[Path]:
 
 
 def to_disk(path: Path) -> None:
-    """Bring a file's content to the disk, or the names in a folder."""
+    """Flush a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Boxes: LION's text of them, their overlap, and drawing them.
+"""Boxes: reading and writing LION's text format, overlap, and drawing.
 
-A box is [x1, y1, x2, y2], left, top, right and bottom edge, in the units of `image_size = (width, height)`: pixels
-where the picture's size is given, 0..1 with the default (1, 1). Sizes are those of the upright picture (`load_image`).
+A box is [x1, y1, x2, y2], its left, top, right and bottom edges, in the units of `image_size = (width, height)`: pixels
+if the image's size is given, 0..1 with the default (1, 1). Sizes are those of the upright image (`load_image`).
 """
 
 import math
@@ -14,27 +14,27 @@ from lion_fast.io.images import ImageLike, load_image
 
 _BOX_TEXT = re.compile(r"\[([0-9., ]+)\]")
 
-# Okabe and Ito's palette without black: told apart by colour-blind readers too.
+# Okabe and Ito's palette without black, which colour-blind readers can distinguish.
 PALETTE = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66))
 
 
 def parse_boxes(text: str, image_size: tuple[float, float] = (1, 1)) -> list[list[float]]:
-    """The boxes in a model's answer, such as `Answer: [0.440,0.060,0.650,0.367]`.
+    """Parse the boxes in a model's answer, such as `Answer: [0.440,0.060,0.650,0.367]`.
 
-    Brackets of digits, dots, commas and spaces are read in order up to the first that does not hold four numbers, so an
-    answer whose first bracket is malformed has no box. Numbers are clipped to 0..1 and corners sorted, so
-    x1 <= x2 and y1 <= y2 and the box lies inside the picture; it may be empty.
+    Brackets of digits, dots, commas and spaces are read in order, up to the first that does not hold four numbers: an
+    answer whose first bracket is malformed has no box. Numbers are clipped to 0..1 and corners are sorted, so that
+    x1 <= x2 and y1 <= y2 and the box lies inside the image; it may be empty.
 
     Args:
         text: the answer.
-        image_size: (width, height) of the picture; pixels give boxes in pixels.
+        image_size: (width, height) of the image; a size in pixels gives boxes in pixels.
 
     Returns:
-        One [x1, y1, x2, y2] per box; [] where there is none.
+        One [x1, y1, x2, y2] per box; [] if there is none.
 
     Raises:
-        TypeError: for a text that is no string (answers are decoded one by one).
-        ValueError: for an `image_size` that is not two positive numbers.
+        TypeError: `text` is not a string (decode answers one at a time).
+        ValueError: `image_size` is not two positive numbers.
     """
     if not isinstance(text, str):
         raise TypeError(f"text: expected a string, got {type(text).__name__}")
@@ -53,50 +53,50 @@ def parse_boxes(text: str, image_size: tuple[float, float] = (1, 1)) -> list[lis
 
 
 def format_box(box: Sequence[float], image_size: tuple[float, float] = (1, 1)) -> str:
-    """LION's text of a box: `[x1,y1,x2,y2]`, 0..1 of width and height, three decimals, no spaces.
+    """Format a box as LION's text: `[x1,y1,x2,y2]` as fractions of width and height, three decimals, no spaces.
 
-    What reaches over the picture's edge is clipped.
+    The box is clipped to the image.
 
     Raises:
-        ValueError: for a box that is not four finite numbers with x1 <= x2 and y1 <= y2, and for an `image_size` that
-            is not two positive numbers.
+        ValueError: `box` is not four finite numbers with x1 <= x2 and y1 <= y2, or `image_size` is not two positive
+            numbers.
     """
     width, height = _checked_size(image_size)
     x1, y1, x2, y2 = _checked_box(box, "box")
-    shares = (x1 / width, y1 / height, x2 / width, y2 / height)
-    return "[" + ",".join(f"{min(max(share, 0.0), 1.0):.3f}" for share in shares) + "]"
+    fractions = (x1 / width, y1 / height, x2 / width, y2 / height)
+    return "[" + ",".join(f"{min(max(fraction, 0.0), 1.0):.3f}" for fraction in fractions) + "]"
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Area of the intersection over area of the union, 0..1; 0 where both boxes are empty.
+    """Compute the area of the intersection over that of the union, 0..1; 0 if both boxes are empty.
 
     Raises:
-        ValueError: for a box that is not four finite numbers with x1 <= x2 and y1 <= y2.
+        ValueError: a box is not four finite numbers with x1 <= x2 and y1 <= y2.
     """
     ax1, ay1, ax2, ay2 = _checked_box(a, "a")
     bx1, by1, bx2, by2 = _checked_box(b, "b")
-    shared = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
-    return shared / union if union > 0 else 0.0
+    intersection = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
+    return intersection / union if union > 0 else 0.0
 
 
 def draw_boxes(image: ImageLike, boxes: Sequence[Sequence[float]], labels: Sequence[str] | None = None) -> Image.Image:
-    """A copy of the picture with boxes drawn on it, each in its own colour between dark and light edges.
+    """Draw boxes on a copy of the image, each in its own colour between dark and light edges.
 
     Args:
-        image: anything `load_image` reads.
-        boxes: [x1, y1, x2, y2] in pixels of the upright picture.
-        labels: one line of text per box, put above it, or inside it where there is no room above.
+        image: any type that `load_image` reads.
+        boxes: [x1, y1, x2, y2] each, in pixels of the upright image.
+        labels: one line of text per box, drawn above the box, or inside it if there is no room above.
 
     Returns:
-        RGB picture of the same size.
+        RGB image of the same size.
 
     Raises:
-        ValueError: for boxes that are not four finite numbers with x1 <= x2 and y1 <= y2, or another number of labels
-            than of boxes.
-        TypeError: for labels that are not strings.
+        ValueError: a box is not four finite numbers with x1 <= x2 and y1 <= y2, or the numbers of labels and boxes
+            differ.
+        TypeError: a label is not a string.
     """
-    picture = load_image(image)
+    image = load_image(image)
     if labels is not None and len(labels) != len(boxes):
         raise ValueError(f"labels: expected one per box ({len(boxes)}), got {len(labels)}")
     for i, label in enumerate(labels or ()):
@@ -104,21 +104,21 @@ def draw_boxes(image: ImageLike, boxes: Sequence[Sequence[float]], labels: Seque
             raise TypeError(f"labels[{i}]: expected a string, got {type(label).__name__}")
     checked = [_checked_box(box, f"boxes[{i}]") for i, box in enumerate(boxes)]
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(boxes))]
-    stroke = max(1, round(min(picture.size) / 160))
-    draw = ImageDraw.Draw(picture)
-    # Far outside the picture nothing shows, and Pillow's coordinates overflow.
-    limits = [side + 8 * stroke for side in picture.size * 2]
+    stroke = max(1, round(min(image.size) / 160))
+    draw = ImageDraw.Draw(image)
+    # Pillow's coordinates overflow far outside the image, where nothing is visible.
+    limits = [side + 8 * stroke for side in image.size * 2]
     checked = [tuple(min(max(v, -m), m) for v, m in zip(box, limits, strict=True)) for box in checked]
     for box, color in zip(checked, colors, strict=True):
         _draw_outline(draw, box, color, stroke)
-    # Labels come last, so that no later box strikes through an earlier label.
+    # Labels are drawn last, so that no box covers the label of an earlier one.
     for box, color, label in zip(checked, colors, labels or (), strict=labels is not None):
         _draw_label(draw, box, color, label, stroke)
-    return picture
+    return image
 
 
 def _draw_outline(draw: ImageDraw.ImageDraw, box: tuple[float, ...], color: tuple[int, int, int], stroke: int) -> None:
-    # A dark line outside and a light one inside: one of them stands out from whatever lies beneath.
+    # A dark line outside and a light line inside: one of them stands out from any background.
     edge = max(1, stroke // 2)
     x1, y1, x2, y2 = (round(value) for value in box)
     for inset, width, ink in (
@@ -165,7 +165,7 @@ def _checked_box(box: Sequence[float], name: str) -> tuple[float, float, float, 
 
 
 def _numbers(values: Sequence[float], count: int) -> list[float] | None:
-    """`values` as `count` finite numbers, or None where they are anything else."""
+    """Return `values` as `count` finite numbers, or None if they are anything else."""
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError, OverflowError):

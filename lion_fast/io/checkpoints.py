@@ -1,7 +1,7 @@
 """Reading untrusted checkpoint files lazily and safely, and writing sharded safetensors.
 
-A source is opened twice: once for names, shapes and dtypes, and once, file by file, for the values, so that no more
-than one file and one shard are in memory at a time. Files are mapped, but for those of torch < 1.6, read whole.
+A source is opened twice: once for names, shapes and dtypes, and once, file by file, for the values, so that at most one
+file and one shard are in memory at a time. Files are memory-mapped, except those of torch < 1.6, which are read whole.
 """
 
 import json
@@ -22,14 +22,14 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint file that cannot be read, or does not hold what it should."""
+    """A checkpoint file cannot be read, or its content is not as expected."""
 
 
 @contextmanager
 def naming(path: str | Path, what: str) -> Iterator[None]:
-    """Whatever fails inside is a `CheckpointError`: `path` is not `what`.
+    """Turn any exception inside into a `CheckpointError` that says that `path` is not `what`.
 
-    Only for calls into libraries that read files: on damaged ones they raise anything, up to bare `Exception`.
+    Only for calls into libraries that read files: on damaged files they raise anything, up to bare `Exception`.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def _brief(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it looks like; `write_sharded` writes it as `dtype`."""
+    """The file, name, shape and dtype of a tensor; `write_sharded` writes the tensor as `dtype`."""
 
     file: Path
     name: str
@@ -58,18 +58,19 @@ class TensorInfo:
 
 
 def scan(path: str | Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of the tensors in a file or a model directory; no values are read.
+    """Return names, shapes and dtypes of the tensors in a file or a model directory, without reading their values.
 
     Args:
-        path: a `.safetensors` file, a file written by `torch.save` (a state dict, or a dict that holds one under
+        path: a `.safetensors` file, a file written by `torch.save` (a state dict, or a dict with a state dict under
             "model"), or a directory in the format of `save_pretrained`, sharded or not.
 
     Raises:
-        CheckpointError: nothing there, a truncated or foreign file, or one that would run code when unpickled.
+        CheckpointError: the path does not exist, or a file is truncated, has another format or would run code when
+            unpickled.
     """
     infos: dict[str, TensorInfo] = {}
     for file in _files(Path(path)):
-        infos |= _scan_file(file)  # in a function of its own, so that one file's tensors are gone before the next's
+        infos |= _scan_file(file)  # a separate function, which frees one file's tensors before the next file
     return infos
 
 
@@ -80,7 +81,7 @@ def _scan_file(file: Path) -> dict[str, TensorInfo]:
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Mapping[str, Tensor]]:
-    """The tensors of one file, mapped: values are read when they are used."""
+    """Yield the memory-mapped tensors of one file; values are read on use."""
     if file.suffix == ".safetensors":
         with naming(file, "a readable safetensors file"), safe_open(file, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -96,7 +97,7 @@ def _load_torch(file: Path) -> dict[str, Tensor]:
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL \S+", str(error))
             raise CheckpointError(
-                f"{file}: refused, it is not a plain file of tensors and loading it could run code "
+                f"{file}: refused, because it does not hold tensors alone and loading it could run code "
                 f"({found.group() if found else _brief(error)})"
             ) from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
@@ -118,7 +119,7 @@ def _torch_load(file: Path) -> object:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        # Files of torch < 1.6 are no zip archives and cannot be mapped.
+        # Files of torch < 1.6 are not zip archives and cannot be memory-mapped.
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -149,15 +150,15 @@ def _indexed_files(index: Path) -> list[Path]:
 def write_sharded(tensors: Mapping[str, TensorInfo], directory: Path, max_shard_bytes: int) -> list[Path]:
     """Copy tensors, under new names, to sharded safetensors that `from_pretrained` loads.
 
-    Values are written in the dtype that their `TensorInfo` states. A shard holds tensors of one source file only.
+    Values are written in the dtype of their `TensorInfo`. A shard holds tensors of one source file only.
 
     Args:
-        tensors: new name -> where the values are.
-        directory: exists; gets `model.safetensors`, or `model-0000N-of-0000M.safetensors` and their index.
-        max_shard_bytes: a shard is closed before it grows past this (one larger tensor makes its own shard).
+        tensors: new name -> source tensor.
+        directory: existing directory for `model.safetensors`, or `model-0000N-of-0000M.safetensors` and their index.
+        max_shard_bytes: maximum size of a shard; a larger tensor gets its own shard.
 
     Returns:
-        The files of tensors that were written.
+        The safetensors files written.
     """
     shards = _plan_shards(tensors, max_shard_bytes)
     names = [
@@ -167,8 +168,8 @@ def write_sharded(tensors: Mapping[str, TensorInfo], directory: Path, max_shard_
     by_file: dict[Path, dict[str, dict[str, TensorInfo]]] = {}
     for name, shard in zip(names, shards, strict=True):
         by_file.setdefault(next(iter(shard.values())).file, {})[name] = shard
-    for file, its_shards in by_file.items():
-        _copy_file(file, its_shards, directory)
+    for file, shards_of_file in by_file.items():
+        _copy_file(file, shards_of_file, directory)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
@@ -179,19 +180,19 @@ def write_sharded(tensors: Mapping[str, TensorInfo], directory: Path, max_shard_
 
 
 def _copy_file(file: Path, shards: dict[str, dict[str, TensorInfo]], directory: Path) -> None:
-    """Write the shards that come from one file; nothing of them is in memory afterwards."""
+    """Write the shards that come from one file, and free their memory."""
     with open_tensors(file) as source:
         for name, shard in shards.items():
             values = {new: _own_storage(source[info.name].to(info.dtype)) for new, info in shard.items()}
             try:
                 save_file(values, directory / name, metadata={"format": "pt"})
-            except SafetensorError as error:  # also of a full disk
+            except SafetensorError as error:  # raised for a full disk too
                 raise OSError(f"{directory / name}: cannot be written ({error})") from error
             del values
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """safetensors refuses tensors that share storage, as views in a PyTorch file may."""
+    """Copy a view: safetensors rejects tensors that share storage, as views in a PyTorch file may."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

@@ -1,4 +1,4 @@
-"""Pictures from anywhere, as upright 8-bit RGB."""
+"""Loading images of any type as upright 8-bit RGB."""
 
 import io
 import os
@@ -13,14 +13,14 @@ from PIL import ExifTags, Image
 ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray | torch.Tensor
 
 MAX_PIXELS = 89_478_485
-"""Largest picture that is read from a file, in pixels; a quarter of a GiB as RGB, and where Pillow begins to warn."""
+"""Largest image read from a file, in pixels: a quarter of a GiB as RGB, and the size above which Pillow warns."""
 
-# What is opened: not EPS, for which Pillow would run Ghostscript on the file, and nothing else that is no photograph.
+# Pillow formats that are opened: not EPS, on which Pillow would run Ghostscript, nor other formats without photographs.
 _FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
-# What Pillow's decoders were seen to raise on 88,000 damaged files of 18 formats.
+# The exceptions that Pillow's decoders raised on 88,000 damaged files of 18 formats.
 _UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError)
 
 _TO_UPRIGHT = {
@@ -35,23 +35,23 @@ _TO_UPRIGHT = {
 
 
 def load_image(image: ImageLike, name: str = "image") -> Image.Image:
-    """One picture as RGB, turned the way up that its EXIF data says.
+    """Load an image as RGB, oriented by its EXIF data.
 
-    Transparency is dropped, not blended, as the original model does (`convert("RGB")`). 16-bit grey is scaled to
-    8 bits; Pillow's 32-bit mode "I" counts as 8-bit where no value is above 255. Of an animation, the first frame of a
-    file is taken, and of a PIL image the current one.
+    Transparency is dropped, not blended, as in the original model (`convert("RGB")`). 16-bit grey is scaled to 8 bits;
+    Pillow's 32-bit mode "I" counts as 8-bit if no value is above 255. An animation gives the first frame of a file, and
+    the current frame of a PIL image.
 
     Args:
         image: a PIL image of any mode; the path of an image file, or its content as bytes; a numpy array or torch
-            tensor of shape [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4 (where both fit, an array is [H, W, C]
-            and a tensor [C, H, W]). Values of arrays: integers 0..255, `uint16` 0..65535, booleans, or floats 0..1.
-        name: what errors call the picture.
+            tensor of shape [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4 (if both match, an array is [H, W, C] and
+            a tensor [C, H, W]). Values of arrays: integers 0..255, `uint16` 0..65535, booleans, or floats 0..1.
+        name: name of the image in error messages.
 
     Raises:
-        FileNotFoundError: for a path that leads to no file.
-        ValueError: for a file that is not a whole image or has more than `MAX_PIXELS`, an empty picture, an array of
-            another shape, or values out of range, NaN included.
-        TypeError: for anything else.
+        FileNotFoundError: the path is not a file.
+        ValueError: the file is not a complete image or has more than `MAX_PIXELS` pixels, the image is empty, an array
+            has another shape, or values are out of range or NaN.
+        TypeError: `image` has another type.
     """
     if isinstance(image, str | os.PathLike):
         return _read(os.fspath(image), name)
@@ -75,11 +75,11 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
 
 
 def load_images(images: ImageLike | Sequence[ImageLike], name: str = "images") -> list[Image.Image]:
-    """`load_image` of one picture, of each in a sequence, or of each in an array [B, H, W, C] or [B, C, H, W].
+    """Load one image, each of a sequence, or each of an array [B, H, W, C] or [B, C, H, W] with `load_image`.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as `load_image`, naming the picture's place (`images[3]`); ValueError
-            also for no picture at all.
+        FileNotFoundError, ValueError, TypeError: as for `load_image`, with the image's index (`images[3]`); ValueError
+            also for an empty sequence.
     """
     if isinstance(images, np.ndarray | torch.Tensor):
         if images.ndim != 4:
@@ -87,22 +87,22 @@ def load_images(images: ImageLike | Sequence[ImageLike], name: str = "images") -
     elif not isinstance(images, Sequence) or isinstance(images, str | bytes):
         return [load_image(images, name)]
     if len(images) == 0:
-        raise ValueError(f"{name}: expected at least one picture, got none")
+        raise ValueError(f"{name}: expected at least one image, got none")
     return [load_image(image, f"{name}[{i}]") for i, image in enumerate(images)]
 
 
 def image_suffixes() -> frozenset[str]:
-    """Endings of the names of files that `load_image` reads, in lower case with their dot."""
+    """Return the file name suffixes that `load_image` reads, in lower case and with their dot."""
     Image.init()
     return frozenset(suffix for suffix, known in Image.registered_extensions().items() if known in _FORMATS)
 
 
 def load_batches(images: ImageLike | Sequence[ImageLike], batch_size: int) -> Iterator[list[Image.Image]]:
-    """`load_image` of one picture or of each in a sequence, `batch_size` at a time: files are opened batch by batch.
+    """Load one image, or each of a sequence, with `load_image`, and yield batches; files are opened batch by batch.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as `load_image`, naming the picture's place (`images[3]`); ValueError
-            also for a `batch_size` below 1.
+        FileNotFoundError, ValueError, TypeError: as for `load_image`, with the image's index (`images[3]`); ValueError
+            also if `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
@@ -110,14 +110,14 @@ def load_batches(images: ImageLike | Sequence[ImageLike], batch_size: int) -> It
         images = [images]
     for start in range(0, len(images), batch_size):
         batch = enumerate(images[start : start + batch_size], start)
-        yield [load_image(image, f"images[{place}]") for place, image in batch]
+        yield [load_image(image, f"images[{index}]") for index, image in batch]
 
 
 def _read(path: str, name: str) -> Image.Image:
     name = f"{name} ({path or 'an empty path'})"
     try:
         found = path and Path(path).is_file()
-    except (OSError, ValueError):  # too long, or with a null character in it
+    except (OSError, ValueError):  # the path is too long or contains a null character
         found = False
     if not found:
         raise FileNotFoundError(f"{name}: expected an image file, got a directory or nothing at that path")
@@ -142,18 +142,18 @@ def _decode(source: str | io.BytesIO, name: str) -> Image.Image:
 
 def _convert(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
-        raise ValueError(f"{name}: expected a picture with pixels, got {image.width} x {image.height}")
+        raise ValueError(f"{name}: expected an image with pixels, got {image.width} x {image.height}")
     try:
         image = _upright(image)
         if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
             rgb = image.convert("RGB")
-            rgb.info.clear()  # the orientation in it is no longer true
+            rgb.info.clear()  # its orientation no longer applies
             return rgb
         pixels = np.asarray(image)
     except _UNREADABLE as error:
         raise ValueError(f"{name}: expected a whole image: {error}") from error
     if image.mode == "I":
-        # Pillow's 32-bit mode is where 16-bit files land that it has no narrower mode for.
+        # Pillow loads 16-bit files without a narrower mode as 32-bit.
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
             raise ValueError(f"{name}: expected values in 0..65535, got {pixels.min()}..{pixels.max()}")
         pixels = pixels.astype(np.uint8 if pixels.max() <= 0xFF else np.uint16)  # converted from "L", or 16 bits
@@ -161,7 +161,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # ImageOps.exif_transpose also writes the EXIF data anew, and fails where other fields of it are damaged.
+    # ImageOps.exif_transpose also rewrites the EXIF data, which fails if other fields are damaged.
     image.load()
     transposition = _TO_UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if transposition is None else image.transpose(transposition)
@@ -169,7 +169,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _from_array(array: np.ndarray, name: str, channels_first: bool) -> Image.Image:
     if array.size == 0:
-        raise ValueError(f"{name}: expected a picture with pixels, got shape {array.shape}")
+        raise ValueError(f"{name}: expected an image with pixels, got shape {array.shape}")
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.ndim == 3 and array.shape[0] in _CHANNELS and (channels_first or array.shape[2] not in _CHANNELS):
@@ -195,10 +195,10 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
         if low < 0 or high > 255:
             raise ValueError(f"{name}: expected {array.dtype} values in 0..255, got {low}..{high}")
         return array.astype(np.uint8)
-    overshoot = 0.5 / 255  # rounding errors of whoever made the floats: still 0 or 255 after ours
+    overshoot = 0.5 / 255  # tolerates rounding errors of the input, which still round to 0 or 255
     if not (low >= -overshoot and high <= 1 + overshoot):
         raise ValueError(
             f"{name}: expected {array.dtype} values in 0..1, got {low:.4g}..{high:.4g}; "
-            "values in 0..255 are to be uint8, and normalised pixels cannot be read"
+            "pass values in 0..255 as uint8; normalised pixels are not supported"
         )
     return np.rint(array.clip(0, 1) * 255).astype(np.uint8)

@@ -1,1 +1,1 @@
-"""Taggers, whose tags go into the prompt: RAM, and zero-shot with any CLIP-like model."""
+"""Taggers, whose tags go into the prompt: RAM, and a zero-shot tagger around any CLIP-like model."""

@@ -1,4 +1,4 @@
-"""Configuration of the RAM tagger: a Swin image encoder and a head that asks the image about every tag."""
+"""Configuration of the RAM tagger: a Swin image encoder and a head in which every tag attends to the image."""
 
 from typing import Any, ClassVar
 
@@ -8,20 +8,20 @@ from transformers import PreTrainedConfig, SwinConfig
 class RamConfig(PreTrainedConfig):
     """Configuration of `RamTagger`. The defaults are the published tagger (Swin-L at 384 pixels, 4585 tags).
 
-    The tags and their thresholds are no settings: they lie beside the weights, in `tag_list.txt` and
-    `tag_thresholds.txt`.
+    The tags and their thresholds are not part of the configuration: they are stored beside the weights, in
+    `tag_list.txt` and `tag_thresholds.txt`.
 
     Args:
-        vision_config: of the Swin encoder, as a configuration or a dict; its `image_size` is the tagger's.
-        num_tags: number of tags that are asked about.
+        vision_config: configuration of the Swin encoder, as an object or a dict; its `image_size` is the tagger's.
+        num_tags: number of tags.
         label_size: width of the tags' text embeddings.
         projection_size: width of the image tokens that the tag head reads.
         hidden_size: width of the tag head.
-        num_hidden_layers: blocks of the tag head, at least 1.
+        num_hidden_layers: number of blocks of the tag head, at least 1.
 
     Raises:
-        ValueError: a `vision_config` of another kind, heads that do not divide the width, or an image whose last
-            feature map is smaller than a window.
+        ValueError: `vision_config` has another type, the number of heads does not divide the width, or the last feature
+            map is smaller than a window.
     """
 
     model_type = "lion_ram"

@@ -1,7 +1,7 @@
-"""The RAM image tagger (Recognize Anything, arXiv 2306.03514): which of a fixed list of tags a picture shows.
+"""The RAM image tagger (Recognize Anything, arXiv 2306.03514): predicts which of a fixed list of tags an image shows.
 
-A Swin encoder gives image tokens; each tag's text embedding queries them in a head of cross-attention and feed-forward
-blocks; one logit per tag is held against that tag's own threshold.
+A Swin encoder computes image tokens. Each tag's text embedding queries them in a head of cross-attention and
+feed-forward blocks. The probability of each tag is compared with that tag's own threshold.
 """
 
 import os
@@ -31,15 +31,15 @@ TAG_THRESHOLDS_FILE = "tag_thresholds.txt"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# On a CPU, without gradients: what the layers hold of so many tags stays in the cache; of all tags it is more memory
-# than the rest of the tagger takes.
+# Chunk size on a CPU without gradients: the activations of this many tags fit in the cache; those of all tags take more
+# memory than the rest of the tagger.
 _TAGS_AT_A_TIME = 512
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class RamTagLayer(nn.Module):
-    """Cross-attention to the image and a feed-forward, each followed by residual and LayerNorm as in BERT."""
+    """Cross-attention to the image and a feed-forward, each followed by a residual and LayerNorm as in BERT."""
 
     def __init__(self, config: RamConfig):
         super().__init__()
@@ -58,18 +58,18 @@ class RamTagLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def keys_and_values(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """image_tokens [B, N, projection_size] -> what every tag attends, both [B, N, H, Dh]."""
+        """Project image_tokens [B, N, projection_size] to the keys and values of all tags, [B, N, H, Dh] each."""
         projected = self.key(image_tokens), self.value(image_tokens)
         key, value = (states.unflatten(-1, (self.num_heads, -1)) for states in projected)
         return key, value
 
     def forward(self, hidden_states: Tensor, key: Tensor, value: Tensor, query: Tensor | None = None) -> Tensor:
-        """One block.
+        """Run the block.
 
         Args:
-            hidden_states: [1 or B, T, hidden_size], of all tags or of some: no tag sees another.
+            hidden_states: [1 or B, T, hidden_size], of all tags or some of them: tags do not attend to each other.
             key, value: [B, N, H, Dh] from `keys_and_values`.
-            query: `self.query(hidden_states)` where it is known already.
+            query: `self.query(hidden_states)` if already computed.
 
         Returns:
             [B, T, hidden_size].
@@ -82,11 +82,11 @@ class RamTagLayer(nn.Module):
 
 
 class RamTagHead(nn.Module):
-    """One logit per tag from image tokens.
+    """Computes one logit per tag from image tokens.
 
-    The hidden states that the tags start with and the first block's queries depend on weights alone. Without gradients
-    they are computed once and kept for as long as the weights they come from are the same. Only values written in place
-    through `parameter.data`, which PyTorch does not count as a change, go unnoticed until the next call with gradients.
+    The tags' initial hidden states and the first block's queries depend on weights alone. Without gradients they are
+    computed once and cached until those weights change. In-place writes through `parameter.data`, which PyTorch does
+    not count as a change, are not detected until the next call with gradients.
     """
 
     def __init__(self, config: RamConfig):
@@ -98,28 +98,30 @@ class RamTagHead(nn.Module):
         self._start: tuple[object, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, image_tokens: Tensor) -> Tensor:
-        """image_tokens: [B, N, projection_size] -> logits [B, num_tags]."""
-        hidden_states, query = self._starting_states(image_tokens.device.type)
+        """Compute logits [B, num_tags] from image_tokens [B, N, projection_size]."""
+        hidden_states, query = self._initial_states(image_tokens.device.type)
         layers: list[Any] = list(self.layers)
-        images = [layer.keys_and_values(image_tokens) for layer in layers]
-        in_parts = image_tokens.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        size = _TAGS_AT_A_TIME if in_parts else hidden_states.shape[1]
-        parts = zip(hidden_states.split(size, dim=1), query.split(size, dim=1), strict=True)
-        return torch.cat([self._logits(*part, images) for part in parts], dim=1)
+        keys_and_values = [layer.keys_and_values(image_tokens) for layer in layers]
+        in_chunks = image_tokens.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        size = _TAGS_AT_A_TIME if in_chunks else hidden_states.shape[1]
+        chunks = zip(hidden_states.split(size, dim=1), query.split(size, dim=1), strict=True)
+        return torch.cat([self._logits(*chunk, keys_and_values) for chunk in chunks], dim=1)
 
-    def _logits(self, hidden_states: Tensor, query: Tensor | None, images: list[tuple[Tensor, Tensor]]) -> Tensor:
-        for layer, (key, value) in zip(self.layers, images, strict=True):
+    def _logits(
+        self, hidden_states: Tensor, query: Tensor | None, keys_and_values: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        for layer, (key, value) in zip(self.layers, keys_and_values, strict=True):
             hidden_states = layer(hidden_states, key, value, query)
             query = None
         return self.fc(hidden_states).squeeze(-1)
 
-    def _starting_states(self, device_type: str) -> tuple[Tensor, Tensor]:
-        """Hidden states and first queries, both [1, num_tags, hidden_size]."""
+    def _initial_states(self, device_type: str) -> tuple[Tensor, Tensor]:
+        """Return the initial hidden states and the first block's queries, both [1, num_tags, hidden_size]."""
         first_query = self.get_submodule("layers.0.query")
         sources = [self.label_embed, *self.wordvec_proj.parameters(), *first_query.parameters()]
         constant = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         if not constant or any(source.is_inference() for source in sources):
-            self._start = None  # an optimizer may be about to write the weights, or nothing tells whether they changed
+            self._start = None  # the weights may be about to change, or their changes cannot be detected
             return self._project_labels(first_query)
         autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         key = (autocast_dtype, [(source.data_ptr(), source._version) for source in sources])
@@ -139,7 +141,7 @@ class RamTagHead(nn.Module):
 
 
 class RamTagger(PreTrainedModel):
-    """Tags pictures; calling it gives one string per picture.
+    """Tags images; calling it returns one string per image.
 
     Example:
         >>> tagger = RamTagger.from_pretrained("lion-flan-t5-xl/ram")
@@ -147,12 +149,13 @@ class RamTagger(PreTrainedModel):
         ["dog, cart, man"]
 
     Args:
-        config: its configuration.
+        config: configuration of the tagger.
         tags: names, one per row of `label_embed`; `from_pretrained` reads them from `tag_list.txt`.
-        tag_thresholds: probability, 0 to 1, above which a tag is given; from `tag_thresholds.txt`.
+        tag_thresholds: probability, 0 to 1, above which each tag is returned; `from_pretrained` reads them from
+            `tag_thresholds.txt`.
 
     Raises:
-        ValueError: `tags` or `tag_thresholds` are not `config.num_tags` many.
+        ValueError: the number of `tags` or `tag_thresholds` differs from `config.num_tags`.
     """
 
     config: RamConfig
@@ -179,7 +182,7 @@ class RamTagger(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+        return True  # transformers would infer it from this file's text, where `attend` hides the attention interface
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -194,12 +197,12 @@ class RamTagger(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
-        """As of every transformers model; the tags and thresholds are read from their files beside the weights.
+        """Load as `PreTrainedModel` does, with the tags and thresholds from their files beside the weights.
 
         Raises:
-            CheckpointError: a file of tags or thresholds that cannot be read as such.
-            OSError: no such file.
-            ValueError: more or fewer tags or thresholds than the model has.
+            CheckpointError: the file of tags or thresholds is malformed.
+            OSError: a file is missing.
+            ValueError: the number of tags or thresholds differs from the model's.
         """
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         tags = read_tags(str(cached_file(pretrained_model_name_or_path, TAG_LIST_FILE, **options)))
@@ -209,7 +212,7 @@ class RamTagger(PreTrainedModel):
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As of every transformers model, with the tags and thresholds as files beside the weights."""
+        """Save as `PreTrainedModel` does, with the tags and thresholds as files beside the weights."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.tags is not None and self.tag_thresholds is not None:
             for name, values in ((TAG_LIST_FILE, self.tags), (TAG_THRESHOLDS_FILE, self.tag_thresholds)):
@@ -218,16 +221,16 @@ class RamTagger(PreTrainedModel):
 
     @torch.no_grad()
     def forward(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 8) -> list[str]:
-        """Tags of each picture, in the list's order and joined by ", ". Dropout is off, whatever the mode.
+        """Return the tags of each image, in the order of the tag list and joined by ", ". Dropout is always off.
 
         Args:
-            images: one picture or a sequence of them: paths, PIL images, or what else `load_image` takes. Files are
-                opened batch by batch.
-            batch_size: pictures that go through the network together.
+            images: one image or a sequence of images, of any type that `load_image` reads. Files are opened batch by
+                batch.
+            batch_size: number of images in a forward pass.
 
         Raises:
-            FileNotFoundError, TypeError: as `load_image`.
-            ValueError: as `load_image`; also for a model without tags and thresholds, or a `batch_size` below 1.
+            FileNotFoundError, TypeError: as for `load_image`.
+            ValueError: as for `load_image`; also if the model has no tags and thresholds, or `batch_size` is below 1.
         """
         tags, tag_thresholds = self.tags, self.tag_thresholds
         if tags is None or tag_thresholds is None:
@@ -235,27 +238,27 @@ class RamTagger(PreTrainedModel):
         thresholds = torch.tensor(tag_thresholds)
         strings = []
         with _evaluating(self):
-            for pictures in load_batches(images, batch_size):
-                probabilities = self.logits(self._to_pixels(pictures)).float().sigmoid().cpu()
+            for batch in load_batches(images, batch_size):
+                probabilities = self.logits(self._to_pixels(batch)).float().sigmoid().cpu()
                 strings += [", ".join(compress(tags, shown)) for shown in (probabilities > thresholds).tolist()]
         return strings
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """Pictures as float32 pixels [B, 3, image_size, image_size] on the model's device.
+        """Convert images to float32 pixels [B, 3, image_size, image_size] on the model's device.
 
-        Each is squashed to a square (bilinear) and normalised by ImageNet's mean and standard deviation.
+        Each image is squashed to a square (bilinear) and normalised by ImageNet's mean and standard deviation.
         """
         return self._to_pixels(load_images(images))
 
-    def _to_pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _to_pixels(self, images: Sequence[Image.Image]) -> Tensor:
         size = self.config.vision_config.image_size
-        squashed = [np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
+        squashed = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
         pixels = torch.from_numpy(np.stack(squashed)).to(self.device).movedim(-1, 1).float() / 255
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return (pixels - mean) / std
 
     def logits(self, pixel_values: Tensor) -> Tensor:
-        """One logit per picture and tag, differentiable.
+        """Compute one logit per image and tag, differentiably.
 
         Args:
             pixel_values: [B, 3, image_size, image_size], normalised as by `preprocess`.
@@ -264,7 +267,7 @@ class RamTagger(PreTrainedModel):
             [B, num_tags], in the model's dtype.
 
         Raises:
-            ValueError: the pixels' shape is not the configuration's.
+            ValueError: the shape of `pixel_values` does not match the configuration.
         """
         size = self.config.vision_config.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
@@ -287,10 +290,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def read_tags(path: str | os.PathLike) -> list[str]:
-    """Tags from a UTF-8 file with one per line.
+    """Read tags from a UTF-8 file with one tag per line.
 
     Raises:
-        CheckpointError: no such file, not UTF-8, or a blank line before the last tag.
+        CheckpointError: the file is missing, is not UTF-8, or has a blank line before the last tag.
     """
     tags = _read_lines(path)
     for number, tag in enumerate(tags, 1):
@@ -300,10 +303,10 @@ def read_tags(path: str | os.PathLike) -> list[str]:
 
 
 def read_thresholds(path: str | os.PathLike) -> list[float]:
-    """Thresholds from a file with one number in 0..1 per line.
+    """Read thresholds from a file with one number in 0..1 per line.
 
     Raises:
-        CheckpointError: no such file, not UTF-8, or a line that is no such number.
+        CheckpointError: the file is missing, is not UTF-8, or has a line that is not a number in 0..1.
     """
     thresholds = []
     for number, line in enumerate(_read_lines(path), 1):

@@ -1,7 +1,7 @@
-"""Tags from a zero-shot image classifier of transformers (CLIP, SigLIP and the like), in RAM's place.
+"""A tagger around a zero-shot image classifier of transformers (CLIP, SigLIP and others), as a replacement for RAM.
 
-Tags are embedded once. A picture's probabilities are the classifier's own: of each tag by itself for SigLIP, which was
-trained so, and over all tags together for CLIP. How good the tags are depends on the classifier and the list.
+Tags are embedded once. The probabilities are the classifier's own: independent for each tag with SigLIP, as it was
+trained, and a softmax over all tags with CLIP. The quality of the tags depends on the classifier and the list.
 """
 
 import os
@@ -19,7 +19,7 @@ _TEXTS_AT_ONCE = 256
 
 
 class ZeroShotTagger:
-    """Tags pictures from a list of tags; calling it gives one string per picture, as `RamTagger` does.
+    """Tags images from a list of tags; calling it returns one string per image, as `RamTagger` does.
 
     Example:
         >>> tagger = ZeroShotTagger.from_pretrained("google/siglip-base-patch16-224", tags=["dog", "cart", "man"])
@@ -27,15 +27,15 @@ class ZeroShotTagger:
         ["dog, man"]
 
     Args:
-        model: a classifier with `image_embeds`, `text_embeds` and a logit scale, as `CLIPModel` and `SiglipModel`.
-        processor: the classifier's.
-        tags: what a picture may show.
-        threshold: probability, 0 to 1, above which a tag is given.
-        max_tags: of those above it, how many at most; the most probable ones.
-        template: the sentence about a tag that the classifier reads.
+        model: a classifier with `image_embeds`, `text_embeds` and a logit scale, such as `CLIPModel` or `SiglipModel`.
+        processor: processor of the classifier.
+        tags: candidate tags.
+        threshold: probability, 0 to 1, above which a tag is returned.
+        max_tags: maximum number of tags per image; the most probable are kept.
+        template: sentence that the classifier reads, with `{}` for the tag.
 
     Raises:
-        ValueError: a model of another kind, no tags, `max_tags` below 1, or a template without `{}`.
+        ValueError: `model` has no logit scale, `tags` is empty, `max_tags` is below 1, or `template` has no `{}`.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class ZeroShotTagger:
         template: str = "a photo of a {}.",
     ):
         if not hasattr(model, "logit_scale"):
-            raise ValueError(f"model: expected one with a logit_scale, as CLIP and SigLIP, got {type(model).__name__}")
+            raise ValueError(f"model: expected a model with a logit_scale, as CLIP has, got {type(model).__name__}")
         if isinstance(tags, str) or len(tags) == 0:
-            raise ValueError(f"tags: expected a list of one tag or more, got {tags!r}")
+            raise ValueError(f"tags: expected a list of at least one tag, got {tags!r}")
         if max_tags < 1:
             raise ValueError(f"max_tags: expected 1 or more, got {max_tags}")
         if template.format("") == template:
-            raise ValueError(f"template: expected {{}} in the place of the tag, got {template!r}")
+            raise ValueError(f"template: expected {{}} for the tag, got {template!r}")
         self.model = model.eval()
         self.processor = processor
         self.tags = list(tags)
@@ -74,50 +74,51 @@ class ZeroShotTagger:
         template: str = "a photo of a {}.",
         **model_settings: Any,
     ) -> "ZeroShotTagger":
-        """With transformers' classifier and processor at that path.
+        """Load a classifier of transformers and its processor.
 
         Args:
+            pretrained_model_name_or_path: directory or Hub name of the classifier.
             tags, threshold, max_tags, template: see the class.
-            model_settings: handed to the classifier's `from_pretrained` (`dtype`, `device_map`, ...).
+            model_settings: passed to the classifier's `from_pretrained` (`dtype`, `device_map`, ...).
         """
         model = AutoModelForZeroShotImageClassification.from_pretrained(pretrained_model_name_or_path, **model_settings)
         processor = AutoProcessor.from_pretrained(pretrained_model_name_or_path)
         return cls(model, processor, tags, threshold=threshold, max_tags=max_tags, template=template)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 8) -> list[str]:
-        """Tags of each picture, in the list's order and joined by ", ".
+        """Return the tags of each image, in the order of the tag list and joined by ", ".
 
         Args:
-            images: one picture or a sequence of them: paths, PIL images, or what else `load_image` takes.
-            batch_size: pictures that go through the classifier together.
+            images: one image or a sequence of images, of any type that `load_image` reads.
+            batch_size: number of images in a forward pass.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: as `load_image`; ValueError also for a `batch_size` below 1.
+            FileNotFoundError, ValueError, TypeError: as for `load_image`; ValueError also if `batch_size` is below 1.
         """
         strings = []
-        for pictures in load_batches(images, batch_size):
-            best = self.probabilities(pictures).topk(min(self.max_tags, len(self.tags)))
-            for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                shown = [place for value, place in zip(values, places, strict=True) if value > self.threshold]
-                strings.append(", ".join(self.tags[place] for place in sorted(shown)))
+        for batch in load_batches(images, batch_size):
+            best = self.probabilities(batch).topk(min(self.max_tags, len(self.tags)))
+            for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                shown = [index for value, index in zip(values, indices, strict=True) if value > self.threshold]
+                strings.append(", ".join(self.tags[index] for index in sorted(shown)))
         return strings
 
     @torch.no_grad()
     def probabilities(self, pictures: list[Image.Image]) -> Tensor:
-        """Of every tag for each of B pictures: float32 [B, number of tags] on the CPU."""
+        """Compute the probability of every tag for each of B images: float32 [B, number of tags] on the CPU."""
         if self._text_embeds is None:
             blank = Image.new("RGB", (64, 64))
             starts = range(0, len(self.tags), _TEXTS_AT_ONCE)
             texts = [self._sentences[start : start + _TEXTS_AT_ONCE] for start in starts]
             self._text_embeds = torch.cat([self._run(some, [blank]).text_embeds for some in texts])
-        # The models' forward wants a text with the pictures, and normalises the embeddings of both.
+        # The models' forward needs a text with the images, and normalises the embeddings of both.
         image_embeds = self._run(self._sentences[:1], pictures).image_embeds
         logits = image_embeds @ self._text_embeds.to(image_embeds.device).T * self.model.logit_scale.exp()
         bias = getattr(self.model, "logit_bias", None)
         return (logits.softmax(-1) if bias is None else (logits + bias).sigmoid()).float().cpu()
 
-    def _run(self, texts: list[str], pictures: list[Image.Image]) -> Any:
-        # SigLIP has seen no other padding.
+    def _run(self, texts: list[str], images: list[Image.Image]) -> Any:
+        # SigLIP was trained with no other padding.
         padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
-        batch = self.processor(text=texts, images=pictures, padding=padding, truncation=True, return_tensors="pt")
+        batch = self.processor(text=texts, images=images, padding=padding, truncation=True, return_tensors="pt")
         return self.model(**batch.to(self.model.device, self.model.dtype))

@@ -1,4 +1,4 @@
-"""Boxes: their text, their overlap, and pictures of them."""
+"""Boxes: their text format, overlap and drawing."""
 
 import numpy as np
 import pytest
@@ -8,22 +8,22 @@ from PIL import Image
 
 from lion_fast.io.boxes import draw_boxes, format_box, iou, parse_boxes
 
-shares = st.floats(0, 1)
-corners = st.tuples(shares, shares, shares, shares).map(
+fractions = st.floats(0, 1)
+corners = st.tuples(fractions, fractions, fractions, fractions).map(
     lambda c: [min(c[0], c[2]), min(c[1], c[3]), max(c[0], c[2]), max(c[1], c[3])]
 )
-# Multiples of 1/8: areas are exact in floating point.
+# Multiples of 1/8, whose areas are exact in floating point.
 grid_corners = corners.map(lambda box: [round(8 * value) / 8 for value in box])
 
 
-def test_an_answer_of_the_paper_is_read_in_pixels():
+def test_the_papers_example_is_parsed_to_pixels():
     assert parse_boxes("Answer: [0.440,0.060,0.650,0.367]", image_size=(1000, 500)) == [
         pytest.approx([440, 30, 650, 183.5])
     ]
 
 
 @given(corners, st.integers(1, 5000), st.integers(1, 5000))
-def test_format_and_parse_are_inverse_to_half_a_thousandth(box, width, height):
+def test_parse_inverts_format_to_half_a_thousandth(box, width, height):
     pixels = [box[0] * width, box[1] * height, box[2] * width, box[3] * height]
     (parsed,) = parse_boxes(format_box(pixels, (width, height)), (width, height))
     error = np.abs(np.subtract(parsed, pixels)) / (width, height, width, height)
@@ -63,12 +63,12 @@ def test_box_text_has_three_decimals_and_no_spaces(box, size, text):
         "[12] [0.1,0.2,0.3,0.4]",
     ],
 )
-def test_an_answer_that_cannot_be_read_has_no_box(text):
+def test_a_malformed_answer_has_no_box(text):
     assert parse_boxes(text) == []
 
 
 @given(st.text(alphabet="[]0123456789., -eox", max_size=40), st.integers(1, 999), st.integers(1, 999))
-def test_any_text_gives_ordered_boxes_inside_the_picture(text, width, height):
+def test_any_text_gives_ordered_boxes_inside_the_image(text, width, height):
     for x1, y1, x2, y2 in parse_boxes(text, (width, height)):
         assert 0 <= x1 <= x2 <= width
         assert 0 <= y1 <= y2 <= height
@@ -87,12 +87,12 @@ def test_any_text_gives_ordered_boxes_inside_the_picture(text, width, height):
     ],
     ids=["swapped", "beyond the edge", "overflow", "spaces", "two", "up to the malformed", "other brackets"],
 )
-def test_boxes_are_ordered_clipped_and_read_up_to_the_first_malformed_one(text, boxes):
+def test_boxes_are_sorted_clipped_and_read_up_to_the_first_malformed_one(text, boxes):
     assert parse_boxes(text) == boxes
 
 
 @given(grid_corners, grid_corners)
-def test_overlap_is_that_of_counted_cells(a, b):
+def test_iou_equals_the_ratio_of_counted_cells(a, b):
     def cells(box):
         x1, y1, x2, y2 = (int(8 * value) for value in box)
         return {(x, y) for x in range(x1, x2) for y in range(y1, y2)}
@@ -132,7 +132,7 @@ def test_other_types_are_named():
 
 
 @pytest.mark.parametrize("background", ["black", "white", "#d55e00", "#808080"])
-def test_an_outline_stands_out_from_any_background_and_leaves_the_inside_alone(background):
+def test_an_outline_stands_out_from_any_background_and_does_not_fill_the_box(background):
     image = Image.new("RGB", (120, 90), background)
     drawn = np.asarray(draw_boxes(image, [[20, 10, 100, 80]]), dtype=int)
     difference = np.abs(drawn - np.asarray(image, dtype=int)).max(2)
@@ -142,7 +142,7 @@ def test_an_outline_stands_out_from_any_background_and_leaves_the_inside_alone(b
     assert np.asarray(image).std(axis=(0, 1)).max() == 0
 
 
-def test_boxes_of_one_picture_differ_in_colour():
+def test_boxes_of_one_image_differ_in_colour():
     boxes = [[10 * i, 0, 10 * i + 8, 40] for i in range(7)]
     drawn = draw_boxes(Image.new("RGB", (80, 40)), boxes)
     assert len({drawn.getpixel((10 * i, 20)) for i in range(7)}) == 7
@@ -151,12 +151,12 @@ def test_boxes_of_one_picture_differ_in_colour():
 @pytest.mark.parametrize(
     "box", [[0, 0, 0, 0], [-50, -50, 500, 500], [0, 0, 1e308, 1e308], [59, 39, 60, 40], [0, 0, 60, 40]]
 )
-@pytest.mark.parametrize("label", ["", "dog", "a line of text that is longer than the picture is wide", "犬"])
-def test_boxes_anywhere_and_labels_of_any_length_keep_the_pictures_size(box, label):
+@pytest.mark.parametrize("label", ["", "dog", "a line of text that is longer than the image is wide", "犬"])
+def test_drawing_any_box_and_label_keeps_the_images_size(box, label):
     assert draw_boxes(np.zeros((40, 60), np.uint8), [box], [label]).size == (60, 40)
 
 
-def test_a_label_is_drawn_above_its_box_or_inside_where_there_is_no_room():
+def test_a_label_is_drawn_above_its_box_or_inside_without_room_above():
     image = Image.new("RGB", (200, 200), "white")
     for top, rows in ((100, slice(80, 98)), (0, slice(3, 20))):
         plain = np.asarray(draw_boxes(image, [[40, top, 160, 180]]), dtype=int)
@@ -164,7 +164,7 @@ def test_a_label_is_drawn_above_its_box_or_inside_where_there_is_no_room():
         assert np.abs(labelled - plain)[rows, 45:60].max() > 100
 
 
-def test_boxes_are_drawn_on_the_upright_picture(tmp_path):
+def test_boxes_are_drawn_on_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(tmp_path / "sideways.png", exif=exif)

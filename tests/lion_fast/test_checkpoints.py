@@ -1,4 +1,4 @@
-"""Reading foreign checkpoint files: lazily, completely, and never running what is in them."""
+"""Reading untrusted checkpoint files lazily and completely, without running code in them."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def state() -> dict[str, torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors that `scan` finds at `path`."""
+    """Read all tensors that `scan` finds at `path`."""
     values = {}
     for name, info in scan(path).items():
         with open_tensors(info.file) as tensors:
@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", ["bare", "model", "training", "legacy", "safetensors", "bin", "sharded"])
-def test_every_form_reads_the_same(tmp_path: Path, state: dict[str, torch.Tensor], form: str) -> None:
+def test_every_format_reads_the_same(tmp_path: Path, state: dict[str, torch.Tensor], form: str) -> None:
     path = tmp_path / "checkpoint.pth"
     if form == "bare":
         torch.save(state, path)
@@ -65,7 +65,7 @@ def test_every_form_reads_the_same(tmp_path: Path, state: dict[str, torch.Tensor
 
 
 class Payload:
-    """Makes a directory when it is unpickled."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -87,7 +87,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, writer: str) -> N
     assert not made.exists()
 
 
-def test_a_refusal_names_what_the_file_would_have_called(tmp_path: Path) -> None:
+def test_a_refusal_names_the_function_that_would_be_called(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2), "b": Payload(tmp_path / "made")}, tmp_path / "hostile.pth")
     with pytest.raises(CheckpointError, match=r"could run code \(GLOBAL \w+\.mkdir\)$"):
         scan(tmp_path / "hostile.pth")
@@ -95,7 +95,7 @@ def test_a_refusal_names_what_the_file_would_have_called(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("seed", range(40))
 def test_damaged_files_are_named(tmp_path: Path, state: dict[str, torch.Tensor], seed: int) -> None:
-    """torch.load raises anything on bytes that are not its own."""
+    """torch.load raises many types of exceptions on damaged files."""
     file = tmp_path / "damaged.pth"
     torch.save(state, file, _use_new_zipfile_serialization=seed % 2 == 0)
     content = bytearray(file.read_bytes())
@@ -103,7 +103,7 @@ def test_damaged_files_are_named(tmp_path: Path, state: dict[str, torch.Tensor],
     for _ in range(20):
         content[chance.randrange(len(content) // 2)] = chance.randrange(256)
     file.write_bytes(content)
-    with contextlib.suppress(CheckpointError):  # damage may fall where it does not show
+    with contextlib.suppress(CheckpointError):  # the damage may be undetectable
         scan(file)
 
 
@@ -130,7 +130,7 @@ def test_truncated_files_are_named(tmp_path: Path, state: dict[str, torch.Tensor
         ({"a": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)}, "a: expected a plain dense tensor"),
     ],
 )
-def test_other_content_is_named(tmp_path: Path, content: object, message: str) -> None:
+def test_unsupported_content_is_named(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=message):
         scan(tmp_path / "other.pth")
@@ -144,7 +144,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "absent.safetensors"])
-def test_an_index_cannot_lead_out_of_its_directory(tmp_path: Path, state: dict[str, torch.Tensor], shard: str) -> None:
+def test_an_index_must_stay_in_its_directory(tmp_path: Path, state: dict[str, torch.Tensor], shard: str) -> None:
     save_file(state, tmp_path / "secret.safetensors")
     directory = tmp_path / "model"
     directory.mkdir()
@@ -160,8 +160,8 @@ def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
         scan(tmp_path)
 
 
-def test_shards_hold_everything_once(tmp_path: Path) -> None:
-    # Views of one storage, as PyTorch files may hold; safetensors would refuse them.
+def test_shards_hold_every_tensor_once(tmp_path: Path) -> None:
+    # PyTorch files may hold views of one storage, which safetensors rejects.
     base = torch.arange(40.0)
     state = {"whole": base, "part": base[10:20], "strided": base.view(4, 10).t()}
     torch.save(state, tmp_path / "in.pth")
@@ -195,7 +195,7 @@ except OSError as error:
 
 @pytest.mark.parametrize("form", ["mapped", "legacy", "several files"])
 def test_memory_stays_below_the_largest_file_and_one_shard(tmp_path: Path, form: str) -> None:
-    """12 x 16 MiB in one file or three; only values in memory count, not pages of files that are mapped."""
+    """The source has 12 x 16 MiB in one file or three; pages of memory-mapped files do not count."""
     state = {f"w{i}": torch.zeros(4 * MIB) for i in range(12)}
     source, largest = tmp_path / "in.pth", 12 * 16 if form != "several files" else 4 * 16
     if form == "several files":
@@ -223,5 +223,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     paths = [str(source), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
     grown = int(done.stdout) * 1024
-    assert grown < (largest + 32 + 8) * MIB  # 8 for what the libraries load
+    assert grown < (largest + 32 + 8) * MIB  # 8 for what the libraries allocate
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3

@@ -1,4 +1,4 @@
-"""Pictures: every kind of input becomes the same upright RGB, and what is no picture is refused by name."""
+"""Loading images: every type of input becomes the same upright RGB, and invalid input is refused by name."""
 
 import contextlib
 import struct
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from lion_fast.io.images import load_image, load_images
 
-# Two rows of five pixels, all different, so that any turn, flip or swap of channels shows.
+# Two rows of five distinct pixels, which reveal any rotation, flip or swap of channels.
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 3), dtype=np.uint8)
 
 
@@ -26,15 +26,15 @@ def pixels_of(image) -> np.ndarray:
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
-    path = tmp_path / "picture.png"
+def image(tmp_path) -> Path:
+    path = tmp_path / "image.png"
     Image.fromarray(PIXELS).save(path)
     return path
 
 
 @pytest.mark.parametrize("kind", [str, Path, Image.open], ids=["str", "Path", "PIL"])
-def test_paths_and_pil_images_give_the_files_pixels(picture, kind):
-    np.testing.assert_array_equal(pixels_of(kind(picture)), PIXELS)
+def test_paths_and_pil_images_give_the_files_pixels(image, kind):
+    np.testing.assert_array_equal(pixels_of(kind(image)), PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_paths_and_pil_images_give_the_files_pixels(picture, kind):
     ],
     ids=["HWC", "CHW", "int64", "uint16", "float32", "overshoot", "RGBA", "tensor", "tensor-CHW", "grad", "half"],
 )
-def test_arrays_give_the_same_picture_in_any_layout_and_type(array):
+def test_arrays_give_the_same_image_in_any_layout_and_type(array):
     np.testing.assert_array_equal(pixels_of(array), PIXELS)
 
 
-def test_bfloat16_is_read_to_its_own_precision():
+def test_bfloat16_is_read_to_its_precision():
     loaded = pixels_of((torch.tensor(PIXELS) / 255).bfloat16()).astype(int)
     assert np.abs(loaded - PIXELS).max() <= 1  # 8 bits of mantissa: half a unit of 1/256 at values near 1
 
@@ -73,14 +73,14 @@ def test_booleans_are_black_and_white():
     assert pixels_of(np.array([[True, False]])).tolist() == [[[255] * 3, [0] * 3]]
 
 
-def test_where_both_layouts_fit_arrays_are_channels_last_and_tensors_channels_first():
+def test_ambiguous_arrays_are_channels_last_and_ambiguous_tensors_channels_first():
     array = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
     assert load_image(array).size == (5, 3)
     assert load_image(torch.tensor(array)).size == (3, 5)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
-def test_every_mode_becomes_what_pillow_converts_it_to(mode):
+def test_every_mode_is_converted_as_by_pillow(mode):
     image = Image.fromarray(PIXELS).convert(mode)
     np.testing.assert_array_equal(pixels_of(image), np.asarray(image.convert("RGB")))
 
@@ -108,12 +108,12 @@ def test_sixteen_bit_png_is_scaled_not_clipped(tmp_path):
     assert pixels_of(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 0x40, 0xFF]
 
 
-def test_float_mode_holds_shares_of_full_brightness():
+def test_float_mode_holds_values_from_0_to_1():
     image = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
     assert pixels_of(image)[0, :, 0].tolist() == [0, 128, 255]
 
 
-# What a viewer must do for each EXIF orientation (TIFF 6.0, tag 274), on an array [H, W, C].
+# The transformation of an array [H, W, C] for each EXIF orientation (TIFF 6.0, tag 274).
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -128,7 +128,7 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_pictures_are_turned_upright_once(tmp_path, orientation, suffix):
+def test_images_are_turned_upright_once(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{suffix}"
@@ -138,23 +138,23 @@ def test_pictures_are_turned_upright_once(tmp_path, orientation, suffix):
     np.testing.assert_array_equal(pixels_of(loaded), np.asarray(loaded))
 
 
-def test_damage_elsewhere_in_the_exif_data_does_not_matter(tmp_path):
+def test_damaged_exif_fields_do_not_affect_the_orientation(tmp_path):
     orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
     date_that_is_a_number = struct.pack("<HHIHH", 0x0132, 5, 1, 38, 0) + struct.pack("<III", 0, 1, 1)
     exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 2) + orientation + date_that_is_a_number
     Image.fromarray(PIXELS).save(tmp_path / "odd.png", exif=exif)
-    with pytest.raises(AttributeError):  # Pillow's own way to turn a picture stumbles over it
+    with pytest.raises(AttributeError):  # Pillow's own function fails
         ImageOps.exif_transpose(Image.open(tmp_path / "odd.png"))
     np.testing.assert_array_equal(pixels_of(tmp_path / "odd.png"), UPRIGHT[6](PIXELS))
 
 
-def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+def test_an_animation_gives_its_first_frame(tmp_path):
     first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
     first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
     assert pixels_of(tmp_path / "moving.gif")[0, 0].tolist() == [255, 0, 0]
 
 
-def test_the_callers_image_is_left_as_it_was():
+def test_the_callers_image_is_not_modified():
     image = Image.fromarray(PIXELS)
     image.info["comment"] = "mine"
     load_image(image).putpixel((0, 0), (1, 2, 3))
@@ -172,20 +172,20 @@ def test_a_truncated_file_is_refused(tmp_path, suffix):
         load_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
-def test_a_file_that_is_no_image_is_refused(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_a_file_that_is_not_an_image_is_refused(tmp_path, content):
     (tmp_path / "notes.txt").write_bytes(content)
     with pytest.raises(ValueError, match=r"notes\.txt\): expected an? (whole )?image"):
         load_image(tmp_path / "notes.txt")
 
 
 @given(damage=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=20))
-def test_a_damaged_file_gives_a_picture_or_a_value_error(damage, tmp_path_factory):
+def test_a_damaged_file_gives_an_image_or_a_value_error(damage, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "damaged.jpg"
     Image.fromarray(np.tile(PIXELS, (8, 8, 1))).save(path)
     content = bytearray(path.read_bytes())
-    for place, value in damage:
-        content[place % len(content)] = value
+    for position, value in damage:
+        content[position % len(content)] = value
     path.write_bytes(content)
     with warnings.catch_warnings(), contextlib.suppress(ValueError):
         warnings.simplefilter("ignore")
@@ -208,11 +208,11 @@ def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path, side):
         load_image(tmp_path / "bomb.png")
 
 
-def test_a_program_is_no_picture(tmp_path):
-    """PostScript, which Pillow would have Ghostscript run."""
-    Image.fromarray(PIXELS).save(tmp_path / "picture.eps")
-    with pytest.raises(ValueError, match=r"picture\.eps\): expected an image file"):
-        load_image(tmp_path / "picture.eps")
+def test_postscript_is_refused(tmp_path):
+    """Pillow would run Ghostscript on it."""
+    Image.fromarray(PIXELS).save(tmp_path / "image.eps")
+    with pytest.raises(ValueError, match=r"image\.eps\): expected an image file"):
+        load_image(tmp_path / "image.eps")
 
 
 def test_an_empty_path_is_named():
@@ -221,7 +221,7 @@ def test_an_empty_path_is_named():
 
 
 @pytest.mark.parametrize("path", ["nowhere.png", ".", "a" * 5000, "a\0b"])
-def test_a_path_to_no_file_is_named(tmp_path, path):
+def test_a_path_that_is_not_a_file_is_named(tmp_path, path):
     with pytest.raises(FileNotFoundError, match="expected an image file"):
         load_image(tmp_path / path)
 
@@ -236,8 +236,8 @@ def test_a_path_to_no_file_is_named(tmp_path, path):
         (np.zeros((1, 1, 4, 4), np.uint8), r"got \(1, 1, 4, 4\)"),
         (np.full((2, 2), np.nan), r"in 0\.\.1, got nan\.\.nan"),
         (np.array([[0, np.inf]]), r"got 0\.\.inf"),
-        (np.array([[0.0, 200.0]]), r"0\.\.255 are to be uint8"),
-        (torch.tensor([[-2.1, 2.6]]), "normalised pixels cannot be read"),
+        (np.array([[0.0, 200.0]]), r"pass values in 0\.\.255 as uint8"),
+        (torch.tensor([[-2.1, 2.6]]), "normalised pixels are not supported"),
         (np.array([[-1, 3]]), r"int64 values in 0\.\.255, got -1\.\.3"),
         (np.array([[0, 300]]), r"int64 values in 0\.\.255, got 0\.\.300"),
         (np.array([[1j]]), "complex128"),
@@ -247,13 +247,13 @@ def test_a_path_to_no_file_is_named(tmp_path, path):
         (Image.fromarray(np.array([[70_000]], np.int32)), r"0\.\.65535, got 70000"),
     ],
 )
-def test_what_is_no_picture_is_refused(value, message):
-    with pytest.raises(ValueError, match=f"^picture: expected .*{message}"):
-        load_image(value, "picture")
+def test_invalid_values_are_refused(value, message):
+    with pytest.raises(ValueError, match=f"^photo: expected .*{message}"):
+        load_image(value, "photo")
 
 
-def test_the_content_of_a_file_is_read_as_the_file_is(tmp_path):
-    path = tmp_path / "picture.png"
+def test_bytes_are_read_like_the_file(tmp_path):
+    path = tmp_path / "image.png"
     Image.new("RGB", (5, 3), "red").save(path)
     content = path.read_bytes()
     assert load_image(content).tobytes() == load_image(path).tobytes()
@@ -269,26 +269,26 @@ def test_other_types_are_refused(value):
         load_image(value)
 
 
-def test_a_sequence_may_mix_all_kinds(picture):
-    kinds = [picture, str(picture), Image.open(picture), PIXELS, torch.tensor(PIXELS)]
+def test_a_sequence_may_mix_all_types(image):
+    kinds = [image, str(image), Image.open(image), PIXELS, torch.tensor(PIXELS)]
     for loaded in load_images(kinds):
         np.testing.assert_array_equal(np.asarray(loaded), PIXELS)
 
 
 @pytest.mark.parametrize("convert", [np.asarray, torch.tensor])
-def test_a_batch_array_holds_one_picture_per_row(convert):
+def test_an_array_of_four_dimensions_is_a_batch(convert):
     batch = convert(np.stack([PIXELS, PIXELS[::-1]]))
     first, second = load_images(batch)
     np.testing.assert_array_equal(np.asarray(first), PIXELS)
     np.testing.assert_array_equal(np.asarray(second), PIXELS[::-1])
 
 
-def test_one_picture_makes_a_list_of_one(picture):
-    assert [len(load_images(one)) for one in (picture, str(picture), PIXELS, Image.open(picture))] == [1] * 4
+def test_a_single_image_gives_a_list_of_one(image):
+    assert [len(load_images(one)) for one in (image, str(image), PIXELS, Image.open(image))] == [1] * 4
 
 
-def test_errors_name_the_place_in_the_batch(picture):
+def test_errors_name_the_index_in_the_batch(image):
     with pytest.raises(ValueError, match=r"^images\[1\]: "):
-        load_images([picture, np.zeros((2, 2, 7))])
-    with pytest.raises(ValueError, match="images: expected at least one picture"):
+        load_images([image, np.zeros((2, 2, 7))])
+    with pytest.raises(ValueError, match="images: expected at least one image"):
         load_images([])

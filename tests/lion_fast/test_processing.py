@@ -1,4 +1,4 @@
-"""The processor: exactly the original's tensors, for every kind of language model, and errors that name their cause."""
+"""The processor: tensors equal to the original's, support of every language model, and errors that name their cause."""
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ from lion_fast.processing_lion import LionProcessor, build_processor
 
 QUESTION = "What is on the cart?"
 SENTENCE = "According to <extra_id_0>, you are allowed to use or partially use the following tags: [dog, cart]. "
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
 def byte_tokenizer(template: str = "$A", **special_tokens: str) -> PreTrainedTokenizerFast:
-    """One token per byte, so that ids decode to exactly the text they came from, and special tokens after them."""
+    """Make a tokenizer with one token per byte, so that ids decode to the original text, and with special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,14 +68,14 @@ def golden_call(golden, processor: LionProcessor, task: str = "image_level"):
 
 
 @pytest.mark.parametrize("size", [56, 224])
-def test_pixels_are_the_originals_to_the_bit(golden, size):
+def test_pixels_are_bit_equal_to_the_originals(golden, size):
     processor = build_processor(golden.directory / "flan-t5-tiny", golden.directory / "bert-tiny", size)
     pixels = processor(golden.directory / "image.png", QUESTION).pixel_values
     assert torch.equal(pixels[0], golden.expected[f"image.eval_processor_{size}"])
 
 
 @pytest.mark.parametrize("task", ["image_level", "region_level"])
-def test_prompts_and_answers_are_the_originals(golden, golden_processor, task):
+def test_prompts_and_answers_equal_the_originals(golden, golden_processor, task):
     batch = golden_call(golden, golden_processor, task)
     embedding = load_file(golden.directory / "flan-t5-tiny" / "model.safetensors")["shared.weight"]
     hint = torch.load(golden.directory / "LION-tiny.pth", weights_only=True)["model"]["soft_prompt_hint"]
@@ -87,14 +87,14 @@ def test_prompts_and_answers_are_the_originals(golden, golden_processor, task):
     assert torch.equal(batch.labels, golden.expected[f"{task}.labels"])
 
 
-def test_dec_is_the_last_row_of_the_q_formers_vocabulary(golden, golden_processor):
+def test_dec_is_the_last_token_of_the_q_formers_vocabulary(golden, golden_processor):
     state = torch.load(golden.directory / "LION-tiny.pth", weights_only=True)["model"]
     rows = len(state["Qformer.bert.embeddings.word_embeddings.weight"])
     assert len(golden_processor.qformer_tokenizer) == rows
     assert golden_processor.qformer_tokenizer.convert_tokens_to_ids("[DEC]") == rows - 1
 
 
-def test_a_saved_processor_gives_the_same_tensors_after_it_was_used(golden, golden_processor, tmp_path):
+def test_a_used_processor_can_be_saved_and_loaded(golden, golden_processor, tmp_path):
     before = golden_call(golden, golden_processor)
     golden_processor.save_pretrained(tmp_path)
     loaded = LionProcessor.from_pretrained(tmp_path)
@@ -103,7 +103,7 @@ def test_a_saved_processor_gives_the_same_tensors_after_it_was_used(golden, gold
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert loaded.image_processor.backend == "pil"
     long_question = "Is there a dog in the image? " * 30
-    prompts = [p(PICTURE, long_question).input_ids for p in (golden_processor, loaded)]
+    prompts = [p(IMAGE, long_question).input_ids for p in (golden_processor, loaded)]
     assert prompts[0].shape[1] > golden_processor.max_txt_len
     assert torch.equal(*prompts)
 
@@ -118,31 +118,31 @@ def test_generated_ids_decode_to_the_originals_text(golden, golden_processor):
 
 @pytest.mark.parametrize("tags", ["dog, cart", ["dog", "cart"], ["dog, cart"], [["dog", "cart"]], ("dog", "cart")])
 def test_the_prompt_is_the_tag_sentence_and_the_question(processor, tags):
-    (ids,) = processor(PICTURE, QUESTION, tags=tags).input_ids
+    (ids,) = processor(IMAGE, QUESTION, tags=tags).input_ids
     assert processor.decode(ids) == SENTENCE + QUESTION + "</s>"
     assert (ids == processor.soft_prompt_token_id).sum() == 1
 
 
 @pytest.mark.parametrize("tags", [None, "", " ", [], [""], [None], [[]]])
 def test_without_tags_the_prompt_is_the_question(processor, tags):
-    (ids,) = processor(PICTURE, QUESTION, tags=tags).input_ids
+    (ids,) = processor(IMAGE, QUESTION, tags=tags).input_ids
     assert processor.decode(ids) == QUESTION + "</s>"
 
 
 def test_each_sample_has_its_own_tags(processor):
-    batch = processor([PICTURE] * 4, [QUESTION] * 4, tags=["dog, cart", None, ["dog", "cart"], ""])
+    batch = processor([IMAGE] * 4, [QUESTION] * 4, tags=["dog, cart", None, ["dog", "cart"], ""])
     texts = processor.batch_decode(batch.input_ids, skip_special_tokens=True)
     expected = [SENTENCE.replace("<extra_id_0>", "") + QUESTION, QUESTION]
     assert texts == expected * 2
 
 
 def test_tags_may_hold_braces_and_brackets(processor):
-    (ids,) = processor(PICTURE, QUESTION, tags="{tags}, [x]").input_ids
+    (ids,) = processor(IMAGE, QUESTION, tags="{tags}, [x]").input_ids
     assert "the following tags: [{tags}, [x]]. What" in processor.decode(ids)
 
 
 def test_the_q_former_reads_the_question_alone(processor):
-    batch = processor([PICTURE] * 2, [QUESTION, "Why?"], tags=["dog", "cat"])
+    batch = processor([IMAGE] * 2, [QUESTION, "Why?"], tags=["dog", "cat"])
     texts = processor.qformer_tokenizer.batch_decode(batch.qformer_input_ids)
     pads = len(QUESTION) - len("Why?")
     assert texts == [f"[CLS]{QUESTION}[SEP]", "[CLS]Why?[SEP]" + "[PAD]" * pads]
@@ -158,40 +158,40 @@ def test_the_q_former_reads_the_question_alone(processor):
     ],
 )
 def test_tasks_become_ids(processor, task, ids):
-    batch = processor([PICTURE] * 2, [QUESTION] * 2, task=task)
+    batch = processor([IMAGE] * 2, [QUESTION] * 2, task=task)
     assert batch.task_ids.tolist() == ids
     assert batch.task_ids.dtype == torch.int64
 
 
-def test_the_task_is_image_level_unless_told(processor):
-    assert processor(PICTURE, QUESTION).task_ids.tolist() == [1]
+def test_the_default_task_is_image_level(processor):
+    assert processor(IMAGE, QUESTION).task_ids.tolist() == [1]
 
 
-def test_in_training_prompts_lose_their_left_end_and_keep_eos(processor):
+def test_training_prompts_are_truncated_on_the_left_and_keep_eos(processor):
     question = "".join(chr(ord("a") + i % 26) for i in range(150))
-    (ids,) = processor(PICTURE, question, tags="dog", text_target="yes").input_ids
+    (ids,) = processor(IMAGE, question, tags="dog", text_target="yes").input_ids
     assert processor.decode(ids) == question[-127:] + "</s>"
 
 
-def test_in_generation_prompts_are_whole(processor):
+def test_generation_prompts_are_not_truncated(processor):
     question = "why " * 100 + "?"
-    (ids,) = processor(PICTURE, question, tags="dog, cart").input_ids
+    (ids,) = processor(IMAGE, question, tags="dog, cart").input_ids
     assert processor.decode(ids) == SENTENCE + question + "</s>"
 
 
 @pytest.mark.parametrize("answer", [None, "yes"])
-def test_the_q_formers_question_is_always_cut_on_the_left(processor, answer):
+def test_the_q_formers_question_is_always_truncated_on_the_left(processor, answer):
     question = "".join(chr(ord("a") + i % 26) for i in range(150))
-    (ids,) = processor(PICTURE, question, text_target=answer).qformer_input_ids
+    (ids,) = processor(IMAGE, question, text_target=answer).qformer_input_ids
     assert processor.qformer_tokenizer.decode(ids) == f"[CLS]{question[-126:]}[SEP]"
 
 
 @pytest.mark.parametrize("kind", ["t5", *DECODERS])
-def test_labels_are_the_answer_and_eos_and_nothing_else(kind):
+def test_labels_are_the_answer_and_eos(kind):
     decoder = kind in DECODERS
     processor = make_processor(DECODERS[kind]() if decoder else None, is_encoder_decoder=not decoder)
     answers = ["a red one", "", "x" * 200]
-    labels = processor([PICTURE] * 3, [QUESTION] * 3, text_target=answers).labels
+    labels = processor([IMAGE] * 3, [QUESTION] * 3, text_target=answers).labels
     assert labels.shape == (3, 128)
     assert labels.dtype == torch.int64
     eos = processor.tokenizer.eos_token
@@ -202,10 +202,10 @@ def test_labels_are_the_answer_and_eos_and_nothing_else(kind):
 
 
 @pytest.mark.parametrize("kind", ["t5", *DECODERS])
-def test_padding_leaves_the_answer_next_to_a_decoder_only_prompt(kind):
+def test_decoder_only_prompts_are_padded_on_the_left(kind):
     decoder = kind in DECODERS
     processor = make_processor(DECODERS[kind]() if decoder else None, is_encoder_decoder=not decoder)
-    batch = processor([PICTURE] * 2, ["Why?", QUESTION])
+    batch = processor([IMAGE] * 2, ["Why?", QUESTION])
     short, long = (int(mask.sum()) for mask in batch.attention_mask)
     row = [0] * (long - short) + [1] * short
     assert batch.attention_mask[0].tolist() == (row if decoder else row[::-1])
@@ -216,9 +216,9 @@ def test_padding_leaves_the_answer_next_to_a_decoder_only_prompt(kind):
     assert prompts == [before + "Why?" + after, before + QUESTION + after]
 
 
-def test_a_decoder_only_prompt_keeps_its_bos_when_it_is_cut():
+def test_a_truncated_decoder_only_prompt_keeps_bos():
     processor = make_processor(llama_tokenizer(), is_encoder_decoder=False)
-    (ids,) = processor(PICTURE, "a" * 100 + "b" * 127, text_target="yes").input_ids
+    (ids,) = processor(IMAGE, "a" * 100 + "b" * 127, text_target="yes").input_ids
     assert processor.decode(ids) == "<s>" + "b" * 127
 
 
@@ -227,20 +227,20 @@ def test_a_tokenizer_without_padding_pads_with_eos():
     assert processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id is not None
 
 
-def test_a_tokenizers_own_padding_is_kept():
+def test_a_tokenizer_with_padding_keeps_its_token():
     processor = make_processor(qwen_tokenizer(), is_encoder_decoder=False)
     assert processor.tokenizer.pad_token == "<|endoftext|>"
 
 
-def test_a_decoder_only_tokenizer_that_ends_prompts_is_refused():
-    with pytest.raises(ValueError, match="got '</s>' after them; load it with add_eos_token=False"):
+def test_a_decoder_only_tokenizer_that_appends_eos_is_refused():
+    with pytest.raises(ValueError, match="got '</s>' at their end; load it with add_eos_token=False"):
         make_processor(t5_tokenizer(), is_encoder_decoder=False)
 
 
-def test_a_bos_that_is_the_eos_does_not_end_prompts():
+def test_a_decoder_only_tokenizer_may_use_eos_as_bos():
     tokenizer = byte_tokenizer("</s> $A", eos_token="</s>")
     processor = make_processor(tokenizer, is_encoder_decoder=False)
-    assert processor.decode(processor(PICTURE, "Why?").input_ids[0]) == "</s>Why?"
+    assert processor.decode(processor(IMAGE, "Why?").input_ids[0]) == "</s>Why?"
 
 
 def test_a_tokenizer_without_eos_is_refused():
@@ -251,10 +251,10 @@ def test_a_tokenizer_without_eos_is_refused():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        ({"images": PICTURE, "text": ["a", "b"]}, ValueError, "text: expected one question per picture, got 2 for 1"),
-        ({"images": [PICTURE] * 2, "text": "a"}, ValueError, "got 1 for 2 pictures"),
-        ({"images": [PICTURE, "no.png"], "text": ["a", "b"]}, FileNotFoundError, r"images\[1\] \(no\.png\)"),
-        ({"images": [], "text": []}, ValueError, "images: expected at least one picture"),
+        ({"images": IMAGE, "text": ["a", "b"]}, ValueError, "text: expected one question per image, got 2 for 1"),
+        ({"images": [IMAGE] * 2, "text": "a"}, ValueError, "got 1 for 2 images"),
+        ({"images": [IMAGE, "no.png"], "text": ["a", "b"]}, FileNotFoundError, r"images\[1\] \(no\.png\)"),
+        ({"images": [], "text": []}, ValueError, "images: expected at least one image"),
         ({"text": None}, TypeError, "text: expected a string or a list of strings, got NoneType"),
         ({"text": b"Why?"}, TypeError, "text: expected a string or a list of strings, got bytes"),
         ({"text": "Why \ud83d?"}, ValueError, r"text\[0\]: expected text that UTF-8 can hold"),
@@ -262,29 +262,29 @@ def test_a_tokenizer_without_eos_is_refused():
         ({"text": " \n"}, ValueError, r"text\[0\]: expected a question"),
         ({"text": "Is <extra_id_0> here?"}, ValueError, r"text\[0\]: expected text without '<extra_id_0>'"),
         ({"tags": "dog, <extra_id_0>"}, ValueError, r"tags\[0\]: expected text without '<extra_id_0>'"),
-        ({"tags": 3}, TypeError, "tags: expected None, a string or a list"),
+        ({"tags": 3}, TypeError, "tags: expected None, a string, a list with one entry per image"),
         ({"tags": [3]}, TypeError, r"tags\[0\]: expected a string or a list of strings, got int"),
-        ({"text": ["a"], "tags": ["dog", "cat"]}, ValueError, r"tags: expected one per picture \(1\), got 2"),
+        ({"text": ["a"], "tags": ["dog", "cat"]}, ValueError, r"tags: expected one per image \(1\), got 2"),
         ({"task": "caption"}, ValueError, "task: expected 'region_level' or 'image_level', got 'caption'"),
-        ({"task": ["image_level"] * 2}, ValueError, r"task: expected one per picture \(1\), got 2"),
+        ({"task": ["image_level"] * 2}, ValueError, r"task: expected one per image \(1\), got 2"),
         ({"task": 1}, TypeError, "task: expected a string or a list of strings, got int"),
-        ({"text_target": ["a", "b"]}, ValueError, r"text_target: expected one per picture \(1\), got 2"),
+        ({"text_target": ["a", "b"]}, ValueError, r"text_target: expected one per image \(1\), got 2"),
         ({"text_target": [None]}, TypeError, r"text_target\[0\]: expected a string, got NoneType"),
         ({"padding": "max_length"}, ValueError, "padding: expected True, got 'max_length'"),
     ],
 )
 def test_errors_name_the_argument(processor, call, error, message):
     with pytest.raises(error, match=message):
-        processor(**{"images": PICTURE, "text": QUESTION, **call})
+        processor(**{"images": IMAGE, "text": QUESTION, **call})
 
 
 @pytest.mark.parametrize("name", ["max_txt_len", "max_target_len"])
-def test_lengths_leave_room_for_a_token(name):
+def test_lengths_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
         make_processor(**{name: 0})
 
 
-def test_boxes_are_read_and_drawn_by_the_processor(processor):
+def test_the_processor_parses_and_draws_boxes(processor):
     boxes = processor.parse_boxes("[0.250,0.250,0.750,0.750]", image_size=(40, 40))
     assert processor.draw_boxes(Image.new("RGB", (40, 40)), boxes).getpixel((10, 20)) != (0, 0, 0)
 
@@ -296,22 +296,22 @@ def test_tags_need_a_token_for_the_soft_prompt(token):
     with pytest.raises(
         ValueError, match=r"tags\[1\]: expected none, as the tokenizer has no token for the soft prompt"
     ):
-        processor([PICTURE] * 2, [QUESTION] * 2, tags=[None, "dog"])
-    assert processor(PICTURE, QUESTION, tags=None).input_ids.shape[0] == 1
+        processor([IMAGE] * 2, [QUESTION] * 2, tags=[None, "dog"])
+    assert processor(IMAGE, QUESTION, tags=None).input_ids.shape[0] == 1
 
 
-def test_the_answer_may_hold_the_soft_prompts_token(processor):
-    (labels,) = processor(PICTURE, QUESTION, text_target="<extra_id_0> dog").labels
+def test_answers_may_contain_the_soft_prompts_token(processor):
+    (labels,) = processor(IMAGE, QUESTION, text_target="<extra_id_0> dog").labels
     assert processor.decode(labels) == "<extra_id_0> dog</s>"
 
 
-def test_all_kinds_of_pictures_give_the_same_pixels(processor, tmp_path):
-    PICTURE.save(tmp_path / "picture.png")
-    array = np.asarray(PICTURE)
+def test_all_image_types_give_the_same_pixels(processor, tmp_path):
+    IMAGE.save(tmp_path / "image.png")
+    array = np.asarray(IMAGE)
     kinds = [
-        PICTURE,
-        tmp_path / "picture.png",
-        str(tmp_path / "picture.png"),
+        IMAGE,
+        tmp_path / "image.png",
+        str(tmp_path / "image.png"),
         array,
         torch.tensor(array).permute(2, 0, 1),
     ]
@@ -321,7 +321,7 @@ def test_all_kinds_of_pictures_give_the_same_pixels(processor, tmp_path):
     assert all(torch.equal(pixels[0], other) for other in pixels[1:])
 
 
-def test_another_backends_image_processor_is_replaced_by_one_with_the_originals_pixels():
+def test_an_image_processor_of_another_backend_is_replaced():
     class OtherBackend(BlipImageProcessorPil):
         backend = "torchvision"
 
@@ -329,20 +329,20 @@ def test_another_backends_image_processor_is_replaced_by_one_with_the_originals_
     processor = LionProcessor(OtherBackend(**settings), t5_tokenizer(), t5_tokenizer())
     assert type(processor.image_processor) is BlipImageProcessorPil
     assert list(processor.image_processor.image_mean) == settings["image_mean"]
-    assert processor(PICTURE, QUESTION).pixel_values.shape == (1, 3, 14, 28)
+    assert processor(IMAGE, QUESTION).pixel_values.shape == (1, 3, 14, 28)
 
 
-def test_a_call_returns_the_models_inputs_in_any_type(processor):
-    tensors = processor(PICTURE, QUESTION)
+def test_return_tensors_selects_the_type(processor):
+    tensors = processor(IMAGE, QUESTION)
     assert sorted(tensors) == sorted(processor.model_input_names)
-    arrays = processor(PICTURE, QUESTION, return_tensors="np")
-    lists = processor(PICTURE, QUESTION, return_tensors=None)
+    arrays = processor(IMAGE, QUESTION, return_tensors="np")
+    lists = processor(IMAGE, QUESTION, return_tensors=None)
     for name, tensor in tensors.items():
         assert np.array_equal(arrays[name], tensor.numpy())
         assert np.array_equal(np.array(lists[name]), tensor.numpy())
 
 
-def test_settings_survive_saving(tmp_path):
+def test_settings_are_saved_and_loaded(tmp_path):
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.add_tokens(["<hint>"], special_tokens=True)
@@ -352,7 +352,7 @@ def test_settings_survive_saving(tmp_path):
     loaded = LionProcessor.from_pretrained(tmp_path)
     assert {name: getattr(loaded, name) for name in settings} == settings
     assert loaded.soft_prompt_token_id == saved.soft_prompt_token_id is not None
-    calls = [p([PICTURE] * 2, ["Why?", QUESTION], tags=["a", "b"], text_target=["c", "d"]) for p in (saved, loaded)]
+    calls = [p([IMAGE] * 2, ["Why?", QUESTION], tags=["a", "b"], text_target=["c", "d"]) for p in (saved, loaded)]
     assert all(torch.equal(calls[0][name], calls[1][name]) for name in calls[0])
     assert calls[0].input_ids.shape == (2, 9)
 
@@ -362,7 +362,7 @@ def test_settings_survive_saving(tmp_path):
     [(t5_tokenizer, T5Config(), True), (llama_tokenizer, LlamaConfig(), False)],
     ids=["t5", "llama"],
 )
-def test_a_processor_is_built_for_either_kind_of_language_model(tmp_path, tokenizer, config, is_encoder_decoder):
+def test_build_processor_supports_both_kinds_of_language_model(tmp_path, tokenizer, config, is_encoder_decoder):
     llm = tokenizer()
     bert = byte_tokenizer("[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
     llm.save_pretrained(tmp_path / "llm")
@@ -375,13 +375,13 @@ def test_a_processor_is_built_for_either_kind_of_language_model(tmp_path, tokeni
         assert len(processor.tokenizer) == len(llm)
     else:
         assert processor.soft_prompt_token_id == len(llm)  # the first free id
-    (ids,) = processor(PICTURE, QUESTION, tags="dog, cart").input_ids
+    (ids,) = processor(IMAGE, QUESTION, tags="dog, cart").input_ids
     prefix, suffix = ("", "</s>") if is_encoder_decoder else ("<s>", "")
     assert processor.decode(ids) == prefix + SENTENCE + QUESTION + suffix
-    assert processor(PICTURE, QUESTION).pixel_values.shape == (1, 3, 42, 42)
+    assert processor(IMAGE, QUESTION).pixel_values.shape == (1, 3, 42, 42)
 
 
 @pytest.mark.parametrize(("llm", "bert", "name"), [("nowhere", ".", "llm_dir"), (".", "nowhere", "bert_dir")])
-def test_directories_that_are_not_there_are_named(tmp_path, llm, bert, name):
+def test_missing_directories_are_named(tmp_path, llm, bert, name):
     with pytest.raises(NotADirectoryError, match=f"{name}: expected a directory with a tokenizer, got .*nowhere"):
         build_processor(tmp_path / llm, tmp_path / bert)

@@ -13,7 +13,7 @@ from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.modeling_ram import RamTagger, read_tags, read_thresholds
 
-# fp32 through a dozen blocks: some tens of roundings of 6e-8 each.
+# Some tens of fp32 roundings of 6e-8 each, over a dozen blocks.
 TOLERANCE = 1e-5
 
 
@@ -73,7 +73,7 @@ def pixels() -> Tensor:
 
 @pytest.fixture
 def edited(original, tmp_path):
-    """Converts the original checkpoint after `edit` has changed its state dict."""
+    """Return a function that converts the original checkpoint after `edit` has changed its state dict."""
 
     def convert(edit, **options) -> RamConversionReport:
         state = torch.load(original["ram"], weights_only=True)["model"]
@@ -103,18 +103,18 @@ def test_every_stage_matches_the_original(tagger, images, golden_dir):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_tags_are_the_originals(tagger, images, golden_dir, batch_size):
+def test_tags_equal_the_originals(tagger, images, golden_dir, batch_size):
     expected = json.loads((golden_dir / "ram_tiny" / "meta.json").read_text())["tags"]
     assert tagger(images, batch_size=batch_size) == expected
 
 
-def test_one_picture_need_not_be_in_a_list(tagger, images):
+def test_a_single_image_needs_no_list(tagger, images):
     for form in (str, Image.open, Path.read_bytes):
         assert tagger(form(images[1])) == tagger(images)[1:2]
     assert tagger([]) == []
 
 
-def test_a_bad_picture_is_named_by_its_place(tagger, images):
+def test_errors_name_the_index_of_the_image(tagger, images):
     with pytest.raises(FileNotFoundError, match=r"images\[2\]"):
         tagger([images[0], images[1], "nowhere.png"], batch_size=2)
 
@@ -137,36 +137,36 @@ def test_loading_without_the_tag_files_names_them(tiny, tmp_path):
         RamTagger.from_pretrained(tmp_path)
 
 
-def test_a_tag_needs_more_than_its_own_threshold(tiny):
-    picture = Image.linear_gradient("L")
+def test_a_tag_must_exceed_its_own_threshold(tiny):
+    image = Image.linear_gradient("L")
     with torch.no_grad():
-        probabilities = tiny.logits(tiny.preprocess(picture)).sigmoid()[0]
+        probabilities = tiny.logits(tiny.preprocess(image)).sigmoid()[0]
     below = probabilities - 1e-6
     tiny.tag_thresholds = torch.where(torch.arange(6) % 2 == 0, probabilities, below).tolist()
-    assert tiny(picture) == ["b, d, f"]
+    assert tiny(image) == ["b, d, f"]
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 512])
-def test_logits_do_not_depend_on_how_many_tags_are_computed_at_a_time(tiny, pixels, size, monkeypatch):
-    expected = tiny.logits(pixels).detach()  # with gradients, of all at once
+def test_logits_do_not_depend_on_the_chunk_size(tiny, pixels, size, monkeypatch):
+    expected = tiny.logits(pixels).detach()  # with gradients, which compute all tags at once
     monkeypatch.setattr("lion_fast.tagging.modeling_ram._TAGS_AT_A_TIME", size)
     with torch.no_grad():
-        # Products of other shapes add up in another order: 3.5e-7 was seen.
+        # Products of other shapes are summed in another order: 3.5e-7 was seen.
         assert relative_error(tiny.logits(pixels), expected) < 3e-6
 
 
 def test_tagging_has_no_dropout_in_training_mode(tiny, pixels):
-    picture = Image.linear_gradient("L")
+    image = Image.linear_gradient("L")
     with torch.no_grad():
-        probabilities = tiny.logits(tiny.preprocess(picture)).sigmoid()[0]
-    # Six coins that would have to fall the same way ten times.
+        probabilities = tiny.logits(tiny.preprocess(image)).sigmoid()[0]
+    # With dropout, about half of the probabilities would fall below these thresholds in each of ten calls.
     tiny.tag_thresholds = (probabilities - 1e-5).tolist()
     tiny.train()
     assert not torch.equal(tiny.logits(pixels), tiny.logits(pixels))
-    assert tiny([picture] * 10, batch_size=1) == ["a, b, c, d, e, f"] * 10
+    assert tiny([image] * 10, batch_size=1) == ["a, b, c, d, e, f"] * 10
 
 
-def test_tagging_leaves_every_module_in_its_mode(tiny):
+def test_tagging_restores_the_mode_of_every_module(tiny):
     tiny.train()
     tiny.vision_model.eval()
     modes = [module.training for module in tiny.modules()]
@@ -203,7 +203,7 @@ def replace_data(tagger: RamTagger) -> None:
 
 
 def move_to_the_same_address(tagger: RamTagger) -> None:
-    # What .to() there and back does where memory is reused.
+    # The effect of .to() there and back if memory is reused.
     tagger._apply(lambda tensor: tensor.data.add_(0.1) if tensor.is_floating_point() else tensor)
 
 
@@ -220,7 +220,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_kept_projections_follow_the_weights(tiny, pixels, change):
+def test_cached_projections_follow_the_weights(tiny, pixels, change):
     with torch.no_grad():
         before = tiny.logits(pixels)
     CHANGES[change](tiny)
@@ -232,7 +232,7 @@ def test_kept_projections_follow_the_weights(tiny, pixels, change):
     assert torch.equal(after, expected)
 
 
-def test_kept_projections_are_not_shared_with_a_copy(tiny, pixels):
+def test_cached_projections_are_not_shared_with_a_copy(tiny, pixels):
     with torch.no_grad():
         before = tiny.logits(pixels)
         twin = copy.deepcopy(tiny)
@@ -241,7 +241,7 @@ def test_kept_projections_are_not_shared_with_a_copy(tiny, pixels):
         assert torch.equal(tiny.logits(pixels), before)
 
 
-def test_projections_kept_under_autocast_serve_autocast_only(tiny, pixels):
+def test_projections_cached_under_autocast_are_only_used_under_autocast(tiny, pixels):
     twin = copy.deepcopy(tiny)
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -277,12 +277,12 @@ def test_the_default_is_swin_large():
         ({"vision_config": RamConfig()}, "vision_config.*RamConfig"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RamConfig(**settings)
 
 
-def test_arguments_that_do_not_fit_are_refused(tiny):
+def test_invalid_arguments_are_refused(tiny):
     with pytest.raises(ValueError, match=r"tags: expected 6 .*got 2"):
         RamTagger(tiny.config, ["a", "b"], [0.5] * 6)
     with pytest.raises(ValueError, match=r"tag_thresholds: expected 6 .*got 1"):
@@ -308,7 +308,7 @@ def test_report_accounts_for_every_tensor(converted, original):
     assert all(file.is_file() for file in converted.files)
 
 
-def test_dimensions_are_read_off_the_tensors(converted, golden_dir):
+def test_dimensions_are_read_from_the_tensors(converted, golden_dir):
     meta = json.loads((golden_dir / "ram_tiny" / "meta.json").read_text())
     vision = converted.config.vision_config
     got = [vision.embed_dim, vision.depths, vision.num_heads, vision.window_size, vision.image_size]
@@ -321,7 +321,7 @@ def test_values_keep_their_dtype(converted):
     assert {tensor.dtype for tensor in weights_of(converted).values()} == {torch.float16}
 
 
-def test_buffers_may_be_absent_and_tell_the_image_size_where_present(edited, tmp_path):
+def test_optional_buffers_determine_the_image_size(edited, tmp_path):
     def drop_buffers(state):
         for name in [name for name in state if name.endswith(("attn_mask", "relative_position_index"))]:
             del state[name]
@@ -332,7 +332,7 @@ def test_buffers_may_be_absent_and_tell_the_image_size_where_present(edited, tmp
     assert edited(lambda state: state.update(mask)).config.vision_config.image_size == 768
 
 
-def test_tensors_of_other_numbers_are_named(edited):
+def test_tensors_that_are_not_floating_point_are_named(edited):
     def round_off(state):
         state["wordvec_proj.weight"] = state["wordvec_proj.weight"].long()
 
@@ -358,7 +358,7 @@ def test_missing_and_misshapen_tensors_are_named(edited, tmp_path):
     assert not (tmp_path / "ram").exists()
 
 
-def test_a_checkpoint_of_something_else_is_refused(edited):
+def test_a_checkpoint_of_another_model_is_refused(edited):
     with pytest.raises(CheckpointError, match=r"^\S+edited\.pth: expected a RAM checkpoint, image_proj.* is missing$"):
         edited(lambda state: state.pop("image_proj.weight"))
     with pytest.raises(CheckpointError, match=r"expected a RAM checkpoint, visual_encoder.* is missing"):
@@ -371,14 +371,14 @@ def test_unknown_tensors_are_ignored_and_listed(edited, converted):
 
 
 @pytest.mark.parametrize("which", ["tags", "thresholds"])
-def test_tags_and_thresholds_must_be_as_many_as_labels(original, tmp_path, which):
+def test_numbers_of_tags_and_thresholds_must_match_the_labels(original, tmp_path, which):
     short = tmp_path / "short.txt"
     short.write_text("\n".join(original[which].read_text().splitlines()[:-1]))
     with pytest.raises(CheckpointError, match=r"short\.txt: expected 40 lines.*got 39"):
         convert_ram(**{**original, which: short}, out_dir=tmp_path / "ram")
 
 
-def test_an_existing_directory_is_not_written_to(original, tmp_path):
+def test_an_existing_directory_is_refused(original, tmp_path):
     with pytest.raises(FileExistsError):
         convert_ram(**original, out_dir=tmp_path)
 
@@ -402,7 +402,7 @@ def test_another_image_size_interpolates_relative_positions(original, converted,
     assert len(tables) == 8
     for name in tables:
         assert new[name].shape == (11 * 11, old[name].shape[1])
-        # No offset is no offset in either window.
+        # The entry of offset 0 is the same in both windows.
         assert torch.equal(new[name][11 * 11 // 2], old[name][23 * 23 // 2])
     assert all(torch.equal(new[name], old[name]) for name in old.keys() - set(tables))
     assert len(RamTagger.from_pretrained(tmp_path / "ram", dtype=torch.float32)(images)) == len(images)
@@ -420,12 +420,12 @@ def test_interpolated_positions_keep_their_direction(edited):
     grid = next(weights[name][:, 0] for name in weights if name.endswith("relative_position_bias_table")).view(11, 11)
     assert torch.allclose(grid, grid[:, :1].expand(11, 11), atol=1e-5)
     assert (grid.diff(dim=0) > 0).all()
-    # One step of the small window is 23 / 11 of the large one; the border is clamped, and torch's cubic bends a line.
+    # One step of the small window is 23 / 11 steps of the large one; the border is clamped, and bicubic bends a line.
     inner = torch.arange(-4.0, 5.0) * 23 / 11
     assert torch.allclose(grid[1:-1, 0], inner, atol=0.05)
 
 
 @pytest.mark.parametrize("image_size", [0, 100, -32])
-def test_an_image_size_that_patches_do_not_divide_is_refused(original, tmp_path, image_size):
+def test_an_image_size_that_is_not_a_multiple_of_the_stride_is_refused(original, tmp_path, image_size):
     with pytest.raises(ValueError, match="image_size: expected a multiple of 32"):
         convert_ram(**original, out_dir=tmp_path / "ram", image_size=image_size)

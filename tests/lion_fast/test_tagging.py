@@ -1,4 +1,4 @@
-"""Tags that come from a tagger: asked by the processor, and the ready one on a zero-shot classifier."""
+"""Taggers: their use by the processor, and the zero-shot tagger."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ TAGS = ["dog", "cart", "man", "tree", "street"]
 WORDS = ["<pad>", "<end>", "<unknown>", "a", "photo", "of", ".", *TAGS]
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
@@ -39,49 +39,47 @@ def processor(converted: Path) -> LionProcessor:
     return LionProcessor.from_pretrained(converted)
 
 
-def test_a_tagger_is_asked_once_about_each_different_picture(processor: LionProcessor, tmp_path: Path) -> None:
-    picture(1).save(tmp_path / "one.png")
-    asked: list[int] = []
+def test_a_tagger_is_called_with_each_distinct_image_once(processor: LionProcessor, tmp_path: Path) -> None:
+    image(1).save(tmp_path / "one.png")
+    calls: list[int] = []
 
-    def tagger(pictures: list[Image.Image]) -> list[str | list[str] | None]:
-        asked.append(len(pictures))
-        answers = {picture(0).tobytes(): "dog, cart", picture(1).tobytes(): ["man"], picture(2).tobytes(): None}
-        return [answers[one.tobytes()] for one in pictures]
+    def tagger(images: list[Image.Image]) -> list[str | list[str] | None]:
+        calls.append(len(images))
+        answers = {image(0).tobytes(): "dog, cart", image(1).tobytes(): ["man"], image(2).tobytes(): None}
+        return [answers[one.tobytes()] for one in images]
 
-    images = [picture(0), tmp_path / "one.png", picture(0), picture(2), str(tmp_path / "one.png")]
+    images = [image(0), tmp_path / "one.png", image(0), image(2), str(tmp_path / "one.png")]
     questions = [f"What is number {n}?" for n in range(5)]
     batch = processor(images, questions, tags=tagger)
-    assert asked == [3]
+    assert calls == [3]
     expected = processor(images, questions, tags=["dog, cart", "man", "dog, cart", None, "man"])
     assert torch.equal(batch.input_ids, expected.input_ids)
-    assert torch.equal(
-        processor(picture(1), "Why?", tags=tagger).input_ids, processor(picture(1), "Why?", "man").input_ids
-    )
+    assert torch.equal(processor(image(1), "Why?", tags=tagger).input_ids, processor(image(1), "Why?", "man").input_ids)
 
 
 @pytest.mark.parametrize("answer", [["dog", "cat"], [], "d"])
-def test_a_tagger_that_does_not_answer_each_picture_is_named(processor: LionProcessor, answer: Sequence[str]) -> None:
-    with pytest.raises(ValueError, match="tags: expected the tagger to give 1 pictures one entry each, got"):
-        processor(picture(0), "Why?", tags=lambda _: answer)
+def test_a_tagger_must_return_one_entry_per_image(processor: LionProcessor, answer: Sequence[str]) -> None:
+    with pytest.raises(ValueError, match="tags: expected one entry from the tagger for each of 1 images, got"):
+        processor(image(0), "Why?", tags=lambda _: answer)
 
 
-def test_a_tagger_needs_pictures(processor: LionProcessor) -> None:
-    with pytest.raises(ValueError, match="tags: expected no tagger where there are no images"):
-        processor(None, "Why?", tags=lambda pictures: ["dog"] * len(pictures))
+def test_a_tagger_needs_images(processor: LionProcessor) -> None:
+    with pytest.raises(ValueError, match="tags: expected no tagger without images, got one"):
+        processor(None, "Why?", tags=lambda images: ["dog"] * len(images))
 
 
-def test_ram_tags_for_the_processor(processor: LionProcessor, golden_dir: Path, tmp_path: Path) -> None:
+def test_the_processor_accepts_a_ram_tagger(processor: LionProcessor, golden_dir: Path, tmp_path: Path) -> None:
     ram = golden_dir / "ram_tiny"
     files = {"ram": "ram_tiny.pth", "tags": "ram_tag_list.txt", "thresholds": "ram_tag_list_threshold.txt"}
     convert_ram(**{name: ram / file for name, file in files.items()}, out_dir=tmp_path / "ram")
     tagger = RamTagger.from_pretrained(tmp_path / "ram")
-    images = [ram / f"image{place}.png" for place in (0, 1, 0)]
+    images = [ram / f"image{index}.png" for index in (0, 1, 0)]
     batch = processor(images, ["Why?"] * 3, tags=tagger)
     assert torch.equal(batch.input_ids, processor(images, ["Why?"] * 3, tags=tagger(images)).input_ids)
 
 
 def words() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unknown>"))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
     return PreTrainedTokenizerFast(
@@ -108,39 +106,39 @@ def classifier(kind: str) -> tuple[CLIPModel | SiglipModel, CLIPProcessor | Sigl
         model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
         made = model, SiglipProcessor(SiglipImageProcessorPil(size={"height": 16, "width": 16}), words())
     with torch.no_grad():
-        for parameter in model.parameters():  # so that pictures and tags differ
+        for parameter in model.parameters():  # so that images and tags differ
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return made
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_probabilities_are_the_classifier_s(kind: str) -> None:
+def test_probabilities_equal_the_classifiers(kind: str) -> None:
     model, made = classifier(kind)
     model.eval()
-    pictures = [picture(seed) for seed in range(3)]
+    images = [image(seed) for seed in range(3)]
     texts = [f"a photo of a {tag}." for tag in TAGS]
     padding = "max_length" if kind == "siglip" else True
     with torch.no_grad():
-        logits = model(**made(text=texts, images=pictures, padding=padding, return_tensors="pt")).logits_per_image
+        logits = model(**made(text=texts, images=images, padding=padding, return_tensors="pt")).logits_per_image
     expected = logits.softmax(-1) if kind == "clip" else logits.sigmoid()
-    assert expected.std(0).min() > 1e-3  # it tells the pictures apart
+    assert expected.std(0).min() > 1e-3  # it distinguishes the images
     tagger = ZeroShotTagger(model, made, TAGS)
-    torch.testing.assert_close(tagger.probabilities(pictures), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(tagger.probabilities(images), expected, rtol=1e-4, atol=1e-6)
     for threshold, max_tags in ((0.0, 2), (between(expected.flatten()).item(), 5)):
         tagger = ZeroShotTagger(model, made, TAGS, threshold=threshold, max_tags=max_tags)
-        for tags, row in zip(tagger(pictures, batch_size=2), expected, strict=True):
+        for tags, row in zip(tagger(images, batch_size=2), expected, strict=True):
             best = row.argsort(descending=True)[:max_tags].tolist()
-            assert tags == ", ".join(tag for place, tag in enumerate(TAGS) if place in best and row[place] > threshold)
+            assert tags == ", ".join(tag for index, tag in enumerate(TAGS) if index in best and row[index] > threshold)
 
 
-def test_tags_are_embedded_once_and_loaded_taggers_agree(tmp_path: Path) -> None:
+def test_tags_are_embedded_once_and_a_loaded_tagger_agrees(tmp_path: Path) -> None:
     model, made = classifier("clip")
     model.save_pretrained(tmp_path)
     made.save_pretrained(tmp_path)
     tagger = ZeroShotTagger.from_pretrained(tmp_path, TAGS, threshold=0.2, max_tags=3)
     texts: list[int] = []
     tagger.model.text_model.register_forward_hook(lambda _, __, out: texts.append(len(out.pooler_output)))
-    images = [picture(0), picture(1), picture(2)]
+    images = [image(0), image(1), image(2)]
     first = tagger(images, batch_size=2)
     assert first == tagger(images, batch_size=1) == [tagger(one)[0] for one in images]
     assert texts.count(len(TAGS)) == 1
@@ -148,12 +146,12 @@ def test_tags_are_embedded_once_and_loaded_taggers_agree(tmp_path: Path) -> None
     assert first == ZeroShotTagger(model, made, TAGS, threshold=0.2, max_tags=3)(images)
 
 
-def test_the_page_s_example_runs(processor: LionProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_docs_example_runs(processor: LionProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in classifier("clip"):
         part.save_pretrained(tmp_path / "openai" / "clip-vit-base-patch32")
     monkeypatch.chdir(tmp_path)
     (code,) = (block for block in re.findall(r"```py\n(.*?)```", PAGE, flags=re.DOTALL) if "ZeroShotTagger" in block)
-    names = {"processor": processor, "pictures": [picture(0), picture(1)], "questions": ["Why?"] * 3}
+    names = {"processor": processor, "pictures": [image(0), image(1)], "questions": ["Why?"] * 3}
     exec(compile(code, "docs/generation.md", "exec"), names)
     assert names["batch"].input_ids.shape[0] == 2
 
@@ -161,14 +159,14 @@ def test_the_page_s_example_runs(processor: LionProcessor, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tags": []}, "tags: expected a list of one tag or more"),
+        ({"tags": []}, "tags: expected a list of at least one tag"),
         ({"tags": "dog"}, "tags: expected a list"),
         ({"max_tags": 0}, "max_tags: expected 1 or more, got 0"),
-        ({"template": "a photo"}, "template: expected {} in the place of the tag"),
-        ({"model": torch.nn.Linear(2, 2)}, "model: expected one with a logit_scale, as CLIP and SigLIP, got Linear"),
+        ({"template": "a photo"}, "template: expected {} for the tag"),
+        ({"model": torch.nn.Linear(2, 2)}, "model: expected a model with a logit_scale, as CLIP has, got Linear"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(settings: dict, message: str) -> None:
+def test_invalid_settings_are_named(settings: dict, message: str) -> None:
     model, made = classifier("clip")
     with pytest.raises(ValueError, match=message):
         ZeroShotTagger(**{"model": model, "processor": made, "tags": TAGS, **settings})
