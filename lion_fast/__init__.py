@@ -1,4 +1,4 @@
-"""LION as a library: one class that loads the published checkpoints, captions, answers, grounds and trains."""
+"""LION as a library: load the published checkpoints, caption images, answer questions, locate objects, train."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 

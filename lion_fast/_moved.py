@@ -1,4 +1,4 @@
-"""Modules that have moved keep their old names until 0.2: importing one warns and gives the module at its new name."""
+"""Keep the old names of moved modules until 0.2: importing one warns and returns the module under its new name."""
 
 import importlib
 import sys
@@ -46,18 +46,18 @@ class _Finder(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         assert spec.origin is not None
-        warnings.warn(f"{spec.name} has moved to {spec.origin}; the old name goes in 0.2", FutureWarning, stacklevel=2)
+        warnings.warn(f"{spec.name} has moved to {spec.origin}; 0.2 removes the old name", FutureWarning, stacklevel=2)
         module = importlib.import_module(spec.origin)
         spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It ran when it was imported at its new name, whose specification it keeps."""
+        """Restore the module's own spec; its code ran when it was imported under its new name."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def install() -> None:
-    """Let old names be imported."""
+    """Make the old names importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # first, or submodules are found in their package and run twice
+        sys.meta_path.insert(0, _Finder())  # first: the package's own finder would run submodules twice

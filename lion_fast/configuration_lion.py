@@ -6,19 +6,19 @@ from transformers import AutoConfig, InstructBlipQFormerConfig, PreTrainedConfig
 
 VISUAL_INPUTS = ("ALL", "QFORMER", "AGGREGATOR")
 KERNEL_BACKENDS = ("auto", "triton", "torch")
-TASKS = ("region_level", "image_level")  # position = task id, the row of the routers' tables
+TASKS = ("region_level", "image_level")  # index = task id = row of the routers' tables
 
 
 class LionVisionConfig(PreTrainedConfig):
-    """The frozen vision tower; the defaults are EVA-g/14 as LION uses it (39 blocks, no final norm).
+    """Configuration of the frozen vision tower. The defaults are EVA-g/14 as LION uses it (39 blocks, no final norm).
 
     Args:
         hidden_size: width of the patch tokens.
         num_hidden_layers: number of blocks.
         num_attention_heads: number of heads; head_dim = hidden_size / num_attention_heads (88 in EVA-g).
         intermediate_size: width of the MLP.
-        image_size: pixels along each side of the square input; `set_image_size` of the model changes it.
-        patch_size: pixels along each side of a patch.
+        image_size: side of the square input in pixels; the model's `set_image_size` changes it.
+        patch_size: side of a patch in pixels.
     """
 
     model_type = "lion_vision"
@@ -36,17 +36,17 @@ class LionVisionConfig(PreTrainedConfig):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per image: one class token and one per patch."""
+        """Number of tokens per image: one class token and one token per patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
 class LionAggregatorConfig(PreTrainedConfig):
-    """The vision aggregator (paper, section 3.2): one block per feature map after the first.
+    """Configuration of the vision aggregator (paper, section 3.2), with one block per feature map after the first.
 
     Args:
         hidden_size: width, equal to the vision tower's.
-        feature_layers: 0-based vision blocks whose outputs are aggregated. The first is where the hidden
-            states start and what the Q-Former reads; each following one feeds one block's cross-attention.
+        feature_layers: 0-based indices of the vision blocks whose outputs are aggregated. The first output is the
+            initial hidden states and the Q-Former's input; each further output feeds one block's cross-attention.
         projection_size: hidden width of the projector between the aggregator and the language model.
     """
 
@@ -68,27 +68,27 @@ class LionConfig(PreTrainedConfig):
     """Configuration of `LionForCausalLM`. The defaults are LION-FlanT5-XL.
 
     Args:
-        vision_config, qformer_config, aggregator_config, text_config: one per part, as a configuration or a
-            dict. `text_config` may be of any model type that `LionForCausalLM` supports: `t5`, or the
-            decoder-only `llama`, `qwen2` and `qwen3`.
+        vision_config, qformer_config, aggregator_config, text_config: configuration of each part, as an object or a
+            dict. `text_config` may have any model type that `LionForCausalLM` supports: `t5`, or the decoder-only
+            `llama`, `qwen2` and `qwen3`.
         visual_input: which visual tokens the language model reads: `"ALL"` (Q-Former, then aggregator),
             `"QFORMER"` or `"AGGREGATOR"`.
-        num_query_tokens: learned queries of the Q-Former.
-        num_adapters: adapters per feed-forward layer, 1 or 2; 2 with `"ALL"` and 1 otherwise unless given. Two
-            are weighed by a router, by task (paper, section 3.3).
+        num_query_tokens: number of learned queries of the Q-Former.
+        num_adapters: number of adapters per feed-forward layer, 1 or 2; defaults to 2 with `"ALL"` and to 1 otherwise.
+            A router weights two adapters by task (paper, section 3.3).
         adapter_rank: inner width of an adapter.
-        soft_prompt_token: token whose embedding the learned soft prompt replaces; None for no tags.
-        soft_prompt_token_id: its id, which may lie beyond the language model's embedding table.
-        kernel_backend: what computes attention, norms, the gated feed-forward, the adapters and the language model's
-            input: `"triton"` (lion_kernels, on CUDA or in Triton's interpreter), `"torch"`, or `"auto"`, which is
-            `"triton"` for tensors on CUDA and `"torch"` for others. An `attn_implementation` that is asked for stays.
+        soft_prompt_token: token whose embedding the learned soft prompt replaces; None for a model without tags.
+        soft_prompt_token_id: id of `soft_prompt_token`; may lie beyond the language model's embedding table.
+        kernel_backend: backend of attention, norms, the gated feed-forward, the adapters and the input assembly:
+            `"triton"` (lion_kernels, on CUDA or in Triton's interpreter), `"torch"`, or `"auto"`, which selects
+            `"triton"` for CUDA tensors and `"torch"` for others. An explicit `attn_implementation` takes precedence.
 
     Raises:
-        ValueError: for an unknown `visual_input` or `kernel_backend`, or parts whose widths do not fit.
+        ValueError: `visual_input` or `kernel_backend` is unknown, or the widths of the parts do not match.
     """
 
     model_type = "lion"
-    # What Trainer.predict is not to gather over batches: their cache and hidden states are of different lengths.
+    # Trainer.predict must not gather these outputs: the lengths of the cache and hidden states differ between batches.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["visual_prefix", "language_model_outputs"]
     sub_configs: ClassVar[dict[str, Any]] = {
         "vision_config": LionVisionConfig,
@@ -128,28 +128,28 @@ class LionConfig(PreTrainedConfig):
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """0-based vision blocks whose outputs are read; the Q-Former reads the first."""
+        """0-based indices of the vision blocks whose outputs are read; the Q-Former reads the first."""
         layers = tuple(self.aggregator_config.feature_layers)
         return layers[:1] if self.visual_input == "QFORMER" else layers
 
     @property
     def has_router(self) -> bool:
-        """Whether a router by task weighs several adapters."""
+        """Whether a router weights the adapters by task."""
         return self.num_adapters != 1
 
     @property
     def num_visual_tokens(self) -> int:
-        """Length of the visual prefix that the language model reads."""
+        """Length of the visual prefix in the language model's input."""
         queries = self.num_query_tokens if self.visual_input != "AGGREGATOR" else 0
         patches = self.vision_config.num_tokens if self.visual_input != "QFORMER" else 0
         return queries + patches
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
-        """The language model's configuration, where transformers looks for layers, heads and vocabulary."""
+        """Return the language model's configuration, where transformers looks up layers, heads and vocabulary."""
         return self.text_config.get_text_config(*args, **kwargs)
 
     def share_settings(self) -> None:
-        """Write the adapters' and the kernels' settings where the parts' own layers find them."""
+        """Copy the adapters' and kernels' settings into the parts' configurations, where their layers read them."""
         _expect_one_of("kernel_backend", self.kernel_backend, KERNEL_BACKENDS)
         self.text_config.num_adapters = self.num_adapters
         self.text_config.adapter_rank = self.adapter_rank
@@ -217,7 +217,7 @@ def _text_part(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if model_type is None:
         raise ValueError(f"text_config: expected a key 'model_type' such as 't5' or 'llama', got {sorted(fields)}")
     config = AutoConfig.for_model(model_type, **fields)
-    # T5Config's constructor turns Flan's activation into the tanh form; LION runs the exact one.
+    # T5Config's constructor replaces Flan's activation with the tanh approximation; LION uses the exact GELU.
     if "dense_act_fn" in fields:
         config.dense_act_fn = fields["dense_act_fn"]
     return config

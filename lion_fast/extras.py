@@ -1,21 +1,21 @@
-"""What `pip install 'lion-fast[EXTRA]'` adds: imported where it is used, so that the rest works without."""
+"""Optional dependencies (`pip install 'lion-fast[EXTRA]'`), which are imported only where they are used."""
 
 import importlib
 
 
 class MissingExtraError(ImportError):
-    """A package that an extra brings is not installed; the message says how to install it."""
+    """A package of an extra is not installed; the message says how to install it."""
 
 
 def require(extra: str, *packages: str) -> None:
-    """See that what is about to be imported is there.
+    """Check that the packages of an extra are installed.
 
     Args:
-        extra: of pyproject.toml, such as `"train"`.
-        packages: import names of what it brings.
+        extra: name of the extra in pyproject.toml, such as `"train"`.
+        packages: import names of the packages.
 
     Raises:
-        MissingExtraError: one of them, or something that it needs itself, is not installed.
+        MissingExtraError: one of the packages, or one of its dependencies, is not installed.
     """
     for package in packages:
         try:

@@ -2,7 +2,7 @@
 
 image -- vision_model --> last layer ------------- qformer(question) -- qformer_projection ----+
                       --> last, middle, low layer -- aggregator -- aggregator_projection ------+--> [visual | text]
-question, tags ------------------------- embedding, soft prompt in the place of its token -----+        |
+question, tags ------------------------- embedding, soft prompt replacing its token -----------+        |
 task_ids ------------------------------------------------------------> adapters' routers --> language_model
 """
 
@@ -31,16 +31,16 @@ from lion_fast.model.vision import LionVisionModel
 
 @dataclass
 class LionOutput(ModelOutput):
-    """What `LionForCausalLM.forward` returns.
+    """Output of `LionForCausalLM.forward`.
 
     Args:
-        loss: scalar, mean cross-entropy over the targets' tokens; only with `labels`.
-        logits: [B, Lt, vocabulary] for the targets' positions with `labels` (or `decoder_input_ids`); without them,
-            for a decoder-only language model, [B, Lv + L, vocabulary] for the whole input.
-        visual_prefix: [B, Lv, text hidden size], the visual tokens that the language model read.
-        language_model_outputs: everything else that the language model returned.
+        loss: scalar, mean cross-entropy over the target tokens; only with `labels`.
+        logits: [B, Lt, vocabulary], at the target positions, with `labels` or `decoder_input_ids`; without them, for a
+            decoder-only language model, [B, Lv + L, vocabulary], at every position of the input.
+        visual_prefix: [B, Lv, text hidden size], the visual tokens of the language model's input.
+        language_model_outputs: full output of the language model.
         inputs_embeds: [B, Lv + L, text hidden size], the language model's input; only with `inputs_only`.
-        attention_mask: [B, Lv + L], its mask; only with `inputs_only`.
+        attention_mask: [B, Lv + L], mask of `inputs_embeds`; only with `inputs_only`.
     """
 
     loss: Tensor | None = None
@@ -52,7 +52,7 @@ class LionOutput(ModelOutput):
 
 
 class Float32LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in float32 at least, whatever the dtype of input and weights."""
+    """LayerNorm computed in at least float32, whatever the dtypes of input and weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
@@ -63,9 +63,9 @@ class Float32LayerNorm(nn.LayerNorm):
 class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
-    `kernel_backend` (see `LionConfig`) chooses between lion_kernels and PyTorch, for this model alone: its modules have
-    both (`model.kernel_modules`), and its parts attend by transformers' `attn_implementation="lion_kernels"` where no
-    other was asked for. With PEFT leave `task_type` unset: the wrappers that it selects do not hand on `task_ids`.
+    `kernel_backend` (see `LionConfig`) selects lion_kernels or PyTorch for this model alone. Its modules support both
+    (`model.kernel_modules`), and its parts use `attn_implementation="lion_kernels"` unless another is requested.
+    With PEFT, leave `task_type` unset: the wrappers that it selects do not pass on `task_ids`.
 
     Example:
         >>> model = LionForCausalLM.from_pretrained("lion-flan-t5-xl", dtype=torch.bfloat16)
@@ -96,12 +96,12 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
     ]
 
     def __init__(self, config: LionConfig):
-        config.share_settings()  # again: `from_pretrained(kernel_backend=...)` sets it on a finished one
+        config.share_settings()  # again: `from_pretrained(kernel_backend=...)` sets it on an existing configuration
         if config.kernel_backend != "torch":
             prefer_kernel_attention(config)
         super().__init__(config)
-        # By the class's name transformers takes the loss for one that shifts its labels, and Trainer would not count
-        # the first of each answer.
+        # transformers infers from the class name that the loss shifts its labels; Trainer would then not count the
+        # first token of each answer.
         self.loss_type = None
         text = config.text_config
         self.vision_model = LionVisionModel._from_config(config.vision_config)
@@ -129,7 +129,7 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of every transformers model; a `quantization_config` leaves what LION trains in the model's dtype."""
+        """Load as `PreTrainedModel` does; a `quantization_config` keeps what LION trains in the model's dtype."""
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_trained_modules(kwargs["quantization_config"])
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -149,8 +149,8 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
                 init.normal_(module.soft_prompt, std=1.0)
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of all parts, in the order of `modules()`: what is sharded, or computed again, as a whole."""
-        names = LionForCausalLM._no_split_modules  # to the instance's list transformers adds that of every part
+        """Return the blocks of all parts, in the order of `modules()`: the units of sharding and recomputation."""
+        names = LionForCausalLM._no_split_modules  # transformers adds the parts' lists to the instance's list
         return [module for module in self.modules() if type(module).__name__ in names]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -166,62 +166,62 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         self.language_model.set_output_embeddings(new_embeddings)
 
     def set_image_size(self, image_size: int) -> None:
-        """Read square images of `image_size` pixels from now on; the vision tower's positions are interpolated.
+        """Change the input size to `image_size` x `image_size` pixels by interpolating the position embeddings.
 
-        The processor has to make pictures of the same size: `processor.image_processor.size`.
+        Set `processor.image_processor.size` to the same size.
 
         Raises:
-            ValueError: `image_size` is no multiple of the patch size.
+            ValueError: `image_size` is not a multiple of the patch size.
         """
         self.vision_model.set_image_size(image_size)
 
     def fold_adapters(self) -> None:
-        """Fold scale and gate into the adapters' up-projections, per task, until `unfold_adapters`: for inference.
+        """Fold scale and gate into the adapters' up-projections, per task, for inference until `unfold_adapters`.
 
-        Batches may still mix tasks; results differ by rounding. The parameters stay as they are, and so does what
-        `save_pretrained` writes. Fold on the device on which the model is to run, and again after changing weights.
+        Batches may still mix tasks; results differ by rounding. The parameters, and so the output of
+        `save_pretrained`, do not change. Fold on the device that runs the model, and again after changing weights.
 
         Raises:
-            RuntimeError: the adapters' parameters are offloaded. While folded, a pass that asks for gradients of the
-                adapters raises it too, and so does loading other weights.
+            RuntimeError: the adapters' parameters are offloaded. While folded, a forward pass that needs the adapters'
+                gradients raises it too, and so does loading other weights.
         """
         for module in self.modules():
             if isinstance(module, MixtureOfAdapters):
                 module.fold()
 
     def unfold_adapters(self) -> None:
-        """Undo `fold_adapters`, exactly."""
+        """Undo `fold_adapters` exactly."""
         for module in self.modules():
             if isinstance(module, MixtureOfAdapters):
                 module.unfold()
 
     def get_vision_features(self, pixel_values: Tensor) -> Tensor:
-        """The vision tower's layers that the Q-Former and the aggregator read.
+        """Return the outputs of the vision blocks that the Q-Former and the aggregator read.
 
-        The tower is frozen in LION, so these may be computed once per image and passed as `vision_features`, also in
-        training; `encode_images` goes on to all that depends on the image alone.
+        The tower is frozen in LION, so these features can be computed once per image and passed as `vision_features`,
+        in training too. `encode_images` also computes everything else that depends on the image alone.
 
         Args:
             pixel_values: [B, 3, image_size, image_size].
 
         Returns:
-            [B, S, N, vision hidden size] for the S layers of `config.feature_layers`, the last layer first.
+            [B, S, N, vision hidden size] for the S layers of `config.feature_layers`, in their order.
         """
         return self.vision_model(pixel_values, layers=self.config.feature_layers)
 
     def encode_images(self, pixel_values: Tensor | None = None, vision_features: Tensor | None = None) -> ImageFeatures:
-        """What does not depend on the question, once per picture: vision tower and aggregator.
+        """Compute everything that does not depend on the question: vision tower and aggregator.
 
-        `forward` and `generate` take the result as `image_features`, and any choice of it: `features[[0, 0, 1]]` for
-        two questions about the first picture and one about the second. It is differentiable: under `torch.no_grad()`
-        it takes less memory.
+        `forward` and `generate` take the result, or an indexed selection, as `image_features`: `features[[0, 0, 1]]`
+        for two questions about the first image and one about the second. The result is differentiable; use
+        `torch.no_grad()` to save memory.
 
         Args:
             pixel_values: [B, 3, image_size, image_size].
             vision_features: [B, S, N, vision hidden size] from `get_vision_features`, instead of `pixel_values`.
 
         Raises:
-            ValueError: both arguments or neither, or one of another shape.
+            ValueError: both arguments or neither are given, or a shape does not match.
         """
         if vision_features is None:
             if pixel_values is None:
@@ -249,29 +249,29 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """The visual tokens of the language model's input: the Q-Former's, then the aggregator's.
+        """Return the visual tokens of the language model's input: the Q-Former's, then the aggregator's.
 
         Args:
-            image_features: of B pictures, from `encode_images`.
-            qformer_input_ids: int64 [B, Lq], the question in the Q-Former's vocabulary; needed where the model
-                has a Q-Former.
+            image_features: features of B images, from `encode_images`.
+            qformer_input_ids: int64 [B, Lq], the question in the Q-Former's vocabulary; required if the model has a
+                Q-Former.
             qformer_attention_mask: [B, Lq], 0 at padding; all ones if None.
 
         Returns:
             [B, config.num_visual_tokens, text hidden size].
 
         Raises:
-            ValueError: `qformer_input_ids` is missing, or its batch size is not that of `image_features`.
+            ValueError: `qformer_input_ids` is missing, or its batch size differs from that of `image_features`.
         """
         parts = []
         if image_features.qformer_context is not None:
             context = image_features.qformer_context
-            parts.append(self._query_tokens_of(context, qformer_input_ids, qformer_attention_mask))
+            parts.append(self._run_qformer(context, qformer_input_ids, qformer_attention_mask))
         if image_features.aggregated is not None:
             parts.append(image_features.aggregated)
         return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
 
-    def _query_tokens_of(
+    def _run_qformer(
         self, context: Tensor, qformer_input_ids: Tensor | None, qformer_attention_mask: Tensor | None
     ) -> Tensor:
         if qformer_input_ids is None:
@@ -299,19 +299,19 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         return self.qformer_projection(hidden_states[:, : queries.shape[1]])
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings [B, L, text hidden size], the soft prompt in the place of its token."""
+        """Return token embeddings [B, L, text hidden size], with the soft prompt in place of its token."""
         embedding = self.get_input_embeddings()
         if self.config.soft_prompt_token_id is None:
             return embedding(input_ids)
         is_soft_prompt = input_ids == self.config.soft_prompt_token_id
-        embeddings = embedding(input_ids.masked_fill(is_soft_prompt, 0))  # the token may have no row of its own
+        embeddings = embedding(input_ids.masked_fill(is_soft_prompt, 0))  # the token may lie beyond the table
         soft_prompt = self.soft_prompt.to(embeddings.device, embeddings.dtype)
         return torch.where(is_soft_prompt.unsqueeze(-1).to(embeddings.device), soft_prompt, embeddings)
 
     def _embed(self, prefix: Tensor, input_ids: Tensor) -> Tensor:
-        """[visual | text] of the language model's input."""
+        """Return the language model's input, [visual | text]."""
         embedding, soft_prompt_id = self.get_input_embeddings(), self.config.soft_prompt_token_id
-        # What replaced the embedding, as LoRA does, knows of no prefix.
+        # A module that replaces the embedding, such as LoRA's, takes no prefix.
         if isinstance(embedding, PrefixEmbedding) and embedding.assembles and soft_prompt_id is not None:
             return embedding(input_ids, prefix, self.soft_prompt, soft_prompt_id)
         text = self.embed_text(input_ids)
@@ -328,17 +328,17 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         vision_features: Tensor | None,
         image_features: ImageFeatures | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The visual prefix, and the language model's input [visual | text] with its mask."""
-        given = {"pixel_values": pixel_values, "vision_features": vision_features, "image_features": image_features}
-        pictures = {name: value for name, value in given.items() if value is not None}
-        if len(pictures) != 1:
+        """Return the visual prefix, and the language model's input [visual | text] with its mask."""
+        sources = {"pixel_values": pixel_values, "vision_features": vision_features, "image_features": image_features}
+        given = {name: value for name, value in sources.items() if value is not None}
+        if len(given) != 1:
             raise ValueError(
                 f"pixel_values: expected either pixel_values, vision_features or image_features, "
-                f"got {' and '.join(pictures) or 'neither'}"
+                f"got {' and '.join(given) or 'neither'}"
             )
-        batch = len(next(iter(pictures.values())))
+        batch = len(next(iter(given.values())))
         expect_shape("input_ids", input_ids, (batch, None))
-        # The soft prompt's token may lie beyond the table.
+        # The soft prompt's token may lie beyond the embedding table.
         expect_ids("input_ids", input_ids, self.config.text_config.vocab_size, also=self.config.soft_prompt_token_id)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -376,27 +376,27 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         inputs_only: bool = False,
         **kwargs: Any,
     ) -> LionOutput | tuple:
-        """Loss and logits for a batch that may mix tasks.
+        """Compute loss and logits for a batch, which may mix tasks.
 
         Args:
             pixel_values: [B, 3, image_size, image_size].
-            input_ids: int64 [B, L], the tags' sentence and the question; for a decoder-only language model padded
-                on the left.
+            input_ids: int64 [B, L], the tag sentence and the question, padded on the left for a decoder-only language
+                model.
             attention_mask: [B, L], 0 at padding; all ones if None.
             qformer_input_ids, qformer_attention_mask: [B, Lq], the question in the Q-Former's vocabulary.
             task_ids: int64 [B], 0 region_level or 1 image_level; may be None for a model without a router.
             labels: int64 [B, Lt], the answers; -100 is ignored.
             vision_features: [B, S, N, vision hidden size] from `get_vision_features`, instead of `pixel_values`.
-            image_features: of B pictures, from `encode_images`, instead of either.
-            decoder_input_ids, decoder_attention_mask: [B, Lt] for an encoder-decoder; made of `labels` if None.
-            num_items_in_batch: number of target tokens over the accumulation steps; the summed loss is divided
-                by it, which makes gradient accumulation exact.
-            inputs_only: put the language model's input together and stop there, as `generate` wants it.
-            kwargs: handed to the language model (`output_hidden_states`, `use_cache`, ...).
+            image_features: features of B images, from `encode_images`, instead of both.
+            decoder_input_ids, decoder_attention_mask: [B, Lt] for an encoder-decoder; derived from `labels` if None.
+            num_items_in_batch: number of target tokens over all accumulation steps, by which the summed loss is
+                divided, so that gradient accumulation is exact.
+            inputs_only: return the language model's input without running it, as `generate` needs it.
+            kwargs: passed to the language model (`output_hidden_states`, `use_cache`, ...).
 
         Raises:
-            ValueError: shapes or ids that do not fit; the message names the argument. Nothing waits for a GPU to look
-                at ids: there an assertion of the device prints the same words, and the process has to end.
+            ValueError: a shape or an id does not match; the message names the argument. Checking ids on a GPU does not
+                synchronise: a device-side assertion prints the same message, and the process must be restarted.
         """
         if input_ids is None:
             raise ValueError("input_ids: expected int64 [B, L], got None")
@@ -418,7 +418,7 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
             if labels.shape[1] == 0:
                 raise ValueError(f"labels: expected one token or more per answer, got {list(labels.shape)}")
             expect_ids("labels", labels, self.config.text_config.vocab_size, also=-100)
-            kwargs.setdefault("use_cache", False)  # nobody goes on from here, and PyTorch 2.11 cannot trace a cache
+            kwargs.setdefault("use_cache", False)  # the loss needs no cache, and PyTorch 2.11 cannot trace one
         run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
         if self.config.is_encoder_decoder:
             kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
@@ -453,7 +453,7 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
     def _run_decoder_only(
         self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor | None, **kwargs: Any
     ) -> Any:
-        """Run on [visual | text | target]; the logits kept are those that predict the targets."""
+        """Run on [visual | text | target] and keep the logits that predict the targets."""
         if labels is not None:
             is_target = labels != -100
             targets = self.get_input_embeddings()(labels.masked_fill(~is_target, 0))
@@ -472,9 +472,9 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of logits [B, Lt, V] at labels [B, Lt] (-100 ignored), unshifted.
+    """Return the unshifted cross-entropy of logits [B, Lt, V] and labels [B, Lt], ignoring labels of -100.
 
-    The mean over the targets' tokens, or their sum over `num_items_in_batch` where that is given.
+    It is the mean over the target tokens, or their sum divided by `num_items_in_batch` if given.
     """
     reduction = "mean" if num_items_in_batch is None else "sum"
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)

@@ -13,10 +13,10 @@ from lion_kernels import mixture_of_adapters
 
 
 class Projection(nn.Module):
-    """Weight [out_features, in_features] and bias [out_features] of an adapter; calling it returns them.
+    """Weight [out_features, in_features] and bias [out_features] of an adapter; calling the module returns them.
 
-    Where parameters are offloaded, the call is what brings them: reading the attributes would not. It is no
-    `nn.Linear`, because what replaces an `nn.Linear`'s forward, as LoRA and quantization do, would do so in vain.
+    Offloaded parameters are loaded by the call, not by reading the attributes. The class is not an `nn.Linear`, because
+    LoRA and quantization replace the forward of an `nn.Linear`, which would have no effect here.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -29,9 +29,10 @@ class Projection(nn.Module):
 
 
 class LowRankAdapter(nn.Module):
-    """The parameters of scale * (up_proj ReLU(down_proj x)); calling it returns them, `MixtureOfAdapters` computes it.
+    """Parameters of the adapter scale * (up_proj ReLU(down_proj x)), which `MixtureOfAdapters` computes.
 
-    A new adapter adds nothing: Kaiming-uniform down, zero up, scale one.
+    Calling the module returns its parameters. A new adapter adds nothing: its down-projection is Kaiming-uniform, its
+    up-projection zero and its scale one.
     """
 
     def __init__(self, hidden_size: int, rank: int):
@@ -47,15 +48,15 @@ class LowRankAdapter(nn.Module):
             init.zeros_(zero)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Scale [1], down weight [r, D] and bias [r], up weight [D, r] and bias [D]."""
+        """Return scale [1], down weight [r, D] and bias [r], up weight [D, r] and bias [D]."""
         return self.scale, *self.down_proj(), *self.up_proj()
 
 
 class MixtureOfAdapters(nn.Module):
-    """residual + sum_k ratio_k[task] * A_k(h), with h the residual stream before the feed-forward's norm.
+    """residual + sum_k ratio_k[task] * A_k(h), where h is the residual stream before the feed-forward's norm.
 
-    Adapter 0 starts as the adapter of task 0 (region_level), adapter 1 as that of task 1 (image_level): the routers'
-    tables start as the identity. With one adapter there is no router.
+    The routers' tables start as the identity: adapter 0 serves task 0 (region_level) and adapter 1 serves task 1
+    (image_level). With one adapter there is no router.
 
     Args:
         config: a language model's configuration with `num_adapters`, `adapter_rank`, `num_tasks` and
@@ -74,7 +75,7 @@ class MixtureOfAdapters(nn.Module):
         self.has_router = config.num_adapters != 1
         if self.has_router:
             for index in range(config.num_adapters):
-                # Named from 1, as in the published checkpoints.
+                # Numbered from 1, as in the published checkpoints.
                 self.register_parameter(
                     f"router_ratio{index + 1}", nn.Parameter(torch.empty(config.num_tasks, config.hidden_size))
                 )
@@ -88,7 +89,7 @@ class MixtureOfAdapters(nn.Module):
             init.copy_(ratio, own_task.to(ratio.dtype).unsqueeze(1).expand_as(ratio))
 
     def gate(self, scales: Tensor) -> Tensor:
-        """Channel gates [R, E, D] with a router, one weight per adapter [E] without; the scales [E] folded in."""
+        """Return the gate times the scales [E]: [R, E, D] with a router, [E] without."""
         if not self.has_router:
             return scales
         ratios = [getattr(self, f"router_ratio{index + 1}") for index in range(len(self.adapters))]
@@ -96,10 +97,10 @@ class MixtureOfAdapters(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Compute once what every call computes from weights alone, until `unfold`.
+        """Precompute everything that depends on the weights alone, until `unfold`.
 
         Raises:
-            RuntimeError: parameters are offloaded, so that there is nothing to compute with.
+            RuntimeError: parameters are offloaded.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             raise RuntimeError(
@@ -112,16 +113,28 @@ class MixtureOfAdapters(nn.Module):
             self.folded = FoldedAdapters(*operands)
 
     def unfold(self) -> None:
-        """Compute everything in each call again."""
+        """Undo `fold`."""
         self.folded = None
 
     def _operands(self) -> tuple[Tensor, ...]:
-        """Down weight [E, r, D] and bias [E, r], up weight [E, D, r] and bias [E, D], and the gate."""
+        """Return down weight [E, r, D] and bias [E, r], up weight [E, D, r] and bias [E, D], and the gate."""
         scales, *parameters = zip(*(adapter() for adapter in self.adapters), strict=True)
         return *(torch.stack(parameter) for parameter in parameters), self.gate(torch.cat(scales))
 
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor | None) -> Tensor:
-        """Args: hidden_states and residual [B, L, D]; task_ids int64 [B], needed where there is a router."""
+        """Add the adapters' output to `residual`.
+
+        Args:
+            hidden_states, residual: [B, L, D].
+            task_ids: int64 [B]; required with a router.
+
+        Returns:
+            [B, L, D].
+
+        Raises:
+            ValueError: `task_ids` is None with a router.
+            RuntimeError: the adapters are folded and their gradients are needed.
+        """
         if self.has_router and task_ids is None:
             raise ValueError("task_ids: expected one id per sequence for the adapters' router, got None")
         task_ids = task_ids if self.has_router else None

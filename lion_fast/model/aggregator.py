@@ -1,7 +1,7 @@
-"""The vision aggregator (LION, section 3.2): fuses several layers of the vision tower, coarse to fine.
+"""The vision aggregator (LION, section 3.2) fuses several layers of the vision tower, coarse to fine.
 
 h = block_1(block_0(V_last; V_mid); V_low), where a block is self-attention, cross-attention to one feature map, and a
-feed-forward, each followed by bias, dropout, residual and LayerNorm as in BERT. Nothing is masked.
+feed-forward, each followed by bias, dropout, residual and LayerNorm as in BERT. Attention is not masked.
 """
 
 from typing import ClassVar
@@ -17,7 +17,7 @@ from lion_fast.model.attention import attend
 
 
 class LionAggregatorProjections(nn.Module):
-    """Query from the hidden states, key and value from `context`."""
+    """Attention with queries from the hidden states, and keys and values from `context`."""
 
     def __init__(self, config: LionAggregatorConfig):
         super().__init__()
@@ -38,7 +38,7 @@ class LionAggregatorProjections(nn.Module):
 
 
 class ZeroInitLinear(nn.Linear):
-    """A linear layer whose weight starts at zero: a new block passes its input through."""
+    """A linear layer whose weight starts at zero, so that a new block only normalises its input."""
 
 
 class LionAggregatorOutput(nn.Module):
@@ -108,7 +108,7 @@ class LionAggregator(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+        return True  # transformers would infer it from this file's text, where `attend` hides the attention interface
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroInitLinear):
@@ -125,14 +125,14 @@ class LionAggregator(PreTrainedModel):
         """Fuse the feature maps.
 
         Args:
-            feature_maps: [B, S, N, hidden_size], S = number of `feature_layers`; the first is where the
-                hidden states start.
+            feature_maps: [B, S, N, hidden_size], S = number of `feature_layers`; the first map is the initial hidden
+                states.
 
         Returns:
             [B, N, hidden_size].
 
         Raises:
-            ValueError: S is not the configuration's.
+            ValueError: S differs from the configuration's.
         """
         if feature_maps.shape[1] != 1 + len(self.blocks):
             raise ValueError(

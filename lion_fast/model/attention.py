@@ -1,8 +1,8 @@
-"""Attention through transformers' table of implementations (eager, sdpa, ...), and the kernels as one of them.
+"""Attention through transformers' registry of implementations (eager, sdpa, ...), with the kernels as one of them.
 
-Importing this registers `KERNEL_ATTENTION`. A part whose configuration names it runs `multi_scale_attention` or, where
-T5's biases are wanted, `relative_bias_attention`, if `kernel_backend` resolves to Triton where the tensors are, and
-PyTorch's sdpa otherwise: the same masks, the same call, the same bits as under the name "sdpa".
+Importing this module registers `KERNEL_ATTENTION`. A part configured with it runs `multi_scale_attention`, or
+`relative_bias_attention` for T5's biases, if `kernel_backend` resolves to Triton on the tensors' device. Otherwise it
+runs PyTorch's sdpa with the masks, the call and the bits of the implementation "sdpa".
 """
 
 from collections.abc import Callable
@@ -24,21 +24,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lion_kernels import multi_scale_attention, relative_bias_attention, resolve_backend
 
 KERNEL_ATTENTION = "lion_kernels"
-# Model types whose attention the kernels compute; that of the decoder-only families, causal and rotary, they do not.
+# Model types that the kernels support; they do not support the causal rotary attention of the decoder-only families.
 KERNEL_ATTENTION_TYPES = ("lion_vision", "lion_aggregator", "instructblip_qformer", "t5")
 
 
 def on_kernels(kernel_backend: str, device: torch.device) -> bool:
-    """Whether a module with this `kernel_backend` computes with lion_kernels on `device`.
+    """Return whether a module with this `kernel_backend` runs lion_kernels on `device`.
 
     Raises:
-        ValueError: `kernel_backend` is "triton" where no kernel can run.
+        ValueError: `kernel_backend` is "triton" and no kernel can run on `device`.
     """
     return resolve_backend(kernel_backend, "the model", device) == "triton"
 
 
 def attends_on_kernels(config: PreTrainedConfig, device: torch.device | str) -> bool:
-    """Whether attention of a part with this configuration runs on the kernels."""
+    """Return whether the attention of a part with this configuration runs on the kernels."""
     return (
         config._attn_implementation == KERNEL_ATTENTION
         and config.model_type in KERNEL_ATTENTION_TYPES
@@ -47,9 +47,10 @@ def attends_on_kernels(config: PreTrainedConfig, device: torch.device | str) -> 
 
 
 def prefer_kernel_attention(config: PreTrainedConfig) -> None:
-    """Let the kernels attend in the parts of a composed configuration for which no implementation was asked.
+    """Set `KERNEL_ATTENTION` in the parts of a composed configuration that request no implementation.
 
-    The whole is one of them: parts of parts, as T5's encoder, follow it in `set_attn_implementation`.
+    The composed configuration itself counts as a part: in `set_attn_implementation`, nested parts such as T5's encoder
+    follow it.
     """
     parts = {"": config} | {name: getattr(config, name) for name in config.sub_configs}
     composed: Any = config
@@ -61,7 +62,7 @@ def prefer_kernel_attention(config: PreTrainedConfig) -> None:
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
-    """Bidirectional attention without a mask, by the implementation that `module.config` names.
+    """Compute bidirectional attention without a mask, by the implementation that `module.config` names.
 
     Args:
         module: has `config` and `is_causal = False`.
@@ -95,7 +96,7 @@ def _eager(
     dropout: float,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    # Scaling the query first is the original's order in the vision tower, whose results this gives bit for bit.
+    # The original's vision tower scales the query first; the same order gives the same bits.
     weights = (query * scaling @ key.transpose(-1, -2)).softmax(-1)
     dropped = nn.functional.dropout(weights, p=dropout)
     return (dropped @ value).transpose(1, 2), weights
@@ -112,23 +113,23 @@ def kernel_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention implementation of transformers.
+    """Compute attention with the kernels, as an attention implementation of transformers.
 
     Args:
-        module: has `config`; T5's also `is_decoder` and `relative_attention_max_distance`.
+        module: has `config`; T5's also has `is_decoder` and `relative_attention_max_distance`.
         query: [B, H, L, Dh].
-        key, value: [B, H, Lk, Dh]; with T5's biases the queries are the last L of the Lk positions.
+        key, value: [B, H, Lk, Dh]; with T5's biases, the queries are the last L of the Lk positions.
         attention_mask: bool [B, 1, 1, Lk] from `kernel_attention_mask`, True where a key may be attended, or None.
         dropout: probability of dropping an attention weight; the caller passes 0 outside training.
         scaling: factor of the scores, Dh^-0.5 by default.
-        position_bias: None, or from `LionT5Attention` the table of biases [num_buckets, H], or no elements for none. A
-            dense one [1, H, L, Lk] is sdpa's.
+        position_bias: T5's bias table [num_buckets, H] from `LionT5Attention`; None or an empty tensor for no bias. A
+            dense bias [1, H, L, Lk] runs sdpa.
 
     Returns:
-        [B, L, H, Dh], and None for the weights, which the kernels do not keep.
+        Output [B, L, H, Dh], and None for the attention weights, which the kernels do not keep.
 
     Raises:
-        ValueError: a mask that is more than padding.
+        ValueError: `attention_mask` masks more than padding.
     """
     config: Any = module.config
     dense_bias = position_bias is not None and position_bias.dim() == 4
@@ -163,7 +164,7 @@ def kernel_attention(
 
 
 def in_whole_eights(x: Tensor) -> Tensor:
-    """The head dimension filled up to a multiple of 8 with zeros, which add nothing to any product."""
+    """Pad the head dimension to a multiple of 8 with zeros, which do not change any product."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x
 
@@ -189,10 +190,10 @@ def kernel_attention_mask(
     config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask that goes with `kernel_attention`: padding alone, bool [B, 1, 1, kv_length], or None for no padding.
+    """Return the mask of `kernel_attention`: the padding, bool [B, 1, 1, kv_length], or None without padding.
 
-    The kernels need no more, as they know causality by themselves, and nobody waits for a GPU to look for padding.
-    What they do not know is sdpa's: other patterns, and queries that are not the last positions, as in a static cache.
+    The kernels apply causality themselves, and no GPU synchronisation looks for padding. sdpa's mask is returned for
+    what the kernels do not support: other patterns, and queries that are not the last positions, as in a static cache.
     """
     plain = mask_function is bidirectional_mask_function or (
         mask_function is causal_mask_function and are_last(q_offset, q_length, kv_offset + kv_length)
@@ -205,9 +206,9 @@ def kernel_attention_mask(
 
 
 def are_last(offset: int | Tensor, queries: int, keys: int) -> bool:
-    """Whether the queries from position `offset` on are the last of the keys' positions.
+    """Return whether the queries, which start at position `offset`, are the last of the keys' positions.
 
-    A static cache has room for more keys, and its offset is known on the device only.
+    A static cache has room for more keys, and its offset is known only on the device.
     """
     return not isinstance(offset, Tensor) and offset + queries == keys
 

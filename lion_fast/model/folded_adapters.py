@@ -1,13 +1,13 @@
-"""A mixture of adapters whose weights stay as they are: what each call computes from weights alone, computed once.
+"""A mixture of adapters with constant weights: everything that depends on the weights alone is computed once.
 
-With the gate g_k[t] = scale_k * ratio_k[t] of adapter k for task t folded into the up-projections (section 3.3):
+The gate g_k[t] = scale_k * ratio_k[t] of adapter k for task t is folded into the up-projections (section 3.3):
 
     sum_k g_k[t] * (W_up_k ReLU(W_down_k h + b_down_k) + b_up_k)  =  U[t] ReLU(D h + d) + u[t]
 
     D = [W_down_0; W_down_1]            U[t] = [g_0[t] W_up_0 | g_1[t] W_up_1]
     d = [b_down_0; b_down_1]            u[t] = g_0[t] b_up_0 + g_1[t] b_up_1
 
-The results are buffers: they move with the model, and no checkpoint has them.
+The results are non-persistent buffers: they move with the model and are not saved.
 """
 
 import torch
@@ -18,14 +18,14 @@ from lion_kernels import mixture_of_adapters
 
 
 class FoldedAdapters(nn.Module):
-    """residual + U[t] ReLU(D h + d) + u[t] in PyTorch; one product is for all tasks, so a batch may mix them.
+    """residual + U[t] ReLU(D h + d) + u[t] in PyTorch; one product serves all tasks, so a batch may mix them.
 
     Args:
         down_weight: [E, r, D].
         down_bias: [E, r].
         up_weight: [E, D, r].
         up_bias: [E, D].
-        gate: [R, E, D] for R tasks, or [E] where tasks do not matter.
+        gate: [R, E, D] for R tasks, or [E] for a gate that does not depend on the task.
     """
 
     down_weight: Tensor  # [E * r, D]
@@ -47,7 +47,15 @@ class FoldedAdapters(nn.Module):
         self.register_buffer("up_bias", gated_bias.sum(1).to(up_bias.dtype), persistent=False)
 
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor | None) -> Tensor:
-        """Args: hidden_states and residual [B, L, D]; task_ids int64 [B], or None where tasks do not matter."""
+        """Add the adapters' output to `residual`.
+
+        Args:
+            hidden_states, residual: [B, L, D].
+            task_ids: int64 [B], or None for a gate that does not depend on the task.
+
+        Returns:
+            [B, L, D], in the dtype of `hidden_states`.
+        """
         hidden = F.relu(F.linear(hidden_states, self.down_weight, self.down_bias))
         if task_ids is None:
             update = F.linear(hidden, self.up_weight, self.up_bias[0])
@@ -59,11 +67,11 @@ class FoldedAdapters(nn.Module):
 
 
 class StackedAdapters(nn.Module):
-    """The kernel's operands: it gates the up-projection's rows itself as it reads them, for the row's own task alone.
+    """The stacked operands of the kernel, which applies the gate of each row's task as it reads the up-projection.
 
     Args:
-        operands: `down_weight`, `down_bias`, `up_weight`, `up_bias` and `gate`, as of `FoldedAdapters`.
-        kernel_backend: of `mixture_of_adapters`.
+        operands: `down_weight`, `down_bias`, `up_weight`, `up_bias` and `gate`, as for `FoldedAdapters`.
+        kernel_backend: backend of `mixture_of_adapters`.
     """
 
     def __init__(self, *operands: Tensor, kernel_backend: str):
@@ -74,7 +82,7 @@ class StackedAdapters(nn.Module):
             self.register_buffer(name, operand, persistent=False)
 
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor | None) -> Tensor:
-        """As of `FoldedAdapters`."""
+        """Add the adapters' output to `residual`, as `FoldedAdapters` does."""
         return mixture_of_adapters(
             hidden_states, *self.buffers(), task_ids=task_ids, residual=residual, backend=self.kernel_backend
         )

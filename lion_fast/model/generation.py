@@ -1,4 +1,4 @@
-"""Answers: transformers' `generate` on LION's input, for every language model."""
+"""Generation: transformers' `generate` on LION's input, for every language model."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from lion_fast.model.image_features import ImageFeatures
 
 
 class LionGenerationMixin(GenerationMixin):
-    """`generate` of `LionForCausalLM`: the language model's own, on the input that the model's call puts together."""
+    """`generate` of `LionForCausalLM`: the language model's own, on the input that the model's call assembles."""
 
     config: LionConfig
     language_model: Any
@@ -30,21 +30,25 @@ class LionGenerationMixin(GenerationMixin):
         image_features: ImageFeatures | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Token ids of the answers, after an encoder-decoder's start token, or what `return_dict_in_generate` asks for.
+        """Generate answers.
 
         Args:
-            pixel_values: as the arguments after it, as for `forward`. With precomputed `encoder_outputs` none of them
-                but `attention_mask` and `task_ids` are needed.
-            kwargs: everything that transformers' `generate` takes; `self.generation_config` holds the defaults
-                (LION's own: 5 beams, repetition penalty 1.5, at most 256 new tokens; top_p 0.9 with `do_sample`).
-                `labels` is ignored: `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
+            pixel_values, ..., image_features: as for `forward`. With precomputed `encoder_outputs`, only
+                `attention_mask` and `task_ids` are needed.
+            kwargs: arguments of transformers' `generate`; `self.generation_config` holds the defaults (LION's own: 5
+                beams, repetition penalty 1.5, at most 256 new tokens; top_p 0.9 with `do_sample`). `labels` is
+                ignored, because `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
+
+        Returns:
+            Token ids of the answers, int64 [B, 1 + Lt] with an encoder-decoder's start token and [B, Lt] without, or
+            the output object if `return_dict_in_generate` is set.
         """
         kwargs.pop("labels", None)
         if kwargs.get("do_sample"):
-            kwargs.setdefault("top_p", 0.9)  # LION's; in the generation config, beam search would warn of it
+            kwargs.setdefault("top_p", 0.9)  # not in the generation config: beam search would warn
         self.language_model.generation_config = self.generation_config
         if "encoder_outputs" not in kwargs:
-            # By the model's call, for which offloading and sharding bring the parameters that are its own.
+            # Through the model's call, for which offloading and sharding load the model's own parameters.
             model: Any = self
             inputs = model(
                 pixel_values=pixel_values,
@@ -66,7 +70,7 @@ class LionGenerationMixin(GenerationMixin):
 
 
 def lion_generation_config(config: LionConfig) -> GenerationConfig:
-    """LION's generation defaults, with the token ids of the language model."""
+    """Return LION's generation defaults with the token ids of the language model."""
     text = config.text_config
     return GenerationConfig(
         num_beams=5,

@@ -1,4 +1,4 @@
-"""What LION computes of a picture whatever is asked about it: once per picture, for any number of questions."""
+"""Image features that do not depend on the question: computed once per image, for any number of questions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of B pictures, from `LionForCausalLM.encode_images`.
+    """Features of B images, from `LionForCausalLM.encode_images`.
 
-    Indexing picks pictures, once or more often, and always gives features of a batch: `features[2]`, `features[:4]`,
+    Indexing selects images, each any number of times, and always returns a batch: `features[2]`, `features[:4]`,
     `features[[0, 0, 1]]`, `features[mask]`.
 
     Args:
-        qformer_context: [B, N, vision hidden size], what the Q-Former attends to; None for a model without one.
-        aggregated: [B, N, text hidden size], the aggregator's visual tokens; None for a model without one.
+        qformer_context: [B, N, vision hidden size], what the Q-Former attends to; None for a model without a Q-Former.
+        aggregated: [B, N, text hidden size], the aggregator's visual tokens; None for a model without an aggregator.
     """
 
     qformer_context: Tensor | None = None
@@ -27,19 +27,19 @@ class ImageFeatures:
         return len(next(part for part in (self.qformer_context, self.aggregated) if part is not None))
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> "ImageFeatures":
-        picked = [index] if isinstance(index, int) else index
-        return self._map(lambda part: part[picked])
+        selected = [index] if isinstance(index, int) else index
+        return self._map(lambda part: part[selected])
 
     def repeat_interleave(self, repeats: int | Tensor) -> "ImageFeatures":
-        """Each picture as often as it has questions, in their order.
+        """Repeat each image as often as it has questions, keeping the order.
 
         Args:
-            repeats: one number for all, or one per picture, int64 [B].
+            repeats: one number for all images, or one per image, int64 [B].
         """
-        return self._map(lambda part: torch.repeat_interleave(part, _on(part, repeats), dim=0))
+        return self._map(lambda part: torch.repeat_interleave(part, _to_device_of(part, repeats), dim=0))
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
-        """On another device or in another dtype; arguments as of `Tensor.to`."""
+        """Move the features to another device or dtype; the arguments are those of `Tensor.to`."""
         return self._map(lambda part: part.to(*args, **kwargs))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "ImageFeatures":
@@ -47,5 +47,5 @@ class ImageFeatures:
         return ImageFeatures(*(None if part is None else change(part) for part in parts))
 
 
-def _on(part: Tensor, repeats: int | Tensor) -> Any:
+def _to_device_of(part: Tensor, repeats: int | Tensor) -> Any:
     return repeats.to(part.device) if isinstance(repeats, Tensor) else repeats

@@ -1,10 +1,10 @@
-"""The modules that LION is made of, with a forward on lion_kernels.
+"""The modules of LION with a forward on lion_kernels.
 
-`run_on_kernels` gives the modules of one model the classes below, in place: parameters and their names stay. Such a
-class has two forwards, its own on the kernels and that of the class it takes the place of, which runs wherever
-`kernel_backend` resolves to PyTorch. So a model on PyTorch computes what it would without any of this.
+`run_on_kernels` changes the classes of one model's modules to the classes below, in place; parameters keep their names.
+Each class has two forwards: its own on the kernels, and that of the class it replaces, which runs where
+`kernel_backend` resolves to PyTorch. A model on PyTorch therefore computes the same as without these classes.
 
-Parameters are read in the call of the module that has them: sharding and offloading bring them for it.
+Each module reads its parameters in its own call, because sharding and offloading load them for that call.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from lion_kernels import assemble_inputs, gated_gelu, residual_layer_norm, rms_n
 
 
 class OnKernels:
-    """A module whose forward is `kernel_forward` on the kernels, and the replaced class's elsewhere."""
+    """A module that runs `kernel_forward` on the kernels and the replaced class's forward elsewhere."""
 
-    operators: ClassVar[str]  # of lion_kernels, that it calls
+    operators: ClassVar[str]  # the functions of lion_kernels that it calls
     kernel_backend: str
     kernel_forward: Callable[..., Tensor]
 
     def is_supported(self, hidden_states: Tensor) -> bool:
-        """Whether the kernel's mathematics are the replaced class's for this input."""
+        """Return whether the kernel computes the replaced class's formula for this input."""
         return True
 
     def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
@@ -60,7 +60,7 @@ class LionT5LayerNorm(RMSNormOnKernels, T5LayerNorm):
 
 class DecoderRMSNormOnKernels(RMSNormOnKernels):
     def is_supported(self, hidden_states: Tensor) -> bool:
-        # These families round to the input's dtype, where T5 and the kernel round to the weight's.
+        # These families round to the input's dtype; T5 and the kernel round to the weight's.
         return hidden_states.dtype == self.weight.dtype
 
 
@@ -77,7 +77,7 @@ class LionQwen3RMSNorm(DecoderRMSNormOnKernels, Qwen3RMSNorm):
 
 
 class GatedGeluOnKernels(OnKernels):
-    """T5's gated feed-forward with the exact GELU, which is LION's."""
+    """T5's gated feed-forward with the exact GELU, as LION uses it."""
 
     operators = "gated_gelu"
     wi_0: nn.Module
@@ -88,7 +88,7 @@ class GatedGeluOnKernels(OnKernels):
     def kernel_forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = self.wi_0(hidden_states), self.wi_1(hidden_states)
         hidden_states = self.dropout(gated_gelu(gate, up, backend=self.kernel_backend))
-        weight = self.wo.weight  # in float32 where the rest is in half precision, where it would overflow
+        weight = self.wo.weight  # float32 in a float16 model, where it would overflow
         if isinstance(weight, Tensor) and weight.dtype != torch.int8:
             hidden_states = hidden_states.to(weight.dtype)
         return self.wo(hidden_states)
@@ -113,7 +113,7 @@ class ResidualLayerNorm(nn.LayerNorm):
 
 
 class ResidualOutputOnKernels(OnKernels):
-    """LayerNorm(dropout(dense(x)) + residual), as BERT ends its sublayers."""
+    """LayerNorm(dropout(dense(x)) + residual), the end of each sublayer of BERT."""
 
     operators = "residual_layer_norm"
     dense: nn.Module
@@ -139,9 +139,10 @@ class LionAggregatorOutputOnKernels(ResidualOutputOnKernels, LionAggregatorOutpu
 
 
 class LionT5Attention(T5Attention):
-    """T5's attention that hands the kernels the table of biases, not the biases of all pairs.
+    """T5's attention, passing the bias table to the kernels instead of the biases of all pairs.
 
-    With a static cache sdpa computes the decoder's self-attention: the kernels' queries are the last positions.
+    With a static cache, sdpa computes the decoder's self-attention, because the kernels need queries at the last
+    positions.
     """
 
     operators = "relative_bias_attention, multi_scale_attention"
@@ -169,14 +170,14 @@ class LionT5Attention(T5Attention):
 
 
 class PrefixEmbedding(nn.Embedding):
-    """The language model's embedding, with the prefix before the text and the soft prompt in its place."""
+    """The language model's embedding, which also prepends the visual prefix and inserts the soft prompt."""
 
     operators = "assemble_inputs"
     kernel_backend: str
 
     @property
     def assembles(self) -> bool:
-        """Whether it may be called with a prefix: the operator would teach the row for padding, too."""
+        """Whether it can be called with a prefix: the operator would also train the padding row."""
         return self.padding_idx is None or not (torch.is_grad_enabled() and self.weight.requires_grad)
 
     def forward(
@@ -206,10 +207,10 @@ ON_KERNELS: dict[type[nn.Module], Any] = {
 
 
 def run_on_kernels(model: PreTrainedModel, kernel_backend: str) -> None:
-    """Let the modules of `model` compute with lion_kernels, in place, wherever `kernel_backend` resolves to Triton.
+    """Change the modules of `model` in place to run lion_kernels where `kernel_backend` resolves to Triton.
 
-    Left to transformers is what the kernels do not compute: other activations than the exact GELU, and an embedding
-    that has another class than `nn.Embedding`.
+    Unsupported modules are left to transformers: activations other than the exact GELU, and embeddings of a class
+    other than `nn.Embedding`.
     """
     for module in model.modules():
         inexact = isinstance(module, T5DenseGatedActDense) and not isinstance(module.act, GELUActivation)
@@ -223,6 +224,6 @@ def run_on_kernels(model: PreTrainedModel, kernel_backend: str) -> None:
 
 
 def become(kind: Any, module: Any, kernel_backend: str) -> None:
-    """Give `module` the class `kind`, whose forward runs on the kernels where `kernel_backend` says so."""
+    """Change the class of `module` to `kind`, and set its `kernel_backend`."""
     module.__class__ = kind
     module.kernel_backend = kernel_backend

@@ -1,4 +1,4 @@
-"""Loading in 8 or 4 bits by transformers' quantizers: which of LION's linear layers they are to leave as they are."""
+"""Loading in 8 or 4 bits with transformers' quantizers: which of LION's linear layers they must not quantize."""
 
 from typing import Any
 
@@ -11,20 +11,21 @@ KEPT_MODULES = (
     "aggregator_projection",
     "language_model.lm_head",
 )
-"""Modules that stay in the model's dtype: what LION trains, and the head. Adapters are no `nn.Linear`, so none at all.
+"""Modules that stay in the model's dtype: what LION trains, and the head. Adapters are not `nn.Linear`, so no quantizer
+replaces them.
 
-What is left are the frozen layers of the vision tower and the language model; of T5's, transformers keeps `wo`, too.
+The frozen layers of the vision tower and the language model are quantized, except T5's `wo`, which transformers keeps.
 """
 
-# What the configurations call the modules to leave: bitsandbytes, and torchao, quanto, HQQ and the rest.
+# Name of the setting in bitsandbytes, and in torchao, quanto, HQQ and the others.
 _SETTINGS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 def keep_trained_modules(quantization_config: Any) -> Any:
-    """The configuration with `KEPT_MODULES` to leave, unless it names modules to leave itself.
+    """Return the configuration with `KEPT_MODULES` excluded, unless it excludes modules itself.
 
     Args:
-        quantization_config: one of transformers' or its dict, as `from_pretrained` takes them.
+        quantization_config: configuration of transformers or its dict, as for `from_pretrained`.
     """
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)

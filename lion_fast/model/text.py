@@ -1,7 +1,7 @@
-"""Language models with a mixture of adapters in every feed-forward layer: T5, and decoder-only families.
+"""Language models with a mixture of adapters in every feed-forward layer: T5 and decoder-only families.
 
-The classes are transformers' own with one more submodule, `adapter`, beside each feed-forward; parameter names are the
-family's. `task_ids` [B] travels from `forward` to the adapters as a keyword argument, so a batch may mix tasks.
+The classes are those of transformers with one more submodule, `adapter`, beside each feed-forward; parameter names are
+the family's. `forward` passes `task_ids` [B] to the adapters as a keyword argument, so a batch may mix tasks.
 """
 
 from typing import Any, ClassVar
@@ -31,8 +31,8 @@ from lion_fast.model.adapters import LowRankAdapter, MixtureOfAdapters
 class AdapterInitMixin:
     """Initialises adapters and routers.
 
-    transformers asks the nearest PreTrainedModel above a module for this, and only for modules with parameters of
-    their own.
+    transformers calls `_init_weights` of the nearest PreTrainedModel above a module, and only for modules that own
+    parameters.
     """
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -42,7 +42,7 @@ class AdapterInitMixin:
 
 
 class TaskInGenerationMixin(AdapterInitMixin):
-    """Carries `task_ids` through `generate` to every step."""
+    """Passes `task_ids` through `generate` to every step."""
 
     def prepare_inputs_for_generation(
         self,
@@ -67,7 +67,7 @@ class LionT5LayerFF(T5LayerFF):
 
 
 class LionT5Block(T5Block):
-    """T5's block, handing `task_ids` to the feed-forward."""
+    """T5's block, which passes `task_ids` to the feed-forward."""
 
     def __init__(self, config: T5Config, has_relative_attention_bias: bool = False, layer_idx: int | None = None):
         super().__init__(config, has_relative_attention_bias=has_relative_attention_bias, layer_idx=layer_idx)
@@ -108,7 +108,7 @@ class LionT5Block(T5Block):
 
 
 def _clamp_fp16(hidden_states: Tensor) -> Tensor:
-    """Keep fp16 activations finite: T5's residual stream overflows there."""
+    """Clamp float16 activations to finite values: T5's residual stream overflows in float16."""
     if hidden_states.dtype != torch.float16:
         return hidden_states
     limit = torch.finfo(torch.float16).max - 1000
@@ -124,7 +124,7 @@ class LionT5Stack(AdapterInitMixin, T5Stack):
 
 
 class LionT5ForConditionalGeneration(TaskInGenerationMixin, T5ForConditionalGeneration):
-    """T5 with adapters. The output head is Flan's own, never tied to the embeddings."""
+    """T5 with adapters. The output head is Flan's, never tied to the embeddings."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "encoder.embed_tokens.weight": "shared.weight",
@@ -140,7 +140,7 @@ class LionT5ForConditionalGeneration(TaskInGenerationMixin, T5ForConditionalGene
 
 
 class AdaptedDecoderLayer:
-    """A pre-norm decoder layer (attention, then feed-forward) with adapters on the stream before the second norm."""
+    """A pre-norm decoder layer (attention, then feed-forward) with adapters on the input of the second norm."""
 
     self_attn: Any
     mlp: Any
@@ -159,7 +159,7 @@ class AdaptedDecoderLayer:
 
 
 class AdaptedDecoder(AdapterInitMixin):
-    """A decoder whose layers are of `layer_class`."""
+    """A decoder with layers of class `layer_class`."""
 
     layer_class: ClassVar[Any]
     layers: nn.ModuleList
@@ -173,7 +173,7 @@ class AdaptedDecoder(AdapterInitMixin):
 
 
 class AdaptedCausalLM(TaskInGenerationMixin):
-    """A causal language model around a decoder of `decoder_class`."""
+    """A causal language model with a decoder of class `decoder_class`."""
 
     decoder_class: ClassVar[Any]
     post_init: Any
@@ -232,10 +232,10 @@ LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {
 
 
 def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class with adapters for a language model's configuration.
+    """Return the class with adapters for a language model's configuration.
 
     Raises:
-        ValueError: its family is not one of `LANGUAGE_MODELS`.
+        ValueError: `config.model_type` is not in `LANGUAGE_MODELS`.
     """
     if config.model_type not in LANGUAGE_MODELS:
         raise ValueError(

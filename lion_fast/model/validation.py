@@ -1,4 +1,4 @@
-"""Checks of tensors that users pass, with errors that name the argument, what came and what was expected."""
+"""Checks of the user's tensors, with errors that name the argument, the expected value and the actual one."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from lion_kernels.core.backend import values_on_host
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """Raise ValueError unless `tensor` is one of `shape`; None stands for any length."""
+    """Raise ValueError unless `tensor` has the shape `shape`, where None stands for any length."""
     expected = ", ".join("L" if want is None else str(want) for want in shape)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor [{expected}], got {type(tensor).__name__}")
@@ -21,8 +21,8 @@ def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
 def expect_ids(name: str, ids: Tensor, rows: int, also: int | None = None) -> None:
     """Raise ValueError unless all ids are in 0..rows - 1 or equal to `also`.
 
-    Where nobody may wait for the values, nothing is raised here: on a CPU a compiled graph raises RuntimeError with the
-    same words; on CUDA an assertion of the device prints them, and the process cannot use that GPU any more.
+    The check does not synchronise with a device: on CUDA, a device-side assertion prints the message, and the process
+    can no longer use that GPU. In a compiled graph on a CPU, the check raises RuntimeError with the same message.
     """
     known = (ids >= 0) & (ids < rows)
     if also is not None:

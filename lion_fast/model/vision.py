@@ -1,4 +1,4 @@
-"""The frozen vision tower: EVA-g's ViT, with LION's parameter names and no final norm."""
+"""The frozen vision tower: EVA-g's ViT with LION's parameter names and no final norm."""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -15,9 +15,9 @@ from lion_fast.model.attention import attend
 
 
 class FusedProjection(nn.Linear):
-    """Query, key and value in one product. Their bias comes with the call: keys have none.
+    """Query, key and value in one product. The caller passes the bias, because keys have none.
 
-    Called like any linear layer, it works where its weight is offloaded or has LoRA beside it.
+    A call like that of any linear layer also works with offloaded weights and with LoRA.
     """
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,10 +37,10 @@ class LionVisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # keys have none
-        if isinstance(getattr(self.qkv, "base_layer", self.qkv), FusedProjection):  # LoRA has it as its base
+        if isinstance(getattr(self.qkv, "base_layer", self.qkv), FusedProjection):  # LoRA keeps it as base_layer
             qkv = self.qkv(hidden_states, bias)
         else:
-            qkv = self.qkv(hidden_states) + bias  # a quantized layer stands in its place
+            qkv = self.qkv(hidden_states) + bias  # a quantized layer has replaced it
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, Dh] each
         return self.proj(attend(self, query, key, value))
 
@@ -80,7 +80,7 @@ class LionPatchEmbedding(nn.Module):
 
 
 class LionVisionModel(PreTrainedModel):
-    """ViT whose block outputs are what LION reads; there is no norm after the last block."""
+    """ViT that returns block outputs, without a norm after the last block."""
 
     config: LionVisionConfig
     config_class = LionVisionConfig
@@ -103,7 +103,7 @@ class LionVisionModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers guesses from the file's text, which does not show that `attend` is used
+        return True  # transformers would infer it from this file's text, where `attend` hides the attention interface
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -122,13 +122,13 @@ class LionVisionModel(PreTrainedModel):
             init.normal_(module.pos_embed, std=std)
 
     def set_image_size(self, image_size: int) -> None:
-        """Read images of another size from now on: the patches' positions are interpolated (bicubic).
+        """Change the input size by bicubic interpolation of the patches' position embeddings.
 
         Args:
-            image_size: pixels along each side, a multiple of the patch size.
+            image_size: side of the square input in pixels, a multiple of the patch size.
 
         Raises:
-            ValueError: it is no multiple of the patch size.
+            ValueError: `image_size` is not a multiple of the patch size.
         """
         patch_size = self.config.patch_size
         if image_size < patch_size or image_size % patch_size:
@@ -138,17 +138,17 @@ class LionVisionModel(PreTrainedModel):
         self.config.image_size = image_size
 
     def forward(self, pixel_values: Tensor, layers: Iterable[int] | None = None) -> Tensor:
-        """Outputs of the blocks `layers`, in their order.
+        """Return the outputs of the blocks `layers`, in the order given.
 
         Args:
             pixel_values: [B, 3, image_size, image_size], normalised.
-            layers: 0-based blocks; the last one if None. Blocks after the highest are not run.
+            layers: 0-based block indices; the last block if None. Blocks after the highest index are not run.
 
         Returns:
             [B, S, N, hidden_size], S = number of `layers`, N = 1 + number of patches.
 
         Raises:
-            ValueError: the pixels' shape is not the configuration's.
+            ValueError: the shape of `pixel_values` does not match the configuration.
         """
         channels, size = self.config.num_channels, self.config.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (channels, size, size):
@@ -166,7 +166,10 @@ class LionVisionModel(PreTrainedModel):
 
 
 def interpolate_positions(pos_embed: Tensor, grid: int) -> Tensor:
-    """Positions [1, 1 + g * g, D] for `grid` x `grid` patches: bicubic in float32, the class token's kept."""
+    """Resize position embeddings [1, 1 + g * g, D] to `grid` x `grid` patches, bicubic in float32.
+
+    The class token's embedding is kept.
+    """
     class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
     old_grid = round(patches.shape[1] ** 0.5)
     square = patches.unflatten(1, (old_grid, old_grid)).permute(0, 3, 1, 2).float()

@@ -1,4 +1,4 @@
-"""Folded adapters compute the same, in every model and batch, and do nothing in silence."""
+"""Folded adapters compute the same in every model and batch, and refuse training and loading."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TASKS = ("region_level", "image_level")
 
 @pytest.fixture
 def make(make_model: Make) -> Make:
-    """Models whose scales, routers and biases are anything, as training leaves them."""
+    """Return a function that makes models with random scales, routers and biases, as after training."""
 
     def model(*args, **overrides) -> LionForCausalLM:
         made = make_model(*args, **overrides)
@@ -36,7 +36,7 @@ def make(make_model: Make) -> Make:
 
 
 def in_reference(adapters: MixtureOfAdapters, hidden: Tensor, residual: Tensor, task_ids: Tensor) -> Tensor:
-    """Section 3.3 in fp64."""
+    """Compute section 3.3 of the paper in fp64."""
     out = residual.double()
     for index, adapter in enumerate(adapters.adapters):
         scale, down_weight, down_bias, up_weight, up_bias = (parameter.double() for parameter in adapter())
@@ -54,7 +54,7 @@ def in_reference(adapters: MixtureOfAdapters, hidden: Tensor, residual: Tensor, 
 )
 @pytest.mark.parametrize("num_adapters", [1, 2])
 @torch.no_grad()
-def test_a_folded_mixture_is_the_mixture(make: Make, num_adapters: int, backend: str) -> None:
+def test_a_folded_mixture_equals_the_reference(make: Make, num_adapters: int, backend: str) -> None:
     model = make(num_adapters=num_adapters, kernel_backend=backend)
     (adapters, *_) = (module for module in model.modules() if isinstance(module, MixtureOfAdapters))
     hidden, residual, task_ids = torch.randn(5, 3, 32), torch.randn(5, 3, 32), torch.tensor([0, 1, 1, 0, 1])
@@ -70,14 +70,14 @@ def test_a_folded_mixture_is_the_mixture(make: Make, num_adapters: int, backend:
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_answers_of_a_mixed_batch(make: Make, make_batch: MakeBatch, family: str) -> None:
+def test_a_mixed_batch_has_the_same_answers(make: Make, make_batch: MakeBatch, family: str) -> None:
     model, batch = make(family), make_batch(batch=4, labels=True)
     labels = batch.pop("labels")
     with torch.no_grad():
         plain, tokens = model(**batch, labels=labels).logits, model.generate(**batch, num_beams=3, max_new_tokens=6)
         model.fold_adapters()
         folded = model(**batch, labels=labels).logits
-        assert not torch.equal(folded, plain)  # it did fold: other roundings
+        assert not torch.equal(folded, plain)  # folding changes the rounding
         torch.testing.assert_close(folded, plain, **TWO_WAYS)
         assert torch.equal(model.generate(**batch, num_beams=3, max_new_tokens=6), tokens)
         twin = copy.deepcopy(model)
@@ -87,7 +87,7 @@ def test_answers_of_a_mixed_batch(make: Make, make_batch: MakeBatch, family: str
 
 
 def test_dtypes(make: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
-    """Half precision is as far from fp32 folded as it is unfolded; a folded model may be cast."""
+    """In half precision, folding does not increase the error; a folded model may be cast."""
     model, batch = make(), make_batch(labels=True)
     exact = model(**batch).logits.detach()
     model.save_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_dtypes(make: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
         with torch.no_grad():
             plain = (half(**batch).logits.float() - exact).norm()
             half.fold_adapters()
-            # Two errors of one size, in directions that the CPU chooses; they were equal where this was measured.
+            # The errors were of equal size where measured; their directions depend on the CPU.
             assert (half(**batch).logits.float() - exact).norm() < 3 * plain
     model.fold_adapters()
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_training_a_folded_model_is_refused(make: Make, make_batch: MakeBatch) -
         model.load_state_dict(model.state_dict())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".adapter." not in name)
-    model(**batch).loss.backward()  # what goes round frozen adapters may be trained
+    model(**batch).loss.backward()  # other parts may be trained
     assert model.qformer_projection.weight.grad.abs().sum() > 0
     model.unfold_adapters()
     model.requires_grad_(True)
@@ -120,7 +120,7 @@ def test_training_a_folded_model_is_refused(make: Make, make_batch: MakeBatch) -
     assert all(p.grad is not None for n, p in model.named_parameters() if ".adapter." in n)
 
 
-def test_what_is_saved_is_unfolded(make: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
+def test_a_folded_model_is_saved_unfolded(make: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
     model, batch = make(), make_batch(labels=True)
     names, plain = model.state_dict().keys(), model(**batch).logits
     model.fold_adapters()
@@ -131,7 +131,7 @@ def test_what_is_saved_is_unfolded(make: Make, make_batch: MakeBatch, tmp_path: 
     assert torch.equal(loaded.eval()(**batch).logits, plain)
 
 
-def test_folding_again_takes_the_weights_of_now(make: Make, make_batch: MakeBatch) -> None:
+def test_folding_again_uses_the_current_weights(make: Make, make_batch: MakeBatch) -> None:
     model, batch = make(), make_batch(labels=True)
     model.fold_adapters()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Everything that transformers' `generate` offers works on LION, for an encoder-decoder and a decoder-only model."""
+"""The features of transformers' `generate` work with LION, for an encoder-decoder and a decoder-only model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +39,7 @@ def batch(make_batch: MakeBatch) -> dict[str, Tensor]:
 
 
 def answers(model: LionForCausalLM, ids: Tensor) -> list[list[int]]:
-    """The tokens after an encoder-decoder's start token, up to EOS."""
+    """Return the tokens up to EOS, without an encoder-decoder's start token."""
     rows = ids[:, 1:].tolist() if model.config.is_encoder_decoder else ids.tolist()
     return [row[: row.index(1)] if 1 in row else row for row in rows]
 
@@ -49,36 +49,36 @@ def rows_of(batch: dict[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]
 
 
 def padded_batch(make_batch: MakeBatch, size: int, family: str) -> dict[str, Tensor]:
-    """Prompts and questions of different lengths, padded on the family's side, tasks alternating."""
+    """Make prompts and questions of different lengths, padded on the family's side, with alternating tasks."""
     batch = make_batch(batch=size)
-    lengths = torch.arange(size) % 5
-    places = torch.arange(batch["input_ids"].shape[1])
+    padding = torch.arange(size) % 5
+    positions = torch.arange(batch["input_ids"].shape[1])
     if family != "t5":
-        places = places.flip(0)
-    batch["attention_mask"] = (places < places.numel() - lengths.unsqueeze(1)).long()
-    batch["qformer_attention_mask"] = (torch.arange(5) < 5 - (lengths % 4).unsqueeze(1)).long()
+        positions = positions.flip(0)
+    batch["attention_mask"] = (positions < positions.numel() - padding.unsqueeze(1)).long()
+    batch["qformer_attention_mask"] = (torch.arange(5) < 5 - (padding % 4).unsqueeze(1)).long()
     return batch
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_of_32_is_32_batches_of_one(
+def test_a_batch_of_32_equals_32_batches_of_one(
     make_model: Make, make_batch: MakeBatch, family: str, num_beams: int
 ) -> None:
-    """Also where that leaves no padding: each sample alone is cut to its own length."""
+    """Each single sample is cut to its own length, without padding."""
     model, batch = make_model(family), padded_batch(make_batch, 32, family)
     search = {"num_beams": num_beams, "max_new_tokens": 4}
     together = answers(model, model.generate(**batch, **search))
     assert len({tuple(answer) for answer in together}) > 4  # they depend on the input
-    for place, answer in enumerate(together):
-        one = rows_of(batch, slice(place, place + 1))
+    for index, answer in enumerate(together):
+        one = rows_of(batch, slice(index, index + 1))
         for ids, mask in (("input_ids", "attention_mask"), ("qformer_input_ids", "qformer_attention_mask")):
             one[ids] = one[ids][:, one[mask][0].bool()]
             del one[mask]
-        assert answers(model, model.generate(**one, **search)) == [answer], place
+        assert answers(model, model.generate(**one, **search)) == [answer], index
 
 
-def test_a_mixed_batch_is_the_batches_of_its_tasks(make_batch: MakeBatch, model: LionForCausalLM) -> None:
+def test_a_mixed_batch_equals_the_batches_of_its_tasks(make_batch: MakeBatch, model: LionForCausalLM) -> None:
     batch = make_batch(batch=6)
     search = {"num_beams": 3, "max_new_tokens": 5}
     together = answers(model, model.generate(**batch, **search))
@@ -90,7 +90,7 @@ def test_a_mixed_batch_is_the_batches_of_its_tasks(make_batch: MakeBatch, model:
     assert other != together
 
 
-def test_several_sequences_of_each_sample(model: LionForCausalLM, batch: dict[str, Tensor]) -> None:
+def test_several_sequences_per_sample(model: LionForCausalLM, batch: dict[str, Tensor]) -> None:
     best = model.generate(**batch, num_beams=3, max_new_tokens=5)
     beams = model.generate(**batch, num_beams=3, num_return_sequences=3, max_new_tokens=5)
     assert answers(model, beams[::3]) == answers(model, best)
@@ -109,7 +109,7 @@ def test_sampling_from_the_likeliest_token_is_greedy(model: LionForCausalLM, bat
 
 
 class Letters:
-    """A tokenizer as far as a streamer needs one."""
+    """The part of a tokenizer that a streamer needs."""
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return "".join(f"<{int(token)}>" for token in ids)
@@ -143,7 +143,7 @@ class Always(LogitsProcessor):
 
 
 class Long(StoppingCriteria):
-    """Stops after so many tokens, start token included."""
+    """Stops after `length` tokens, including the start token."""
 
     def __init__(self, length: int):
         self.length = length
@@ -173,7 +173,7 @@ def test_constraints(model: LionForCausalLM, batch: dict[str, Tensor], num_beams
 
 
 def test_forced_first_tokens(make_model: Make, batch: dict[str, Tensor]) -> None:
-    """Transformers counts on a start token in the prompt's ids; a decoder-only model's prompt is embeddings."""
+    """transformers expects a start token in the prompt's ids; a decoder-only model's prompt has embeddings instead."""
     llama = make_model("llama")
     assert {row[1] for row in answers(llama, llama.generate(**batch, **GREEDY, forced_bos_token_id=9))} == {9}
     t5 = make_model("t5")
@@ -234,7 +234,7 @@ def test_a_static_cache_gives_the_same_tokens(model: LionForCausalLM, batch: dic
 def test_a_compiled_step_gives_the_same_tokens(
     model: LionForCausalLM, batch: dict[str, Tensor], num_beams: int
 ) -> None:
-    """With a static cache a few graphs serve all steps, and another call needs no more of them."""
+    """With a static cache, a few graphs serve all steps, and another call compiles no more."""
     search = {**GREEDY, "num_beams": num_beams, "cache_implementation": "static"}
     expected = model.generate(**batch, **search)
     torch._dynamo.reset()
@@ -257,7 +257,7 @@ def test_a_compiled_step_gives_the_same_tokens(
 def test_parameters_of_the_whole_model_may_be_offloaded(
     make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
 ) -> None:
-    """Those that belong to no part, too: they come for the model's call, which `generate` goes by."""
+    """The parameters that belong to no part are loaded by the model's call, which `generate` uses."""
     accelerate = needs("accelerate", "train")
     model, batch = make_model(family), make_batch()
     expected = model.generate(**batch, max_new_tokens=3)

@@ -1,4 +1,4 @@
-"""A picture encoded once and asked about often gives what it gives when it is encoded for each question."""
+"""An image that is encoded once gives the same answers as an image that is encoded for each question."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +15,13 @@ TASKS = ("region_level", "image_level")
 
 
 def trim(ids: list[int], eos: int = 1) -> list[int]:
-    """The tokens between the start token and EOS."""
+    """Return the tokens between the start token and EOS."""
     return ids[1 : ids.index(eos)] if eos in ids else ids[1:]
 
 
 @pytest.mark.parametrize("family", ["t5", "qwen3"])
 @pytest.mark.parametrize("visual_input", ["ALL", "QFORMER", "AGGREGATOR"])
-def test_encoded_pictures_are_the_pixels_bit_for_bit(
+def test_encoded_images_are_bit_equal_to_pixels(
     make_model: Make, make_batch: MakeBatch, visual_input: str, family: str
 ) -> None:
     model, batch = make_model(family, visual_input=visual_input), make_batch(labels=True)
@@ -41,40 +41,40 @@ def test_encoded_pictures_are_the_pixels_bit_for_bit(
                        expected.visual_prefix)  # fmt: skip
 
 
-def test_several_questions_about_a_picture(make_model: Make, make_batch: MakeBatch) -> None:
-    """Vision tower and aggregator run once for two pictures, whatever is asked; one question is bit-equal alone."""
+def test_several_questions_about_an_image(make_model: Make, make_batch: MakeBatch) -> None:
+    """Vision tower and aggregator run once for two images, however many questions are asked."""
     model, batch = make_model(), make_batch(batch=5, labels=True)
-    pictures, rest = batch["pixel_values"][:2], {n: v for n, v in batch.items() if n not in ("pixel_values", "labels")}
-    which = [0, 0, 1, 0, 1]
-    expected = model.generate(pixel_values=pictures[which], **rest, max_new_tokens=5)
+    pixels, rest = batch["pixel_values"][:2], {n: v for n, v in batch.items() if n not in ("pixel_values", "labels")}
+    indices = [0, 0, 1, 0, 1]
+    expected = model.generate(pixel_values=pixels[indices], **rest, max_new_tokens=5)
     calls = []
     for part in (model.vision_model, model.aggregator):
         part.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
-    features = model.encode_images(pictures)
-    assert torch.equal(model.generate(image_features=features[which], **rest, max_new_tokens=5), expected)
-    for question, picture in enumerate(which):
+    features = model.encode_images(pixels)
+    assert torch.equal(model.generate(image_features=features[indices], **rest, max_new_tokens=5), expected)
+    for question, index in enumerate(indices):
         one = {name: value[question : question + 1] for name, value in rest.items()}
-        prefix = model.get_visual_prefix(model.encode_images(pictures[picture : picture + 1]), one["qformer_input_ids"])
+        prefix = model.get_visual_prefix(model.encode_images(pixels[index : index + 1]), one["qformer_input_ids"])
         calls.clear()
-        out = model(image_features=features[picture], **one, labels=batch["labels"][question : question + 1])
+        out = model(image_features=features[index], **one, labels=batch["labels"][question : question + 1])
         torch.testing.assert_close(out.visual_prefix, prefix)
         assert calls == []
 
 
-def test_gradients_reach_the_aggregator_through_encoded_pictures(make_model: Make, make_batch: MakeBatch) -> None:
+def test_gradients_reach_the_aggregator_through_encoded_images(make_model: Make, make_batch: MakeBatch) -> None:
     model, batch = make_model(), make_batch(labels=True)
     model(**{**batch, "pixel_values": batch["pixel_values"][[0, 0, 1]]}).loss.backward()
     expected = {
         name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
     }
     model.zero_grad()
-    pictures = batch.pop("pixel_values")[:2]
-    model(image_features=model.encode_images(pictures)[[0, 0, 1]], **batch).loss.backward()
+    pixels = batch.pop("pixel_values")[:2]
+    model(image_features=model.encode_images(pixels)[[0, 0, 1]], **batch).loss.backward()
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_features_are_picked_repeated_and_moved() -> None:
+def test_features_are_indexed_repeated_and_moved() -> None:
     features = ImageFeatures(torch.randn(3, 2, 4), torch.randn(3, 2, 5))
     for index, expected in (
         (1, [1]),
@@ -84,10 +84,10 @@ def test_features_are_picked_repeated_and_moved() -> None:
         (torch.tensor([2, 0]), [2, 0]),
         (torch.tensor([True, False, True]), [0, 2]),
     ):
-        picked = features[index]
-        assert len(picked) == len(expected)
-        assert torch.equal(picked.qformer_context, features.qformer_context[expected])
-        assert torch.equal(picked.aggregated, features.aggregated[expected])
+        selected = features[index]
+        assert len(selected) == len(expected)
+        assert torch.equal(selected.qformer_context, features.qformer_context[expected])
+        assert torch.equal(selected.aggregated, features.aggregated[expected])
     assert torch.equal(features.repeat_interleave(2).aggregated, features[[0, 0, 1, 1, 2, 2]].aggregated)
     repeats = torch.tensor([2, 0, 1])
     assert torch.equal(features.repeat_interleave(repeats).aggregated, features[[0, 0, 2]].aggregated)
@@ -101,7 +101,7 @@ def test_features_are_picked_repeated_and_moved() -> None:
     assert len(without) == 2
 
 
-def test_pictures_come_in_one_form(make_model: Make, make_batch: MakeBatch) -> None:
+def test_exactly_one_image_input_is_accepted(make_model: Make, make_batch: MakeBatch) -> None:
     model, batch = make_model(), make_batch(labels=True)
     features = model.encode_images(batch["pixel_values"])
     with pytest.raises(ValueError, match=r"pixel_values: expected either .*, got pixel_values and image_features"):
@@ -122,8 +122,8 @@ def model(converted: Path) -> LionForCausalLM:
     return LionForCausalLM.from_pretrained(converted).eval()
 
 
-def test_golden_tokens_of_pictures_encoded_once(model: LionForCausalLM, golden, golden_batch: Callable) -> None:
-    """Both tasks, with one and five beams, ask about the same encoding; so does a batch that mixes both."""
+def test_golden_tokens_of_images_encoded_once(model: LionForCausalLM, golden, golden_batch: Callable) -> None:
+    """Both tasks, with one and five beams, and a batch that mixes both use the same features."""
     batches = {task: golden_batch(task) for task in TASKS}
     features = model.encode_images(batches["image_level"]["pixel_values"])
     for batch in batches.values():
@@ -141,10 +141,10 @@ def test_golden_tokens_of_pictures_encoded_once(model: LionForCausalLM, golden, 
     assert [trim(row) for row in ids.tolist()] == [trim(row) for row in expected.tolist()]
 
 
-def test_golden_questions_about_one_picture(
+def test_golden_questions_about_one_image(
     model: LionForCausalLM, converted: Path, golden, golden_batch: Callable
 ) -> None:
-    """A picture encoded alone gives all four questions the tokens that four copies of its pixels give."""
+    """An image encoded once gives the same tokens for all four questions as four copies of its pixels."""
     batch = golden_batch("image_level")
     pixels = batch.pop("pixel_values")[:1]
     del batch["labels"]

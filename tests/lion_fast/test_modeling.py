@@ -60,8 +60,8 @@ def test_every_variant_learns_and_generates(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_the_forward_pass_s_own(make_model: Make, make_batch: MakeBatch, family: str) -> None:
-    """What `generate` picks with its cache is what `forward` finds likeliest without one."""
+def test_greedy_tokens_match_the_forward_pass(make_model: Make, make_batch: MakeBatch, family: str) -> None:
+    """`generate`, with a cache, picks the tokens that `forward`, without a cache, predicts as the likeliest."""
     model, batch = make_model(family), make_batch()
     ids = model.generate(**batch, num_beams=1, repetition_penalty=1.0, max_new_tokens=4, min_new_tokens=4)
     answer = ids[:, 1:] if family == "t5" else ids
@@ -71,7 +71,7 @@ def test_greedy_tokens_are_the_forward_pass_s_own(make_model: Make, make_batch: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_batch_is_its_samples(make_model: Make, make_batch: MakeBatch, family: str) -> None:
+def test_a_batch_equals_its_samples(make_model: Make, make_batch: MakeBatch, family: str) -> None:
     model, batch = make_model(family), make_batch(labels=True)
     together = model(**batch).logits
     for sample in range(3):
@@ -81,7 +81,7 @@ def test_a_mixed_batch_is_its_samples(make_model: Make, make_batch: MakeBatch, f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_task_selects_the_adapter(make_model: Make, make_batch: MakeBatch, family: str) -> None:
-    """A new router gives task 0 to adapter 0 alone and task 1 to adapter 1 alone."""
+    """A new router selects adapter 0 for task 0 and adapter 1 for task 1."""
     model, batch = make_model(family), make_batch(labels=True)
     before = model(**batch).logits
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_the_task_selects_the_adapter(make_model: Make, make_batch: MakeBatch, f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_read_the_residual_stream_before_the_norm(make_model: Make, family: str) -> None:
-    """Out = h + FFN(norm(h)) + adapters(h), put together from the layer's own parts."""
+    """The layer computes h + FFN(norm(h)) + adapters(h)."""
     model = make_model(family, num_adapters=1)
     hidden = torch.randn(2, 5, 32) * 3 + 1
     if family == "t5":
@@ -104,7 +104,7 @@ def test_adapters_read_the_residual_stream_before_the_norm(make_model: Make, fam
         out = layer(hidden)
     else:
         layer = model.language_model.model.layers[0]
-        layer.self_attn.o_proj.weight.data.zero_()  # what attention adds is then nothing
+        layer.self_attn.o_proj.weight.data.zero_()  # attention then adds nothing
         position = torch.arange(5).unsqueeze(0)
         rotary = model.language_model.model.rotary_emb(hidden, position)
         out = layer(hidden, position_embeddings=rotary, attention_mask=None)
@@ -137,7 +137,7 @@ def test_padding_changes_nothing(make_model: Make, make_batch: MakeBatch, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vision_features_take_the_place_of_pixels(make_model: Make, make_batch: MakeBatch, family: str) -> None:
+def test_vision_features_replace_pixels(make_model: Make, make_batch: MakeBatch, family: str) -> None:
     model, batch = make_model(family), make_batch(labels=True)
     expected = model(**batch).logits
     features = model.get_vision_features(batch.pop("pixel_values"))
@@ -145,8 +145,8 @@ def test_vision_features_take_the_place_of_pixels(make_model: Make, make_batch: 
 
 
 @pytest.mark.parametrize("token_id", [5, 64, None])
-def test_the_soft_prompt_takes_the_place_of_its_token(make_model: Make, token_id: int | None) -> None:
-    """Also of one that lies beyond the embedding table (64 rows), as a token added to a tokenizer does."""
+def test_the_soft_prompt_replaces_its_token(make_model: Make, token_id: int | None) -> None:
+    """The token may lie beyond the embedding table (64 rows), as a token added to a tokenizer does."""
     model = make_model(soft_prompt_token_id=token_id)
     input_ids = torch.tensor([[7, token_id or 8, 9], [10, 11, 12]])
     embeddings = model.embed_text(input_ids)
@@ -173,7 +173,7 @@ def test_save_and_load_are_bit_identical(
     assert AutoConfig.from_pretrained(tmp_path).visual_input == visual_input
 
 
-def test_flan_s_head_is_never_tied(make_model: Make, tmp_path: Path) -> None:
+def test_the_output_head_is_never_tied(make_model: Make, tmp_path: Path) -> None:
     model = make_model()
     model.tie_weights()
     model.save_pretrained(tmp_path)
@@ -185,8 +185,8 @@ def test_flan_s_head_is_never_tied(make_model: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_that_a_checkpoint_lacks_are_initialised(make_model: Make, tmp_path: Path, family: str) -> None:
-    """One adapter's checkpoint loaded into a model of two: routers and the second adapter start as in a new model."""
+def test_missing_parameters_are_initialised(make_model: Make, tmp_path: Path, family: str) -> None:
+    """Loading a checkpoint of one adapter into a model with two initialises the routers and the second adapter."""
     make_model(family, num_adapters=1).save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -213,7 +213,7 @@ def test_new_adapters_add_nothing(make_config: Callable[..., LionConfig], family
             assert 0.9 < weight.abs().max() * 32**0.5 <= 1.0
 
 
-def test_a_new_aggregator_is_stacked_norms_of_the_last_layer(make_config: Callable[..., LionConfig]) -> None:
+def test_a_new_aggregator_only_normalises_the_last_layer(make_config: Callable[..., LionConfig]) -> None:
     model = LionForCausalLM(make_config())
     features = torch.randn(2, 3, 5, 16)
     centred = features[:, 0] - features[:, 0].mean(-1, keepdim=True)
@@ -240,7 +240,7 @@ def test_attention_implementation_per_part(make_model: Make, make_batch: MakeBat
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, **TWO_WAYS)
 
 
-def test_attention_implementation_of_a_model_in_use(make_model: Make, make_batch: MakeBatch) -> None:
+def test_attention_implementation_can_be_changed_later(make_model: Make, make_batch: MakeBatch) -> None:
     model, batch = make_model(), make_batch(labels=True)
     called = []
 
@@ -255,7 +255,7 @@ def test_attention_implementation_of_a_model_in_use(make_model: Make, make_batch
     assert set(called) == {"LionVisionAttention", "LionAggregatorProjections"}
 
 
-def test_sampling_takes_lion_s_top_p(make_model: Make, make_batch: MakeBatch) -> None:
+def test_sampling_defaults_to_lions_top_p(make_model: Make, make_batch: MakeBatch) -> None:
     model, batch = make_model(), make_batch()
     given = {"do_sample": True, "num_beams": 1, "max_new_tokens": 6}
 
@@ -284,7 +284,7 @@ def test_the_whole_forward_pass_compiles(make_model: Make, make_batch: MakeBatch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_changes_no_gradient(make_model: Make, make_batch: MakeBatch, family: str) -> None:
+def test_gradient_checkpointing_keeps_the_gradients(make_model: Make, make_batch: MakeBatch, family: str) -> None:
     model, batch = make_model(family).train(), make_batch(labels=True)
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("vision_model", "language_model")) and ".adapter." not in name
@@ -299,7 +299,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: Make, make_batch
     assert gradients[0].keys() == gradients[1].keys()
     assert any(".adapter." in name for name in gradients[0])
     for name, gradient in gradients[0].items():
-        # Sums over rows in another order: 1e-6 of a gradient was seen.
+        # Rows are summed in another order: relative differences of 1e-6 were seen.
         torch.testing.assert_close(gradients[1][name], gradient, **TWO_WAYS, msg=name)
 
 
@@ -310,7 +310,7 @@ def test_dtypes(make_model: Make, make_batch: MakeBatch, tmp_path: Path, family:
     expected = model(**batch).loss.item()
     model.save_pretrained(tmp_path)
     loaded = LionForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
-    # transformers keeps T5's `wo`, which overflows, in float32, and with it every name that begins so.
+    # transformers keeps T5's `wo`, which overflows, in float32, and with it every name that starts with "wo".
     kept = {"wo.weight", "word_embeddings.weight"} if dtype == torch.float16 and family == "t5" else set()
     others = [p for n, p in loaded.named_parameters() if not any(n.endswith(name) for name in kept)]
     assert {p.dtype for p in others} == {dtype}
@@ -339,10 +339,10 @@ def test_device_map(make_model: Make, make_batch: MakeBatch, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_offloaded_parts_are_there_when_used(
+def test_offloaded_parts_are_loaded_when_used(
     make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
 ) -> None:
-    """As `device_map="auto"` does with what does not fit: parameters come from the disk for a module's own call."""
+    """`device_map="auto"` offloads parts that do not fit; a module's call loads its own parameters from the disk."""
     needs("accelerate", "train")
     model, batch = make_model(family), make_batch(labels=True)
     model.save_pretrained(tmp_path)
@@ -356,7 +356,7 @@ def test_offloaded_parts_are_there_when_used(
 
 
 def test_every_linear_layer_is_called(make_model: Make, make_batch: MakeBatch) -> None:
-    """LoRA and quantization put another forward in an `nn.Linear`'s place, which has to take effect."""
+    """LoRA and quantization replace the forward of an `nn.Linear`, which only has an effect if it is called."""
     model, batch = make_model(), make_batch(labels=True)
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     called = set()
@@ -367,14 +367,14 @@ def test_every_linear_layer_is_called(make_model: Make, make_batch: MakeBatch) -
 
 
 def test_gradient_accumulation_is_exact(make_model: Make, make_batch: MakeBatch) -> None:
-    """Losses of unequal pieces, each over the whole's number of targets, add up to the whole's mean loss."""
+    """The losses of unequal micro-batches, divided by the batch's number of targets, sum to the batch's mean loss."""
     model, batch = make_model(), make_batch(batch=4, labels=True)
     batch["labels"][0, 1:] = -100
-    whole = model(**batch).loss
+    expected = model(**batch).loss
     items = (batch["labels"] != -100).sum()
-    pieces = [slice(0, 1), slice(1, 4)]
-    parts = [model(**{k: v[piece] for k, v in batch.items()}, num_items_in_batch=items).loss for piece in pieces]
-    torch.testing.assert_close(sum(parts), whole)
+    slices = [slice(0, 1), slice(1, 4)]
+    losses = [model(**{k: v[rows] for k, v in batch.items()}, num_items_in_batch=items).loss for rows in slices]
+    torch.testing.assert_close(sum(losses), expected)
 
 
 def test_loss_is_unshifted_cross_entropy() -> None:
@@ -388,13 +388,13 @@ def test_loss_is_unshifted_cross_entropy() -> None:
 @pytest.mark.parametrize(
     ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2]
 )
-def test_the_loss_is_never_less_precise_than_the_logits(dtype: torch.dtype, expected: torch.dtype) -> None:
+def test_the_loss_has_at_least_float32_precision(dtype: torch.dtype, expected: torch.dtype) -> None:
     logits = torch.randn(2, 3, 5, dtype=dtype)
     assert token_cross_entropy(logits, torch.ones(2, 3, dtype=torch.long)).dtype == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_image_size_is_changed_by_interpolating_positions(
+def test_set_image_size_interpolates_positions(
     make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
 ) -> None:
     model = make_model(family)
@@ -402,7 +402,7 @@ def test_image_size_is_changed_by_interpolating_positions(
     model.set_image_size(56)
     after = model.vision_model.pos_embed
     assert after.shape == (1, 1 + 16, 16)
-    assert torch.equal(after[:, 0], before[:, 0])  # the class token's stays
+    assert torch.equal(after[:, 0], before[:, 0])  # the class token's position is kept
     batch = make_batch(image_size=56, labels=True)
     out = model(**batch)
     out.loss.backward()
@@ -412,10 +412,10 @@ def test_image_size_is_changed_by_interpolating_positions(
     model.generate(**without_labels(batch), max_new_tokens=3)
 
 
-def test_interpolated_positions_keep_a_linear_field(make_model: Make) -> None:
-    """A ramp stays that ramp, away from the clamped border.
+def test_interpolated_positions_keep_a_linear_ramp(make_model: Make) -> None:
+    """A ramp is preserved away from the clamped border.
 
-    By torch's bicubic formula it bends by 0.6 % of a patch, on every machine: rounding is 1e-7.
+    torch's bicubic formula bends it by 0.6 % of a patch on every machine; rounding is 1e-7.
     """
     model = make_model(
         vision_config={
@@ -462,14 +462,14 @@ def test_interpolated_positions_keep_a_linear_field(make_model: Make) -> None:
         ({"labels": None}, "labels: expected labels or decoder_input_ids"),
     ],
 )
-def test_bad_input_is_named(make_model: Make, make_batch: MakeBatch, change: dict, message: str) -> None:
+def test_invalid_input_is_named(make_model: Make, make_batch: MakeBatch, change: dict, message: str) -> None:
     batch = {**make_batch(labels=True), **change}
     with pytest.raises(ValueError, match=message):
         make_model()(**batch)
 
 
-def test_ids_that_nobody_may_wait_for_fail_where_they_are() -> None:
-    """In a compiled graph, as on a GPU: later, but in the same words."""
+def test_invalid_ids_in_a_compiled_graph_raise_the_same_message() -> None:
+    """A compiled graph, like a GPU, checks ids asynchronously."""
 
     def checked(ids: Tensor) -> Tensor:
         expect_ids("labels", ids, 2, also=-100)
@@ -508,12 +508,12 @@ def test_ids_that_nobody_may_wait_for_fail_where_they_are() -> None:
         ),
     ],
 )
-def test_bad_configuration_is_named(make_config: Callable[..., LionConfig], settings: dict, message: str) -> None:
+def test_invalid_configuration_is_named(make_config: Callable[..., LionConfig], settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LionForCausalLM(make_config(**settings))
 
 
-def test_the_settings_of_an_aggregator_that_is_not_there_are_not_looked_at(
+def test_settings_of_an_absent_aggregator_are_not_checked(
     make_config: Callable[..., LionConfig],
 ) -> None:
     aggregator = {"hidden_size": 88, "num_attention_heads": 16, "feature_layers": [2]}
@@ -534,7 +534,7 @@ def test_triton_needs_a_gpu_or_the_interpreter(
     ids=["FlanT5-XL", "FlanT5-XXL"],
 )
 def test_published_sizes(text: dict, adapters: float) -> None:
-    """Parameters in millions of the vision tower (as EVA-g) and of the adapters, without any memory for them."""
+    """The vision tower (EVA-g) and the adapters have the published numbers of parameters, in millions."""
     with torch.device("meta"):
         model = LionForCausalLM(LionConfig(text_config={**FLAN_T5_XL, **text}))
 

@@ -1,4 +1,4 @@
-"""Eight and four bits: which layers a quantizer finds, what that saves, and answers where bitsandbytes is installed."""
+"""Quantization: which layers are quantized, how much memory that saves, and answers if bitsandbytes is installed."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ MakeBatch = Callable[..., dict[str, Tensor]]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
 FAMILIES = ("t5", "llama", "qwen2", "qwen3")
 XXL = {"d_model": 4096, "d_ff": 10240, "num_heads": 64}
-# Widths of which bitsandbytes' four-bit kernel for CPUs takes a whole number of blocks.
+# Widths that are multiples of the block size of bitsandbytes' four-bit kernel for CPUs.
 WIDE: dict[str, Any] = {
     "vision_config": {
         "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128,
@@ -38,18 +38,19 @@ WIDE: dict[str, Any] = {
 
 
 def quantized(model: LionForCausalLM, subclasses: bool = False) -> set[str]:
-    """Names of the layers that a quantizer of transformers' takes with `KEPT_MODULES`.
+    """Return the names of the layers that transformers' quantizers convert with `KEPT_MODULES`.
 
-    bitsandbytes takes no subclass of `nn.Linear`, as the vision tower's fused projection is; torchao and quanto do.
+    bitsandbytes ignores subclasses of `nn.Linear`, such as the vision tower's fused projection; torchao and quanto
+    convert them.
     """
     kept = HfQuantizer.get_modules_to_not_convert(model, list(KEPT_MODULES), model._keep_in_fp32_modules)
     linears = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    taken = (name for name, kind in linears.items() if subclasses or kind is nn.Linear)
-    return {name for name in taken if should_convert_module(name, kept)}
+    candidates = (name for name, kind in linears.items() if subclasses or kind is nn.Linear)
+    return {name for name in candidates if should_convert_module(name, kept)}
 
 
 def weight_bytes(model: LionForCausalLM, bits: int) -> int:
-    """Of a model in bf16 whose quantized layers have 8 or 4 bits per weight, and bitsandbytes' scales in fp32."""
+    """Compute the size of a bf16 model whose quantized layers have `bits` bits per weight and fp32 scales."""
     layers = {f"{name}.weight" for name in quantized(model)} if bits < 16 else set()
     total = 0
     for name, parameter in model.named_parameters():
@@ -63,7 +64,7 @@ def weight_bytes(model: LionForCausalLM, bits: int) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantizers_find_the_frozen_layers_alone(make_config: Callable[..., LionConfig], family: str) -> None:
+def test_quantizers_convert_only_frozen_layers(make_config: Callable[..., LionConfig], family: str) -> None:
     with torch.device("meta"):
         model = LionForCausalLM(make_config(family))
     found = quantized(model, subclasses=True)
@@ -72,13 +73,13 @@ def test_quantizers_find_the_frozen_layers_alone(make_config: Callable[..., Lion
     assert all(name.startswith(("vision_model.blocks.", "language_model.")) for name in found)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     frozen = {name for name in linears if not joint.trains(name)}
-    left = {name for name in frozen - found if not name.endswith(".wo")}  # T5's, that transformers keeps
+    left = {name for name in frozen - found if not name.endswith(".wo")}  # transformers keeps T5's
     assert left == {"language_model.lm_head"}
     assert found - quantized(model) == {f"vision_model.blocks.{block}.attn.qkv" for block in range(3)}
 
 
-def test_another_layer_in_the_fused_projection_s_place(make_model: Make, make_batch: MakeBatch) -> None:
-    """As a quantizer puts it there: one that takes no bias."""
+def test_the_fused_projection_can_be_replaced(make_model: Make, make_batch: MakeBatch) -> None:
+    """A quantizer replaces it with a layer whose call takes no bias."""
     model, batch = make_model(), make_batch()
     expected = model.get_vision_features(batch["pixel_values"])
     for block in model.vision_model.blocks:
@@ -87,7 +88,7 @@ def test_another_layer_in_the_fused_projection_s_place(make_model: Make, make_ba
         block.attn.qkv = plain
         block.attn.v_bias.data.normal_()
     biased = model.get_vision_features(batch["pixel_values"])
-    assert not torch.allclose(biased, expected, atol=1e-4)  # the bias counts
+    assert not torch.allclose(biased, expected, atol=1e-4)  # the bias has an effect
     for block in model.vision_model.blocks:
         fused = FusedProjection(16, 48, bias=False)
         fused.weight = block.attn.qkv.weight
@@ -96,7 +97,7 @@ def test_another_layer_in_the_fused_projection_s_place(make_model: Make, make_ba
 
 
 @pytest.mark.parametrize("setting", ["llm_int8_skip_modules", "modules_to_not_convert"])
-def test_configurations_get_the_modules_to_keep(setting: str) -> None:
+def test_configurations_exclude_the_kept_modules(setting: str) -> None:
     if setting == "llm_int8_skip_modules":
         given: Any = BitsAndBytesConfig(load_in_8bit=True)
         own: Any = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["qformer"])
@@ -116,7 +117,7 @@ def published() -> dict[str, LionForCausalLM]:
         return {name: LionForCausalLM(LionConfig(text_config=text)) for name, text in sizes.items()}
 
 
-def test_the_page_s_memory_is_computed(published: dict[str, LionForCausalLM]) -> None:
+def test_the_memory_table_in_the_docs_is_computed(published: dict[str, LionForCausalLM]) -> None:
     rows = re.findall(r"^\| (LION-\S+) \| (.*) \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert [name for name, _ in rows] == list(published)
     for name, cells in rows:
@@ -129,7 +130,7 @@ def test_the_page_s_memory_is_computed(published: dict[str, LionForCausalLM]) ->
 
 
 def test_xl_in_bfloat16_leaves_room_on_24_gigabytes(published: dict[str, LionForCausalLM]) -> None:
-    """Weights, adapters folded beside themselves, and a batch of 8 pictures with 5 beams each."""
+    """Weights, folded copies of the adapters, and the cache of 8 images with 5 beams each."""
     model = published["LION-FlanT5-XL"]
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".adapter." in name)
     cache = 8 * 5 * 2 * 24 * 2048 * 2 * (289 + 64 + 20)
@@ -151,14 +152,14 @@ def test_answers_in_fewer_bits(make_model: Make, make_batch: MakeBatch, tmp_path
     model.save_pretrained(tmp_path / "full")
     settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32)
     few = LionForCausalLM.from_pretrained(tmp_path / "full", quantization_config=settings, dtype=torch.float32).eval()
-    # Before any pass: on a CPU bitsandbytes packs 4 bits anew in the first one, and saves another model then.
+    # Before any forward pass: on a CPU, the first pass of bitsandbytes repacks 4 bits, and saves another model then.
     few.save_pretrained(tmp_path / "few")
     kinds = {name: type(module).__name__ for name, module in few.named_modules()}
     assert {name for name, kind in kinds.items() if kind in ("Linear8bitLt", "Linear4bit")} == quantized(model)
     logits = few(**batch).logits
     assert not torch.allclose(logits, expected)
-    # Against its own weights made whole again, as small random weights amplify what rounding them changes. With 8 bits
-    # inputs are rounded, too, each row to 127 steps of its largest value: 3.3e-2 was seen.
+    # The reference is the dequantized model, because small random weights amplify the rounding of weights. With 8 bits,
+    # inputs are rounded too, each row to 127 steps of its largest value: 3.3e-2 was seen.
     twin = LionForCausalLM.from_pretrained(tmp_path / "full", quantization_config=settings, dtype=torch.float32)
     whole = twin.dequantize().float().eval()(**batch).logits
     assert ((logits - whole).norm() / whole.norm()).item() < 0.1
