@@ -1,1 +1,1 @@
-"""Published checkpoints into directories that `from_pretrained` loads."""
+"""Conversion of published checkpoints to directories that `from_pretrained` loads."""

@@ -1,6 +1,6 @@
-"""From the original checkpoints (EVA ViT, Flan-T5, BERT, LION, RAM) to a directory that `from_pretrained` loads.
+"""Convert the original checkpoints (EVA ViT, Flan-T5, BERT, LION, RAM) to a directory that `from_pretrained` loads.
 
-Every dimension is read off the files, so a tiny model converts by the same path as the published ones.
+Every dimension is read from the files, so a tiny model is converted by the same code as the published models.
 """
 
 import json
@@ -24,7 +24,7 @@ from lion_fast.model.generation import lion_generation_config
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor, build_processor
 
-# What no tensor tells: EVA-g's head width, and the constants of LION's aggregator.
+# No tensor's shape gives these: EVA-g's head width, and the constants of LION's aggregator.
 VISION_HEAD_DIM = 88
 AGGREGATOR_HEADS = 16
 FEATURE_LAYERS = (38, 28, 18)
@@ -33,13 +33,13 @@ SOFT_PROMPT_TOKEN = "<extra_id_0>"
 
 @dataclass
 class ConversionReport:
-    """What `convert_checkpoint` did.
+    """Result of `convert_checkpoint`.
 
     Args:
-        read: per source file or directory, how many tensors went into the model.
-        ignored: per source, the names of tensors that LION does not use.
-        config: the model's configuration.
-        files: the files of tensors that were written.
+        config: configuration of the model.
+        read: number of tensors used, by source file or directory.
+        ignored: names of the tensors that LION does not use, by source.
+        files: the safetensors files written.
     """
 
     config: LionConfig
@@ -71,23 +71,23 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Convert original checkpoints to one directory for `LionForCausalLM` and `LionProcessor`.
 
-    Tensors keep their values and dtypes, but for the language model's: as in the original, it is rounded to bfloat16,
-    whatever dtype the model is loaded in later. Files are read with `weights_only=True`; memory stays below the largest
-    file and one shard. `out` appears only when everything has been written.
+    Tensors keep their values and dtypes, except the language model's, which are rounded to bfloat16 as in the original,
+    whatever dtype the model is later loaded in. Files are read with `weights_only=True`; memory stays below the largest
+    file plus one shard. `out` appears only when everything has been written.
 
     Args:
         vit: EVA's `eva_vit_g.pth`.
         llm: directory of Flan-T5 (config, weights, tokenizer).
         bert: directory of bert-base-uncased (config and vocabulary are used).
         lion: LION's checkpoint of trained parameters, e.g. `LION-FlanT5-XL.pth`.
-        out: directory to make; must not exist, or be empty.
+        out: output directory, which must be empty or not exist.
         ram, ram_tags, ram_thresholds: RAM's checkpoint, list of tags and threshold per tag; all three or none.
             The tagger is written to `out/ram`.
-        max_shard_bytes: size at which a shard of the output is closed.
+        max_shard_bytes: maximum size of a shard of the output.
 
     Raises:
-        CheckpointError: a file that is missing, truncated, not plain tensors, or lacks tensors or has them in
-            other shapes than the others imply; the message names them.
+        CheckpointError: a file is missing or truncated, holds more than tensors, lacks tensors, or has tensors whose
+            shapes contradict the others; the message names them.
         FileExistsError: `out` exists and is not empty.
     """
     out = Path(os.path.realpath(out))
@@ -128,21 +128,22 @@ def convert_checkpoint(
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A directory whose content is in `out` when all went well, and gone otherwise.
+    """Yield a temporary directory, whose content moves to `out` on success and is removed on failure.
 
-    It lies on the same disk: in `out` where that exists, which may be the working directory or a mount, else beside it.
+    It is on the same disk as `out`: inside `out` if that exists, as it may be the working directory or a mount, else
+    beside it.
     """
-    is_there = out.exists()
-    parent = out if is_there else out.parent
+    out_exists = out.exists()
+    parent = out if out_exists else out.parent
     parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
     try:
         yield staging
         umask = os.umask(0)
         os.umask(umask)
-        for path in (staging, *staging.rglob("*")):  # safetensors and mkdtemp leave them to the owner alone
+        for path in (staging, *staging.rglob("*")):  # safetensors and mkdtemp give access to the owner alone
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        if is_there:
+        if out_exists:
             for path in staging.iterdir():
                 path.rename(out / path.name)
             staging.rmdir()
@@ -155,7 +156,7 @@ def _staged(out: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Source:
-    """The tensors of one file or directory, for reading dimensions off them."""
+    """The tensors of one file or directory, and the dimensions that follow from them."""
 
     path: str | Path
     tensors: dict[str, TensorInfo]
@@ -169,7 +170,7 @@ class _Source:
         return shape
 
     def count(self, pattern: str) -> int:
-        """How many different numbers stand at the group of `pattern` in the tensors' names."""
+        """Return how many different numbers the group of `pattern` matches in the tensors' names."""
         return len(self.indices(pattern))
 
     def indices(self, pattern: str) -> list[int]:
@@ -209,7 +210,7 @@ def _text_config(llm: _Source) -> T5Config:
     config.num_layers = llm.count(r"encoder\.block\.(\d+)\.")
     config.num_decoder_layers = llm.count(r"decoder\.block\.(\d+)\.")
     if getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = config.pad_token_id  # as every T5 does
+        config.decoder_start_token_id = config.pad_token_id  # T5's convention
     config.architectures = None
     return config
 
@@ -294,7 +295,7 @@ def _expect_vocabularies(llm: str | Path, bert: str | Path, processor: LionProce
     rows, words = config.qformer_config.vocab_size, len(processor.qformer_tokenizer)
     if config.visual_input != "AGGREGATOR" and words != rows:
         raise CheckpointError(f"{bert}: expected a vocabulary of {rows} with [DEC] (the Q-Former's rows), got {words}")
-    # The soft prompt's token, if it had to be added, has no row.
+    # The soft prompt's token may have been added without a row.
     rows, words = config.text_config.vocab_size, len(processor.tokenizer) - (config.soft_prompt_token_id is not None)
     if words > rows:
         raise CheckpointError(f"{llm}: expected a vocabulary of at most {rows} (rows of shared.weight), got {words}")
@@ -313,9 +314,10 @@ _LION_NAMES = {
 
 
 def _origins(name: str) -> list[tuple[str, str]]:
-    """Where a parameter of ours comes from: (source, its name there), the preferred source first.
+    """Return the origins of one of our parameters as (source, name in the source), the preferred origin first.
 
-    A LION checkpoint holds the trained parameters; where it holds a frozen one too, the original loads that.
+    A LION checkpoint holds the trained parameters; frozen parameters that it also holds take precedence, as in the
+    original.
     """
     part, _, rest = name.partition(".")
     if part == "vision_model":
@@ -330,26 +332,26 @@ def _origins(name: str) -> list[tuple[str, str]]:
 
 
 def original_name(name: str) -> str:
-    """The name that a parameter of `LionForCausalLM` has in the original model's state dict."""
+    """Return the name of a parameter of `LionForCausalLM` in the original model's state dict."""
     return _origins(name)[0][1]
 
 
 def _find_tensors(sources: dict[str, _Source], config: LionConfig) -> dict[str, TensorInfo]:
-    """The model's parameters, each with where it is.
+    """Locate each of the model's parameters.
 
     Raises:
-        CheckpointError: some are not there, or have another shape.
+        CheckpointError: parameters are missing, or have another shape.
     """
     with torch.device("meta"):
         parameters = dict(LionForCausalLM(config).named_parameters())
     tensors, problems = {}, []
     for name, parameter in parameters.items():
-        found = [(key, theirs) for key, theirs in _origins(name) if theirs in sources[key].tensors]
-        key, theirs = found[0] if found else _origins(name)[-1]
+        found = [(key, source_name) for key, source_name in _origins(name) if source_name in sources[key].tensors]
+        key, source_name = found[0] if found else _origins(name)[-1]
         if not found:
-            problems.append(f"{sources[key].path}: missing {theirs}")
+            problems.append(f"{sources[key].path}: missing {source_name}")
             continue
-        info = sources[key].tensors[theirs]
+        info = sources[key].tensors[source_name]
         if info.shape != tuple(parameter.shape):
             problems.append(f"{info.file}: {info.name}: expected {list(parameter.shape)}, got {list(info.shape)}")
         if not info.dtype.is_floating_point:
@@ -374,5 +376,5 @@ def _read_json(file: Path) -> dict:
     return settings
 
 
-def _shorten(names: list[str], most: int = 12) -> list[str]:
-    return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
+def _shorten(names: list[str], limit: int = 12) -> list[str]:
+    return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]

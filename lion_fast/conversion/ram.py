@@ -1,6 +1,6 @@
-"""From RAM's original checkpoint, list of tags and thresholds to a directory that `RamTagger.from_pretrained` loads.
+"""Convert RAM's original checkpoint, list of tags and thresholds to a directory for `RamTagger.from_pretrained`.
 
-Every dimension but the tag head's number of heads is read off the tensors.
+Every dimension except the tag head's number of heads is read from the tensors.
 """
 
 import math
@@ -17,9 +17,9 @@ from lion_fast.io.checkpoints import CheckpointError, TensorInfo, open_tensors, 
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.modeling_ram import RamTagger, read_tags, read_thresholds
 
-TAG_HEAD_HEADS = 4  # what no tensor tells
+TAG_HEAD_HEADS = 4  # no tensor's shape gives it
 
-# From our names to the original's, in this order.
+# Replacements of our names by the original's, applied in this order.
 _RENAMES = (
     ("vision_model.embeddings.patch_embeddings.projection.", "visual_encoder.patch_embed.proj."),
     ("vision_model.embeddings.", "visual_encoder.patch_embed."),
@@ -46,18 +46,18 @@ _RENAMES = (
 _BLOCK = re.compile(r"visual_encoder\.layers\.(\d+)\.blocks\.(\d+)\.")
 _HEAD_LAYER = re.compile(r"tagging_head\.encoder\.layer\.(\d+)\.")
 _TABLE = "relative_position_bias_table"
-_FUSED = (".attn.qkv.weight", ".attn.qkv.bias")  # query, key and value, one below the other
+_FUSED = (".attn.qkv.weight", ".attn.qkv.bias")  # query, key and value, stacked
 
 
 @dataclass(frozen=True)
 class RamConversionReport:
-    """What `convert_ram` did.
+    """Result of `convert_ram`.
 
     Args:
-        config: the tagger's configuration.
-        read: names, in the original checkpoint, of the tensors that went into the tagger.
-        ignored: names of those it does not use, such as `text_decoder.*`.
-        files: what was written.
+        config: configuration of the tagger.
+        read: names, in the original checkpoint, of the tensors used.
+        ignored: names of the tensors that the tagger does not use, such as `text_decoder.*`.
+        files: the files written.
     """
 
     config: RamConfig
@@ -75,15 +75,15 @@ def convert_ram(
         ram: e.g. `ram_swin_large_14m.pth`.
         tags: file with one tag per line, e.g. `ram_tag_list.txt`.
         thresholds: file with one number per line, e.g. `ram_tag_list_threshold.txt`.
-        out_dir: directory to make; must not exist.
-        image_size: pixels along each side of the tagger's input, if not the checkpoint's. As in Swin's own
-            configurations, the window then covers the last feature map, and relative positions are interpolated.
+        out_dir: output directory, which must not exist.
+        image_size: side of the tagger's input in pixels; the checkpoint's if None. With another size, the window covers
+            the last feature map, as in Swin's own configurations, and relative positions are interpolated.
 
     Raises:
-        CheckpointError: a file that is missing or damaged, lacks tensors or has them in other shapes than the others
-            imply, or does not have one tag and one threshold per row of `label_embed`; the message names them.
+        CheckpointError: a file is missing or damaged, lacks tensors, has tensors whose shapes contradict the others, or
+            does not have one tag and one threshold per row of `label_embed`; the message names them.
         FileExistsError: `out_dir` exists.
-        ValueError: an `image_size` that the encoder's patches do not divide.
+        ValueError: `image_size` is not a multiple of the last stage's stride.
     """
     infos = scan(ram)
     config = _config(infos, str(ram), image_size)
@@ -129,7 +129,7 @@ def _config(infos: dict[str, TensorInfo], path: str, image_size: int | None) -> 
             f"{path}: visual_encoder.layers.0.blocks.0.attn.{_TABLE}: expected (2 * window - 1)^2 rows, "
             f"got {tables[0][0]}"
         )
-    stride = patch_size << (len(stages) - 1)  # pixels from one token of the last stage to the next
+    stride = patch_size << (len(stages) - 1)  # of the last stage, in pixels
     if image_size is not None:
         if image_size < stride or image_size % stride:
             raise ValueError(f"image_size: expected a multiple of {stride}, got {image_size}")
@@ -167,7 +167,7 @@ def _config(infos: dict[str, TensorInfo], path: str, image_size: int | None) -> 
 
 
 def _window_size(table: tuple[int, ...]) -> int | None:
-    """Tokens along a window's side from the shape [(2 * window - 1)^2, heads] of a table of relative positions."""
+    """Return a window's side in tokens from the shape [(2 * window - 1)^2, heads] of a relative position table."""
     side = math.isqrt(table[0])
     return (side + 1) // 2 if side * side == table[0] and side % 2 else None
 
@@ -218,7 +218,7 @@ def _read(shapes: dict[str, tuple[int, ...]], infos: dict[str, TensorInfo]) -> d
 
 
 def _interpolate_table(table: Tensor, rows: int) -> Tensor:
-    """Relative positions [(2 * window - 1)^2, heads] for another window, bicubic, as Swin's own fine-tuning does."""
+    """Resize a relative position table [(2 * window - 1)^2, heads] to `rows` rows, bicubic as in Swin's fine-tuning."""
     if table.shape[0] == rows:
         return table
     old, new = math.isqrt(table.shape[0]), math.isqrt(rows)

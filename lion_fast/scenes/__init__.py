@@ -1,4 +1,4 @@
-"""Small pictures with known truth: coloured shapes and signs, what they show, and where."""
+"""Small synthetic images with ground truth: coloured shapes and signs, their descriptions and boxes."""
 
 from lion_fast.model.prompts import REGION_INSTRUCTION
 from lion_fast.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, SIGN, SIZES, WORDS

@@ -1,4 +1,4 @@
-"""Shapes and signs on a background: how they are drawn, and which pixels are whose."""
+"""Drawing of shapes and signs on a background, and the mask of their visible pixels."""
 
 import functools
 import itertools
@@ -22,12 +22,12 @@ SIGN = "sign"
 WORDS = ("BANK", "CAFE", "EXIT", "OPEN", "STOP", "TAXI")
 BACKGROUNDS = ("checked", "dotted", "plain", "striped")
 
-# Sides in units of the image side; the ranges lie apart so that "small" and "large" are facts about the picture.
+# Sides in units of the image side; the ranges do not overlap, so that "small" and "large" are unambiguous.
 SIZES = {"small": (0.28, 0.33), "large": (0.42, 0.50)}
 SIGN_SIDE, SIGN_ASPECT = (0.52, 0.60), 0.42
 
 _BACKGROUND_TINTS = ((206, 190, 164), (168, 190, 206), (196, 172, 186), (172, 198, 172), (186, 186, 186))
-_SUPERSAMPLING = 3  # odd, so that a pixel of the mask is the sample at the pixel's centre
+_SUPERSAMPLING = 3  # odd, so that the mask can take the sample at each pixel's centre
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Figure:
     height: float
     x: float  # centre
     y: float
-    depth: int  # figures of greater depth are painted over the others
+    depth: int  # figures of greater depth are drawn over the others
 
     def moved(self, rng: np.random.Generator) -> "Figure":
         margin_x, margin_y = self.width / 2 + 0.02, self.height / 2 + 0.02
@@ -66,7 +66,7 @@ def draw_sign(rng: np.random.Generator, depth: int) -> Figure:
 
 
 def _unit_outlines() -> dict[str, list[tuple[float, float]]]:
-    """Polygons whose extent is the square of side 1 around the origin."""
+    """Return polygons whose bounding box is the unit square around the origin."""
     turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     spikes = np.arange(10) * np.pi / 5 - np.pi / 2
     radius = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)

@@ -1,8 +1,9 @@
-"""Small pictures with known truth: coloured shapes and signs, what they show, and where.
+"""Small synthetic images with ground truth: coloured shapes and signs, their descriptions and boxes.
 
-A scene is drawn from `(seed, index)` alone, so a data set is a number: infinite, nothing to download, the same in every
-process and in every order of access. Geometry is drawn in units of the image side: the same scene can be rendered at
-any `image_size`. A scene carries all that LION learns from: captions, questions, referring expressions, boxes, tags.
+A scene depends on `(seed, index)` alone. A data set is therefore defined by its seed: it is infinite, needs no
+download, and is the same in every process and in every order of access. Geometry is sampled in units of the image side,
+so a scene can be rendered at any `image_size`. A scene has everything that LION learns from: captions, questions,
+referring expressions, boxes and tags.
 """
 
 import itertools
@@ -32,15 +33,15 @@ TaskName = Literal["image_level", "region_level"]
 
 TAGS = tuple(sorted((*COLORS, *SHAPES, SIGN, *BACKGROUNDS)))
 
-# A caption lists objects from left to right; their centres are this far apart at least, so that the order is visible.
+# Least horizontal distance of two centres: a caption lists objects from left to right, so the order must be visible.
 MIN_CENTER_GAP = 0.10
 
-_LAYOUT_SIZE = 96  # layouts are accepted or refused at this resolution, whatever the rendered one
+_LAYOUT_SIZE = 96  # layouts are accepted or rejected at this resolution, whatever the rendered one
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; `box` holds the tight extent [x1, y1, x2, y2] of its visible pixels, 0..1 of width and height."""
+    """One object; `box` is the tight box [x1, y1, x2, y2] of its visible pixels, as fractions of width and height."""
 
     kind: str
     color: str
@@ -50,7 +51,7 @@ class SceneObject:
 
     @property
     def description(self) -> str:
-        """Everything that can be said about the object: `large red circle`, `blue sign saying STOP`."""
+        """Full description of the object, such as `large red circle` or `blue sign saying STOP`."""
         if self.kind == SIGN:
             return f"{self.color} sign saying {self.text}"
         return f"{self.size} {self.color} {self.kind}"
@@ -64,7 +65,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Expression:
-    """A phrase that fits exactly one object of its scene, `objects[target]`."""
+    """A phrase that matches exactly one object of its scene, `objects[target]`."""
 
     text: str
     target: int
@@ -72,7 +73,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Sample:
-    """One instruction with its answer; `box` (0..1) is the region that the instruction asks for or names."""
+    """One instruction with its answer; `box` (0..1) is the region that the instruction asks for or mentions."""
 
     kind: Literal["caption", "vqa", "rec", "reg"]
     task: TaskName
@@ -83,9 +84,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and all that is true of it. `objects` are ordered from left to right by the centres of their boxes.
+    """An image with its ground truth. `objects` are ordered from left to right by the centres of their boxes.
 
-    `mask` is uint8 [image_size, image_size]: 0 where the background shows, k where `objects[k - 1]` does.
+    `mask` is uint8 [image_size, image_size]: 0 where the background is visible, k where `objects[k - 1]` is.
     """
 
     image: Image.Image
@@ -102,16 +103,16 @@ class Scene:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Colours, kinds and background, in the order of `TAGS`."""
+        """Colours, kinds and background of the scene, in the order of `TAGS`."""
         return tuple(sorted({self.background, *(o.color for o in self.objects), *(o.kind for o in self.objects)}))
 
     @property
     def expressions(self) -> tuple[Expression, ...]:
-        """Every unambiguous phrase of the grammar, object by object."""
+        """All unambiguous phrases of the grammar, object by object."""
         return tuple(Expression(text, i) for i in range(len(self.objects)) for text in _expressions(self.objects, i))
 
     def samples(self) -> list[Sample]:
-        """All instructions that the scene answers: its caption, questions, expressions and regions."""
+        """Return all samples of the scene: its caption, questions, expressions and regions."""
         samples = [Sample("caption", "image_level", CAPTION_INSTRUCTION, self.caption)]
         samples += [Sample("vqa", "image_level", q.text, q.answer) for q in self.questions]
         for expression in self.expressions:
@@ -125,20 +126,20 @@ class Scene:
 
 
 class SceneGenerator:
-    """The infinite data set of scenes of one seed: `generator[index]` for any index >= 0, or iterate.
+    """The infinite data set of the scenes of one seed: `generator[index]` for any index >= 0, or iterate.
 
     `torch.utils.data.Subset(generator, range(n))` is a finite map-style data set.
 
     Args:
-        seed: names the data set. Scenes of different seeds are independent.
-        image_size: side of the pictures in pixels. The same (seed, index) shows the same scene at every size.
-        num_objects: fewest and most objects in a scene.
-        text_rate: share of scenes in which one object is a sign with a word.
-        max_overlap: largest hidden share of an object's area, 0 (never touching) to below 1.
+        seed: seed of the data set. Scenes of different seeds are independent.
+        image_size: side of the images in pixels. The same (seed, index) shows the same scene at every size.
+        num_objects: minimum and maximum number of objects in a scene.
+        text_rate: fraction of scenes in which one object is a sign with a word.
+        max_overlap: largest hidden fraction of an object's area, 0 (no overlap) to below 1.
 
     Raises:
-        ValueError: for an argument out of its range.
-        IndexError: for a negative index.
+        ValueError: an argument is out of range.
+        IndexError: the index is negative.
     """
 
     def __init__(
@@ -152,11 +153,11 @@ class SceneGenerator:
         if image_size < 32:
             raise ValueError(f"image_size: expected at least 32 pixels, got {image_size}")
         if not 1 <= num_objects[0] <= num_objects[1] <= 5:
-            raise ValueError(f"num_objects: expected (fewest, most) with 1 <= fewest <= most <= 5, got {num_objects}")
+            raise ValueError(f"num_objects: expected (min, max) with 1 <= min <= max <= 5, got {num_objects}")
         if not 0 <= text_rate <= 1:
-            raise ValueError(f"text_rate: expected a share between 0 and 1, got {text_rate}")
+            raise ValueError(f"text_rate: expected a fraction in [0, 1], got {text_rate}")
         if not 0 <= max_overlap < 1:
-            raise ValueError(f"max_overlap: expected a share in [0, 1), got {max_overlap}")
+            raise ValueError(f"max_overlap: expected a fraction in [0, 1), got {max_overlap}")
         self.seed = seed
         self.image_size = image_size
         self.num_objects = num_objects
@@ -165,7 +166,7 @@ class SceneGenerator:
 
     def __getitem__(self, index: int) -> Scene:
         if index < 0:
-            raise IndexError(f"index: scenes are numbered from 0, got {index}")
+            raise IndexError(f"index: expected 0 or more, got {index}")
         rng = np.random.default_rng([self.seed, index])
         figures = self._draw_layout(rng)
         background = str(rng.choice(BACKGROUNDS))
@@ -191,7 +192,7 @@ class SceneGenerator:
                 figures = [f.moved(rng) for f in figures]
 
     def _ordered_if_valid(self, figures: list["Figure"]) -> list["Figure"] | None:
-        """The figures from left to right, or None where the picture would be ambiguous or too crowded."""
+        """Return the figures from left to right, or None if the image would be ambiguous or too crowded."""
         if len({(f.kind, f.color, f.size) for f in figures}) < len(figures):
             return None
         mask = draw_mask(figures, _LAYOUT_SIZE)
@@ -213,9 +214,9 @@ class SceneGenerator:
 def corrupt_tags(
     tags: tuple[str, ...], rng: np.random.Generator, *, drop: float = 0.2, insert: float = 0.2
 ) -> tuple[str, ...]:
-    """Tags as an imperfect tagger gives them, in the order of `TAGS`.
+    """Return tags as an imperfect tagger would predict them, in the order of `TAGS`.
 
-    Each true tag is left out with probability `drop`; for each true tag a wrong one is added with probability `insert`.
+    Each true tag is dropped with probability `drop`; for each true tag, a wrong one is added with probability `insert`.
     """
     kept = [tag for tag in tags if rng.random() >= drop]
     absent = [tag for tag in TAGS if tag not in tags]
@@ -243,30 +244,30 @@ def _with_article(phrase: str) -> str:
 
 
 def _phrases(objects: tuple[SceneObject, ...], target: int) -> Iterator[tuple[str, list[int]]]:
-    """Each way to speak of an object, with the numbers of all objects that it fits."""
+    """Yield each phrase for an object, with the indices of all objects that match it."""
     o = objects[target]
 
-    def fitting(**traits: str | None) -> list[int]:
-        return [i for i, other in enumerate(objects) if all(getattr(other, k) == v for k, v in traits.items())]
+    def matching(**attributes: str | None) -> list[int]:
+        return [i for i, other in enumerate(objects) if all(getattr(other, k) == v for k, v in attributes.items())]
 
-    same_kind = fitting(kind=o.kind)
+    same_kind = matching(kind=o.kind)
     yield f"the {o.kind}", same_kind
-    yield f"the {o.color} object", fitting(color=o.color)
-    yield f"the {o.color} {o.kind}", fitting(color=o.color, kind=o.kind)
+    yield f"the {o.color} object", matching(color=o.color)
+    yield f"the {o.color} {o.kind}", matching(color=o.color, kind=o.kind)
     if o.size:
-        yield f"the {o.size} {o.kind}", fitting(size=o.size, kind=o.kind)
-        yield f"the {o.description}", fitting(size=o.size, color=o.color, kind=o.kind)
+        yield f"the {o.size} {o.kind}", matching(size=o.size, kind=o.kind)
+        yield f"the {o.description}", matching(size=o.size, color=o.color, kind=o.kind)
     if o.text:
-        yield f"the sign saying {o.text}", fitting(text=o.text)
-    for place, end in (("leftmost", 0), ("rightmost", -1)):
+        yield f"the sign saying {o.text}", matching(text=o.text)
+    for position, end in (("leftmost", 0), ("rightmost", -1)):
         if len(objects) > 1:
-            yield f"the {place} object", [range(len(objects))[end]]
+            yield f"the {position} object", [range(len(objects))[end]]
         if len(same_kind) > 1:
-            yield f"the {place} {o.kind}", [same_kind[end]]
+            yield f"the {position} {o.kind}", [same_kind[end]]
 
 
 def _expressions(objects: tuple[SceneObject, ...], target: int) -> list[str]:
-    return [text for text, fits in _phrases(objects, target) if fits == [target]]
+    return [text for text, matches in _phrases(objects, target) if matches == [target]]
 
 
 def _questions(objects: tuple[SceneObject, ...], background: str, rng: np.random.Generator) -> tuple[Question, ...]:
@@ -286,7 +287,7 @@ def _questions(objects: tuple[SceneObject, ...], background: str, rng: np.random
             questions.append(Question("What does the sign say?", o.text))
     present = {(o.color, o.kind) for o in objects}
     shown = objects[int(rng.integers(len(objects)))]
-    # The wrong pair shares its colour or its kind with an object of the scene, so that neither alone gives the answer.
+    # The wrong pair shares its colour or its kind with an object of the scene, so that neither alone decides.
     decoys = [(shown.color, kind) for kind in (*SHAPES, SIGN)] + [(color, shown.kind) for color in COLORS]
     decoys = [decoy for decoy in decoys if decoy not in present]
     for (color, kind), answer in (

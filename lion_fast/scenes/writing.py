@@ -1,4 +1,4 @@
-"""Scenes as files: pictures and a file of JSON lines, to try out with what trains on real data."""
+"""Writing scenes as images and a file of JSON lines, in the format of real training data."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -11,20 +11,20 @@ from lion_fast.scenes.scene import SceneGenerator
 def write_scenes(
     out: str | os.PathLike, count: int, seed: int, *, image_size: int = 96, kinds: Iterable[str] | None = None
 ) -> Path:
-    """Write scenes with all that they answer, and their true tags.
+    """Write scenes with all their samples and true tags.
 
     Args:
-        out: directory, made if need be; gets `images/000000.png` and so on, and `scenes.jsonl`.
-        count: scenes; a scene makes about 12 samples.
-        seed, image_size: see `SceneGenerator`. Scenes of another seed make a set for evaluation.
-        kinds: which samples, of `caption`, `vqa`, `rec` and `reg`; all if None.
+        out: output directory, created if missing, for `images/000000.png` and so on, and `scenes.jsonl`.
+        count: number of scenes; a scene gives about 12 samples.
+        seed, image_size: see `SceneGenerator`. Use another seed for an evaluation set.
+        kinds: kinds of samples to write, from `caption`, `vqa`, `rec` and `reg`; all if None.
 
     Returns:
-        The file of JSON lines.
+        Path of the file of JSON lines.
 
     Raises:
-        ValueError: for a count below 1, an unknown kind, or what `SceneGenerator` refuses.
-        OSError: where nothing can be written.
+        ValueError: `count` is below 1, a kind is unknown, or `SceneGenerator` rejects an argument.
+        OSError: a file cannot be written.
     """
     if count < 1:
         raise ValueError(f"count: expected 1 or more, got {count}")

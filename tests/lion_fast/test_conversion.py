@@ -1,4 +1,4 @@
-"""`convert_checkpoint`: what it takes, what it refuses, and that it leaves nothing half-written."""
+"""`convert_checkpoint`: accepted and refused sources, and no partial output after an error."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def vit_state(golden) -> State:
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[[str, State], Path]:
-    """A source with other tensors, as a new file."""
+    """Return a function that saves other tensors as a new source file."""
 
     def write(name: str, state: State) -> Path:
         path = tmp_path / name
@@ -53,7 +53,7 @@ def changed(tmp_path: Path) -> Callable[[str, State], Path]:
     return write
 
 
-def test_tensors_keep_their_bits(converted: Path, golden, lion_state: State, vit_state: State) -> None:
+def test_tensors_are_bit_equal_to_the_sources(converted: Path, golden, lion_state: State, vit_state: State) -> None:
     index = json.loads((converted / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 3
     tensors: State = {}
@@ -69,14 +69,14 @@ def test_tensors_keep_their_bits(converted: Path, golden, lion_state: State, vit
         assert torch.equal(value, original), name
 
 
-def test_others_may_read_what_was_written(converted: Path) -> None:
-    """safetensors leaves its files to their owner; a shared checkpoint has the usual rights."""
+def test_output_has_the_default_permissions(converted: Path) -> None:
+    """safetensors makes its files readable to the owner alone, which would prevent sharing a checkpoint."""
     ordinary = converted.parent / "ordinary"
     ordinary.touch()
     assert {file.stat().st_mode for file in converted.iterdir() if file.is_file()} == {ordinary.stat().st_mode}
 
 
-def test_loading_and_saving_again_keeps_their_bits(converted: Path, tmp_path: Path) -> None:
+def test_loading_and_saving_is_bit_identical(converted: Path, tmp_path: Path) -> None:
     model, info = LionForCausalLM.from_pretrained(converted, output_loading_info=True)
     assert not any(info.values()), info
     assert model.dtype == torch.float32
@@ -87,7 +87,7 @@ def test_loading_and_saving_again_keeps_their_bits(converted: Path, tmp_path: Pa
     assert LionProcessor.from_pretrained(tmp_path).to_dict() == LionProcessor.from_pretrained(converted).to_dict()
 
 
-def test_dimensions_are_read_off_the_files(converted: Path) -> None:
+def test_dimensions_are_read_from_the_files(converted: Path) -> None:
     config = LionForCausalLM.from_pretrained(converted).config
     vision, qformer, aggregator = config.vision_config, config.qformer_config, config.aggregator_config
     assert (vision.hidden_size, vision.num_attention_heads, vision.num_hidden_layers) == (176, 2, 39)
@@ -116,7 +116,7 @@ def test_the_report_lists_what_was_read_and_ignored(
 
 
 @pytest.mark.parametrize("visual_input", ["QFORMER", "AGGREGATOR"])
-def test_a_stage_s_checkpoint_gives_a_model_with_one_adapter(
+def test_a_stage_checkpoint_gives_a_model_with_one_adapter(
     sources: dict[str, Path], golden_batch, lion_state: State, changed: Callable, tmp_path: Path, visual_input: str
 ) -> None:
     absent = {
@@ -141,7 +141,7 @@ def golden_image() -> Any:
 
 
 @pytest.mark.parametrize("form", ["pytorch_model.bin", "shards"])
-def test_other_forms_of_the_language_model(
+def test_other_formats_of_the_language_model(
     sources: dict[str, Path], converted: Path, golden_batch, tmp_path: Path, form: str
 ) -> None:
     llm = tmp_path / "llm"
@@ -166,7 +166,7 @@ def test_other_forms_of_the_language_model(
     assert torch.equal(LionForCausalLM.from_pretrained(tmp_path / "out").eval()(**batch).logits, expected)
 
 
-def test_a_frozen_tensor_in_the_lion_checkpoint_takes_the_place_of_the_source_s(
+def test_a_frozen_tensor_in_the_lion_checkpoint_takes_precedence(
     sources: dict[str, Path], lion_state: State, vit_state: State, changed: Callable, tmp_path: Path
 ) -> None:
     state = {**lion_state, "visual_encoder.cls_token": vit_state["cls_token"] + 1}
@@ -255,7 +255,7 @@ def test_missing_and_misshapen_tensors_are_named(
 
 @pytest.fixture
 def directory_with(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a source that is a directory, with other content in a file, or without files."""
+    """Return a function that copies a source directory, changing the content of a file or omitting files."""
 
     def make(source: str, file: str = "", content: str = "", without: tuple[str, ...] = ()) -> Path:
         copy = tmp_path / source
@@ -303,7 +303,7 @@ def test_a_broken_directory_is_named(
         ({"num_attention_heads": "two"}, r"config\.json: not a configuration of BERT"),
     ],
 )
-def test_settings_of_bert_that_cannot_be_are_named(
+def test_invalid_settings_of_bert_are_named(
     sources: dict[str, Path], directory_with: Callable[..., Path], tmp_path: Path, changes: dict, message: str
 ) -> None:
     settings = json.loads((sources["bert"] / "config.json").read_text()) | changes
@@ -324,7 +324,7 @@ def test_a_directory_without_a_tokenizer_is_named(
 def test_layers_and_start_token_come_from_the_files(
     sources: dict[str, Path], directory_with: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Whatever a careless config.json says."""
+    """Wrong values in config.json are ignored."""
     settings = json.loads((sources["llm"] / "config.json").read_text()) | {"num_layers": -1, "num_decoder_layers": 1}
     del settings["decoder_start_token_id"]
     sources["llm"] = directory_with("llm", "config.json", json.dumps(settings))
@@ -333,7 +333,7 @@ def test_layers_and_start_token_come_from_the_files(
 
 
 @pytest.mark.parametrize("form", ["here", "link", "dangling link"])
-def test_outputs_that_are_no_plain_new_directory(
+def test_the_output_may_be_the_working_directory_or_a_link(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     target = tmp_path / "target"
@@ -349,7 +349,7 @@ def test_outputs_that_are_no_plain_new_directory(
     assert not [file for file in target.iterdir() if file.name.startswith(".")]
 
 
-def test_an_output_that_is_there_is_left_alone(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_nonempty_output_is_refused_and_unchanged(sources: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="out: expected a directory that is empty"):
         convert_checkpoint(**sources, out=tmp_path)
@@ -361,21 +361,21 @@ def test_ram_needs_its_three_files(sources: dict[str, Path], tmp_path: Path) -> 
         convert_checkpoint(**sources, out=tmp_path / "out", ram=tmp_path / "ram.pth")
 
 
-def test_ram_s_tagger_stands_beside_the_model(
+def test_the_ram_tagger_is_written_beside_the_model(
     sources: dict[str, Path], golden_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the command: the golden logits and tags of what it wrote; `test_ram.py` has every stage."""
+    """The command's output gives the golden logits and tags; `test_ram.py` tests every stage."""
     ram = golden_dir / "ram_tiny"
     files = {"ram": "ram_tiny.pth", "ram-tags": "ram_tag_list.txt", "ram-thresholds": "ram_tag_list_threshold.txt"}
     given = sources | {name: ram / file for name, file in files.items()} | {"out": tmp_path / "out"}
     assert main(["convert", *(part for name, path in given.items() for part in (f"--{name}", str(path)))]) == 0
     assert "ram_tiny.pth: " in capsys.readouterr().out
     tagger = RamTagger.from_pretrained(tmp_path / "out" / "ram", dtype=torch.float32)
-    pictures = [ram / f"image{i}.png" for i in range(3)]
-    assert tagger(pictures) == json.loads((ram / "meta.json").read_text())["tags"]
+    images = [ram / f"image{i}.png" for i in range(3)]
+    assert tagger(images) == json.loads((ram / "meta.json").read_text())["tags"]
     expected = load_file(ram / "expected.safetensors")["logits"]
     with torch.no_grad():
-        logits = tagger.logits(tagger.preprocess(pictures))
+        logits = tagger.logits(tagger.preprocess(images))
     assert ((logits - expected).norm() / expected.norm()).item() < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""What scenes promise: the same everywhere, and every statement about a picture true of its pixels."""
+"""Scenes are reproducible, and every statement about an image is true of its pixels."""
 
 import hashlib
 import itertools
@@ -57,20 +57,20 @@ def test_a_scene_depends_on_seed_and_index_alone() -> None:
     assert fingerprint(SceneGenerator(seed=4), [0, 5, 9]) != here
 
 
-def test_iteration_goes_on_from_index_zero() -> None:
+def test_iteration_starts_at_index_zero() -> None:
     generator = SceneGenerator(seed=3, image_size=32)
     for index, scene in enumerate(itertools.islice(generator, 4)):
         assert scene.image.tobytes() == generator[index].image.tobytes()
 
 
-def test_image_size_changes_the_rendering_and_not_the_scene() -> None:
+def test_image_size_changes_only_the_rendering() -> None:
     for index in range(20):
         small, large = (SceneGenerator(seed=5, image_size=size)[index] for size in (96, 288))
         assert (small.image.size, large.image.size) == ((96, 96), (288, 288))
         assert (small.caption, small.questions, small.tags) == (large.caption, large.questions, large.tags)
         for a, b in zip(small.objects, large.objects, strict=True):
-            # A pixel counts where its centre is covered, so an edge moves by less than a pixel of the coarser grid;
-            # one more where another object's edge hides it.
+            # A pixel counts if its centre is covered, so an edge moves by less than a pixel of the coarser grid, plus
+            # one if another object's edge hides it.
             assert np.abs(np.subtract(a.box, b.box)).max() <= 2 / 96
 
 
@@ -99,10 +99,10 @@ def test_masked_pixels_have_the_objects_color(scenes: list[Scene]) -> None:
 def test_the_caption_names_every_object_from_left_to_right(scenes: list[Scene]) -> None:
     for scene in scenes:
         centers = [(o.box[0] + o.box[2]) / 2 for o in scene.objects]
-        # Accepted at another resolution: each centre may be off by a pixel there and here.
+        # Layouts are accepted at another resolution: each centre may be off by a pixel at both resolutions.
         assert all(b - a >= MIN_CENTER_GAP - 2 / 96 for a, b in itertools.pairwise(centers))
-        places = [scene.caption.index(o.description) for o in scene.objects]
-        assert places == sorted(places)
+        positions = [scene.caption.index(o.description) for o in scene.objects]
+        assert positions == sorted(positions)
         assert scene.caption.endswith(f"on a {scene.background} background")
     assert len({scene.caption for scene in scenes}) > 0.9 * len(scenes)
 
@@ -120,35 +120,35 @@ def test_caption_grammar() -> None:
     assert three.startswith("a large red circle, an orange sign saying STOP and a large red circle on")
 
 
-def fits(expression: str, o: SceneObject, others: list[SceneObject]) -> bool:
-    """Reads an expression word by word: independent of how scenes make them."""
+def matches(expression: str, o: SceneObject, others: list[SceneObject]) -> bool:
+    """Interpret an expression word by word, independently of its generation."""
     words = expression.removeprefix("the ").split()
     if "saying" in words:
         return o.text == words[-1]
-    noun, traits = words[-1], words[:-1]
-    kin = [other for other in (o, *others) if noun in ("object", other.kind)]
-    if o not in kin:
+    noun, adjectives = words[-1], words[:-1]
+    candidates = [other for other in (o, *others) if noun in ("object", other.kind)]
+    if o not in candidates:
         return False
-    for trait in traits:
-        if trait == "leftmost" and any(other.box[0] + other.box[2] < o.box[0] + o.box[2] for other in kin):
+    for word in adjectives:
+        if word == "leftmost" and any(other.box[0] + other.box[2] < o.box[0] + o.box[2] for other in candidates):
             return False
-        if trait == "rightmost" and any(other.box[0] + other.box[2] > o.box[0] + o.box[2] for other in kin):
+        if word == "rightmost" and any(other.box[0] + other.box[2] > o.box[0] + o.box[2] for other in candidates):
             return False
-        if trait not in ("leftmost", "rightmost", o.color, o.size):
+        if word not in ("leftmost", "rightmost", o.color, o.size):
             return False
     return True
 
 
-def test_every_expression_fits_exactly_one_object(scenes: list[Scene]) -> None:
+def test_every_expression_matches_exactly_one_object(scenes: list[Scene]) -> None:
     for scene in scenes:
         named = set()
         for expression in scene.expressions:
-            fitting = [
+            matching = [
                 i
                 for i, o in enumerate(scene.objects)
-                if fits(expression.text, o, [other for other in scene.objects if other is not o])
+                if matches(expression.text, o, [other for other in scene.objects if other is not o])
             ]
-            assert fitting == [expression.target], (expression, scene.objects)
+            assert matching == [expression.target], (expression, scene.objects)
             named.add(expression.target)
         assert named == set(range(len(scene.objects)))
 
@@ -185,7 +185,7 @@ def test_answers_are_true(scenes: list[Scene]) -> None:
     assert {"Isyes", "Isno", "Howlarge", "Howsmall"} <= seen
 
 
-def test_samples_carry_lions_instructions(scenes: list[Scene]) -> None:
+def test_samples_have_lions_instructions(scenes: list[Scene]) -> None:
     for scene in scenes:
         samples = scene.samples()
         assert samples[0].text == "Please describe the image using a single short sentence."
@@ -199,7 +199,7 @@ def test_samples_carry_lions_instructions(scenes: list[Scene]) -> None:
                 assert parse_boxes(sample.answer)[0] == pytest.approx(sample.box, abs=5.001e-4)  # three decimals
 
 
-def test_tags_are_what_the_picture_shows(scenes: list[Scene]) -> None:
+def test_tags_are_what_the_image_shows(scenes: list[Scene]) -> None:
     for scene in scenes:
         assert list(scene.tags) == [tag for tag in TAGS if tag in scene.tags]
         assert {tag for tag in scene.tags if tag in COLORS} == {o.color for o in scene.objects}
@@ -207,7 +207,7 @@ def test_tags_are_what_the_picture_shows(scenes: list[Scene]) -> None:
         assert [tag for tag in scene.tags if tag in BACKGROUNDS] == [scene.background]
 
 
-def test_corrupt_tags_has_the_rates_that_it_is_given() -> None:
+def test_corrupt_tags_has_the_given_rates() -> None:
     rng = np.random.default_rng(0)
     tags, trials = ("blue", "circle", "plain", "red", "star"), 2000
     assert corrupt_tags(tags, rng, drop=0, insert=0) == tags
@@ -216,7 +216,7 @@ def test_corrupt_tags_has_the_rates_that_it_is_given() -> None:
     noisy = [corrupt_tags(tags, rng, drop=0.3, insert=0.2) for _ in range(trials)]
     dropped = sum(tag not in given for given in noisy for tag in tags) / (trials * len(tags))
     wrong = sum(tag not in tags for given in noisy for tag in given) / (trials * len(tags))
-    error = 4 * (0.25 / (trials * len(tags))) ** 0.5  # four standard deviations of a share
+    error = 4 * (0.25 / (trials * len(tags))) ** 0.5  # four standard deviations of a rate
     assert dropped == pytest.approx(0.3, abs=error)
     assert wrong == pytest.approx(0.2, abs=error)
     assert all(list(given) == sorted(set(given)) for given in noisy)
