@@ -1,4 +1,4 @@
-"""The golden model, converted by the path that users take, and small models of every kind."""
+"""The golden model, converted as users convert it, and small random models of every kind."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ T5 = {
     "tie_word_embeddings": False,
     "decoder_start_token_id": 0,
     "dropout_rate": 0.0,
-    # Random weights of the usual size would make a model whose answers hardly depend on its input.
+    # With random weights of the usual scale, the answers would hardly depend on the input.
     "initializer_factor": 0.3,
 }
 DECODER = {
@@ -51,7 +51,7 @@ TEXT_CONFIGS = {"t5": T5, **{family: {"model_type": family, **DECODER} for famil
 
 
 class Golden(NamedTuple):
-    """What the original computed, and the inputs in the form of ours."""
+    """The original's results and the inputs that gave them."""
 
     directory: Path
     expected: dict[str, Tensor]
@@ -70,7 +70,7 @@ def golden(golden_dir: Path) -> Golden:
 
 @pytest.fixture(scope="session")
 def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden checkpoints as a directory for `from_pretrained`, in several shards."""
+    """Convert the golden checkpoints to a directory for `from_pretrained`, with several shards."""
     out = tmp_path_factory.mktemp("converted") / "lion-tiny"
     convert_checkpoint(
         vit=golden.directory / "eva_vit_tiny.pth",
@@ -85,7 +85,7 @@ def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_batch(golden: Golden, converted: Path) -> Callable[[str], dict[str, Tensor]]:
-    """A task's batch: the processor's text for the golden questions, with the golden pixels."""
+    """Return a function that makes a task's batch: the processor's text for the golden questions and golden pixels."""
     processor = LionProcessor.from_pretrained(converted)
 
     def batch(task: str) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ def golden_batch(golden: Golden, converted: Path) -> Callable[[str], dict[str, T
 
 @pytest.fixture(scope="session")
 def quickstart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart writes, from a run of a few steps."""
+    """Run the quickstart for a few steps and return its output directory."""
     path = tmp_path_factory.mktemp("quickstart")
     run(path, seed=5, smoke=True, show=False)
     return path
@@ -113,7 +113,7 @@ def quickstart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the Triton kernels that were launched, in their order."""
+    """Record the names of the launched Triton kernels, in order."""
     names: list[str] = []
     getitem = KernelInterface.__getitem__
 
@@ -127,7 +127,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., LionConfig]:
-    """Configurations of models of a few thousand parameters, around any language model."""
+    """Return a function that makes configurations of models of a few thousand parameters, for any language model."""
 
     def make(text: str = "t5", **overrides: Any) -> LionConfig:
         settings: dict[str, Any] = {
@@ -170,7 +170,7 @@ def make_config() -> Callable[..., LionConfig]:
 
 @pytest.fixture(scope="session")
 def make_model(make_config: Callable[..., LionConfig]) -> Callable[..., LionForCausalLM]:
-    """Small models whose adapters do something: a new model's up-projections are zero."""
+    """Return a function that makes small models whose up-projections are not zero, as a new model's are."""
 
     def make(text: str = "t5", seed: int = 0, **overrides: Any) -> LionForCausalLM:
         torch.manual_seed(seed)
@@ -186,12 +186,12 @@ def make_model(make_config: Callable[..., LionConfig]) -> Callable[..., LionForC
 
 @pytest.fixture(scope="session")
 def make_answerer(make_config: Callable[..., LionConfig], make_model: Callable[..., LionForCausalLM]) -> Callable:
-    """Small models with a processor that reads and writes any ASCII text; their own answers are noise."""
+    """Return a function that makes small models, with random answers, and a processor for any ASCII text."""
     texts = scene_texts(40)
 
     def make(text: str = "t5", **overrides: Any) -> Answerer:
         tokenizer = build_text_tokenizer(texts)
-        if text != "t5":  # a decoder-only model's prompts have no end
+        if text != "t5":  # a decoder-only model's prompts must not end with EOS
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
         processor = LionProcessor(
             BlipImageProcessorPil(size={"height": 28, "width": 28}),
@@ -217,7 +217,7 @@ def make_answerer(make_config: Callable[..., LionConfig], make_model: Callable[.
 
 @pytest.fixture
 def make_batch() -> Callable[..., dict[str, Tensor]]:
-    """Random inputs for the models of `make_model`, tasks alternating."""
+    """Return a function that makes random inputs for the models of `make_model`, with alternating tasks."""
 
     def make(batch: int = 3, image_size: int = 28, labels: bool = False, seed: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)

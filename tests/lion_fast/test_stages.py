@@ -1,4 +1,4 @@
-"""Stages, parameter by parameter: what moves, what must not, and where it goes next."""
+"""Training stages, parameter by parameter: what is trained, what is frozen, and what the next stage gets."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def batch_for(stage: Stage) -> dict[str, torch.Tensor]:
     }
 
 
-# What lion.md's table of stages names, by the beginnings of parameter names.
+# The trained parameters of each stage, by prefixes of their names.
 SHARED = ("soft_prompt",)
 IMAGE = ("vision_layernorm.", "query_tokens", "qformer.", "qformer_projection.")
 REGION = ("aggregator.", "aggregator_layernorm.", "aggregator_projection.")
@@ -93,9 +93,9 @@ TRAINED = {1: SHARED + IMAGE, 2: SHARED + REGION, 3: SHARED + IMAGE + REGION, 4:
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_step_moves_exactly_what_the_stage_trains(stage: Stage) -> None:
+def test_a_step_changes_exactly_the_trained_parameters(stage: Stage) -> None:
     model = build(stage)
-    with torch.no_grad():  # zeros would stop gradients from reaching all of an adapter or of the aggregator
+    with torch.no_grad():  # initial zeros would block gradients in the adapters and the aggregator
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     names = freeze_for_stage(model, stage)
@@ -107,7 +107,7 @@ def test_a_step_moves_exactly_what_the_stage_trains(stage: Stage) -> None:
     expected = {name for name in before if name.startswith(TRAINED[stage.number]) or ".adapter." in name}
     assert set(names) == expected
     assert moved <= expected
-    # Biases of keys cancel in the softmax, and only the queries leave the Q-Former's last layer.
+    # Key biases cancel in the softmax, and the Q-Former's last layer outputs only the queries.
     idle = {name for name in expected - moved if not name.endswith("key.bias")}
     idle -= {name for name in idle if name.startswith(("qformer.encoder.layer.1.intermediate.", LAST_OUTPUT))}
     assert not idle
@@ -134,19 +134,19 @@ def test_single_adapters_become_the_joint_models_adapters() -> None:
             assert name not in written
         elif name.startswith(IMAGE):
             expected = sources[1][name]
-        else:  # the region path, and what both have: the last one copied
+        else:  # the region path, and shared parameters, of which the last copy remains
             expected = sources[2][name]
         assert torch.equal(value, expected), name
 
 
-def test_a_joint_stage_goes_on_as_it_is() -> None:
+def test_a_joint_stage_passes_on_everything() -> None:
     third, fourth = build(STAGES[2], seed=1), build(STAGES[3], seed=2)
     written = carry_over(third, STAGES[2], fourth, STAGES[3])
     assert sorted(written) == sorted(name for name, _ in fourth.named_parameters())
     assert all(torch.equal(value, third.get_parameter(name)) for name, value in fourth.named_parameters())
 
 
-def test_frozen_parts_come_without_the_trained_ones() -> None:
+def test_copy_frozen_copies_only_frozen_parameters() -> None:
     source, target = build(STAGES[2], seed=1), build(STAGES[0], seed=2)
     for model in (source, target):
         with torch.no_grad():
@@ -169,7 +169,7 @@ def test_stages_are_found_by_number_and_by_model() -> None:
 
 
 def test_the_joint_model_starts_as_both_experts() -> None:
-    """With routers at their start, each task runs its own stage's adapter in every layer."""
+    """With initial routers, each task uses the adapter of its own stage in every layer."""
     first, second, joint = (build(stage, seed=stage.number) for stage in STAGES[:3])
     with torch.no_grad():
         for model in (first, second):
@@ -185,7 +185,7 @@ def test_the_joint_model_starts_as_both_experts() -> None:
         torch.testing.assert_close(routed, own, rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_stay_behind_between_the_tasks() -> None:
+def test_adapters_are_not_carried_over_between_tasks() -> None:
     first, second = build(STAGES[0], seed=1), build(STAGES[1], seed=2)
     written = carry_over(first, STAGES[0], second, STAGES[1])
     assert "soft_prompt" in written
@@ -193,7 +193,7 @@ def test_adapters_stay_behind_between_the_tasks() -> None:
     assert torch.equal(second.vision_model.pos_embed, first.vision_model.pos_embed)
 
 
-def test_parameter_groups_follow_lions_rule() -> None:
+def test_parameter_groups_equal_the_originals() -> None:
     model = build(STAGES[2])
     freeze_for_stage(model, STAGES[2])
     groups = {group["name"]: group for group in parameter_groups(model, lr=1e-3, weight_decay=0.05, boost_lr_scale=0.2)}
