@@ -151,7 +151,7 @@ def test_the_docs_example_runs(processor: LionProcessor, tmp_path: Path, monkeyp
         part.save_pretrained(tmp_path / "openai" / "clip-vit-base-patch32")
     monkeypatch.chdir(tmp_path)
     (code,) = (block for block in re.findall(r"```py\n(.*?)```", PAGE, flags=re.DOTALL) if "ZeroShotTagger" in block)
-    names = {"processor": processor, "pictures": [image(0), image(1)], "questions": ["Why?"] * 3}
+    names = {"processor": processor, "images": [image(0), image(1)], "questions": ["Why?"] * 3}
     exec(compile(code, "docs/generation.md", "exec"), names)
     assert names["batch"].input_ids.shape[0] == 2
 
