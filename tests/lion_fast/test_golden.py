@@ -77,6 +77,9 @@ SETTINGS = {
 }
 KERNELS = pytest.param("kernels", marks=pytest.mark.slow)
 ON_PYTORCH = pytest.mark.parametrize("model", ["sdpa", "eager"], indirect=True)
+SLOW_TESTS = pytest.mark.skipif(
+    not os.environ.get("LION_SLOW_TESTS"), reason="minutes in Triton's interpreter: set LION_SLOW_TESTS"
+)
 ON_KERNELS = pytest.mark.parametrize("model", [KERNELS], indirect=True)
 
 
@@ -140,17 +143,14 @@ def test_golden_values_have_rounding_of_their_own(golden, exact: Exact) -> None:
     assert all(distance <= WORST[name] for name, distance in distances.items()), "golden values are fp32's too"
 
 
-def test_vision_layers(model: LionForCausalLM, golden, exact: Exact, as_golden: bool) -> None:
+def test_vision_layers_and_aggregator(model: LionForCausalLM, golden, exact: Exact, as_golden: bool) -> None:
     features = model.get_vision_features(golden.expected["pixel_values"])
     for position, layer in enumerate(model.config.feature_layers):
         expected = golden.expected[f"vit.layer{layer}"]
         expect_close("vision", features[:, position], expected, exact.vision[layer], as_golden)
         if as_golden:
             assert torch.equal(features[:, position], expected)
-
-
-def test_aggregator(model: LionForCausalLM, golden, exact: Exact, as_golden: bool) -> None:
-    aggregated = model.aggregator(model.get_vision_features(golden.expected["pixel_values"]))
+    aggregated = model.aggregator(features)
     expect_close("aggregator", aggregated, golden.expected["aggregator.out"], exact.aggregated, as_golden)
     projected = model.aggregator_projection(model.aggregator_layernorm(aggregated))
     expect_close("projected", projected, golden.expected["aggregator.proj"], exact.projected, as_golden)
@@ -174,19 +174,17 @@ def test_processor_makes_the_original_pixels(converted: Path, golden, size: int)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_forward(model: LionForCausalLM, golden, golden_batch: Batch, exact: Exact, as_golden: bool, task: str) -> None:
-    out, expected, reference = model(**golden_batch(task)), golden.expected, exact.outputs[task]
-    encoded = out.language_model_outputs.encoder_last_hidden_state
-    expect_close("prefix", out.visual_prefix, expected["visual_prefix"], reference.visual_prefix, as_golden)
-    expect_close("encoder", encoded, expected[f"{task}.enc"], reference.encoder_output, as_golden)
-    expect_close("logits", out.logits, expected[f"{task}.logits"], reference.logits, as_golden)
-    expect_within("loss", relative_error(out.loss, expected[f"{task}.loss"].squeeze()))
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_gradients(model: LionForCausalLM, golden, golden_batch: Batch, as_golden: bool, task: str) -> None:
+def test_forward_and_gradients(
+    model: LionForCausalLM, golden, golden_batch: Batch, exact: Exact, as_golden: bool, task: str
+) -> None:
     model.zero_grad()
-    model(**golden_batch(task)).loss.backward()
+    out, reference = model(**golden_batch(task)), exact.outputs[task]
+    encoded = out.language_model_outputs.encoder_last_hidden_state
+    expect_close("prefix", out.visual_prefix, golden.expected["visual_prefix"], reference.visual_prefix, as_golden)
+    expect_close("encoder", encoded, golden.expected[f"{task}.enc"], reference.encoder_output, as_golden)
+    expect_close("logits", out.logits, golden.expected[f"{task}.logits"], reference.logits, as_golden)
+    expect_within("loss", relative_error(out.loss, golden.expected[f"{task}.loss"].squeeze()))
+    out.loss.backward()
     prefix = f"{task}.grad."
     expected = {name.removeprefix(prefix): grad for name, grad in golden.expected.items() if name.startswith(prefix)}
     gradients = {original_name(name): parameter.grad for name, parameter in model.named_parameters()}
@@ -220,14 +218,14 @@ def test_generated_tokens(
 @pytest.mark.parametrize(
     ("task", "sample", "repetition_penalty", "beams"),
     [
-        ("region_level", 0, 1.0, 1),
-        ("region_level", 0, 1.0, 5),
-        ("region_level", 1, 1.5, 1),
-        ("region_level", 1, 1.5, 5),
-        ("image_level", 2, 1.0, 1),
-        ("image_level", 2, 1.0, 5),
-        ("image_level", 3, 1.5, 1),
         ("image_level", 3, 1.5, 5),
+        pytest.param("region_level", 0, 1.0, 1, marks=SLOW_TESTS),
+        pytest.param("region_level", 0, 1.0, 5, marks=SLOW_TESTS),
+        pytest.param("region_level", 1, 1.5, 1, marks=SLOW_TESTS),
+        pytest.param("region_level", 1, 1.5, 5, marks=SLOW_TESTS),
+        pytest.param("image_level", 2, 1.0, 1, marks=SLOW_TESTS),
+        pytest.param("image_level", 2, 1.0, 5, marks=SLOW_TESTS),
+        pytest.param("image_level", 3, 1.5, 1, marks=SLOW_TESTS),
     ],
 )
 def test_generated_tokens_of_one_sample(
