@@ -24,7 +24,6 @@ from lion_fast.training.recipe import Augmentation, Data, RecipeError
 
 Sample = Mapping[str, Any]
 SAMPLE_IDS = "sample_ids"
-TASKS = ("image_level", "region_level")  # the order of the recipe's shares
 
 
 class LionCollator:
@@ -164,7 +163,8 @@ def transforms_of(augmentation: Augmentation) -> list[Transform]:
 
 
 def _open_sources(part: str, data: Data, seed: int, transforms: list[Transform]) -> dict[str, TaskSamples]:
-    named = {task: names for task in TASKS if (names := getattr(getattr(data, part), task))}
+    # In the order of `Sources`, not of the model's `TASKS`: it decides which sample a step of a begun run has.
+    named = {task: names for task, names in vars(getattr(data, part)).items() if names}
     tagger = _load_tagger(data) if named and data.tagger else None
     opened = {}
     for task, names in named.items():

@@ -5,6 +5,7 @@ lays the user's file over it and `section.key=value` over that.
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -51,6 +52,14 @@ class Sources(Section):
 
 
 @dataclass(frozen=True)
+class Shares(Section):
+    """How often each task has its turn in a stage that trains several."""
+
+    image_level: _Count
+    region_level: _Count
+
+
+@dataclass(frozen=True)
 class Augmentation(Section):
     """What is done to region-level samples in training; their boxes, and the text of them, go with the pixels.
 
@@ -75,7 +84,7 @@ class Data(Section):
         skip_bad: whether lines and pictures that cannot be used are left out and counted, instead of being errors.
         tagger: directory of a `RamTagger`, for pictures whose record has no tags; None for none.
         augmentation: see `Augmentation`.
-        image_to_region: shares of the two tasks in a stage that trains both.
+        shares: see `Shares`.
         mix: whether tasks take turns from sample to sample or from step to step.
         shuffle: whether every pass over a task's samples has an order of its own.
         group_by_length: whether batches are of samples of alike length (`lion_fast.data.TrainingOrder`).
@@ -89,7 +98,7 @@ class Data(Section):
     skip_bad: bool
     tagger: str | None
     augmentation: Augmentation
-    image_to_region: tuple[int, int]
+    shares: Shares
     mix: Literal["sample", "step"]
     shuffle: bool
     group_by_length: bool
@@ -97,8 +106,6 @@ class Data(Section):
     prefetch: _Count
 
     def contradictions(self) -> Iterator[str]:
-        if min(self.image_to_region) < 1:
-            yield f"image_to_region: expected two whole numbers of 1 or more, got {self.image_to_region}"
         if self.group_by_length and not self.shuffle:
             yield "group_by_length: expected false where shuffle is false, as it changes the order, got True"
 
@@ -245,9 +252,9 @@ def load_recipe(stage: int, file: str | Path | None = None, overrides: Sequence[
     """
     settings = _parse(shipped_recipe(stage), f"stage{stage}.yaml")
     if file is not None:
-        settings = _laid_over(settings, _parse(Path(file).read_text(encoding="utf-8"), str(file)))
+        settings = _laid_over(settings, _renamed(_parse(Path(file).read_text(encoding="utf-8"), str(file))))
     for override in overrides:
-        settings = _laid_over(settings, _parse_override(override))
+        settings = _laid_over(settings, _renamed(_parse_override(override)))
     if settings["stage"] != stage:
         raise RecipeError(f"stage: expected {stage} (the stage that was asked for), got {settings['stage']!r}")
     return Recipe.read(settings)
@@ -274,12 +281,13 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse to go on with a run under settings that would have led elsewhere.
 
     Args:
-        old: plain data of the recipe that the run began with.
+        old: plain data of the recipe that the run began with, which may be that of an earlier version.
         new: that of the recipe it is to go on with.
 
     Raises:
         RecipeError: naming the keys that differ.
     """
+    old = _renamed(old, warn=False)
     differing = [
         key
         for key in changed_keys(old, new)
@@ -325,6 +333,31 @@ def _parse_override(override: str) -> dict[str, Any]:
     for part in reversed(name.split(".")):
         settings = {part: settings}
     return settings
+
+
+def _renamed(settings: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """The settings under today's keys: until 0.2 `data.image_to_region`, a list, may stand for `data.shares`.
+
+    Raises:
+        RecipeError: `data.image_to_region` is no list of two, or both keys are there.
+    """
+    data = settings.get("data")
+    if not isinstance(data, dict) or "image_to_region" not in data:
+        return settings
+    data = dict(data)
+    pair = data.pop("image_to_region")
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise RecipeError(f"data.image_to_region: expected a list of 2, got {pair!r}")
+    if "shares" in data:
+        raise RecipeError("data.image_to_region: expected data.shares alone, got both")
+    if warn:
+        warnings.warn(
+            "data.image_to_region is now data.shares, {image_level: ..., region_level: ...}; the old key goes in 0.2",
+            FutureWarning,
+            stacklevel=3,
+        )
+    data["shares"] = {"image_level": pair[0], "region_level": pair[1]}
+    return {**settings, "data": data}
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.training import saving
-from lion_fast.training.data import TASKS, TaskSamples, open_evaluation_data, open_training_data
+from lion_fast.training.data import TaskSamples, open_evaluation_data, open_training_data
 from lion_fast.training.memory import checkpoint_blocks
 from lion_fast.training.qformer import load_qformer
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
@@ -197,13 +197,12 @@ def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOr
     """The keys of all the run's samples.
 
     Args:
-        recipe: its shares are those of `image_level` and `region_level`.
+        recipe: its `data.shares` say how often each task has its turn.
         samples: task -> data set with a length.
 
     Raises:
         RecipeError: `data.group_by_length` with data sets that do not know their lengths; a data set without samples.
     """
-    shares: dict[str, int] = dict(zip(TASKS, recipe.data.image_to_region, strict=True))
     by_task = {
         task: dataset if isinstance(dataset, TaskSamples) else TaskSamples(task, {task: dataset})
         for task, dataset in samples.items()
@@ -211,7 +210,7 @@ def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOr
     try:
         return TrainingOrder(
             by_task,
-            [shares[task] for task in samples],
+            [getattr(recipe.data.shares, task) for task in samples],
             steps=recipe.steps,
             batch_size=recipe.batch.size,
             mix=recipe.data.mix,

@@ -40,7 +40,9 @@ def test_shipped_recipes_are_whole(stage: int) -> None:
         ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, got -1"),
         ("precision=fp16", "precision: expected 'bf16' or 'fp32', got 'fp16'"),
         ("optimizer=3", "optimizer: expected keys with values, got 3"),
-        ("data.image_to_region=[0,1]", "image_to_region: expected two whole numbers of 1 or more"),
+        ("data.shares.image_level=0", "data.shares.image_level: expected greater than or equal to 1, got 0"),
+        ("data.shares={region: 2}", "data.shares.region: unknown key; expected one of image_level, region_level"),
+        ("data.image_to_region=3", "data.image_to_region: expected a list of 2, got 3"),
         ("data.augmentation.flip=2", "data.augmentation.flip: expected less than or equal to 1, got 2"),
         ("data.augmentation.turn=1", "data.augmentation.turn: unknown key; expected one of flip, crop, crop_min_scale"),
         ("data.prefetch=0", "data.prefetch: expected greater than or equal to 1, got 0"),
@@ -90,6 +92,37 @@ def test_a_file_lies_over_the_stage_s_recipe(tmp_path: Path) -> None:
     file.write_text("steps: [\n")
     with pytest.raises(RecipeError, match=r"mine.yaml: not readable as YAML"):
         load_recipe(1, file)
+
+
+def test_shares_in_the_older_form_still_load(tmp_path: Path) -> None:
+    """`data.image_to_region: [a, b]` is `data.shares`, in files, in overrides and in the recipe of a begun run."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {image_to_region: [2, 1], mix: sample}\n")
+    with pytest.warns(FutureWarning, match="data.image_to_region is now data.shares"):
+        from_file = load_recipe(3, file)
+    with pytest.warns(FutureWarning, match="data.image_to_region is now data.shares"):
+        from_override = load_recipe(3, overrides=["data.image_to_region=[2,1]", "data.mix=sample"])
+    recipe = load_recipe(3, overrides=["data.shares.image_level=2", "data.mix=sample"])
+    assert from_file == from_override == recipe
+    began = recipe.plain()
+    del began["data"]["shares"]
+    check_resumable({**began, "data": {**began["data"], "image_to_region": [2, 1]}}, recipe.plain())
+    with pytest.raises(RecipeError, match=r"data.shares.image_level: expected 1, with which the run began, got 2"):
+        check_resumable({**began, "data": {**began["data"], "image_to_region": [1, 1]}}, recipe.plain())
+    with pytest.raises(RecipeError, match=r"data.image_to_region: expected data.shares alone, got both"):
+        load_recipe(3, overrides=["data={image_to_region: [1, 1], shares: {image_level: 2}}"])
+
+
+def test_the_order_of_a_begun_run_stays(make_recipe: MakeRecipe) -> None:
+    """The keys that the first release drew for this recipe, image level first: a resumed run reads the same samples."""
+    recipe = make_recipe(3, "data.shares.image_level=2")
+    keys = list(training_order(recipe, open_training_data(recipe.data, 0)))
+    image_level, region_level = (
+        [key.index for key in keys if key.name == f"{level}_level"] for level in ("image", "region")
+    )
+    assert [key.name for key in keys[:3]] == ["image_level", "region_level", "image_level"]
+    assert image_level[:7] == [5, 3, 1, 4, 2, 6, 0]
+    assert region_level[:3] == [2, 5, 3]
 
 
 def test_data_and_model_are_asked_for_first(make_recipe: MakeRecipe) -> None:

@@ -60,7 +60,7 @@ def main(
     operations = watch_files(Path(recipe["output_dir"]), actions)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    parsed = Recipe.read({**recipe, "data": {**recipe["data"], "image_to_region": [1, 1]}})
+    parsed = Recipe.read(recipe)
     try:
         if engine == "fsdp2":
             import torch.distributed as dist
