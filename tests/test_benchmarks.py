@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import lion_kernels
 from benchmarks.harness import __main__ as harness
 from benchmarks.harness import comparison, results, runs, side_by_side
 from benchmarks.harness.memory import peak_bytes, saved_bytes
@@ -30,6 +29,7 @@ from lion_fast.check.cases import CASES
 from lion_fast.cli import main
 from lion_kernels.core.cost import Cost
 from tests.extras import needs
+from tests.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -288,7 +288,7 @@ def test_bench_run_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.
     assert (only.suite, only.peer, only.other) == ("thing", "test_good", {"note": 3})
 
 
-@pytest.mark.parametrize("operator", sorted(set(lion_kernels.__all__) - {"BACKENDS", "resolve_backend"}))
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_every_operator_has_a_suite_whose_peers_are_right(operator: str) -> None:
     """At the smallest of its shapes, where on a CPU nothing is compiled."""
     suite = importlib.import_module(f"benchmarks.bench_{operator}")

@@ -1,6 +1,9 @@
 """The repository's shape: what installs, what may import what, and which names must never appear."""
 
 import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,6 @@ PACKAGES = {
     "lion_kernels": ROOT / "kernels" / "lion_kernels",
     "lion_reference": ROOT / "reference" / "lion_reference",
 }
-CHECK = PACKAGES["lion_fast"] / "check"
 # The layers: the kernels and the reference know nothing of the model or of each other, and nothing but the check, which
 # is there to compare them, needs the reference.
 ALLOWED = {
@@ -22,18 +24,67 @@ ALLOWED = {
 THIRD_PARTY = {"lion_kernels": {"torch", "triton"}, "lion_reference": {"torch", "einops"}}
 
 
+# Rooms of lion_fast from the ground up: a module imports from its own room and from those of rows below, nothing else.
+ROOMS = (
+    {"extras"},
+    {"io"},
+    {"configuration_lion"},
+    {"model"},
+    {"tagging", "data"},
+    {"scenes"},
+    {"modeling_lion", "processing_lion"},
+    {"conversion", "inference"},
+    {"training"},
+    {"quickstart", "demo", "drop_in", "check"},
+    {"cli"},
+)
+# Who reads more of the kernels than their public names: those that measure, compile or rewire them.
+INSIDE_KERNELS = ("lion_fast.check", "lion_fast.drop_in", "lion_fast.cli.kernels")
+
+
+def imports_of_all() -> dict[str, list[tuple[str, str | None]]]:
+    """What every module of the packages and the benchmarks imports, at any depth of its code.
+
+    Returns:
+        The module's name -> modules and the name that it takes from each, None for the module itself.
+    """
+    found = {}
+    for package, folder in {**PACKAGES, "benchmarks": ROOT / "benchmarks"}.items():
+        for file in folder.rglob("*.py"):
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            own: list[tuple[str, str | None]] = []
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    own += [(alias.name, None) for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    module = resolve_name("." * node.level + (node.module or ""), ".".join(parts[:-1]))
+                    own += [(module, alias.name) for alias in node.names]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = own
+    return found
+
+
+IMPORTS = imports_of_all()
+
+
+def imported_modules(name: str) -> set[str]:
+    """Our modules that one imports. The packages above it, which Python runs first, are not among them."""
+    found = set()
+    for module, taken in IMPORTS[name]:
+        for full in (f"{module}.{taken}", module):
+            if full in IMPORTS:
+                found.add(full)
+                break
+    return found
+
+
 def imported(package: str) -> set[str]:
-    """Top-level names that a package's files but the check's import, at any depth of their code."""
-    names = set()
-    for file in PACKAGES[package].rglob("*.py"):
-        if file.is_relative_to(CHECK):
-            continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-                names.add(node.module.split(".")[0])
-    return names
+    """Top-level names that a package's modules but the check's import."""
+    of_package = [name for name in IMPORTS if within(name, package) and not within(name, "lion_fast.check")]
+    return {module.split(".")[0] for name in of_package for module, _ in IMPORTS[name]}
+
+
+def within(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
 
 
 @pytest.mark.parametrize("folder", ["kernels", "reference"])
@@ -44,16 +95,53 @@ def test_no_package_shadows_another_s_name(folder: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_layers(package: str) -> None:
-    ours = imported(package) & set(PACKAGES)
+    ours = imported(package) & {*PACKAGES, "benchmarks", "tests"}
     assert ours - {package} <= ALLOWED[package]
 
 
 @pytest.mark.parametrize("package", THIRD_PARTY)
 def test_what_the_small_packages_need(package: str) -> None:
-    import sys
-
     others = imported(package) - set(PACKAGES) - set(sys.stdlib_module_names)
     assert others <= THIRD_PARTY[package]
+
+
+@pytest.mark.parametrize("package", ["lion_fast", "lion_reference", "benchmarks"])
+def test_there_are_no_circles(package: str) -> None:
+    graph = {name: imported_modules(name) - {name} for name in IMPORTS if within(name, package)}
+    assert sum(map(len, graph.values())) > 20
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
+
+
+def test_rooms_import_only_from_below() -> None:
+    rows = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}
+    ours = [name for name in IMPORTS if within(name, "lion_fast") and name.count(".") and room_of(name)[0] != "_"]
+    assert {room_of(name) for name in ours} == set(rows), "every room has its row"
+    arrows = [(name, other) for name in ours for other in imported_modules(name) if within(other, "lion_fast")]
+    assert len(arrows) > 200
+    for name, other in arrows:
+        here, there = room_of(name), room_of(other)
+        assert here == there or rows.get(there, len(ROOMS)) < rows[here], f"{name} imports {other}, which is not below"
+
+
+def room_of(name: str) -> str:
+    return f"{name}.".split(".")[1]
+
+
+def test_only_public_names_of_the_kernels_are_imported() -> None:
+    import lion_kernels
+
+    seen = 0
+    for name in IMPORTS:
+        if within(name, "lion_fast") and not any(within(name, allowed) for allowed in INSIDE_KERNELS):
+            for module, taken in IMPORTS[name]:
+                if within(module, "lion_kernels"):
+                    seen += 1
+                    assert module == "lion_kernels", f"{name} imports {module}"
+                    assert taken in lion_kernels.__all__, f"{name} imports {taken}"
+    assert seen > 5
 
 
 def test_operators_have_twins() -> None:

@@ -1,7 +1,7 @@
 """LION's operators, usable on their own: they need torch and, for the Triton backend, triton."""
 
 from lion_kernels.assemble_inputs import assemble_inputs
-from lion_kernels.core.backend import BACKENDS, resolve_backend
+from lion_kernels.core.backend import BACKENDS, HAS_TRITON, interpreting, resolve_backend, values_on_host
 from lion_kernels.gated_gelu import gated_gelu
 from lion_kernels.mixture_of_adapters import mixture_of_adapters
 from lion_kernels.mixture_of_lora_linear import mixture_of_lora_linear
@@ -12,8 +12,10 @@ from lion_kernels.rms_norm import rms_norm
 
 __all__ = [
     "BACKENDS",
+    "HAS_TRITON",
     "assemble_inputs",
     "gated_gelu",
+    "interpreting",
     "mixture_of_adapters",
     "mixture_of_lora_linear",
     "multi_scale_attention",
@@ -21,4 +23,5 @@ __all__ = [
     "residual_layer_norm",
     "resolve_backend",
     "rms_norm",
+    "values_on_host",
 ]

@@ -31,7 +31,7 @@ def _tune(args: argparse.Namespace) -> int:
         raise ValueError("expected --tune; see lion-fast bench --help")
     from lion_fast.check.tuning import run
     from lion_fast.cli.processes import run_again
-    from lion_kernels.core.backend import HAS_TRITON, interpreting
+    from lion_kernels import HAS_TRITON, interpreting
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so there is nothing to tune")

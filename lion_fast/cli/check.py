@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
     from lion_fast.check.report import run_check
     from lion_fast.cli.processes import run_again
     from lion_fast.inference.loading import default_device
-    from lion_kernels.core.backend import HAS_TRITON, interpreting
+    from lion_kernels import HAS_TRITON, interpreting
 
     unknown = sorted(set(args.operators or ()) - set(OPERATORS))
     if unknown:

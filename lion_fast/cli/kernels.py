@@ -29,8 +29,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run(args: argparse.Namespace) -> int:
     from lion_fast.cli.processes import run_again
+    from lion_kernels import HAS_TRITON, interpreting
     from lion_kernels.aot.report import print_report
-    from lion_kernels.core.backend import HAS_TRITON, interpreting
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so nothing compiles")

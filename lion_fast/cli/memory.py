@@ -35,7 +35,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run(args: argparse.Namespace) -> int:
     from lion_fast.cli.processes import run_again
-    from lion_kernels.core.backend import HAS_TRITON, interpreting
+    from lion_kernels import HAS_TRITON, interpreting
 
     if HAS_TRITON and not interpreting():  # on tensors that say they are on the CPU
         argv: list[object] = ["memory", "--stage", args.stage, *args.overrides]

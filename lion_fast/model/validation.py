@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lion_kernels.core.backend import values_on_host
+from lion_kernels import values_on_host
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:

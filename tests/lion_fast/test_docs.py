@@ -19,13 +19,12 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
-import lion_kernels
 from lion_fast.cli import main
+from tests.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}
 PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
-OPERATORS = sorted(set(lion_kernels.__all__) - {"BACKENDS", "resolve_backend"})
 
 # What a command says that reads files of the user's, which are not here: its arguments count then.
 WANTING = {

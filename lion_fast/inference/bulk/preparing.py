@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from lion_fast.inference.bulk.items import Item, Source, printable
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.outputs import Row
-from lion_fast.inference.bulk.sources import Item, Source, printable
 from lion_fast.io.images import load_image
 from lion_fast.processing_lion import LionProcessor
 

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from lion_fast.data.loader import checked_workers, start_method
 from lion_fast.inference.bulk.answering import dtype_of, load_answerer
+from lion_fast.inference.bulk.items import Source
 from lion_fast.inference.bulk.job import BulkJob, record_settings
 from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Output, Row, Writer, open_output
 from lion_fast.inference.bulk.preparing import Prepared, Preparer
-from lion_fast.inference.bulk.sources import Source, open_source
+from lion_fast.inference.bulk.sources import open_source
 from lion_fast.inference.loading import default_device
 
 _BATCHES_PER_WINDOW = 32

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lion_fast.data.records import describe
-from lion_fast.inference.bulk.sources import Columns, Item, Positions, Source, printable, sized
+from lion_fast.inference.bulk.items import Columns, Item, Positions, Source, printable, sized
 from lion_fast.io.images import image_suffixes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from lion_fast.data.dataset import MAX_LINE_BYTES, lines_with_offsets
 from lion_fast.data.records import describe
 from lion_fast.extras import require
-from lion_fast.inference.bulk.sources import Columns, Item, Positions, Source, printable, sized
+from lion_fast.inference.bulk.items import Columns, Item, Positions, Source, printable, sized
 
 _CACHED_BYTES = 256 << 20
 

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from lion_fast.data import JsonlDataset, write_shards
+from lion_fast.inference.bulk.items import Item, Source
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.preparing import Preparer
-from lion_fast.inference.bulk.sources import Item, Source, find_files, open_source
+from lion_fast.inference.bulk.sources import find_files, open_source
 from lion_fast.io.images import load_image
 from tests.extras import needs
 

@@ -1,0 +1,7 @@
+"""The operators of `lion_kernels`: of its public names, those that have a module of their own."""
+
+from pkgutil import iter_modules
+
+import lion_kernels
+
+OPERATORS = sorted(set(lion_kernels.__all__) & {module.name for module in iter_modules(lion_kernels.__path__)})
