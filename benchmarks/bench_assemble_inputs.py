@@ -22,7 +22,7 @@ from benchmarks.harness.side_by_side import (
     measure,
     seeded,
 )
-from benchmarks.shapes import ON_GPU, cases, one_compiled, star
+from benchmarks.shapes import ON_GPU, by_backend, cases, one_compiled, star
 from lion_kernels.assemble_inputs import assemble_inputs, cost
 from lion_reference import assemble_inputs as reference
 
@@ -57,10 +57,8 @@ def eager(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Ten
 PEERS: dict[str, Operator] = {
     "eager": eager,
     "torch.compile": torch.compile(eager),
-    "lion_kernels-torch": partial(assemble_inputs, soft_prompt_id=SOFT_PROMPT_ID, backend="torch"),
+    **by_backend(assemble_inputs, soft_prompt_id=SOFT_PROMPT_ID),
 }
-if DEVICE.type == "cuda":
-    PEERS["lion_kernels-triton"] = partial(assemble_inputs, soft_prompt_id=SOFT_PROMPT_ID, backend="triton")
 
 
 def peers(shape: dict[str, int]) -> dict[str, Operator]:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.side_by_side import (
-    DEVICE,
     DTYPE,
     INTERLEAVED,
     Inputs,
@@ -24,7 +23,7 @@ from benchmarks.harness.side_by_side import (
     measure,
     seeded,
 )
-from benchmarks.shapes import MANY, TOKENS, cases, compiled, star
+from benchmarks.shapes import MANY, TOKENS, by_backend, cases, compiled_at_base, star
 from lion_kernels.gated_gelu import cost, gated_gelu
 from lion_reference import gated_gelu as reference
 
@@ -45,14 +44,12 @@ def eager(gate: Tensor, up: Tensor) -> Tensor:
 PEERS: dict[str, Operator] = {
     "eager": eager,
     "torch.compile": torch.compile(eager),
-    "lion_kernels-torch": partial(gated_gelu, backend="torch"),
+    **by_backend(gated_gelu),
 }
-if DEVICE.type == "cuda":
-    PEERS["lion_kernels-triton"] = partial(gated_gelu, backend="triton")
 
 
 def peers(shape: dict[str, int]) -> dict[str, Operator]:
-    return {name: peer for name, peer in PEERS.items() if name != "torch.compile" or compiled(shape, BASE)}
+    return compiled_at_base(PEERS, shape, BASE)
 
 
 @cases(star({**BASE, "tokens": MANY}, {"tokens": TOKENS, "channels": (5120, 10240)}), peers)

@@ -23,7 +23,7 @@ from benchmarks.harness.side_by_side import (
     measure,
     seeded,
 )
-from benchmarks.shapes import cases, compiled, mixtures, sequences
+from benchmarks.shapes import by_backend, cases, compiled_at_base, mixtures, sequences
 from lion_kernels import mixture_of_adapters
 from lion_kernels.mixture_of_adapters import cost
 from lion_reference import mixture_of_adapters as reference
@@ -65,14 +65,12 @@ def eager(x, down_weight, down_bias, up_weight, up_bias, gate, residual, task_id
 PEERS: dict[str, Operator] = {
     "eager": eager,
     "torch.compile": torch.compile(reference),
-    "lion_kernels-torch": partial(mixture_of_adapters, backend="torch"),
+    **by_backend(mixture_of_adapters),
 }
-if DEVICE.type == "cuda":
-    PEERS["lion_kernels-triton"] = partial(mixture_of_adapters, backend="triton")
 
 
 def peers(shape: dict[str, int]) -> dict[str, Operator]:
-    return {name: peer for name, peer in PEERS.items() if name != "torch.compile" or compiled(shape, BASE)}
+    return compiled_at_base(PEERS, shape, BASE)
 
 
 @cases(mixtures(BASE), peers)

@@ -25,7 +25,7 @@ from benchmarks.harness.side_by_side import (
     measure,
     seeded,
 )
-from benchmarks.shapes import ON_GPU, cases, compiled, mixtures, sequences
+from benchmarks.shapes import ON_GPU, by_backend, cases, compiled, mixtures, sequences
 from lion_kernels import mixture_of_lora_linear
 from lion_kernels.mixture_of_lora_linear import cost
 from lion_reference import mixture_of_lora_linear as reference
@@ -95,12 +95,10 @@ def plain(**inputs: Tensor) -> Tensor:
 PEERS: dict[str, Operator] = {
     "eager": eager,
     "torch.compile": torch.compile(plain),
-    "lion_kernels-torch": partial(mixture_of_lora_linear, bias=None, backend="torch"),
+    **by_backend(mixture_of_lora_linear, bias=None),
 }
 if peft is not None:
     PEERS["PEFT"] = with_peft
-if DEVICE.type == "cuda":
-    PEERS["lion_kernels-triton"] = partial(mixture_of_lora_linear, bias=None, backend="triton")
 SHAPES = [{"routing": "soft", **shape} for shape in mixtures(BASE)]
 # One adapter a sequence costs the same however many there are; on a CPU only the tokens vary.
 ALIKE = ("experts",) if ON_GPU else tuple(BASE)

@@ -24,7 +24,7 @@ from benchmarks.harness.side_by_side import (
     measure,
     seeded,
 )
-from benchmarks.shapes import ON_GPU, cases, one_compiled, star
+from benchmarks.shapes import ON_GPU, by_backend, cases, one_compiled, star
 from lion_kernels.residual_layer_norm import cost, residual_layer_norm
 from lion_reference import residual_layer_norm as reference
 
@@ -54,14 +54,12 @@ def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Ten
 PEERS: dict[str, Operator] = {
     "eager": eager,
     "torch.compile": torch.compile(eager),
-    "lion_kernels-torch": partial(residual_layer_norm, eps=EPS, backend="torch"),
+    **by_backend(residual_layer_norm, eps=EPS),
 }
-if DEVICE.type == "cuda":
-    PEERS["lion_kernels-triton"] = partial(residual_layer_norm, eps=EPS, backend="triton")
-    if liger_layer_norm is not None:
-        PEERS["Liger"] = lambda x, residual, weight, bias, x_bias: liger_layer_norm(
-            x + x_bias + residual, weight, bias, EPS
-        )
+if DEVICE.type == "cuda" and liger_layer_norm is not None:
+    PEERS["Liger"] = lambda x, residual, weight, bias, x_bias: liger_layer_norm(
+        x + x_bias + residual, weight, bias, EPS
+    )
 
 
 def peers(shape: dict[str, int]) -> dict[str, Operator]:

@@ -23,7 +23,7 @@ from benchmarks.harness.side_by_side import (
     measure,
     seeded,
 )
-from benchmarks.shapes import cases, compiled, rows
+from benchmarks.shapes import by_backend, cases, compiled_at_base, rows
 from lion_kernels.rms_norm import cost, rms_norm
 from lion_reference import rms_norm as reference
 
@@ -61,16 +61,14 @@ PEERS: dict[str, Operator] = {
     "eager": eager,
     "F.rms_norm": fused,
     "torch.compile": torch.compile(eager),
-    "lion_kernels-torch": partial(rms_norm, eps=EPS, backend="torch"),
+    **by_backend(rms_norm, eps=EPS),
 }
-if DEVICE.type == "cuda":
-    PEERS["lion_kernels-triton"] = partial(rms_norm, eps=EPS, backend="triton")
-    if liger_rms_norm is not None:
-        PEERS["Liger"] = lambda x, weight: liger_rms_norm(x, weight, EPS, in_place=False)
+if DEVICE.type == "cuda" and liger_rms_norm is not None:
+    PEERS["Liger"] = lambda x, weight: liger_rms_norm(x, weight, EPS, in_place=False)
 
 
 def peers(shape: dict[str, int]) -> dict[str, Operator]:
-    return {name: peer for name, peer in PEERS.items() if name != "torch.compile" or compiled(shape, BASE)}
+    return compiled_at_base(PEERS, shape, BASE)
 
 
 @cases(rows(**BASE), peers)

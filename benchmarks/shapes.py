@@ -5,12 +5,13 @@ the same with fewer tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness.side_by_side import DIRECTIONS, SECONDS
+from benchmarks.harness.side_by_side import DIRECTIONS, SECONDS, Operator
 
 ON_GPU = torch.cuda.is_available()
 # Compiling takes ten seconds and more on a CPU, too many for a run that measures nothing.
@@ -44,6 +45,17 @@ def compiled(shape: dict[str, Any], base: dict[str, int]) -> bool:
     """Whether `torch.compile` is a peer: compiling takes seconds, so at the base's dimensions and some sizes only."""
     sizes = (5, 320, MANY) if ON_GPU else (MANY,)
     return COMPILES and shape["tokens"] in sizes and all(shape[name] == base[name] for name in base)
+
+
+def by_backend(operator: Operator, **options: Any) -> dict[str, Operator]:
+    """Our operator as peers: in PyTorch, and on a GPU by its kernels."""
+    backends = ("torch", "triton") if ON_GPU else ("torch",)
+    return {f"lion_kernels-{backend}": partial(operator, **options, backend=backend) for backend in backends}
+
+
+def compiled_at_base(peers: Mapping[str, Operator], shape: dict[str, Any], base: dict[str, int]) -> dict[str, Operator]:
+    """`peers`, with `torch.compile` where `compiled` says so."""
+    return {name: peer for name, peer in peers.items() if name != "torch.compile" or compiled(shape, base)}
 
 
 def one_compiled(peers: Mapping[str, Any], shape: dict[str, Any], shapes: Sequence[dict[str, Any]]) -> dict[str, Any]:

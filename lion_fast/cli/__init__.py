@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in _COMMANDS:
         module.add_parsers(commands)
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     try:
         return args.run(args) or 0
     except (ValueError, OSError, MissingExtraError) as error:

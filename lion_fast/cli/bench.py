@@ -36,6 +36,6 @@ def _tune(args: argparse.Namespace) -> int:
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so there is nothing to tune")
     if args.dry_run and not interpreting():
-        return run_again(["bench", "--tune", "--dry-run"], interpret=True)
+        return run_again(args, interpret=True)
     run(args.table, args.tune_seconds, args.dry_run)
     return 0

@@ -60,14 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     if interpret and "bfloat16" in (args.dtypes or ()):
         raise ValueError("--dtypes: bfloat16 needs a GPU, Triton's interpreter computes something else with it")
     if interpret != interpreting():
-        argv: list[object] = ["check", "--device", device]
-        argv += ["--operators", *args.operators] if args.operators else []
-        argv += ["--dtypes", *args.dtypes] if args.dtypes else []
-        argv += ["--json", args.json] if args.json else []
-        argv += ["--processes", args.processes]
-        argv += ["--repeats", args.repeats] if args.repeats else []
-        argv += [] if args.times else ["--no-times"]
-        return run_again(argv, interpret=interpret)
+        return run_again(args, interpret=interpret)
 
     if interpret:
         print(INTERPRETED)

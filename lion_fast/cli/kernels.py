@@ -36,13 +36,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("triton cannot be imported here, so nothing compiles")
     if not interpreting():
         return min(print_report(args, _recorded(args)), 1)
-    argv: list[object] = ["kernels", "--targets", *args.targets, "--jobs", args.jobs]
-    argv += ["--modules", *args.modules] if args.modules else []
-    argv += ["--one-each", *args.one_each] if args.one_each is not None else []
-    argv += ["--without-launches"] if args.without_launches else []
-    argv += ["--json", args.json] if args.json else []
-    argv += ["--page", args.page] if args.page else []
-    return run_again(argv, interpret=False)
+    return run_again(args, interpret=False)
 
 
 def _recorded(args: argparse.Namespace) -> "list[KernelSpec]":

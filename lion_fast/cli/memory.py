@@ -38,13 +38,7 @@ def _run(args: argparse.Namespace) -> int:
     from lion_kernels import HAS_TRITON, interpreting
 
     if HAS_TRITON and not interpreting():  # on tensors that say they are on the CPU
-        argv: list[object] = ["memory", "--stage", args.stage, *args.overrides]
-        argv += ["--config", args.config] if args.config else []
-        argv += ["--model", args.model] if args.model else []
-        argv += ["--size", args.size] if args.size else []
-        for name in ("text_tokens", "question_tokens", "answer_tokens", "processes"):
-            argv += [f"--{name.replace('_', '-')}", getattr(args, name)]
-        return run_again(argv, interpret=True)
+        return run_again(args, interpret=True)
 
     from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
     from lion_fast.training.memory import Shapes, as_table, estimate

@@ -10,31 +10,15 @@ import torch
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import BlipImageProcessorPil
 from triton.runtime.jit import KernelInterface
 
 from lion_fast import LionConfig, LionForCausalLM, LionProcessor
 from lion_fast.conversion.lion import convert_checkpoint
 from lion_fast.demo.answering import Answerer
 from lion_fast.quickstart import run
-from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
+from lion_fast.quickstart.vocabulary import build_text_tokenizer, scene_texts
+from tests.lion_fast.tiny import NO_DROPOUT, PART, QFORMER, T5, VISION, scene_processor
 
-T5 = {
-    "model_type": "t5",
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "vocab_size": 64,
-    "feed_forward_proj": "gated-gelu",
-    "dense_act_fn": "gelu",
-    "tie_word_embeddings": False,
-    "decoder_start_token_id": 0,
-    "dropout_rate": 0.0,
-    # With random weights of the usual scale, the answers would hardly depend on the input.
-    "initializer_factor": 0.3,
-}
 DECODER = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -131,32 +115,14 @@ def make_config() -> Callable[..., LionConfig]:
 
     def make(text: str = "t5", **overrides: Any) -> LionConfig:
         settings: dict[str, Any] = {
-            "vision_config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-                "intermediate_size": 24,
-                "image_size": 28,
-                "patch_size": 14,
-            },
-            "qformer_config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 24,
-                "vocab_size": 64,
-                "max_position_embeddings": 32,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
+            "vision_config": VISION,
+            "qformer_config": {**QFORMER, **NO_DROPOUT, "vocab_size": 64, "max_position_embeddings": 32},
             "aggregator_config": {
-                "hidden_size": 16,
+                **PART,
+                **NO_DROPOUT,
                 "num_attention_heads": 4,
-                "intermediate_size": 24,
                 "feature_layers": [2, 1, 0],
                 "projection_size": 40,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
             },
             "text_config": TEXT_CONFIGS[text],
             "num_query_tokens": 4,
@@ -193,13 +159,7 @@ def make_answerer(make_config: Callable[..., LionConfig], make_model: Callable[.
         tokenizer = build_text_tokenizer(texts)
         if text != "t5":  # a decoder-only model's prompts must not end with EOS
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
-        processor = LionProcessor(
-            BlipImageProcessorPil(size={"height": 28, "width": 28}),
-            tokenizer,
-            build_qformer_tokenizer(texts),
-            is_encoder_decoder=text == "t5",
-            max_txt_len=32,
-        )
+        processor = scene_processor(40, tokenizer, is_encoder_decoder=text == "t5", max_txt_len=32)
         vocabularies = {
             "text_config": {**TEXT_CONFIGS[text], "vocab_size": len(processor.tokenizer)},
             "qformer_config": {

@@ -14,49 +14,18 @@ from lion_fast.training.stages import (
     stage_of,
     stage_of_model,
 )
+from tests.lion_fast.tiny import PART, QFORMER, T5, VISION
 
-WIDTH, D_MODEL = 16, 24
-TEXT = {
-    "model_type": "t5",
-    "vocab_size": 40,
-    "d_model": D_MODEL,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_decoder_layers": 2,
-    "num_heads": 2,
-    "dropout_rate": 0.0,
-    "feed_forward_proj": "gated-gelu",
-    "dense_act_fn": "gelu",
-    "tie_word_embeddings": False,
-    "decoder_start_token_id": 0,
-}
+D_MODEL = 24
+TEXT = {**T5, "vocab_size": 40, "d_model": D_MODEL, "d_ff": 32, "num_heads": 2, "initializer_factor": 1.0}
 
 
 def build(stage: Stage, seed: int = 0, d_model: int = D_MODEL) -> LionForCausalLM:
     torch.manual_seed(seed)
     config = LionConfig(
-        vision_config={
-            "hidden_size": WIDTH,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "image_size": 28,
-        },
-        qformer_config={
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "vocab_size": 30,
-        },
-        aggregator_config={
-            "hidden_size": WIDTH,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "feature_layers": (2, 1, 0),
-            "projection_size": 32,
-        },
+        vision_config=VISION,
+        qformer_config={**QFORMER, "vocab_size": 30},
+        aggregator_config={**PART, "feature_layers": (2, 1, 0), "projection_size": 32},
         text_config={**TEXT, "d_model": d_model},
         visual_input=stage.visual_input,
         num_query_tokens=4,

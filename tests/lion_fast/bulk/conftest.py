@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BlipImageProcessorPil
 
-from lion_fast import LionConfig, LionForCausalLM, LionProcessor
+from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.inference.bulk import BulkJob
-from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
 from lion_fast.scenes import SceneGenerator
 from tests.lion_fast.bulk.inputs import CORRUPT, COUNT
 from tests.lion_fast.processes import starting
+from tests.lion_fast.tiny import NO_DROPOUT, PART, QFORMER, T5, VISION, scene_processor
 
 PROCESS = Path(__file__).with_name("bulk_process.py")
 
@@ -24,50 +23,18 @@ PROCESS = Path(__file__).with_name("bulk_process.py")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model around T5 whose answers depend on what it sees and reads."""
     path = tmp_path_factory.mktemp("bulk") / "checkpoint"
-    texts = scene_texts(num_scenes=20)
-    processor = LionProcessor(
-        BlipImageProcessorPil(size={"height": 28, "width": 28}),
-        build_text_tokenizer(texts),
-        build_qformer_tokenizer(texts),
-    )
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    processor = scene_processor(20)
+    strong = {"initializer_range": 0.5}
     torch.manual_seed(0)
     config = LionConfig(
-        vision_config={**small, "image_size": 28, "patch_size": 14, "initializer_range": 0.5},
-        qformer_config={
-            **small,
-            **no_dropout,
-            "vocab_size": len(processor.qformer_tokenizer),
-            "initializer_range": 0.5,
-        },
-        aggregator_config={
-            "hidden_size": 16,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "feature_layers": [1, 1, 0],
-            "projection_size": 24,
-            "initializer_range": 0.5,
-            **no_dropout,
-        },
-        text_config={
-            "model_type": "t5",
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_layers": 2,
-            "num_heads": 4,
-            "vocab_size": len(processor.tokenizer),
-            "feed_forward_proj": "gated-gelu",
-            "dense_act_fn": "gelu",
-            "tie_word_embeddings": False,
-            "decoder_start_token_id": 0,
-            "initializer_factor": 1.5,
-        },
+        vision_config={**VISION, **strong, "num_hidden_layers": 2},
+        qformer_config={**QFORMER, **NO_DROPOUT, **strong, "vocab_size": len(processor.qformer_tokenizer)},
+        aggregator_config={**PART, **NO_DROPOUT, **strong, "feature_layers": [1, 1, 0], "projection_size": 24},
+        text_config={**T5, "vocab_size": len(processor.tokenizer), "initializer_factor": 1.5},
         num_query_tokens=4,
         adapter_rank=8,
         soft_prompt_token_id=processor.soft_prompt_token_id,
-        initializer_range=0.5,
+        **strong,
     )
     model = LionForCausalLM(config)
     model.generation_config.update(num_beams=1, repetition_penalty=1.0, max_new_tokens=6)

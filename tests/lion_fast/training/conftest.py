@@ -6,47 +6,30 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BlipImageProcessorPil
 
-from lion_fast import LionConfig, LionForCausalLM, LionProcessor
+from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.data import JsonlDataset, write_shards
-from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
 from lion_fast.scenes import write_scenes
 from lion_fast.tagging.modeling_ram import RamConfig, RamTagger
 from lion_fast.training import load_recipe
 from lion_fast.training.recipe import Recipe
 from tests.lion_fast.processes import starting
+from tests.lion_fast.tiny import PART, QFORMER, T5, VISION, scene_processor
 from tests.lion_fast.training.runs import Files, MakeRecipe
 
 PROCESS = Path(__file__).with_name("training_process.py")
-WIDTH = 16
 
 
 @pytest.fixture(scope="session")
 def tiny_lion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a joint model of a few thousand parameters that reads scenes, with dropout."""
-    texts = scene_texts(20)
-    image_processor = BlipImageProcessorPil(size={"height": 28, "width": 28})
-    processor = LionProcessor(image_processor, build_text_tokenizer(texts), build_qformer_tokenizer(texts))
-    part = {"hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 24}
+    processor = scene_processor(20)
+    text = {"d_model": PART["hidden_size"], "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.1}
     config = LionConfig(
-        vision_config={**part, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14},
-        qformer_config={**part, "num_hidden_layers": 2, "vocab_size": len(processor.qformer_tokenizer)},
-        aggregator_config={**part, "feature_layers": [2, 1, 0], "projection_size": 24},
-        text_config={
-            "model_type": "t5",
-            "d_model": WIDTH,
-            "d_kv": 8,
-            "d_ff": 24,
-            "num_layers": 1,
-            "num_heads": 2,
-            "vocab_size": len(processor.tokenizer),
-            "feed_forward_proj": "gated-gelu",
-            "dense_act_fn": "gelu",
-            "tie_word_embeddings": False,
-            "decoder_start_token_id": 0,
-            "initializer_factor": 0.3,
-        },
+        vision_config=VISION,
+        qformer_config={**QFORMER, "vocab_size": len(processor.qformer_tokenizer)},
+        aggregator_config={**PART, "feature_layers": [2, 1, 0], "projection_size": 24},
+        text_config={**T5, **text, "vocab_size": len(processor.tokenizer)},
         num_query_tokens=4,
         adapter_rank=4,
         soft_prompt_token_id=processor.soft_prompt_token_id,
