@@ -10,7 +10,6 @@ runs the same calls small, and counts nothing.
 
 import argparse
 import csv
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from benchmarks.harness.headline import Headline
 from benchmarks.harness.results import COUNTERS, describe_machine, run_folder
 from benchmarks.harness.runs import clone
 from benchmarks.harness.side_by_side import DEVICE, Operator
+from lion_fast.io.atomic import write_json
 
 OPERATORS = ("mixture_of_adapters", "multi_scale_attention", "relative_bias_attention")
 MARKER = "spin_kernel"  # what torch.cuda._sleep launches
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine = describe_machine(clone())
     folder = run_folder(options.out, machine)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / COUNTERS).write_text(json.dumps({"environment": machine, "kernels": kernels}, indent=1) + "\n")
+    write_json(folder / COUNTERS, {"environment": machine, "kernels": kernels})
     for line in table(kernels):
         print(line)
     counted = {(kernel["operator"], kernel["direction"]) for kernel in kernels}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from benchmarks.claims.arms import ARMS, BLUR, IMAGE_KINDS, TRAINED_WRONG, WRONG
 from benchmarks.claims.reading import teach_tags, telling
 from benchmarks.claims.report import MAX_SEEDS, write_report
 from lion_fast.extras import require
-from lion_fast.io.atomic import whole_or_not
+from lion_fast.io.atomic import whole_directory, write_json
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
@@ -112,7 +111,7 @@ class Experiment:
         (output_dir / "arms").mkdir(parents=True, exist_ok=True)
         path = output_dir / "identity.json"
         if not path.exists():
-            _write_json(path, self.identity)
+            write_json(path, self.identity)
         if (written := json.loads(path.read_text(encoding="utf-8"))) != self.identity:
             raise ValueError(f"output_dir: expected one of {self.identity}, got {output_dir} with results of {written}")
 
@@ -164,7 +163,7 @@ class Experiment:
         """What is written of an arm and seed, trained and measured first if nothing is."""
         path = self.output_dir / "arms" / f"{arm.name}-seed{seed}.json"
         if not path.is_file():
-            _write_json(path, self._train_and_measure(arm, seed))
+            write_json(path, self._train_and_measure(arm, seed))
         return json.loads(path.read_text(encoding="utf-8"))
 
     def build(self, arm: Arm, seed: int) -> LionForCausalLM:
@@ -243,15 +242,8 @@ class Experiment:
 
 def _save(model: LionForCausalLM, path: Path) -> None:
     """Write a checkpoint that is there when it is whole."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    model.save_pretrained(unfinished)
-    shutil.rmtree(path, ignore_errors=True)
-    unfinished.rename(path)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole_or_not(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with whole_directory(path) as unfinished:
+        model.save_pretrained(unfinished)
 
 
 def _digest(model: LionForCausalLM) -> str:

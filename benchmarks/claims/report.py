@@ -22,7 +22,7 @@ from benchmarks.claims.arms import (
     Arm,
     accuracy_name,
 )
-from lion_fast.io.atomic import whole_or_not
+from lion_fast.io.atomic import whole_file, write_text
 from lion_fast.quickstart.report import LINES, MUTED, STYLE, pyplot
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def write_report(output_dir: Path, report: dict[str, Any]) -> None:
     """
     (output_dir / "images").mkdir(parents=True, exist_ok=True)
     for name, content in (("claims.json", json.dumps(report, indent=1)), ("claims.md", format_page(report))):
-        with whole_or_not(output_dir / name) as unfinished:
-            unfinished.write_text(content.rstrip("\n") + "\n", encoding="utf-8")
+        write_text(output_dir / name, content.rstrip("\n") + "\n")
     draw(report["results"], output_dir / "images" / "claims.png")
 
 
@@ -215,7 +214,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
             axis.set_axisbelow(True)
             axis.set_ylabel("right, %")
         figure.tight_layout(h_pad=2.5, w_pad=2)
-        with whole_or_not(path) as unfinished:
+        with whole_file(path) as unfinished:
             figure.savefig(unfinished, format="png", facecolor="white")
         plt.close(figure)
 

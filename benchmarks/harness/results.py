@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lion_fast.check.environment import environment
+from lion_fast.io.atomic import write_json
 
 FORMAT = 1
 COUNTERS = "ncu.json"  # beside a GPU's results: what its profiler counted in single launches
@@ -153,7 +154,7 @@ def save(run: Run, folder: Path) -> Path:
     for suite in dict.fromkeys(entry.suite for entry in run.entries):
         entries = [_lean(entry) for entry in run.entries if entry.suite == suite]
         content = {"format": FORMAT, "environment": run.environment, "entries": entries}
-        (out / f"{suite}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(out / f"{suite}.json", content)
     return out
 
 

@@ -4,7 +4,6 @@ What may be tuned is what the operators look up while they run on the model's ow
 best kept before the next, and only where a result stays the same to rounding and the gain is beyond the spread.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import lion_kernels
 from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import Draw, leaves, make_tensors, relative_error, results_of
 from lion_fast.check.timing import Clock, Seconds, measure
+from lion_fast.io.atomic import write_json
 from lion_kernels.core import tuned_sizes
 
 Key = tuple[str, str]  # an operator's name for its table, and the shape class
@@ -159,7 +159,7 @@ def run(out: Path | None, seconds: float, dry_run: bool) -> int:
         if found.after < found.before:
             entries.setdefault(operator, {})[shape_class] = found.sizes
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")  # each, should it be interrupted
+            write_json(target, entries)  # each, should it be interrupted
     count = sum(map(len, entries.values()))
     print(f"{count} entries better than the default{f', written to {target}' if count else ''}")
     return count

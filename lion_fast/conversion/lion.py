@@ -6,10 +6,6 @@ Every dimension is read from the files, so a tiny model is converted by the same
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.conversion.ram import convert_ram
+from lion_fast.io.atomic import whole_directory
 from lion_fast.io.checkpoints import CheckpointError, TensorInfo, naming, scan, write_sharded
 from lion_fast.model.generation import lion_generation_config
 from lion_fast.modeling_lion import LionForCausalLM
@@ -109,7 +106,7 @@ def convert_checkpoint(
     tensors = _find_tensors(sources, config)
 
     report = ConversionReport(config)
-    with _staged(out) as staging:
+    with whole_directory(out, keep_others=True, finish=_apply_umask) as staging:
         if given:
             ram_report = convert_ram(given["ram"], given["ram_tags"], given["ram_thresholds"], staging / "ram")
             report.read[str(ram)], report.ignored[str(ram)] = len(ram_report.read), ram_report.ignored
@@ -126,32 +123,12 @@ def convert_checkpoint(
     return report
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory, whose content moves to `out` on success and is removed on failure.
-
-    It is on the same disk as `out`: inside `out` if that exists, as it may be the working directory or a mount, else
-    beside it.
-    """
-    out_exists = out.exists()
-    parent = out if out_exists else out.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
-    try:
-        yield staging
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in (staging, *staging.rglob("*")):  # safetensors and mkdtemp give access to the owner alone
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        if out_exists:
-            for path in staging.iterdir():
-                path.rename(out / path.name)
-            staging.rmdir()
-        else:
-            staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+def _apply_umask(directory: Path) -> None:
+    """Give files the permissions that the umask allows; safetensors gives access to the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.configuration_lion import TASKS
-from lion_fast.io.atomic import whole_or_not
+from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
 
 BOX_TEXT = re.compile(r"\[[01]\.\d{3}(?:,[01]\.\d{3}){3}\]")
@@ -127,7 +127,7 @@ def write_jsonl(records: Iterable[Record], path: str | os.PathLike) -> int:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with whole_or_not(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(record.to_json() + "\n")
             count += 1

@@ -20,7 +20,7 @@ import numpy as np
 from lion_fast.configuration_lion import TASKS
 from lion_fast.data.dataset import JsonlDataset, SampleDataset, Tagger, Transform, check_task, text_length
 from lion_fast.data.records import DataError, Record, record_from_fields
-from lion_fast.io.atomic import whole_or_not
+from lion_fast.io.atomic import whole_file
 from lion_fast.io.images import load_image
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def write_shards(
         raise DataError(f"{dataset.path}: none of its pictures can be read")
     sizes = [shard.stat().st_size for shard in writer.shards]
     names = [shard.name for shard in writer.shards]
-    with whole_or_not(out / INDEX) as unfinished, unfinished.open("wb") as file:
+    with whole_file(out / INDEX) as unfinished, unfinished.open("wb") as file:
         np.savez(file, version=_VERSION, names=names, sizes=sizes, rows=np.array(rows, np.int64))
     return writer.shards
 

@@ -17,7 +17,7 @@ from lion_fast.data.records import DataError
 from lion_fast.data.seeding import seed_everything
 from lion_fast.extras import require
 from lion_fast.inference.loading import load_complete
-from lion_fast.io.atomic import whole_or_not
+from lion_fast.io.atomic import write_text
 from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
@@ -120,8 +120,7 @@ def prepare_run(recipe: Recipe, run_dir: Path, resume: bool) -> str | None:
         check_resumable(yaml.safe_load(begun.read_text(encoding="utf-8")), recipe.plain())
     run_dir.mkdir(parents=True, exist_ok=True)
     saving.clear_aside(run_dir)
-    with whole_or_not(begun) as unfinished:
-        unfinished.write_text(dump_recipe(recipe), encoding="utf-8")
+    write_text(begun, dump_recipe(recipe))
     if not resume:
         return None
     checkpoint = saving.last_complete(run_dir)

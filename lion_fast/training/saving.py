@@ -10,7 +10,6 @@ Several processes write into one directory on a file system that they share; the
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lion_fast.io.atomic import to_disk
+from lion_fast.io.atomic import remove_directory, whole_directory, write_json
 
 SEAL = "complete.json"
 ASIDE = ".aside"
@@ -46,20 +45,11 @@ def written_aside(
         OSError: it could not be written, a full disk included; `target` is as it was.
     """
     aside = target.parent / ASIDE / target.name
-    if first:
-        aside.mkdir(parents=True, exist_ok=True)
-    wait_for_all()
     try:
-        yield aside
-        wait_for_all()
-        if first:
-            seal(aside)
-            remove(target)
-            os.rename(aside, target)
-            to_disk(target.parent)
+        with whole_directory(target, aside=aside, finish=seal, first=first, wait_for_all=wait_for_all):
+            yield aside
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         # torch.save, safetensors and distributed checkpoints say by errors of their own that a disk is full.
-        shutil.rmtree(aside, ignore_errors=True)
         failures = [error]
         if isinstance(error, CheckpointException):
             failures = [cause for cause, _ in error.failures.values()]
@@ -67,7 +57,6 @@ def written_aside(
         if about_files is None:
             raise
         raise OSError(f"{target}: cannot be written ({' '.join(str(about_files).split())})") from error
-    wait_for_all()
 
 
 def _is_about_files(error: BaseException) -> bool:
@@ -77,17 +66,10 @@ def _is_about_files(error: BaseException) -> bool:
 
 
 def seal(directory: Path) -> None:
-    """Bring a directory's files to the disk and list them, with sizes and digests, in `complete.json`."""
-    files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SEAL):
-        files[str(path.relative_to(directory))] = {"size": path.stat().st_size, "sha256": _digest(path)}
-        to_disk(path)
-    with (directory / SEAL).open("w", encoding="utf-8") as file:
-        json.dump(files, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    for path in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
-        to_disk(path)
+    """List a directory's files, with sizes and digests, in `complete.json`."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SEAL)
+    files = {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+    write_json(directory / SEAL, files)
 
 
 def damage(directory: Path) -> str | None:
@@ -133,12 +115,7 @@ def keep_newest(run_dir: Path, count: int) -> None:
 
 def remove(directory: Path) -> None:
     """Remove a directory, if it is there; at no moment does a part of it have its name."""
-    if directory.exists():
-        going = directory.parent / ASIDE / f"{directory.name}.removed"
-        shutil.rmtree(going, ignore_errors=True)
-        going.parent.mkdir(exist_ok=True)
-        os.rename(directory, going)
-        shutil.rmtree(going)
+    remove_directory(directory, directory.parent / ASIDE / f"{directory.name}.removed")
 
 
 def clear_aside(run_dir: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lion_fast.io.atomic import whole_or_not
+from lion_fast.io.atomic import write_json
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 
@@ -112,8 +112,7 @@ def record_settings(job: BulkJob, files: list[list], dtype: str, began: bool) ->
     del settings["out"]
     if not began:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_or_not(path) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_json(path, settings)
         return
     if not path.is_file():
         raise ValueError(f"out: expected a name that is not taken, got {job.out}, which has rows but no {path.name}")

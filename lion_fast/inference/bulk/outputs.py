@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lion_fast.extras import require
-from lion_fast.io.atomic import to_disk, whole_or_not
+from lion_fast.io.atomic import UNFINISHED, whole_file
 
 Row = dict[str, Any]
 
@@ -155,7 +155,7 @@ class ParquetOutput(Output):
         self.rows_per_part = rows_per_part
 
     def settle(self) -> None:
-        for unfinished in self.path.glob("*.unfinished"):
+        for unfinished in self.path.glob(f"*{UNFINISHED}"):
             unfinished.unlink()
         super().settle()
 
@@ -172,11 +172,8 @@ class ParquetOutput(Output):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with whole_or_not(self.path / f"part-{number:05d}.parquet") as unfinished, unfinished.open("wb") as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), file)
-            file.flush()
-            os.fsync(file.fileno())
-        to_disk(self.path)
+        with whole_file(self.path / f"part-{number:05d}.parquet") as unfinished:
+            pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), unfinished)
 
     def _parts(self) -> list[Path]:
         return sorted(self.path.glob("part-*.parquet"))

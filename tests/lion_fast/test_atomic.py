@@ -1,0 +1,69 @@
+"""What is written whole or not at all: files, directories, and directories that keep what is theirs."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from lion_fast.io.atomic import UNFINISHED, remove_directory, whole_directory, whole_file, write_json
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def interrupted(writing: AbstractContextManager[Path], name: str = "") -> None:
+    """Write a file, or a file of that name in a directory, up to the middle."""
+    with writing as path:
+        (path / name).write_text("torn")
+        raise KeyboardInterrupt
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    write_json(path, {"a": 1})
+    with whole_file(path) as unfinished:
+        unfinished.write_text("new")
+        assert path.read_text() == '{\n "a": 1\n}\n'
+    assert path.read_text() == "new"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(whole_file(path))
+    assert path.read_text() == "new"
+    assert names_in(tmp_path) == ["found.json"]
+
+
+def test_a_directory_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    (tmp_path / f"model{UNFINISHED}").mkdir()
+    (tmp_path / f"model{UNFINISHED}" / "left by a kill").touch()
+    for content in ("old", "new"):
+        with whole_directory(target, finish=lambda directory: (directory / "list").touch()) as aside:
+            (aside / content).mkdir()
+            (aside / content / "weights").touch()
+            assert names_in(target) == (["list", "old", "old/weights"] if content == "new" else [])
+    assert names_in(tmp_path) == ["model", "model/list", "model/new", "model/new/weights"]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(whole_directory(target), "torn")
+    assert names_in(tmp_path) == ["model", "model/list", "model/new", "model/new/weights"]
+
+
+def test_a_directory_may_keep_its_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the working directory, which cannot be replaced."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine").touch()
+    Path("weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(whole_directory(Path(), keep_others=True), "weights")
+    assert Path("weights").read_text() == "old"
+    with whole_directory(Path(), keep_others=True) as aside:
+        (aside / "weights").write_text("new")
+    assert names_in(tmp_path) == ["mine", "weights"]
+    assert Path("weights").read_text() == "new"
+
+
+def test_a_directory_goes_at_once(tmp_path: Path) -> None:
+    (tmp_path / "run" / "part").mkdir(parents=True)
+    (tmp_path / "aside" / "run.removed" / "left by a kill").mkdir(parents=True)
+    remove_directory(tmp_path / "run", tmp_path / "aside" / "run.removed")
+    remove_directory(tmp_path / "absent", tmp_path / "aside" / "absent.removed")
+    assert names_in(tmp_path) == ["aside"]
