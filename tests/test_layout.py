@@ -25,7 +25,7 @@ THIRD_PARTY = {"lion_kernels": {"torch", "triton"}, "lion_reference": {"torch", 
 
 
 # Rooms of lion_fast from the ground up: a module imports from its own room and from those of rows below, nothing else.
-ROOMS = (
+LAYERS = (
     {"extras"},
     {"io"},
     {"configuration_lion"},
@@ -116,14 +116,14 @@ def test_there_are_no_circles(package: str) -> None:
 
 
 def test_rooms_import_only_from_below() -> None:
-    rows = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}
+    rows = {room: row for row, rooms in enumerate(LAYERS) for room in rooms}
     ours = [name for name in IMPORTS if within(name, "lion_fast") and name.count(".") and room_of(name)[0] != "_"]
     assert {room_of(name) for name in ours} == set(rows), "every room has its row"
     arrows = [(name, other) for name in ours for other in imported_modules(name) if within(other, "lion_fast")]
     assert len(arrows) > 200
     for name, other in arrows:
         here, there = room_of(name), room_of(other)
-        assert here == there or rows.get(there, len(ROOMS)) < rows[here], f"{name} imports {other}, which is not below"
+        assert here == there or rows.get(there, len(LAYERS)) < rows[here], f"{name} imports {other}, which is not below"
 
 
 def room_of(name: str) -> str:
