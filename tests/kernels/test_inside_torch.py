@@ -1,7 +1,7 @@
 """Every operator inside what PyTorch wraps around a model: DDP, FSDP2, and a CUDA graph of forward and backward.
 
-One process each: what the operators have to bear is the wrapping. `tests/lion_fast/test_distributed.py` has two
-processes; compilation, checkpointing and autocast are in each operator's own file.
+One process each: what the operators have to bear is the wrapping. Two processes are in
+`tests/lion_fast/training/test_distributed.py`; compilation, checkpointing and autocast in each operator's own file.
 """
 
 from collections.abc import Callable, Iterator

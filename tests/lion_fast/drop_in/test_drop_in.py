@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_fast import LionForCausalLM, apply_lion_kernels
 from lion_reference.lion import LION
-from tests.lion_fast.gradients import expect_same_gradients
-from tests.lion_fast.original_double import (
+from tests.lion_fast.drop_in.original_double import (
     CONFIG,
     AdapterRouter,
     LIONT5InstructAdapter,
@@ -28,6 +27,7 @@ from tests.lion_fast.original_double import (
     set_adapter_t5,
     set_router_idx,
 )
+from tests.lion_fast.gradients import expect_same_gradients
 
 Results = tuple[Tensor, Tensor, dict[str, Tensor]]
 TASKS = ("region_level", "image_level")

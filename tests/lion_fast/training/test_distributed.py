@@ -15,7 +15,7 @@ from lion_fast.training.stages import STAGES, freeze_for_stage
 from tests.lion_fast.gradients import expect_same_gradients
 from tests.rounding import LOSS_TWO_WAYS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow

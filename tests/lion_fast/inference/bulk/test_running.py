@@ -27,7 +27,7 @@ from lion_fast.io.images import load_image
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 from lion_fast.tagging.configuration_ram import RamConfig
 from tests.extras import needing, needs
-from tests.lion_fast.bulk.inputs import CORRUPT, COUNT
+from tests.lion_fast.inference.bulk.inputs import CORRUPT, COUNT
 from tests.rounding import between
 
 MakeJob = Callable[..., BulkJob]

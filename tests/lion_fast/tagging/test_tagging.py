@@ -25,7 +25,7 @@ from lion_fast import LionProcessor, RamTagger, ZeroShotTagger
 from lion_fast.conversion.ram import convert_ram
 from tests.rounding import between
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "generation.md").read_text(encoding="utf-8")
 TAGS = ["dog", "cart", "man", "tree", "street"]
 WORDS = ["<pad>", "<end>", "<unknown>", "a", "photo", "of", ".", *TAGS]
 

@@ -14,7 +14,7 @@ from benchmarks.harness.headline import CPU_HEADLINES, HEADLINES, SUITE, Headlin
 from benchmarks.harness.results import Entry, Run
 from tests.operators import OPERATORS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 H200 = "NVIDIA H200"
 RMS = next(one for one in HEADLINES if one.operator == "rms_norm")

@@ -21,7 +21,7 @@ from tests.extras import needs
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "generation.md"
 FAMILIES = ("t5", "llama", "qwen2", "qwen3")
 XXL = {"d_model": 4096, "d_ff": 10240, "num_heads": 64}
 # Widths that are multiples of the block size of bitsandbytes' four-bit kernel for CPUs.

@@ -49,7 +49,7 @@ def test_a_scene_depends_on_seed_and_index_alone() -> None:
         generator[index]
     assert fingerprint(generator, [9, 0, 5]) == here
     code = (
-        "from lion_fast.scenes import SceneGenerator\nfrom tests.lion_fast.test_scenes import fingerprint\n"
+        "from lion_fast.scenes import SceneGenerator\nfrom tests.lion_fast.scenes.test_scenes import fingerprint\n"
         "print(fingerprint(SceneGenerator(seed=3), [5, 9, 0]))"
     )
     elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ import torch
 from lion_fast import LionConfig, LionForCausalLM
 from lion_fast.inference.bulk import BulkJob
 from lion_fast.scenes import SceneGenerator
-from tests.lion_fast.bulk.inputs import CORRUPT, COUNT
+from tests.lion_fast.inference.bulk.inputs import CORRUPT, COUNT
 from tests.lion_fast.processes import starting
 from tests.lion_fast.tiny import NO_DROPOUT, PART, QFORMER, T5, VISION, scene_processor
 
