@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
@@ -28,6 +27,7 @@ from lion_kernels.core.backend import (
 )
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.rowwise import is_supported, last_contiguous, partial_sums, row_spec
+from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
 SUM_TILE = {"BT": 32, "BD": 128, "num_warps": 4}  # of ids and channels in the sum over the soft prompt's places

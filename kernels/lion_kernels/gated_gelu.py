@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
@@ -28,6 +27,7 @@ from lion_kernels.core.backend import (
 )
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.rowwise import as_rows, is_supported, row_spec
+from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
 

@@ -21,7 +21,6 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.attention import launch as attention
 from lion_kernels.attention.launch import Attention
 from lion_kernels.attention.plain import draw_keep, library_attention, plain_attention, plain_attention_backward
@@ -48,6 +47,7 @@ from lion_kernels.core.backend import (
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.dropout import check_dropout, seed_tensor
 from lion_kernels.core.rowwise import last_contiguous
+from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import is_compact
 
 _NOT_SPECIALIZED = [

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
@@ -34,6 +33,7 @@ from lion_kernels.core.backend import (
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.dropout import check_dropout, keep_four, keeps, seed_tensor, threshold_of
 from lion_kernels.core.rowwise import WIDTHS, as_rows, is_supported, norm_specs, partial_sums, row_tile
+from lion_kernels.core.specs import KernelSpec
 
 MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
 

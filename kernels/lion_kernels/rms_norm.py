@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import (
     LAUNCH,
     interpreting,
@@ -28,6 +27,7 @@ from lion_kernels.core.backend import (
 )
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.rowwise import WIDTHS, as_rows, is_supported, norm_specs, partial_sums, row_tile
+from lion_kernels.core.specs import KernelSpec
 
 MAX_CHANNELS = 8192  # a row lives in the registers of one program
 RESIDENT_WARPS = 16  # backward takes up to 118 registers a thread, and a multiprocessor has 65536

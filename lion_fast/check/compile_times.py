@@ -15,7 +15,8 @@ import torch
 from lion_fast.check.cases import CASES, TIMED
 from lion_fast.check.launches import record_cases, recording
 from lion_fast.check.model_launches import record_models
-from lion_kernels.aot.compile import KernelSpec, compile_spec
+from lion_kernels.aot.compile import compile_spec
+from lion_kernels.core.specs import KernelSpec
 
 
 def seconds_of(specs: list[KernelSpec]) -> float:

@@ -20,8 +20,8 @@ from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import leaves, make_tensors, results_of
 from lion_fast.check.report import TIMED_DTYPE
 from lion_fast.check.uncomputed import Uncomputed
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core import backend
+from lion_kernels.core.specs import KernelSpec
 
 # The constant by which a kernel's products have rows; what is not in it has no product.
 PRODUCT_ROWS = {

@@ -16,7 +16,7 @@ from lion_fast.check.uncomputed import Uncomputed
 from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.training.stages import STAGES, Stage, freeze_for_stage
-from lion_kernels.aot.compile import KernelSpec
+from lion_kernels.core.specs import KernelSpec
 
 SIZES = {"XL": FLAN_T5_XL, "XXL": FLAN_T5_XXL}
 TRAINING_BATCH = 16

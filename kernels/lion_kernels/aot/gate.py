@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from lion_kernels.aot.compile import SHARED_LIMITS, KernelSpec, Report
+from lion_kernels.aot.compile import Report
+from lion_kernels.core.specs import SHARED_LIMITS, KernelSpec
 
 # Kind of complaint -> what it means, as the page has it.
 KINDS = {

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lion_kernels.aot.compile import SHARED_LIMITS, TARGETS
+from lion_kernels.aot.compile import RECORDED, TARGETS
 from lion_kernels.aot.gate import KINDS
-from lion_kernels.aot.report import RECORDED
+from lion_kernels.core.specs import SHARED_LIMITS
 
 _HEAD = """\
 # What the compiler makes of the kernels

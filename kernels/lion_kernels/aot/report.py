@@ -18,11 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lion_kernels.aot.compile import TARGETS, KernelSpec, Report, compile_kernel, configuration, selected_specs
+from lion_kernels.aot.compile import RECORDED, TARGETS, Report, compile_kernel, configuration, selected_specs
 from lion_kernels.aot.gate import KNOWN, Complaint, check, not_found
+from lion_kernels.aot.page import page
 from lion_kernels.core.backend import interpreting
-
-RECORDED = "launches"  # the section of what was recorded, in the place of a module
+from lion_kernels.core.specs import KernelSpec
 
 
 class Task(NamedTuple):
@@ -104,8 +104,6 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
     if options.json:
         options.json.write_text(to_json(found), encoding="utf-8")
     if options.page:
-        from lion_kernels.aot.page import page
-
         options.page.write_text(page(found), encoding="utf-8")
     return len(unknown)
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.attention.backward import attention_backward_keys, attention_backward_queries
 from lion_kernels.attention.forward import attention_forward
 from lion_kernels.attention.sizes import NARROW, default_sizes, split_head_dim, tail, tile_sizes
 from lion_kernels.core.backend import DTYPES, LAUNCH, dot_precision, on_device, triton
 from lion_kernels.core.dropout import threshold_of
+from lion_kernels.core.specs import KernelSpec
 
 
 class Attention(NamedTuple):

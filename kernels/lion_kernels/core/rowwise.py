@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import DTYPES, resolve_backend, triton
+from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
 WIDTHS = (64, 768, 1408, 2048, 4096, 8192)  # of the ahead-of-time report

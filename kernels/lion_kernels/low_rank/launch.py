@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lion_kernels.aot.compile import KernelSpec
 from lion_kernels.core.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable, resolve_backend
 from lion_kernels.core.rowwise import as_rows
+from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import is_compact, shipped
 from lion_kernels.low_rank.gates import KernelGate
 from lion_kernels.low_rank.kernels import (
