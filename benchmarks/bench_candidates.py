@@ -30,8 +30,9 @@ from benchmarks.harness.side_by_side import (
 )
 from benchmarks.shapes import ON_GPU
 from lion_fast.check.compare import Draw, relative_error
-from lion_fast.check.tuning import Key, Sizes, allowed, table
+from lion_fast.check.tuning import Key, Sizes, allowed
 from lion_kernels.core.backend import interpreting
+from lion_kernels.core.tuned_sizes import overriding
 
 SHIPPED = "lion shipped"
 pytestmark = INTERLEAVED
@@ -124,17 +125,17 @@ class Call:
         gathered = {} if gathered is None else gathered
 
         def forward(_: Any = None) -> Tensor:
-            with table(entries):
+            with overriding(entries):
                 return self.run(**self.inputs)
 
         def without_gradients(_: Any) -> Tensor:
-            with table(entries) as seen, torch.no_grad():
+            with overriding(entries) as seen, torch.no_grad():
                 out = self.run(**{name: value.detach() for name, value in self.inputs.items()})
             gathered.update(seen)
             return out
 
         def backward(out: Tensor) -> tuple[Tensor, ...]:
-            with table(entries) as seen:
+            with overriding(entries) as seen:
                 gradients = torch.autograd.grad(out, self.wanted, self.draw(out))
             gathered.update(seen)
             return gradients

@@ -16,12 +16,10 @@ of the key.
 import argparse
 import ctypes
 import hashlib
-import importlib
 import io
 import itertools
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 import tarfile
@@ -220,8 +218,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     import triton
     from triton.backends.nvidia.driver import CudaDriver
 
-    import lion_kernels
-    from lion_kernels.core import backend, rowwise
+    from lion_kernels.core.backend import launching_on_cpu
 
     class Hopper(CudaDriver):
         def __init__(self) -> None:
@@ -231,23 +228,9 @@ def as_on_a_gpu(stack: ExitStack) -> None:
                 setattr(self, name, lambda *_, answer=answer: answer)
 
     hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)
-    partial_sums = rowwise.partial_sums
-    stand_ins = {
-        "interpreting": lambda: True,  # on a CPU nothing else launches
-        "refuse_uninterpretable": lambda **_: None,
-        "values_on_host": lambda ids: False,
-        "partial_sums": lambda tiles, warps, device, **more: partial_sums(tiles, warps, torch.device("cuda"), **more),
-    }
     stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Hopper()))
     stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=hopper))
-    stack.enter_context(mock.patch.object(backend, "_INTERPRETING", True))
-    for info in pkgutil.walk_packages(lion_kernels.__path__, "lion_kernels."):
-        if info.name.endswith("__main__"):
-            continue
-        module = importlib.import_module(info.name)
-        for name, stand_in in stand_ins.items():
-            if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, stand_in))
+    stack.enter_context(launching_on_cpu())
 
 
 def main() -> int:

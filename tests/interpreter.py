@@ -49,7 +49,7 @@ def large_tiles() -> Iterator[None]:
         return larger
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, sizes in (("attention.sizes", "default_sizes"), ("relative_bias_attention", "bias_gradient_sizes")):
+        for module, sizes in (("attention.sizes", "default_sizes"), ("attention.bias", "bias_gradient_sizes")):
             kernels = import_module(f"lion_kernels.{module}")
             patch.setattr(kernels, sizes, in_16_bits(getattr(kernels, sizes)))
         yield

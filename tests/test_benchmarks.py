@@ -27,6 +27,7 @@ from benchmarks.harness.work import work
 from lion_fast.check import tuning
 from lion_fast.check.cases import CASES
 from lion_fast.cli import main
+from lion_kernels.core import tuned_sizes
 from lion_kernels.core.cost import Cost
 from tests.extras import needs
 from tests.operators import OPERATORS
@@ -379,18 +380,18 @@ def test_tuning_takes_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) 
 
     def clock(call: Callable[[], object]) -> tuning.Seconds:
         """Eight warps are fastest, and two rows better than one."""
-        with_table = tuning.import_module("lion_kernels.core.rowwise").lookup("rms_norm_forward", "D64", dict(sizes))
+        with_table = tuned_sizes.lookup("rms_norm_forward", "D64", dict(sizes))
         cost = abs(with_table.get("num_warps", 4) - 8) + abs(with_table.get("BT", 32) - 64) / 64 + 1
         return tuning.Seconds(cost, 0.99 * cost, 1.01 * cost)
 
-    with tuning.table({}) as seen:
+    with tuned_sizes.overriding({}) as seen:
         case.run(tuning.make_tensors(case, DTYPE, DEVICE))
     sizes.update(seen["rms_norm_forward", "D64"])
     found = {one.key: one for one in tuning.tune((case,), DEVICE, DTYPE, time.time() + 100, clock)}
     best = found["rms_norm_forward", "D64"]
     assert best.sizes == {**sizes, "num_warps": 8, "BT": 64}
     assert best.after < best.before
-    assert tuning.import_module("lion_kernels.core.rowwise").lookup is tuning.tuned_sizes.lookup  # all is as it was
+    assert tuned_sizes.lookup("rms_norm_forward", "D64", sizes) == sizes  # all is as it was
 
     monkeypatch.setattr(tuning, "allowed", lambda dtype: -1.0)  # so every result is wrong
     with pytest.raises(ArithmeticError, match="differs"):

@@ -15,96 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lion_kernels.core import operator
 from lion_kernels.core.backend import (
     LAUNCH,
-    interpreting,
+    choose_backend,
     needs_dispatch,
     on_device,
     refuse_uninterpretable,
-    tl,
     triton,
     values_on_host,
 )
 from lion_kernels.core.cost import Cost
-from lion_kernels.core.rowwise import is_supported, last_contiguous, partial_sums, row_spec
+from lion_kernels.core.gather import assemble_inputs_backward_kernel, assemble_inputs_forward_kernel
+from lion_kernels.core.rowwise import last_contiguous, partial_sums, row_spec, why_unsupported
 from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
 SUM_TILE = {"BT": 32, "BD": 128, "num_warps": 4}  # of ids and channels in the sum over the soft prompt's places
-
-
-@triton.jit
-def assemble_inputs_forward_kernel(
-    p_prefix,
-    p_ids,
-    p_embedding,
-    p_soft_prompt,
-    p_out,
-    prefix_length,
-    length,
-    vocabulary,
-    soft_prompt_id,
-    stride_prefix_batch,
-    stride_prefix_row,
-    stride_embedding,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """A program writes BD channels of one row of out."""
-    i_row = tl.program_id(0)
-    i_batch, i_place = i_row // (prefix_length + length), i_row % (prefix_length + length)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    p_to = p_out + i_row.to(tl.int64) * D + o_d
-    if i_place < prefix_length:
-        p_from = p_prefix + i_batch.to(tl.int64) * stride_prefix_batch + i_place.to(tl.int64) * stride_prefix_row
-        tl.store(p_to, tl.load(p_from + o_d, mask=m_d).to(p_out.dtype.element_ty), mask=m_d)
-    else:
-        i_id = tl.load(p_ids + i_batch.to(tl.int64) * length + i_place - prefix_length).to(tl.int64)
-        if i_id == soft_prompt_id:
-            tl.store(p_to, tl.load(p_soft_prompt + o_d, mask=m_d).to(p_out.dtype.element_ty), mask=m_d)
-        elif (i_id >= 0) & (i_id < vocabulary):
-            tl.store(p_to, tl.load(p_embedding + i_id * stride_embedding + o_d, mask=m_d), mask=m_d)
-        else:
-            # Beyond the table nothing may be read. NaN shows where the host would have to wait to complain.
-            tl.store(p_to, tl.full([BD], float("nan"), tl.float32).to(p_out.dtype.element_ty), mask=m_d)
-
-
-@triton.jit
-def assemble_inputs_backward_kernel(
-    p_grad,
-    p_ids,
-    p_partial,
-    rows,
-    prefix_length,
-    length,
-    soft_prompt_id,
-    stride_batch,
-    stride_row,
-    D: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Program i takes every num_programs-th tile of ids from the i-th on, and reads the gradient only where the id is
-    the soft prompt's."""
-    i_program = tl.program_id(0)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    # [BD]
-    b_sum = tl.zeros([BD], dtype=tl.float32)
-    for i_tile in range(i_program, tl.cdiv(rows, BT), tl.num_programs(0)):
-        # [BT]
-        o_row = i_tile * BT + tl.arange(0, BT)
-        m_row = o_row < rows
-        b_id = tl.load(p_ids + o_row, mask=m_row, other=0)
-        m_row &= b_id.to(tl.int64) == soft_prompt_id
-        i_batch, i_place = (o_row // length).to(tl.int64), (prefix_length + o_row % length).to(tl.int64)
-        o_from = i_batch * stride_batch + i_place * stride_row
-        # [BT, BD]
-        mask = m_row[:, None] & m_d[None, :]
-        b_grad = tl.load(p_grad + o_from[:, None] + o_d[None, :], mask=mask, other=0.0)
-        b_sum += tl.sum(b_grad.to(tl.float32), 0)
-    tl.store(p_partial + i_program.to(tl.int64) * D + o_d, b_sum, mask=m_d)
 
 
 def _tile(channels: int) -> dict[str, int]:
@@ -126,21 +53,10 @@ def launch_forward(
         tile = _tile(channels)
         with on_device(embedding):
             assemble_inputs_forward_kernel[(batch * (prefix_length + length), triton.cdiv(channels, tile["BD"]))](
-                prefix,
-                input_ids.contiguous(),
-                embedding,
-                soft_prompt.contiguous(),
-                out,
-                prefix_length,
-                length,
-                embedding.shape[0],
-                soft_prompt_id,
-                prefix.stride(0),
-                prefix.stride(1),
-                embedding.stride(0),
-                **tile,
+                prefix, input_ids.contiguous(), embedding, soft_prompt.contiguous(), out, prefix_length, length,
+                embedding.shape[0], soft_prompt_id, prefix.stride(0), prefix.stride(1), embedding.stride(0), **tile,
                 **LAUNCH,
-            )
+            )  # fmt: skip
     return out
 
 
@@ -156,22 +72,15 @@ def launch_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Ten
     partial = torch.empty(programs, channels, dtype=torch.float32, device=grad.device)
     with on_device(grad):
         assemble_inputs_backward_kernel[(programs, blocks)](
-            grad,
-            input_ids.contiguous(),
-            partial,
-            batch * length,
-            grad.shape[1] - length,
-            length,
-            soft_prompt_id,
-            grad.stride(0),
-            grad.stride(1),
-            **tile,
-            **LAUNCH,
-        )
+            grad, input_ids.contiguous(), partial, batch * length, grad.shape[1] - length, length, soft_prompt_id,
+            grad.stride(0), grad.stride(1), **tile, **LAUNCH,
+        )  # fmt: skip
     return partial.sum(0)
 
 
-def _plain(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> Tensor:
+def plain_forward(
+    prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int
+) -> Tensor:
     """The same in PyTorch."""
     is_soft_prompt = input_ids == soft_prompt_id
     text = F.embedding(input_ids.masked_fill(is_soft_prompt, 0), embedding)
@@ -179,43 +88,15 @@ def _plain(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Te
     return torch.cat([prefix.to(text.dtype), text], dim=1)
 
 
-@torch.library.custom_op("lion_kernels::assemble_inputs", mutates_args=(), device_types="cuda")
-def _assemble_inputs(
-    prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int
-) -> Tensor:
-    return launch_forward(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
-
-
-@_assemble_inputs.register_kernel("cpu")
-def _(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> Tensor:
-    run = launch_forward if interpreting() else _plain
-    return run(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
-
-
-@_assemble_inputs.register_fake
-def _(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> Tensor:
-    batch, prefix_length, channels = prefix.shape
-    return embedding.new_empty(batch, prefix_length + input_ids.shape[1], channels)
-
-
-@torch.library.custom_op("lion_kernels::assemble_inputs_backward", mutates_args=(), device_types="cuda")
-def _assemble_inputs_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
-    return launch_backward(grad, input_ids, soft_prompt_id)
-
-
-@_assemble_inputs_backward.register_kernel("cpu")
-def _(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
-    if interpreting():
-        return launch_backward(grad, input_ids, soft_prompt_id)
+def plain_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
     return grad[:, grad.shape[1] - input_ids.shape[1] :][input_ids == soft_prompt_id].float().sum(0)
 
 
-@_assemble_inputs_backward.register_fake
-def _(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
+def fake_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
     return grad.new_empty(grad.shape[2], dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor) -> None:
     prefix, input_ids, embedding, soft_prompt, ctx.soft_prompt_id = inputs
     ctx.save_for_backward(input_ids)
     ctx.prefix_length, ctx.prefix_dtype = prefix.shape[1], prefix.dtype
@@ -233,11 +114,55 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor 
         ids = input_ids.masked_fill(~known, 0)
         dembedding = torch.ops.aten.embedding_dense_backward(rows, ids, ctx.vocabulary, -1, False)
     if ctx.needs_input_grad[3]:
-        dsoft_prompt = _assemble_inputs_backward(grad, input_ids, ctx.soft_prompt_id).to(ctx.soft_prompt_dtype)
+        dsoft_prompt = backward_op(grad, input_ids, ctx.soft_prompt_id).to(ctx.soft_prompt_dtype)
     return dprefix, None, dembedding, dsoft_prompt, None
 
 
-_assemble_inputs.register_autograd(_differentiate, setup_context=_save)
+def cost(batch: int, prefix_length: int, length: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """What forward and backward cannot avoid, with everything of one dtype, int64 ids and a frozen table.
+
+    Forward reads a row for each that it writes, and the ids. Backward reads the ids and, for one soft prompt a
+    sequence, the gradient there; dprefix is a view of the gradient.
+    """
+    ids, row = 8 * batch * length, dtype.itemsize * channels
+    return (
+        Cost(ids + 2 * batch * (prefix_length + length) * row, 0),
+        Cost(ids + (batch + 1) * row, batch * channels),
+    )
+
+
+def kernel_specs() -> list[KernelSpec]:
+    integers = ("prefix_length", "length", "vocabulary", "soft_prompt_id", "rows")
+    kinds = {**dict.fromkeys(integers, "i32"), "p_ids": "*i64", "p_partial": "*fp32"}
+    forward: Any = assemble_inputs_forward_kernel
+    backward: Any = assemble_inputs_backward_kernel
+    specs = []
+    for channels, dtype in itertools.product((64, 176, 2048, 4096), ("bf16", "fp32")):
+        default = _tile(channels)
+        measured = (tile for tile in shipped("assemble_inputs_forward") if tile["BD"] == default["BD"])
+        for tile in (default, *measured):
+            sizes = {"D": channels, "BD": tile["BD"]}
+            name = f"D={channels} BD={tile['BD']}"
+            specs.append(row_spec(name, forward, dtype, kinds, sizes, tile["num_warps"]))
+        for tile in (SUM_TILE, *shipped("assemble_inputs_backward")):
+            sizes = {"D": channels, "BT": tile["BT"], "BD": tile["BD"]}
+            name = f"D={channels} BT={tile['BT']} BD={tile['BD']}"
+            specs.append(row_spec(name, backward, dtype, kinds, sizes, tile["num_warps"]))
+    return specs
+
+
+backward_op = operator.define(
+    "assemble_inputs_backward", launch=launch_backward, plain=plain_backward, fake=fake_backward
+)
+forward_op = operator.define(
+    "assemble_inputs",
+    launch=launch_forward,
+    plain=plain_forward,
+    setup_context=_setup_context,
+    backward=_differentiate,
+    cost=cost,
+    kernel_specs=kernel_specs,
+)
 
 
 def assemble_inputs(
@@ -272,9 +197,9 @@ def assemble_inputs(
     _check(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
     arguments = (prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
     floating: dict[str, Tensor | None] = {"prefix": prefix, "embedding": embedding, "soft_prompt": soft_prompt}
-    if not is_supported("assemble_inputs", backend, floating):
-        return _plain(*arguments)
-    return _assemble_inputs(*arguments) if needs_dispatch(*floating.values()) else launch_forward(*arguments)
+    if choose_backend(backend, "assemble_inputs", embedding.device, why_unsupported(floating)) == "torch":
+        return plain_forward(*arguments)
+    return forward_op(*arguments) if needs_dispatch(*floating.values()) else launch_forward(*arguments)
 
 
 def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> None:
@@ -307,36 +232,3 @@ def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Te
                 f"input_ids: expected ids from 0 to {vocabulary - 1} (from embedding) or soft_prompt_id "
                 f"{soft_prompt_id}, got {ids}"
             )
-
-
-def cost(batch: int, prefix_length: int, length: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
-    """What forward and backward cannot avoid, with everything of one dtype, int64 ids and a frozen table.
-
-    Forward reads a row for each that it writes, and the ids. Backward reads the ids and, for one soft prompt a
-    sequence, the gradient there; dprefix is a view of the gradient.
-    """
-    ids, row = 8 * batch * length, dtype.itemsize * channels
-    return (
-        Cost(ids + 2 * batch * (prefix_length + length) * row, 0),
-        Cost(ids + (batch + 1) * row, batch * channels),
-    )
-
-
-def kernel_specs() -> list[KernelSpec]:
-    integers = ("prefix_length", "length", "vocabulary", "soft_prompt_id", "rows")
-    kinds = {**dict.fromkeys(integers, "i32"), "p_ids": "*i64", "p_partial": "*fp32"}
-    forward: Any = assemble_inputs_forward_kernel
-    backward: Any = assemble_inputs_backward_kernel
-    specs = []
-    for channels, dtype in itertools.product((64, 176, 2048, 4096), ("bf16", "fp32")):
-        default = _tile(channels)
-        measured = (tile for tile in shipped("assemble_inputs_forward") if tile["BD"] == default["BD"])
-        for tile in (default, *measured):
-            sizes = {"D": channels, "BD": tile["BD"]}
-            name = f"D={channels} BD={tile['BD']}"
-            specs.append(row_spec(name, forward, dtype, kinds, sizes, tile["num_warps"]))
-        for tile in (SUM_TILE, *shipped("assemble_inputs_backward")):
-            sizes = {"D": channels, "BT": tile["BT"], "BD": tile["BD"]}
-            name = f"D={channels} BT={tile['BT']} BD={tile['BD']}"
-            specs.append(row_spec(name, backward, dtype, kinds, sizes, tile["num_warps"]))
-    return specs

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lion_kernels.core import operator
 from lion_kernels.core.backend import (
     LAUNCH,
-    interpreting,
+    choose_backend,
     needs_dispatch,
     on_device,
     refuse_uninterpretable,
@@ -26,7 +27,7 @@ from lion_kernels.core.backend import (
     triton,
 )
 from lion_kernels.core.cost import Cost
-from lion_kernels.core.rowwise import as_rows, is_supported, row_spec
+from lion_kernels.core.rowwise import as_rows, row_spec, why_unsupported
 from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
@@ -59,20 +60,9 @@ def gated_gelu_forward_kernel(
 
 @triton.jit
 def gated_gelu_backward_kernel(
-    p_grad,
-    p_gate,
-    p_up,
-    p_dgate,
-    p_dup,
-    rows,
-    stride_grad,
-    stride_gate,
-    stride_up,
-    D,
-    blocks,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
+    p_grad, p_gate, p_up, p_dgate, p_dup, rows, stride_grad, stride_gate, stride_up, D, blocks,
+    BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     i_program = tl.program_id(0)
     o_row = (i_program // blocks * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     o_d = (i_program % blocks * BD + tl.arange(0, BD))[None, :]
@@ -108,17 +98,9 @@ def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
         blocks = triton.cdiv(channels, tile["BD"])
         with on_device(gate):
             gated_gelu_forward_kernel[(triton.cdiv(rows, tile["BT"]) * blocks,)](
-                gate_rows,
-                up_rows,
-                out,
-                rows,
-                gate_rows.stride(0),
-                up_rows.stride(0),
-                channels,
-                blocks,
-                **tile,
+                gate_rows, up_rows, out, rows, gate_rows.stride(0), up_rows.stride(0), channels, blocks, **tile,
                 **LAUNCH,
-            )
+            )  # fmt: skip
     return out
 
 
@@ -135,99 +117,30 @@ def launch_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -
         blocks = triton.cdiv(channels, tile["BD"])
         with on_device(gate):
             gated_gelu_backward_kernel[(triton.cdiv(rows, tile["BT"]) * blocks,)](
-                grad_rows,
-                gate_rows,
-                up_rows,
-                dgate if needs[0] else None,
-                dup if needs[1] else None,
-                rows,
-                grad_rows.stride(0),
-                gate_rows.stride(0),
-                up_rows.stride(0),
-                channels,
-                blocks,
-                **tile,
-                **LAUNCH,
-            )
+                grad_rows, gate_rows, up_rows, dgate if needs[0] else None, dup if needs[1] else None, rows,
+                grad_rows.stride(0), gate_rows.stride(0), up_rows.stride(0), channels, blocks, **tile, **LAUNCH,
+            )  # fmt: skip
     return dgate, dup
 
 
-@torch.library.custom_op("lion_kernels::gated_gelu", mutates_args=(), device_types="cuda")
-def _gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
-    return launch_forward(gate, up)
+def plain_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """The same in PyTorch."""
+    return (F.gelu(gate) * up).contiguous()
 
 
-@_gated_gelu.register_kernel("cpu")
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return launch_forward(gate, up) if interpreting() else (F.gelu(gate) * up).contiguous()
-
-
-@_gated_gelu.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("lion_kernels::gated_gelu_backward", mutates_args=(), device_types="cuda")
-def _gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    return launch_backward(grad, gate, up, needs)
-
-
-@_gated_gelu_backward.register_kernel("cpu")
-def _(grad, gate, up, needs):
-    if interpreting():
-        return launch_backward(grad, gate, up, needs)
+def plain_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     dgate = torch.ops.aten.gelu_backward(grad * up, gate) if needs[0] else gate.new_empty(0)
     dup = grad * F.gelu(gate) if needs[1] else gate.new_empty(0)
     return dgate.contiguous(), dup.contiguous()
 
 
-@_gated_gelu_backward.register_fake
-def _(grad, gate, up, needs):
-    dgate, dup = (gate.new_empty(gate.shape if needed else (0,)) for needed in needs)
-    return dgate, dup
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad)
-    gradients = _gated_gelu_backward(grad, *ctx.saved_tensors, needs)
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-
-
-_gated_gelu.register_autograd(_differentiate, setup_context=_save)
-
-
-def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
-    """`gate * Phi(gate) * up`, the exact GELU of the gate times up.
-
-    Args:
-        gate: [..., D], any leading dimensions, floating. It may be one half of a packed projection.
-        up: [..., D] in gate's dtype, the other half.
-        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32; for others "auto" is "torch".
-
-    Returns:
-        [..., D] in gate's dtype; the kernels compute in fp32 and round once.
-
-    Raises:
-        ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
-    """
-    _check(gate, up)
-    if not is_supported("gated_gelu", backend, {"gate": gate}):
-        return F.gelu(gate) * up
-    return _gated_gelu(gate, up) if needs_dispatch(gate, up) else launch_forward(gate, up)
-
-
-def _check(gate: Tensor, up: Tensor) -> None:
-    if gate.dim() == 0 or not gate.is_floating_point():
-        raise ValueError(f"gate: expected floating [..., D], got {gate.dtype} {list(gate.shape)}")
-    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
-        raise ValueError(
-            f"up: expected {gate.dtype} {list(gate.shape)} on {gate.device} (from gate), "
-            f"got {up.dtype} {list(up.shape)} on {up.device}"
-        )
+    return operator.asked_for(backward_op(grad, *ctx.saved_tensors, needs), needs)
 
 
 def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
@@ -252,3 +165,45 @@ def kernel_specs() -> list[KernelSpec]:
             name = f"BT={tile['BT']} BD={tile['BD']}"
             specs.append(row_spec(name, kernel, dtype, kinds, sizes, tile["num_warps"]))
     return specs
+
+
+backward_op = operator.define("gated_gelu_backward", launch=launch_backward, plain=plain_backward)
+forward_op = operator.define(
+    "gated_gelu",
+    launch=launch_forward,
+    plain=plain_forward,
+    setup_context=_setup_context,
+    backward=_differentiate,
+    cost=cost,
+    kernel_specs=kernel_specs,
+)
+
+
+def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """`gate * Phi(gate) * up`, the exact GELU of the gate times up.
+
+    Args:
+        gate: [..., D], any leading dimensions, floating. It may be one half of a packed projection.
+        up: [..., D] in gate's dtype, the other half.
+        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32; for others "auto" is "torch".
+
+    Returns:
+        [..., D] in gate's dtype; the kernels compute in fp32 and round once.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
+    """
+    _check(gate, up)
+    if choose_backend(backend, "gated_gelu", gate.device, why_unsupported({"gate": gate})) == "torch":
+        return F.gelu(gate) * up
+    return forward_op(gate, up) if needs_dispatch(gate, up) else launch_forward(gate, up)
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    if gate.dim() == 0 or not gate.is_floating_point():
+        raise ValueError(f"gate: expected floating [..., D], got {gate.dtype} {list(gate.shape)}")
+    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
+        raise ValueError(
+            f"up: expected {gate.dtype} {list(gate.shape)} on {gate.device} (from gate), "
+            f"got {up.dtype} {list(up.shape)} on {up.device}"
+        )

@@ -7,25 +7,59 @@ The gate g_e is one of
     dense     gate [..., E], a weight per row and expert (soft routing)
     sparse    gate [..., k] with expert_ids [..., k], the weights of the k experts of a row (top-k routing)
 
-In PyTorch, a weight per row and expert commutes with the up-projection, so the dense and sparse forms are one product
-over E * r inner channels; a weight per output channel does not, so the channel form adds up the experts one by one.
-`lion_kernels.low_rank.launch` has the kernels, and the algebra of backward.
+`lion_kernels.low_rank.launch` has the algebra of backward and the launches of the kernels that are in
+`lion_kernels.low_rank.kernels`; `lion_kernels.low_rank.plain` has the mixture in PyTorch.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.core.backend import interpreting, needs_dispatch
+from lion_kernels.core import operator
+from lion_kernels.core.backend import choose_backend, needs_dispatch
 from lion_kernels.core.cost import Cost
-from lion_kernels.core.rowwise import as_rows
+from lion_kernels.core.rowwise import as_rows, last_contiguous
 from lion_kernels.low_rank import launch as low_rank
-from lion_kernels.low_rank.gates import GateForm, KernelGate, align_left, check_gate, dense_from_sparse, flatten_gate
-from lion_kernels.low_rank.plain import plain_backward, plain_forward
+from lion_kernels.low_rank import plain
+from lion_kernels.low_rank.adapters import Adapters
+from lion_kernels.low_rank.gates import Gate, KernelGate, check_gate, flatten_gate
+from lion_kernels.low_rank.launch import Gradients
+from lion_kernels.low_rank.specs import kernel_specs
 
 
-@torch.library.custom_op("lion_kernels::mixture_of_adapters", mutates_args=(), device_types="cuda")
-def _forward(
+def launch_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, adapters: Adapters, gate: KernelGate, relu: bool, needs: list[bool]
+) -> list[Tensor]:
+    """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that `needs` does not name is empty."""
+    return _with_input(x, adapters, low_rank.launch_backward(grad, x, hidden, adapters, gate, relu, needs))
+
+
+def plain_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, adapters: Adapters, gate: KernelGate, relu: bool, needs: list[bool]
+) -> list[Tensor]:
+    return _with_input(x, adapters, plain.plain_backward(grad, x, hidden, adapters, gate, relu, needs))
+
+
+def _with_input(x: Tensor, adapters: Adapters, gradients: Gradients) -> list[Tensor]:
+    """x's gradient in the place of hidden's, and nothing in the place of None."""
+    dx = None if gradients.hidden is None else torch.mm(gradients.hidden, adapters.down_weight.flatten(0, 1))
+    return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients[1:])]
+
+
+def fake_forward(x: Tensor, adapters: Adapters, gate: KernelGate, residual: Tensor | None, relu: bool) -> Any:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    experts, rank, _ = adapters.down_weight.shape
+    out = x.new_empty(x.shape[0], adapters.up_weight.shape[1], dtype=dtype)
+    return out, x.new_empty(x.shape[0], experts * rank)
+
+
+def fake_backward(grad, x, hidden, adapters, gate, relu, needs) -> list[Tensor]:
+    inputs = (x, *adapters, gate.gate)
+    return [value.new_empty(value.shape) if need else x.new_empty(0) for value, need in zip(inputs, needs, strict=True)]
+
+
+def _bundle(
     x: Tensor,
     down_weight: Tensor,
     down_bias: Tensor | None,
@@ -37,31 +71,13 @@ def _forward(
     form: str,
     rows_per_gate: int,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """out [T, D] and hidden [T, E*r] from x [T, D] and a gate as `KernelGate` has it."""
-    flat = KernelGate(form, gate, ids, rows_per_gate)
-    out, hidden = low_rank.forward(x, down_weight, down_bias, up_weight, up_bias, flat, residual, relu, True)
-    assert hidden is not None
-    return out, hidden
+) -> tuple[Any, ...]:
+    """Of the op's arguments, x [T, D] and a gate as `KernelGate` has it, what the functions above take."""
+    adapters = Adapters(down_weight, down_bias, up_weight, up_bias)
+    return x, adapters, KernelGate(form, gate, ids, rows_per_gate), residual, relu
 
 
-@_forward.register_kernel("cpu")
-def _(x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, form, rows_per_gate, relu):
-    flat = KernelGate(form, gate, ids, rows_per_gate)
-    run = low_rank.forward if interpreting() else plain_forward
-    return run(x, down_weight, down_bias, up_weight, up_bias, flat, residual, relu, True)
-
-
-@_forward.register_fake
-def _(x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, form, rows_per_gate, relu):
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    experts, rank, _ = down_weight.shape
-    out = x.new_empty(x.shape[0], up_weight.shape[1], dtype=dtype)
-    return out, x.new_empty(x.shape[0], experts * rank)
-
-
-@torch.library.custom_op("lion_kernels::mixture_of_adapters_backward", mutates_args=(), device_types="cuda")
-def _backward(
+def _bundle_backward(
     grad: Tensor,
     x: Tensor,
     hidden: Tensor,
@@ -75,40 +91,18 @@ def _backward(
     rows_per_gate: int,
     relu: bool,
     needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that `needs` does not name is empty."""
-    flat = KernelGate(form, gate, ids, rows_per_gate)
-    return _run_backward(
-        low_rank.backward, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs
-    )
+) -> tuple[Any, ...]:
+    adapters = Adapters(down_weight, down_bias, up_weight, up_bias)
+    return grad, x, hidden, adapters, KernelGate(form, gate, ids, rows_per_gate), relu, needs
 
 
-@_backward.register_kernel("cpu")
-def _(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu, needs):
-    flat = KernelGate(form, gate, ids, rows_per_gate)
-    run = low_rank.backward if interpreting() else plain_backward
-    return _run_backward(run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, flat, relu, needs)
-
-
-def _run_backward(run, grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu, needs):
-    gradients = run(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, relu, needs)
-    dx = None if gradients.hidden is None else torch.mm(gradients.hidden, down_weight.flatten(0, 1))
-    return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients[1:])]
-
-
-@_backward.register_fake
-def _(grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, form, rows_per_gate, relu, needs):
-    inputs = (x, down_weight, down_bias, up_weight, up_bias, gate)
-    return [
-        value.new_empty(value.shape) if needed else x.new_empty(0) for value, needed in zip(inputs, needs, strict=True)
-    ]
-
-
-def _setup_context(ctx, inputs, output):
-    x, down_weight, down_bias, up_weight, up_bias, gate, ids, residual, *ctx.settings = inputs
+def _setup_context(ctx, inputs, output) -> None:
+    *differentiable, ids, residual, form, rows_per_gate, relu = inputs
+    x, *others = differentiable
     _, hidden = output
+    ctx.settings = form, rows_per_gate, relu
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids)
+    ctx.save_for_backward(x, hidden, *others, ids)
     ctx.mark_non_differentiable(hidden)
     ctx.set_materialize_grads(False)
 
@@ -116,20 +110,67 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, grad, _):
     if grad is None:
         return (None,) * 11
-    x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
-    gradients: list[Tensor] = []
+    wanted: tuple[Tensor | None, ...] = (None,) * 6
     if any(needs):
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        gradients = _backward(
-            grad, x, hidden, down_weight, down_bias, up_weight, up_bias, gate, ids, *ctx.settings, needs
-        )  # fmt: skip
-    wanted = (gradients[i] if needed else None for i, needed in enumerate(needs))
+        gradients = backward_op(last_contiguous(grad), *ctx.saved_tensors, *ctx.settings, needs)
+        wanted = operator.asked_for(gradients, needs)
     return *wanted, None, residual, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+def cost(
+    rows: int, channels: int, experts: int, rank: int, dtype: torch.dtype, *, residual: bool = True
+) -> tuple[Cost, Cost]:
+    """What forward and backward (of every input) cannot avoid, for x [rows, channels].
+
+    Forward moves x, residual and out; backward reads the gradient, x and the hidden channels that forward has written,
+    and writes x's gradient: rows of the gradient that are kept on chip give hidden's gradient, and with it x's and the
+    weights'. Weights move once, and so do their gradients.
+    """
+    inner = experts * rank
+    weights = 2 * channels * inner
+    moved = (3 if residual else 2) * rows * channels + weights
+    product = 2 * rows * channels * inner
+    return (
+        Cost(moved * dtype.itemsize, 2 * product),
+        Cost((3 * rows * channels + rows * inner + 2 * weights) * dtype.itemsize, 4 * product),
+    )
+
+
+backward_op = operator.define(
+    "mixture_of_adapters_backward",
+    launch=launch_backward,
+    plain=plain_backward,
+    fake=fake_backward,
+    bundle=_bundle_backward,
+)
+forward_op = operator.define(
+    "mixture_of_adapters",
+    launch=low_rank.launch_forward,
+    plain=plain.plain_forward,
+    fake=fake_forward,
+    bundle=_bundle,
+    setup_context=_setup_context,
+    backward=_differentiate,
+    cost=cost,
+    kernel_specs=kernel_specs,
+)
+
+
+def run_kernels(x: Tensor, adapters: Adapters, given: Gate, residual: Tensor | None, relu: bool) -> Tensor:
+    """The operator by the kernels; up_weight [E, N, r] and residual [..., N] may have another width than x."""
+    rows, weights = low_rank.cast_for_kernels(x, adapters)
+    adapters = Adapters(*weights)
+    gate = flatten_gate(given, x.shape[:-1], adapters.down_weight.shape[0])
+    if residual is not None:
+        residual = as_rows(residual)
+    if needs_dispatch(rows, *adapters, gate.gate, residual):
+        settings = gate.form, gate.rows_per_gate, relu
+        out, _ = forward_op(rows, *adapters, gate.gate, gate.ids, residual, *settings)
+    else:
+        out, _ = low_rank.launch_forward(rows, adapters, gate, residual, relu, save=False)
+    return out.view(*x.shape[:-1], adapters.up_weight.shape[1]).to(x.dtype)
 
 
 def mixture_of_adapters(
@@ -172,154 +213,19 @@ def mixture_of_adapters(
         ValueError: a shape, a dtype, a device, an activation or a backend that does not fit; the message names the
             argument.
     """
-    _check(x, down_weight, down_bias, up_weight, up_bias, residual, activation)
+    adapters = Adapters(down_weight, down_bias, up_weight, up_bias)
+    _check(x, adapters, residual, activation)
     experts, _, channels = down_weight.shape
-    form = check_gate(gate, x, experts, channels, task_ids, expert_ids)
-    weights = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
+    given = check_gate(gate, x, experts, channels, task_ids, expert_ids)
     others = {"gate": gate, "residual": residual, "task_ids": task_ids, "expert_ids": expert_ids}
-    low_rank.check_placement(x, weights, others)
-    relu = activation == "relu"
-    if low_rank.is_supported(x, backend, "mixture_of_adapters"):
-        return run_kernels(x, weights, gate, task_ids, expert_ids, residual, form, relu)
-    return compose(x, weights, gate, task_ids, expert_ids, residual, form, relu)
+    low_rank.check_placement(x, adapters._asdict(), others)
+    chosen = choose_backend(backend, "mixture_of_adapters", x.device, low_rank.why_unsupported(x))
+    run = run_kernels if chosen == "triton" and x.numel() else plain.compose
+    return run(x, adapters, given, residual, relu=activation == "relu")
 
 
-def cost(
-    rows: int, channels: int, experts: int, rank: int, dtype: torch.dtype, *, residual: bool = True
-) -> tuple[Cost, Cost]:
-    """What forward and backward (of every input) cannot avoid, for x [rows, channels].
-
-    Forward moves x, residual and out; backward reads the gradient, x and the hidden channels that forward has written,
-    and writes x's gradient: rows of the gradient that are kept on chip give hidden's gradient, and with it x's and the
-    weights'. Weights move once, and so do their gradients.
-    """
-    inner = experts * rank
-    weights = 2 * channels * inner
-    moved = (3 if residual else 2) * rows * channels + weights
-    product = 2 * rows * channels * inner
-    return (
-        Cost(moved * dtype.itemsize, 2 * product),
-        Cost((3 * rows * channels + rows * inner + 2 * weights) * dtype.itemsize, 4 * product),
-    )
-
-
-def run_kernels(
-    x: Tensor,
-    weights: dict[str, Tensor | None],
-    gate: Tensor,
-    task_ids: Tensor | None,
-    expert_ids: Tensor | None,
-    residual: Tensor | None,
-    form: GateForm,
-    relu: bool,
-) -> Tensor:
-    """The operator by the kernels; up_weight [E, N, r] and residual [..., N] may have another width than x."""
-    rows, weights = low_rank.cast_for_kernels(x, weights)
-    down_weight, up_weight = weights["down_weight"], weights["up_weight"]
-    assert down_weight is not None
-    assert up_weight is not None
-    flat = flatten_gate(form, gate, x.shape[:-1], down_weight.shape[0], task_ids, expert_ids)
-    if residual is not None:
-        residual = as_rows(residual)
-    arguments = (rows, down_weight, weights["down_bias"], up_weight, weights["up_bias"])
-    if needs_dispatch(*arguments, flat.gate, residual):
-        out, _ = _forward(*arguments, flat.gate, flat.ids, residual, form, flat.rows_per_gate, relu)
-    else:
-        out, _ = low_rank.forward(*arguments, flat, residual, relu, False)
-    return out.view(*x.shape[:-1], up_weight.shape[1]).to(x.dtype)
-
-
-def compose(
-    x: Tensor,
-    weights: dict[str, Tensor | None],
-    gate: Tensor,
-    task_ids: Tensor | None,
-    expert_ids: Tensor | None,
-    residual: Tensor | None,
-    form: GateForm,
-    relu: bool,
-) -> Tensor:
-    """The operator in PyTorch, differentiable by autograd."""
-    down_weight, down_bias, up_weight, up_bias = weights.values()
-    assert down_weight is not None
-    assert up_weight is not None
-    experts, rank, _ = down_weight.shape
-    hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
-    if relu:
-        hidden = F.relu(hidden)
-    hidden = hidden.unflatten(-1, (experts, rank))
-    leading = x.dim() - 1
-    if form == "channel":
-        assert task_ids is not None
-        if x.dim() == 3 and task_ids.shape == x.shape[:1] and x.shape[1] > rank:
-            out = _add_by_sequence(hidden, up_weight, up_bias, gate[task_ids.long()], residual)
-        else:
-            factor = align_left(gate[task_ids.long()], leading, trailing=2)  # [..., E, D]
-            out = _add_by_channel(hidden, up_weight, up_bias, factor, residual)
-    else:
-        if form == "sparse":
-            assert expert_ids is not None
-            gate = dense_from_sparse(gate, expert_ids, experts)
-        out = _add_by_row(hidden, up_weight, up_bias, align_left(gate, leading, trailing=1), residual)
-    return out.to(x.dtype)
-
-
-def _add_by_sequence(
-    hidden: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    factor: Tensor,
-    residual: Tensor | None,
-) -> Tensor:
-    """One product a sequence over E * r inner channels, its gate, factor [B, E, D], folded into the up-projection.
-
-    The gradient is then the one by which `low_rank` computes the weights' and the gate's: nothing of the size of x is
-    kept or gone over for them. With no more rows than the rank folding costs more than it saves.
-    """
-    weight = (factor.unsqueeze(-1) * up_weight).transpose(1, 2).flatten(2).mT  # [B, E * r, D]
-    bias = None if up_bias is None else (factor * up_bias).sum(1, keepdim=True)  # [B, 1, D]
-    inner = hidden.flatten(-2)
-    autocast = torch.is_autocast_enabled(inner.device.type)
-    if residual is None or autocast or not residual.dtype == weight.dtype == inner.dtype:
-        out = torch.bmm(inner, weight.to(inner.dtype))
-        out = out if bias is None else out + bias
-        return out if residual is None else residual + out
-    if bias is None:
-        return torch.baddbmm(residual, inner, weight)
-    return (residual + bias).baddbmm_(inner, weight)
-
-
-def _add_by_channel(
-    hidden: Tensor, up_weight: Tensor, up_bias: Tensor | None, factor: Tensor, residual: Tensor | None
-) -> Tensor:
-    out = residual
-    for expert in range(up_weight.shape[0]):
-        update = F.linear(hidden[..., expert, :], up_weight[expert], None if up_bias is None else up_bias[expert])
-        weighed = update * factor[..., expert, :]
-        out = weighed if out is None else out + weighed
-    assert out is not None
-    return out
-
-
-def _add_by_row(
-    hidden: Tensor, up_weight: Tensor, up_bias: Tensor | None, weights: Tensor, residual: Tensor | None
-) -> Tensor:
-    inner = (hidden * weights.unsqueeze(-1)).flatten(-2)  # [..., E * r]
-    out = F.linear(inner, up_weight.transpose(0, 1).flatten(1))
-    if up_bias is not None:
-        out = out + weights.to(up_bias.dtype) @ up_bias
-    return out if residual is None else residual + out
-
-
-def _check(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-) -> None:
+def _check(x: Tensor, adapters: Adapters, residual: Tensor | None, activation: str) -> None:
+    down_weight, down_bias, up_weight, up_bias = adapters
     if activation not in ("relu", "identity"):
         raise ValueError(f"activation: expected 'relu' or 'identity', got {activation!r}")
     if x.dim() == 0 or not x.is_floating_point():

@@ -16,56 +16,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.core.backend import interpreting, needs_dispatch
-from lion_kernels.core.cost import H200, Cost, floor_seconds
-from lion_kernels.core.tuned_sizes import lookup
+from lion_kernels.core import operator
+from lion_kernels.core.backend import choose_backend, needs_dispatch
+from lion_kernels.core.cost import Cost
+from lion_kernels.core.rowwise import last_contiguous
 from lion_kernels.low_rank import launch as low_rank
+from lion_kernels.low_rank import plain
+from lion_kernels.low_rank.adapters import Adapters
 from lion_kernels.low_rank.gates import KernelGate, check_gate, flatten_gate
-from lion_kernels.low_rank.plain import plain_backward, plain_forward
-from lion_kernels.mixture_of_adapters import compose, run_kernels
-
-# The rate of our product beside the library's, until a table says better for a GPU: an assumption, not a measurement.
-_ASSUMED_EFFICIENCY = 0.75
+from lion_kernels.low_rank.sizes import fuses
+from lion_kernels.low_rank.specs import kernel_specs
+from lion_kernels.mixture_of_adapters import run_kernels as add_by_kernels
 
 
-def _run_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: KernelGate,
-    keep_hidden: bool,
+def launch_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, gate: KernelGate, *, save: bool = True
 ) -> tuple[Tensor, Tensor | None]:
+    """y [T, Dout] and, to `save`, hidden [T, E*r]."""
     if fuses(x.shape[0], weight.shape[1], weight.shape[0], x.dtype):
-        return low_rank.launch_linear(x, weight, bias, lora_a, lora_b, gate, keep_hidden)
-    base = F.linear(x, weight, bias)
-    return low_rank.forward(x, lora_a, None, lora_b, None, gate, base, False, keep_hidden)
+        return low_rank.launch_linear(x, weight, bias, adapters, gate, save=save)
+    return low_rank.launch_forward(x, adapters, gate, F.linear(x, weight, bias), False, save=save)
 
 
-def _run_plain_forward(x, weight, bias, lora_a, lora_b, gate, keep_hidden):
-    return plain_forward(x, lora_a, None, lora_b, None, gate, F.linear(x, weight, bias), False, keep_hidden)
+def plain_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, gate: KernelGate
+) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch."""
+    return plain.plain_forward(x, adapters, gate, F.linear(x, weight, bias), False)
 
 
-def fuses(rows: int, channels_in: int, channels_out: int, dtype: torch.dtype) -> bool:
-    """Whether the update rides in the tile loop of x W^T: the GPU's table says, else the cost of both ways."""
-    by_cost = False
-    if dtype.itemsize == 2:
-        product = Cost(
-            (rows * (channels_in + channels_out) + channels_in * channels_out) * dtype.itemsize,
-            2 * rows * channels_in * channels_out,
-        )
-        ours = Cost(product.bytes, int(product.flops / _ASSUMED_EFFICIENCY))
-        added = Cost(2 * rows * channels_out * dtype.itemsize, 0)
-        library = floor_seconds(product, H200, dtype) + floor_seconds(added, H200, dtype)
-        by_cost = floor_seconds(ours, H200, dtype) < library
-    width = "narrow" if channels_in <= 1024 else "wide"
-    rows_class = "decode" if rows <= 16 else "few" if rows <= 1024 else "many"
-    return lookup("mixture_of_lora_linear", f"{rows_class}-{width}", {"fused": by_cost})["fused"]
+def fake_forward(x, weight, bias, adapters, gate) -> tuple[Tensor, Tensor]:
+    experts, rank, _ = adapters.down_weight.shape
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], experts * rank)
 
 
-@torch.library.custom_op("lion_kernels::mixture_of_lora_linear", mutates_args=(), device_types="cuda")
-def _forward(
+def launch_backward(grad, x, hidden, weight, adapters, gate, needs) -> list[Tensor]:
+    """Gradients of x, weight, bias, lora_a, lora_b and gate; one that `needs` does not name is empty."""
+    return _backward(low_rank.launch_backward, grad, x, hidden, weight, adapters, gate, needs)
+
+
+def plain_backward(grad, x, hidden, weight, adapters, gate, needs) -> list[Tensor]:
+    return _backward(plain.plain_backward, grad, x, hidden, weight, adapters, gate, needs)
+
+
+def _backward(run, grad, x, hidden, weight, adapters, gate, needs) -> list[Tensor]:
+    needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_gate = needs
+    needs_of_update = (needs_x, needs_a, False, needs_b, False, needs_gate)
+    update = run(grad, x, hidden, adapters, gate, False, needs_of_update)
+    dx = torch.mm(grad, weight).addmm_(update.hidden, adapters.down_weight.flatten(0, 1)) if needs_x else None
+    dweight = torch.mm(grad.t(), x) if needs_weight else None
+    dbias = grad.sum(0) if needs_bias else None
+    found = (dx, dweight, dbias, update.down_weight, update.up_weight, update.gate)
+    return [x.new_empty(0) if gradient is None else gradient for gradient in found]
+
+
+def fake_backward(grad, x, hidden, weight, adapters, gate, needs) -> list[Tensor]:
+    shapes = (x.shape, weight.shape, weight.shape[:1], adapters.down_weight.shape, adapters.up_weight.shape)
+    found = [x.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs[:5], strict=True)]
+    return [*found, gate.gate.new_empty(gate.gate.shape) if needs[5] else x.new_empty(0)]
+
+
+def _bundle(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -75,27 +86,12 @@ def _forward(
     ids: Tensor | None,
     form: str,
     rows_per_gate: int,
-) -> tuple[Tensor, Tensor]:
-    """y [T, Dout] and hidden [T, E*r] from x [T, Din] and a gate as `KernelGate` has it."""
-    out, hidden = _run_forward(x, weight, bias, lora_a, lora_b, KernelGate(form, gate, ids, rows_per_gate), True)
-    assert hidden is not None
-    return out, hidden
+) -> tuple:
+    """Of the op's arguments, x [T, Din] and a gate as `KernelGate` has it, what the functions above take."""
+    return x, weight, bias, Adapters(lora_a, None, lora_b, None), KernelGate(form, gate, ids, rows_per_gate)
 
 
-@_forward.register_kernel("cpu")
-def _(x, weight, bias, lora_a, lora_b, gate, ids, form, rows_per_gate):
-    run = _run_forward if interpreting() else _run_plain_forward
-    return run(x, weight, bias, lora_a, lora_b, KernelGate(form, gate, ids, rows_per_gate), True)
-
-
-@_forward.register_fake
-def _(x, weight, bias, lora_a, lora_b, gate, ids, form, rows_per_gate):
-    experts, rank, _ = lora_a.shape
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], experts * rank)
-
-
-@torch.library.custom_op("lion_kernels::mixture_of_lora_linear_backward", mutates_args=(), device_types="cuda")
-def _backward(
+def _bundle_backward(
     grad: Tensor,
     x: Tensor,
     hidden: Tensor,
@@ -107,39 +103,12 @@ def _backward(
     form: str,
     rows_per_gate: int,
     needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, weight, bias, lora_a, lora_b and gate; one that `needs` does not name is empty."""
-    flat = KernelGate(form, gate, ids, rows_per_gate)
-    return _run_backward(low_rank.backward, grad, x, hidden, weight, lora_a, lora_b, flat, needs)
+) -> tuple:
+    adapters = Adapters(lora_a, None, lora_b, None)
+    return grad, x, hidden, weight, adapters, KernelGate(form, gate, ids, rows_per_gate), needs
 
 
-@_backward.register_kernel("cpu")
-def _(grad, x, hidden, weight, lora_a, lora_b, gate, ids, form, rows_per_gate, needs):
-    run = low_rank.backward if interpreting() else plain_backward
-    flat = KernelGate(form, gate, ids, rows_per_gate)
-    return _run_backward(run, grad, x, hidden, weight, lora_a, lora_b, flat, needs)
-
-
-def _run_backward(run, grad, x, hidden, weight, lora_a, lora_b, gate, needs):
-    needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_gate = needs
-    gradients = run(
-        grad, x, hidden, lora_a, None, lora_b, None, gate, False, (needs_x, needs_a, False, needs_b, False, needs_gate)
-    )
-    dx = torch.mm(grad, weight).addmm_(gradients.hidden, lora_a.flatten(0, 1)) if needs_x else None
-    dweight = torch.mm(grad.t(), x) if needs_weight else None
-    dbias = grad.sum(0) if needs_bias else None
-    found = (dx, dweight, dbias, gradients.down_weight, gradients.up_weight, gradients.gate)
-    return [x.new_empty(0) if gradient is None else gradient for gradient in found]
-
-
-@_backward.register_fake
-def _(grad, x, hidden, weight, lora_a, lora_b, gate, ids, form, rows_per_gate, needs):
-    shapes = (x.shape, weight.shape, weight.shape[:1], lora_a.shape, lora_b.shape)
-    found = [x.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs[:5], strict=True)]
-    return [*found, gate.new_empty(gate.shape) if needs[5] else x.new_empty(0)]
-
-
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output) -> None:
     x, weight, _bias, lora_a, lora_b, gate, ids, *ctx.settings = inputs
     _, hidden = output
     ctx.save_for_backward(x, hidden, weight, lora_a, lora_b, gate, ids)
@@ -150,15 +119,48 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, grad, _):
     if grad is None:
         return (None,) * 9
-    x, hidden, weight, lora_a, lora_b, gate, ids = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    gradients = _backward(grad, x, hidden, weight, lora_a, lora_b, gate, ids, *ctx.settings, needs)
-    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return *wanted, None, None, None
+    gradients = backward_op(last_contiguous(grad), *ctx.saved_tensors, *ctx.settings, needs)
+    return *operator.asked_for(gradients, needs), None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+def cost(
+    rows: int, channels_in: int, channels_out: int, experts: int, rank: int, dtype: torch.dtype, *, frozen: bool = True
+) -> tuple[Cost, Cost]:
+    """What forward and backward cannot avoid, for x [rows, channels_in]; `frozen`: without W's gradient."""
+    inner, base = experts * rank, channels_in * channels_out
+    updates = (channels_in + channels_out) * inner
+    ends = rows * (channels_in + channels_out)
+    low_rank_product = 2 * rows * (channels_in + channels_out) * inner
+    dense_product = 2 * rows * base
+    return (
+        Cost((ends + base + updates) * dtype.itemsize, dense_product + low_rank_product),
+        Cost(
+            # x, the gradients of y and of x, and hidden once each; every weight and its gradient.
+            (ends + rows * (channels_in + inner) + base * (1 if frozen else 2) + 2 * updates) * dtype.itemsize,
+            dense_product * (1 if frozen else 2) + 2 * low_rank_product,
+        ),
+    )
+
+
+backward_op = operator.define(
+    "mixture_of_lora_linear_backward",
+    launch=launch_backward,
+    plain=plain_backward,
+    fake=fake_backward,
+    bundle=_bundle_backward,
+)
+forward_op = operator.define(
+    "mixture_of_lora_linear",
+    launch=launch_forward,
+    plain=plain_forward,
+    fake=fake_forward,
+    bundle=_bundle,
+    setup_context=_setup_context,
+    backward=_differentiate,
+    cost=cost,
+    kernel_specs=kernel_specs,
+)
 
 
 def mixture_of_lora_linear(
@@ -201,48 +203,28 @@ def mixture_of_lora_linear(
         ValueError: a shape, a dtype, a device or a backend that does not fit; the message names the argument.
     """
     _check(x, weight, bias, lora_a, lora_b, update_input)
+    adapters = Adapters(lora_a, None, lora_b, None)
     experts, _, _ = lora_a.shape
-    channels = weight.shape[0]
-    form = check_gate(gate, x, experts, channels, task_ids, expert_ids)
+    given = check_gate(gate, x, experts, weight.shape[0], task_ids, expert_ids)
     weights = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     others = {"gate": gate, "task_ids": task_ids, "expert_ids": expert_ids, "update_input": update_input}
     low_rank.check_placement(x, weights, others)
     if scaling != 1.0:
-        gate = gate * scaling
-    on_kernels = low_rank.is_supported(x, backend, "mixture_of_lora_linear")
+        given = given._replace(weights=gate * scaling)
+    chosen = choose_backend(backend, "mixture_of_lora_linear", x.device, low_rank.why_unsupported(x))
+    on_kernels = chosen == "triton" and x.numel() > 0
     if update_input is not None or not on_kernels:
-        base = F.linear(x, weight, bias)
-        pair = {"down_weight": lora_a, "down_bias": None, "up_weight": lora_b, "up_bias": None}
+        mixture = add_by_kernels if on_kernels else plain.compose
         read = x if update_input is None else update_input
-        run = run_kernels if on_kernels else compose
-        return run(read, pair, gate, task_ids, expert_ids, base, form, relu=False)
-    rows, cast = low_rank.cast_for_kernels(x, weights)
-    arguments = (rows, cast["weight"], cast["bias"], cast["lora_a"], cast["lora_b"])
-    flat = flatten_gate(form, gate, x.shape[:-1], experts, task_ids, expert_ids)
-    if needs_dispatch(*arguments, flat.gate):
-        out, _ = _forward(*arguments, flat.gate, flat.ids, form, flat.rows_per_gate)
+        return mixture(read, adapters, given, F.linear(x, weight, bias), relu=False)
+    rows, cast = low_rank.cast_for_kernels(x, (weight, bias, lora_a, lora_b))
+    kernel_gate = flatten_gate(given, x.shape[:-1], experts)
+    arguments = [rows, *cast, kernel_gate.gate, kernel_gate.ids, kernel_gate.form, kernel_gate.rows_per_gate]
+    if needs_dispatch(rows, *cast, kernel_gate.gate):
+        out, _ = forward_op(*arguments)
     else:
-        out, _ = _run_forward(*arguments, flat, False)  # type: ignore[arg-type]
-    return out.view(*x.shape[:-1], channels).to(x.dtype)
-
-
-def cost(
-    rows: int, channels_in: int, channels_out: int, experts: int, rank: int, dtype: torch.dtype, *, frozen: bool = True
-) -> tuple[Cost, Cost]:
-    """What forward and backward cannot avoid, for x [rows, channels_in]; `frozen`: without W's gradient."""
-    inner, base = experts * rank, channels_in * channels_out
-    updates = (channels_in + channels_out) * inner
-    ends = rows * (channels_in + channels_out)
-    low_rank_product = 2 * rows * (channels_in + channels_out) * inner
-    dense_product = 2 * rows * base
-    return (
-        Cost((ends + base + updates) * dtype.itemsize, dense_product + low_rank_product),
-        Cost(
-            # x, the gradients of y and of x, and hidden once each; every weight and its gradient.
-            (ends + rows * (channels_in + inner) + base * (1 if frozen else 2) + 2 * updates) * dtype.itemsize,
-            dense_product * (1 if frozen else 2) + 2 * low_rank_product,
-        ),
-    )
+        out, _ = launch_forward(*_bundle(*arguments), save=False)
+    return out.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
 def _check(

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lion_kernels.core import operator
 from lion_kernels.core.backend import (
     LAUNCH,
-    interpreting,
+    choose_backend,
     needs_dispatch,
     on_device,
     refuse_uninterpretable,
@@ -26,7 +27,7 @@ from lion_kernels.core.backend import (
     triton,
 )
 from lion_kernels.core.cost import Cost
-from lion_kernels.core.rowwise import WIDTHS, as_rows, is_supported, norm_specs, partial_sums, row_tile
+from lion_kernels.core.rowwise import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, why_unsupported
 from lion_kernels.core.specs import KernelSpec
 
 MAX_CHANNELS = 8192  # a row lives in the registers of one program
@@ -57,19 +58,9 @@ def rms_norm_forward_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    p_grad,
-    p_x,
-    p_weight,
-    p_rstd,
-    p_dx,
-    p_partial,
-    rows,
-    stride_grad,
-    stride_x,
-    D: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
+    p_grad, p_x, p_weight, p_rstd, p_dx, p_partial, rows, stride_grad, stride_x,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Program i takes every num_programs-th tile of rows from the i-th on, and adds up its part of dweight."""
     i_program = tl.program_id(0)
     o_d = tl.arange(0, BD)
@@ -100,7 +91,7 @@ def rms_norm_backward_kernel(
         tl.store(p_partial + i_program.to(tl.int64) * D + o_d, tl.sum(b_sum, 0), mask=m_d)
 
 
-def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool) -> tuple[Tensor, Tensor | None]:
+def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool = True) -> tuple[Tensor, Tensor | None]:
     """`out` like x in weight's dtype, and with `statistics` the rows' 1 / sqrt(mean(x^2) + eps), fp32."""
     refuse_uninterpretable(x=x, weight=weight)
     channels = x.shape[-1]
@@ -134,62 +125,19 @@ def launch_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs
     if programs:
         with on_device(x):
             rms_norm_backward_kernel[(programs,)](
-                grad_rows,
-                x_rows,
-                weight.contiguous(),
-                rstd,
-                dx if needs_x else None,
-                partial,
-                rows,
-                grad_rows.stride(0),
-                x_rows.stride(0),
-                **tile,
-                **LAUNCH,
-            )
+                grad_rows, x_rows, weight.contiguous(), rstd, dx if needs_x else None, partial, rows,
+                grad_rows.stride(0), x_rows.stride(0), **tile, **LAUNCH,
+            )  # fmt: skip
     return dx, x.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(0)
 
 
-def _plain(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The formula in PyTorch: `out`, and 1 / sqrt(mean(x^2) + eps) [..., 1]. Bit for bit T5LayerNorm below fp64."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (x * rstd).to(weight.dtype), rstd
-
-
-@torch.library.custom_op("lion_kernels::rms_norm", mutates_args=(), device_types="cuda")
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, rstd = launch_forward(x, weight, eps, statistics=True)
-    assert rstd is not None
-    return out, rstd
-
-
-@_rms_norm.register_kernel("cpu")
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if interpreting():
-        out, rstd = launch_forward(x, weight, eps, statistics=True)
-        assert rstd is not None
-        return out, rstd
-    out, rstd = _plain(x, weight, eps)
+def plain_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch."""
+    out, rstd = _formula(x, weight, eps)
     return out.contiguous(), rstd.flatten().float()
 
 
-@_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(rows, dtype=torch.float32)
-
-
-@torch.library.custom_op("lion_kernels::rms_norm_backward", mutates_args=(), device_types="cuda")
-def _rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor]:
-    return launch_backward(grad, x, weight, rstd, needs)
-
-
-@_rms_norm_backward.register_kernel("cpu")
-def _(grad, x, weight, rstd, needs):
-    if interpreting():
-        return launch_backward(grad, x, weight, rstd, needs)
+def plain_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     needs_x, needs_weight = needs
     scale = rstd.view(*x.shape[:-1], 1)
     n = x * scale
@@ -202,14 +150,14 @@ def _(grad, x, weight, rstd, needs):
     return dx.to(x.dtype, copy=True).contiguous(), dweight.float()
 
 
-@_rms_norm_backward.register_fake
-def _(grad, x, weight, rstd, needs):
-    needs_x, needs_weight = needs
-    dweight = x.new_empty(x.shape[-1] if needs_weight else 0, dtype=torch.float32)
-    return x.new_empty(x.shape if needs_x else (0,)), dweight
+def _formula(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The formula in PyTorch: `out`, and 1 / sqrt(mean(x^2) + eps) [..., 1]. Bit for bit T5LayerNorm below fp64."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (x * rstd).to(weight.dtype), rstd
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.set_materialize_grads(False)
 
@@ -219,48 +167,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
         return None, None, None
     x, weight, rstd = ctx.saved_tensors
     needs_x, needs_weight, _ = ctx.needs_input_grad
-    dx, dweight = _rms_norm_backward(grad, x, weight, rstd, [needs_x, needs_weight])
+    dx, dweight = backward_op(grad, x, weight, rstd, [needs_x, needs_weight])
     return dx if needs_x else None, dweight.to(weight.dtype) if needs_weight else None, None
-
-
-_rms_norm.register_autograd(_differentiate, setup_context=_save)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, as transformers' T5LayerNorm rounds it.
-
-    Statistics are taken in fp32. A half-precision weight rounds the normalised x to its dtype before it multiplies.
-
-    Args:
-        x: [..., D], any leading dimensions, floating.
-        weight: [D], floating; its dtype may differ from x's.
-        eps: added to the mean of the squares.
-        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32, and D up to 8192; for others "auto"
-            is "torch", which keeps fp64 in fp64.
-
-    Returns:
-        [..., D] in weight's dtype.
-
-    Raises:
-        ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
-    """
-    _check(x, weight)
-    if not is_supported("rms_norm", backend, {"x": x, "weight": weight}, MAX_CHANNELS):
-        return _plain(x, weight, eps)[0]
-    if needs_dispatch(x, weight):
-        return _rms_norm(x, weight, eps)[0]
-    return launch_forward(x, weight, eps, statistics=False)[0]
-
-
-def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
-    if weight.shape != x.shape[-1:] or not weight.is_floating_point():
-        raise ValueError(
-            f"weight: expected floating [{x.shape[-1]}] (D from x), got {weight.dtype} {list(weight.shape)}"
-        )
-    if weight.device != x.device:
-        raise ValueError(f"weight: expected device {x.device} (from x), got {weight.device}")
 
 
 def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
@@ -287,3 +195,53 @@ def kernel_specs() -> list[KernelSpec]:
             {"training": (), "frozen weight": ("p_partial",), "frozen x": ("p_dx",)},
         ),
     ]
+
+
+backward_op = operator.define("rms_norm_backward", launch=launch_backward, plain=plain_backward)
+forward_op = operator.define(
+    "rms_norm",
+    launch=launch_forward,
+    plain=plain_forward,
+    setup_context=_setup_context,
+    backward=_differentiate,
+    cost=cost,
+    kernel_specs=kernel_specs,
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, as transformers' T5LayerNorm rounds it.
+
+    Statistics are taken in fp32. A half-precision weight rounds the normalised x to its dtype before it multiplies.
+
+    Args:
+        x: [..., D], any leading dimensions, floating.
+        weight: [D], floating; its dtype may differ from x's.
+        eps: added to the mean of the squares.
+        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32, and D up to 8192; for others "auto"
+            is "torch", which keeps fp64 in fp64.
+
+    Returns:
+        [..., D] in weight's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
+    """
+    _check(x, weight)
+    unsupported = why_unsupported({"x": x, "weight": weight}, MAX_CHANNELS)
+    if choose_backend(backend, "rms_norm", x.device, unsupported) == "torch":
+        return _formula(x, weight, eps)[0]
+    if needs_dispatch(x, weight):
+        return forward_op(x, weight, eps)[0]
+    return launch_forward(x, weight, eps, statistics=False)[0]
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
+    if weight.shape != x.shape[-1:] or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: expected floating [{x.shape[-1]}] (D from x), got {weight.dtype} {list(weight.shape)}"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected device {x.device} (from x), got {weight.device}")

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import lion_kernels
 import lion_reference
 from lion_kernels.attention.plain import dropout_mask as attention_dropout_mask
 from lion_kernels.core.cost import Cost
+from lion_kernels.core.operator import OPERATORS as DEFINED
 from lion_kernels.residual_layer_norm import dropout_mask as row_dropout_mask
 
 DROPOUT_P = 0.25
@@ -293,7 +293,7 @@ def _size(shape: tuple[int, ...], channels: int) -> str:
 
 
 def _cost(operator: str, *arguments: Any, **options: Any) -> tuple[Cost, Cost]:
-    return import_module(f"lion_kernels.{operator}").cost(*arguments, **options)
+    return DEFINED[operator].cost(*arguments, **options)
 
 
 def _row_cost(operator: str, rows_of: str) -> Callable[[Tensors], tuple[Cost, Cost]]:

@@ -1,8 +1,6 @@
 """One case in one dtype: the kernels' output and gradients against the fp64 reference, and against themselves."""
 
 import functools
-import importlib
-import pkgutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-import lion_kernels
 from lion_fast.check.cases import Case, Tensors
+from lion_kernels.core.operator import all_kernels
 
 FP32_BOUND = 1e-5
 # In eps of a half-precision dtype, the most that is allowed whatever the plain formula is off, which rounds before its
@@ -198,7 +196,7 @@ def counted_launches() -> Iterator[Counter[str]]:
     """How often each kernel of lion_kernels is launched within, compiled or interpreted."""
     counter: Counter[str] = Counter()
     hooks = []
-    for kernel in _kernels():
+    for kernel in all_kernels():
         hook = functools.partial(_count, counter, kernel.__name__)
         kernel.add_pre_run_hook(hook)
         hooks.append((kernel, hook))
@@ -211,13 +209,3 @@ def counted_launches() -> Iterator[Counter[str]]:
 
 def _count(counter: Counter[str], kernel: str, /, *args: object, **kwargs: object) -> None:
     counter[kernel] += 1
-
-
-@functools.cache
-def _kernels() -> tuple:
-    from triton import KernelInterface
-
-    names = (info.name for info in pkgutil.walk_packages(lion_kernels.__path__, "lion_kernels."))
-    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
-    found = (value for module in modules for value in vars(module).values() if isinstance(value, KernelInterface))
-    return tuple({id(kernel): kernel for kernel in found}.values())

@@ -4,8 +4,6 @@
 each launch, which is noted and computes nothing. A process in which kernels are interpreted has no such launches.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,12 +13,12 @@ from unittest import mock
 
 import torch
 
-import lion_kernels
 from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import leaves, make_tensors, results_of
 from lion_fast.check.report import TIMED_DTYPE
 from lion_fast.check.uncomputed import Uncomputed
 from lion_kernels.core import backend
+from lion_kernels.core.operator import all_kernels
 from lion_kernels.core.specs import KernelSpec
 
 # The constant by which a kernel's products have rows; what is not in it has no product.
@@ -99,20 +97,13 @@ def recording() -> Iterator[Recording]:
     from triton.runtime.jit import JITFunction
 
     found = Recording()
-    # Once each: a launch that Triton knows does not come to the compiler again.
-    kernels = [kernel for module in _modules() for kernel in vars(module).values() if isinstance(kernel, JITFunction)]
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Hopper()))
-        for kernel in kernels:
+        for kernel in all_kernels():  # a launch that Triton knows does not come to the compiler again
             kernel.device_caches.clear()
             stack.callback(kernel.device_caches.clear)
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", _as_method(found)))
-        # As where kernels are interpreted, on the CPU; these are not.
-        stack.enter_context(mock.patch.object(backend, "_INTERPRETING", True))
-        for module in _modules():
-            for name, stand_in in (("interpreting", lambda: True), ("refuse_uninterpretable", lambda **_: None)):
-                if hasattr(module, name) and module is not backend:
-                    stack.enter_context(mock.patch.object(module, name, stand_in))
+        stack.enter_context(backend.launching_on_cpu())
         yield found
 
 
@@ -121,11 +112,6 @@ def _as_method(found: Recording) -> Callable[..., Any]:
         return found.note(kernel, *arguments, **keywords)
 
     return note
-
-
-def _modules() -> list[Any]:
-    names = (info.name for info in pkgutil.walk_packages(lion_kernels.__path__, "lion_kernels."))
-    return [importlib.import_module(name) for name in names if not name.endswith("__main__")]
 
 
 def record_check(found: Recording, dtypes: Sequence[torch.dtype]) -> None:

@@ -6,16 +6,12 @@ best kept before the next, and only where a result stays the same to rounding an
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from pkgutil import walk_packages
 from typing import Any
 
 import torch
 
-import lion_kernels
 from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import Draw, leaves, make_tensors, relative_error, results_of
 from lion_fast.check.timing import Clock, Seconds, measure
@@ -52,31 +48,9 @@ def candidates(name: str, value: Any) -> list[Any]:
     return [size for size in (value // 2, 2 * value) if size >= 1]
 
 
-@contextmanager
-def table(entries: dict[Key, Sizes]) -> Iterator[dict[Key, Sizes]]:
-    """Within, the operators find `entries` in place of a table, and what they look up is gathered with its default."""
-    seen: dict[Key, Sizes] = {}
-    plain = tuned_sizes.lookup
-
-    def lookup(operator: str, shape_class: str, default: Sizes) -> Sizes:
-        key = operator, shape_class
-        seen[key] = default
-        return {**default, **entries.get(key, {})}
-
-    names = (info.name for info in walk_packages(lion_kernels.__path__, "lion_kernels.") if "__main__" not in info.name)
-    modules = [module for module in map(import_module, names) if vars(module).get("lookup") is plain]
-    for module in modules:
-        module.lookup = lookup  # type: ignore[attr-defined]
-    try:
-        yield seen
-    finally:
-        for module in modules:
-            module.lookup = plain  # type: ignore[attr-defined]
-
-
 def looked_up(case: Case, device: torch.device, dtype: torch.dtype) -> dict[Key, Sizes]:
     """The defaults of everything that forward and backward of `case` look up."""
-    with table({}) as seen:
+    with tuned_sizes.overriding({}) as seen:
         results_of(case.run, leaves(make_tensors(case, dtype, device)))
     return seen
 
@@ -92,7 +66,7 @@ def tune(
     best: dict[Key, Sizes] = {}
     for case in cases:
         tensors, draw = make_tensors(case, dtype, device), Draw(device)
-        with table({}) as seen:
+        with tuned_sizes.overriding({}) as seen:
             expected = results_of(case.run, leaves(tensors), draw)
         for key, default in seen.items():
             if key in best or time.time() > deadline:
@@ -104,7 +78,7 @@ def tune(
 
 def _tune_one(case, tensors, draw, expected, key, default, best, deadline, clock) -> Found:
     def run(sizes: Sizes) -> Seconds:
-        with table({**best, key: sizes}):
+        with tuned_sizes.overriding({**best, key: sizes}):
             inputs = leaves(tensors)
             got = results_of(case.run, inputs, draw)
             for name, value in got.items():

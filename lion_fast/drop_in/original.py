@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lion_fast.model.attention import in_whole_eights, on_kernels
 from lion_fast.model.kernel_modules import OnKernels, ResidualOutputOnKernels
 from lion_kernels import mixture_of_adapters, multi_scale_attention, relative_bias_attention
-from lion_kernels.relative_bias_attention import relative_position_bucket
+from lion_kernels.attention.bias import relative_position_bucket
 
 
 class AdapterRouterOnKernels(OnKernels):

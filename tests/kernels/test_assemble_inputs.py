@@ -197,7 +197,7 @@ def test_opcheck(interpreted: bool, device: torch.device, monkeypatch: pytest.Mo
     """The operators' contracts with autograd and the compiler, by the kernels and by PyTorch on the CPU."""
     if not interpreted:
         device = torch.device("cpu")
-        monkeypatch.setattr(MODULE, "interpreting", lambda: False)
+        monkeypatch.setattr("lion_kernels.core.operator.launches_on_cpu", lambda: False)
     inputs = make_inputs(2, 3, 5, 48, device=device)
     arguments = (*(inputs[name] for name in ("prefix", "input_ids", "embedding", "soft_prompt")), BEYOND)
     torch.library.opcheck(torch.ops.lion_kernels.assemble_inputs.default, arguments)
@@ -206,7 +206,7 @@ def test_opcheck(interpreted: bool, device: torch.device, monkeypatch: pytest.Mo
 
 
 def test_the_operator_in_pytorch(monkeypatch: pytest.MonkeyPatch, relative_error: Measure) -> None:
-    monkeypatch.setattr(MODULE, "interpreting", lambda: False)
+    monkeypatch.setattr("lion_kernels.core.operator.launches_on_cpu", lambda: False)
     inputs = make_inputs(2, 3, 5, 48)
     expected = exact(inputs)
     for name, value in outputs_and_gradients(torch.ops.lion_kernels.assemble_inputs, inputs).items():

@@ -10,7 +10,8 @@ from tests.kernels.mutations import MUTATIONS, PACKAGE, Mutation, apply
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.name for mutation in MUTATIONS])
 def test_what_a_mutation_replaces_stands_there_once(mutation: Mutation, tmp_path: Path) -> None:
-    shutil.copy(PACKAGE / mutation.file, tmp_path)
+    (tmp_path / mutation.file).parent.mkdir(exist_ok=True)
+    shutil.copy(PACKAGE / mutation.file, tmp_path / mutation.file)
     apply(mutation, tmp_path)
     changed = (tmp_path / mutation.file).read_text(encoding="utf-8")
     assert changed != (PACKAGE / mutation.file).read_text(encoding="utf-8")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lion_kernels.attention.bias import bucket_by_distance
 from lion_kernels.attention.plain import dropout_mask
-from lion_kernels.relative_bias_attention import bucket_by_distance, cost, relative_bias_attention
+from lion_kernels.relative_bias_attention import cost, relative_bias_attention
 from lion_reference import relative_bias_attention as reference
 from lion_reference.relative_bias_attention import relative_position_bucket as reference_bucket
 from tests.kernels.gradients import gradients_over

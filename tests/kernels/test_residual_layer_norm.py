@@ -235,7 +235,7 @@ def test_opcheck(variant: str, interpreted: bool, device: torch.device, monkeypa
     """The operators' contracts with autograd and the compiler, by the kernels and by the CPU's formula."""
     if not interpreted:
         device = torch.device("cpu")
-        monkeypatch.setattr(MODULE, "interpreting", lambda: False)
+        monkeypatch.setattr("lion_kernels.core.operator.launches_on_cpu", lambda: False)
     inputs = make_inputs((2, 3, 48), torch.float32, device)
     if variant == "mixed dtypes":
         inputs["x"] = inputs["x"].detach().half().requires_grad_()
@@ -257,7 +257,7 @@ def test_opcheck(variant: str, interpreted: bool, device: torch.device, monkeypa
 def test_the_operator_by_formula(
     x_bias: bool, dropout: dict[str, Any], monkeypatch: pytest.MonkeyPatch, relative_error: Measure
 ) -> None:
-    monkeypatch.setattr(MODULE, "interpreting", lambda: False)
+    monkeypatch.setattr("lion_kernels.core.operator.launches_on_cpu", lambda: False)
     inputs = make_inputs((2, 3, 48), torch.float32, x_bias=x_bias)
     expected = exact(inputs, dropout)
     seed, p = (torch.tensor(SEED), P) if dropout else (None, 0.0)

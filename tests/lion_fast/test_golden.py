@@ -94,7 +94,7 @@ def model(converted: Path, request: pytest.FixtureRequest) -> LionForCausalLM:
 def large_tiles() -> Iterator[None]:
     """The interpreter takes as long for a tile of 16 rows, which suits fp32 on a GPU, as for one of 128."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, sizes in (("attention.sizes", "default_sizes"), ("relative_bias_attention", "bias_gradient_sizes")):
+        for module, sizes in (("attention.sizes", "default_sizes"), ("attention.bias", "bias_gradient_sizes")):
             kernels = import_module(f"lion_kernels.{module}")
             patch.setattr(kernels, sizes, in_16_bits(getattr(kernels, sizes)))
         yield

@@ -6,9 +6,7 @@ that the compiler does not; this needs no GPU either, but a process without `TRI
 
 import contextlib
 import functools
-import importlib
 import io
-import pkgutil
 import re
 import subprocess
 import tempfile
@@ -20,6 +18,7 @@ from typing import Any
 from lion_kernels.aot.occupancy import programs_per_multiprocessor
 from lion_kernels.aot.sass import main_loop
 from lion_kernels.core.backend import LAUNCH, interpreting
+from lion_kernels.core.operator import all_specs
 from lion_kernels.core.specs import KernelSpec
 
 # (backend, architecture, threads of a warp) as Triton names them.
@@ -152,18 +151,6 @@ def read_messages(text: str, vendor: str) -> tuple[int, int, tuple[str, ...]]:
     return _number(r"Used (\d+) registers", text), _number(r"(\d+) bytes stack frame", text), warnings
 
 
-def all_specs() -> Iterator[tuple[str, KernelSpec]]:
-    """(module name, spec) of every kernel of every module of lion_kernels that has `kernel_specs()`."""
-    package = importlib.import_module("lion_kernels")
-    for info in pkgutil.walk_packages(package.__path__, "lion_kernels."):
-        if info.name.endswith("__main__"):
-            continue
-        module = importlib.import_module(info.name)
-        name = info.name.removeprefix("lion_kernels.").removesuffix(".launch")
-        for spec in getattr(module, "kernel_specs", list)():
-            yield name, spec
-
-
 def one_each(specs: Iterable[tuple[str, KernelSpec]]) -> Iterator[tuple[str, KernelSpec]]:
     """The first spec of each kernel, module, type of values and size of GPU: enough to see what a compiler takes."""
     seen = set()
@@ -180,7 +167,7 @@ def selected_specs(modules: list[str] | None, *, only_one_each: bool) -> list[tu
     Raises:
         ValueError: a module has no kernels.
     """
-    specs = list(all_specs())
+    specs = all_specs()
     unknown = sorted(set(modules or ()) - {module for module, _ in specs})
     if unknown:
         raise ValueError(f"modules: expected some with kernels, got {', '.join(unknown)}")

@@ -1,4 +1,4 @@
-"""Launches of the attention kernels, and what the attention operators check and report alike."""
+"""Launches of the attention kernels, and what the attention operators check alike."""
 
 # A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lion_kernels.attention.backward import attention_backward_keys, attention_backward_queries
 from lion_kernels.attention.forward import attention_forward
-from lion_kernels.attention.sizes import NARROW, default_sizes, split_head_dim, tail, tile_sizes
+from lion_kernels.attention.sizes import NARROW, split_head_dim, tail, tile_sizes
 from lion_kernels.core.backend import DTYPES, LAUNCH, dot_precision, on_device, triton
 from lion_kernels.core.dropout import threshold_of
-from lion_kernels.core.specs import KernelSpec
 
 
 class Attention(NamedTuple):
@@ -93,7 +92,7 @@ def _stride_unit(*tensors: Tensor) -> int:
     return unit if all(stride % unit == 0 for x in tensors for stride in x.stride()[:-1]) else 1
 
 
-def attend(attention: Attention, out: Tensor, lse: Tensor | None) -> None:
+def launch_forward(attention: Attention, out: Tensor, lse: Tensor | None) -> None:
     """Writes attention to `out` and, unless it is None, the base-2 logarithm of every softmax's sum to `lse`.
 
     Args:
@@ -115,7 +114,7 @@ def attend(attention: Attention, out: Tensor, lse: Tensor | None) -> None:
         )
 
 
-def attend_backward(
+def launch_backward(
     attention: Attention,
     grad: Tensor,
     out: Tensor,
@@ -132,7 +131,7 @@ def attend_backward(
 
     Args:
         grad: of `out`, laid out as that may be.
-        out, lse: as `attend` wrote them.
+        out, lse: as `launch_forward` wrote them.
         delta: [B, H, L] in fp32; what dq, dk and the gradients of `gate` and bias need.
         dq: [B, L, H, Dh], contiguous.
         dk, dv: [B, M, H, Dh], contiguous.
@@ -183,17 +182,13 @@ def _narrow_tail(length: int, tile: int) -> int:
     return NARROW if tile > NARROW and tail(length, tile) == NARROW else 0
 
 
-def supported(q: Tensor) -> bool:
-    """Whether the kernels take q's dtype and head dimension."""
-    return q.dtype in DTYPES and q.shape[-1] in range(8, 129, 8)
-
-
-def check_supported(q: Tensor) -> None:
-    """Raises ValueError for what only the "torch" backend takes."""
+def why_unsupported(q: Tensor) -> str | None:
+    """Why the kernels do not take queries of this dtype and head dimension; None where they do."""
     if q.dtype not in DTYPES:
-        raise ValueError(f"q: expected float16, bfloat16 or float32 for backend 'triton', got {q.dtype}")
-    if not supported(q):
-        raise ValueError(f"q: expected Dh a multiple of 8 up to 128 for backend 'triton', got {list(q.shape)}")
+        return f"q: expected float16, bfloat16 or float32 for backend 'triton', got {q.dtype}"
+    if q.shape[-1] not in range(8, 129, 8):
+        return f"q: expected Dh a multiple of 8 up to 128 for backend 'triton', got {list(q.shape)}"
+    return None
 
 
 def check_alike(q: Tensor, others: dict[str, Tensor]) -> None:
@@ -223,116 +218,3 @@ def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:
     for name, x in others.items():
         if x is not None and x.device != q.device:
             raise ValueError(f"{name}: expected on {q.device} (from q), got {x.device}")
-
-
-def specs(
-    operator: str,
-    head_dim: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    rows: str = "many",
-    mask: bool = False,
-    bias: bool = False,
-    gate: bool = False,
-    causal: bool = False,
-    dropout: bool = False,
-    compact: bool = False,
-    frozen: str | None = None,
-) -> list[KernelSpec]:
-    """The three kernels as `attend` and `attend_backward` launch them, for the ahead-of-time report.
-
-    Args:
-        frozen: "q", "k" or "v": only the kernel that writes its gradient, as it is where that is not asked for.
-    """
-    optional = {"p_mask": mask, "p_bias": bias, "p_seed": dropout, "p_gate": gate, "p_previous": gate}
-    used = {**optional, f"p_d{frozen}": False}
-    features = {"mask": mask, "bias": bias, "gate": gate, "causal": causal, "dropout": dropout, "compact": compact}
-    suffix = "".join(f" {name}" for name, on in features.items() if on) + (f" frozen {frozen}" if frozen else "")
-    kernels = {
-        "forward": attention_forward,
-        "backward_queries": attention_backward_queries,
-        "backward_keys": attention_backward_keys,
-    }
-    out = []
-    for kernel, function in kernels.items():
-        if frozen and f"p_d{frozen}" not in function.arg_names:
-            continue
-        width = sum(split_head_dim(head_dim, kernel))
-        sizes = default_sizes(kernel, dtype, width, rows, bias=bias, dropout=dropout, compact=compact)
-        tile_m, tile_n = sizes["BM"], sizes["BN"]
-        constexprs = {
-            **{name: None for name, on in used.items() if not on and name in function.arg_names},
-            "BM": tile_m,
-            "BN": tile_n,
-            "ROW_TAIL": NARROW if tile_m > NARROW or kernel == "backward_keys" else 0,
-            "COLUMN_TAIL": (NARROW if tile_n > NARROW else 0) if kernel == "backward_keys" else 0 if causal else NARROW,
-            "CAUSAL": causal,
-        }
-        out.append(
-            kernel_spec(
-                f"{operator} {kernel} {_KINDS[dtype]} Dh={head_dim} {rows} {tile_m}x{tile_n}{suffix}",
-                kernel,
-                function,
-                head_dim,
-                dtype,
-                sizes,
-                constexprs,
-                {"p_dq": "*fp32"} if gate else {},
-                # Without dq only delta is left, which is no matrix product.
-                product_rows=0 if frozen == "q" else tile_n if kernel == "backward_keys" else tile_m,
-                compact=compact,
-            )
-        )
-    return out
-
-
-_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def kernel_spec(
-    name: str,
-    kernel: str,
-    function: Any,
-    head_dim: int,
-    dtype: torch.dtype,
-    sizes: dict[str, int],
-    constexprs: dict[str, Any],
-    kinds: dict[str, str],
-    *,
-    product_rows: int,
-    compact: bool,
-) -> KernelSpec:
-    """`function` as it is launched with the arguments of an `Attention`.
-
-    Args:
-        kernel: as `split_head_dim` knows it.
-        constexprs: those that are not the same in every kernel.
-        kinds: types of arguments that are not what their names say in every kernel.
-        product_rows: rows of the matrix products.
-    """
-    piece1, piece2 = split_head_dim(head_dim, kernel)
-    kinds = {
-        **dict.fromkeys(("scale", "rescale"), "fp32"),
-        **dict.fromkeys(("p_lse", "p_delta", "p_previous"), "*fp32"),
-        "p_mask": "*u8",
-        "p_seed": "*i64",
-        **kinds,
-    }
-    return KernelSpec(
-        name=name,
-        kernel=function,
-        signature={x: kinds.get(x, f"*{_KINDS[dtype]}" if x.startswith("p_") else "i32") for x in function.arg_names},
-        constexprs={
-            "HEAD_DIM": head_dim,
-            "D1": piece1,
-            "D2": piece2,
-            "UNIT": 16 // dtype.itemsize,
-            "PRECISION": "ieee",
-            **constexprs,
-        },
-        num_warps=sizes["num_warps"],
-        num_stages=sizes["num_stages"],
-        # Warp groups multiply 64 rows at least, and nothing multiplies fp32 without rounding it.
-        matrix=dtype != torch.float32 and product_rows >= 64,
-        compact=compact,
-    )

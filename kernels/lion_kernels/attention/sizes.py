@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from lion_kernels.core import tuned_sizes
 from lion_kernels.core.backend import triton
-from lion_kernels.core.tuned_sizes import is_compact, lookup
+from lion_kernels.core.tuned_sizes import lookup
 
 NARROW = 16  # the least rows or columns that a matrix product takes
 
@@ -40,7 +41,9 @@ def tile_sizes(kernel: str, q: Tensor, length: int, *, bias: bool, dropout: bool
     rows = "few" if length <= 16 else "some" if length <= 64 else "many"
     features = f"{' bias' if bias else ''}{' dropout' if dropout else ''}"
     shape_class = f"{kernel} {8 * q.dtype.itemsize}-bit width={width} {rows}{features}"
-    default = default_sizes(kernel, q.dtype, width, rows, bias=bias, dropout=dropout, compact=is_compact(q.device))
+    default = default_sizes(
+        kernel, q.dtype, width, rows, bias=bias, dropout=dropout, compact=tuned_sizes.is_compact(q.device)
+    )
     return lookup("attention", shape_class, default)
 
 

@@ -5,7 +5,8 @@ stand-ins, with which such a module still imports; its operators then run in PyT
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import NoneType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 
 # Read once, when the kernels are decorated: setting the variable later does not turn them into interpreted ones.
 _INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+_launching_on_cpu = False
 
 
 def _let_loops_run_to_numbers_of_the_call() -> None:
@@ -62,6 +64,22 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
+def launches_on_cpu() -> bool:
+    """Whether kernels are launched on tensors of the CPU: interpreted ones, and any within `launching_on_cpu`."""
+    return _INTERPRETING or _launching_on_cpu
+
+
+@contextmanager
+def launching_on_cpu() -> Iterator[None]:
+    """Within, calls with tensors on the CPU launch compiled kernels, for who records launches and runs none."""
+    global _launching_on_cpu
+    before, _launching_on_cpu = _launching_on_cpu, True
+    try:
+        yield
+    finally:
+        _launching_on_cpu = before
+
+
 def resolve_backend(backend: str, operator: str, device: torch.device) -> str:
     """The implementation, "triton" or "torch", that `operator` runs on `device` when asked for `backend`.
 
@@ -79,7 +97,7 @@ def resolve_backend(backend: str, operator: str, device: torch.device) -> str:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "torch":
         return "torch"
-    runs = HAS_TRITON and (device.type == "cuda" or (device.type == "cpu" and _INTERPRETING))
+    runs = HAS_TRITON and (device.type == "cuda" or (device.type == "cpu" and launches_on_cpu()))
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError(f"backend: {operator} has no 'triton' here, triton cannot be imported; use 'torch'")
@@ -90,6 +108,23 @@ def resolve_backend(backend: str, operator: str, device: torch.device) -> str:
             )
         return "triton"
     return "triton" if runs and device.type == "cuda" else "torch"
+
+
+def choose_backend(backend: str, operator: str, device: torch.device, unsupported: str | None) -> str:
+    """The implementation, "triton" or "torch", of one call: `resolve_backend`'s, if the kernels take the arguments.
+
+    Args:
+        unsupported: why the kernels do not take them, for the error; None where they do. `"auto"` is `"torch"` then.
+
+    Raises:
+        ValueError: as `resolve_backend`, and where `backend` is `"triton"` and the kernels do not take the arguments.
+    """
+    resolved = resolve_backend(backend, operator, device)
+    if resolved == "torch" or unsupported is None:
+        return resolved
+    if backend == "triton":
+        raise ValueError(unsupported)
+    return "torch"
 
 
 def refuse_uninterpretable(**tensors: Tensor | None) -> None:

@@ -26,6 +26,16 @@ def keep_four(seed, threshold, b_0, b_1, b_2, b_3):
     return tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
 
 
+@triton.jit
+def keep_block(p_seed, threshold, o_row, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """[BT, BD], true where dropout keeps the value."""
+    # [BT, BD / 4]
+    b_row = o_row[:, None] + tl.zeros([BT, BD // 4], dtype=tl.int32)
+    b_quad = tl.arange(0, BD // 4)[None, :] + tl.zeros([BT, BD // 4], dtype=tl.int32)
+    b_zero = tl.zeros([BT, BD // 4], dtype=tl.int32)
+    return tl.reshape(keep_four(tl.load(p_seed), threshold, b_quad, b_row, b_zero, b_zero), [BT, BD]) != 0
+
+
 def check_dropout(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> None:
     """Raises ValueError for a probability or a seed that no operator takes which runs on `device`."""
     if not 0.0 <= dropout_p < 1.0:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.core.backend import DTYPES, resolve_backend, triton
+from lion_kernels.core.backend import DTYPES, triton
 from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
@@ -28,28 +28,12 @@ def as_rows(x: Tensor) -> Tensor:
     return last_contiguous(x.reshape(-1, x.shape[-1]))
 
 
-def is_supported(
-    operator: str, backend: str, tensors: dict[str, Tensor | None], max_channels: int | None = None
-) -> bool:
-    """Whether the kernels compute `operator`; "auto" leaves to PyTorch what they do not take.
+def why_unsupported(tensors: dict[str, Tensor | None], max_channels: int | None = None) -> str | None:
+    """Why the kernels do not take a call; None where they do.
 
     Args:
-        tensors: the floating arguments by name; the first has the channels, and is where the operator runs.
-
-    Raises:
-        ValueError: `backend` is "triton" and they do not take one of `tensors`.
+        tensors: the floating arguments by name; the first has the channels.
     """
-    x = next(iter(tensors.values()))
-    assert x is not None
-    if resolve_backend(backend, operator, x.device) == "torch":
-        return False
-    reason = _unsupported(tensors, max_channels)
-    if reason is not None and backend == "triton":
-        raise ValueError(reason)
-    return reason is None
-
-
-def _unsupported(tensors: dict[str, Tensor | None], max_channels: int | None) -> str | None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"{name}: expected float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"

@@ -7,8 +7,10 @@ ships for a GPU that nobody measured; there the operator's own default holds. A 
 import functools
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,14 +19,40 @@ FOLDER = Path(__file__).parents[1] / "tuned_sizes"
 # Bytes of shared memory that a program may have on data-center GPUs since the A100; below, sizes are compact.
 COMPACT_BELOW = 160 * 1024
 
+_overridden: "_Override | None" = None
+
+
+class _Override(NamedTuple):
+    entries: dict[tuple[str, str], dict[str, Any]]
+    seen: dict[tuple[str, str], dict[str, Any]]
+
 
 def lookup(operator: str, shape_class: str, default: dict[str, Any]) -> dict[str, Any]:
     """`default`, with what the current GPU's table says about `operator` at `shape_class` in its place.
 
     Never raises for an unknown GPU, and without one is `default`.
     """
+    if _overridden is not None:
+        key = operator, shape_class
+        _overridden.seen[key] = default
+        return {**default, **_overridden.entries.get(key, {})}
     measured = _table(_gpu()).get(operator, {}).get(shape_class)
     return default if measured is None else {**default, **measured}
+
+
+@contextmanager
+def overriding(entries: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[tuple[str, str], dict[str, Any]]]:
+    """Within, `lookup` finds `entries`, by operator and shape class, in place of the GPU's table.
+
+    Gives what is looked up within, with its default.
+    """
+    global _overridden
+    before, seen = _overridden, {}
+    _overridden = _Override(entries, seen)
+    try:
+        yield seen
+    finally:
+        _overridden = before
 
 
 def shipped(operator: str) -> list[dict[str, Any]]:

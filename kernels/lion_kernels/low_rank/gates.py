@@ -15,6 +15,22 @@ from lion_kernels.core.backend import values_on_host
 GateForm = Literal["channel", "dense", "sparse"]
 
 
+class Gate(NamedTuple):
+    """A gate as the operators are given it.
+
+    Attributes:
+        form: what the ids say, see `check_gate`.
+        weights: [R, E, N] (channel), [..., k] (sparse) or [..., E] (dense).
+        task_ids: of a channel gate.
+        expert_ids: of a sparse gate.
+    """
+
+    form: GateForm
+    weights: Tensor
+    task_ids: Tensor | None
+    expert_ids: Tensor | None
+
+
 class KernelGate(NamedTuple):
     """A gate as the kernels take it: contiguous, and with row `t // rows_per_gate` of it for row t of x [T, D].
 
@@ -30,15 +46,10 @@ class KernelGate(NamedTuple):
     rows_per_gate: int
 
 
-def flatten_gate(
-    form: GateForm,
-    gate: Tensor,
-    leading: torch.Size,
-    experts: int,
-    task_ids: Tensor | None,
-    expert_ids: Tensor | None,
-) -> KernelGate:
-    """The gate of x [*leading, D], differentiable in `gate`; copied only where it broadcasts over a first dimension."""
+def flatten_gate(given: Gate, leading: torch.Size, experts: int) -> KernelGate:
+    """The gate of x [*leading, D], differentiable in its weights; copied only where it broadcasts over a first
+    dimension."""
+    form, gate, task_ids, expert_ids = given
     if form == "channel":
         assert task_ids is not None
         ids, rows_per_gate = _flatten(task_ids, leading, trailing=0)
@@ -66,8 +77,8 @@ def _flatten(tensor: Tensor, leading: torch.Size, trailing: int) -> tuple[Tensor
 
 def check_gate(
     gate: Tensor, x: Tensor, experts: int, channels: int, task_ids: Tensor | None, expert_ids: Tensor | None
-) -> GateForm:
-    """The gate's form: "channel" with `task_ids`, "sparse" with `expert_ids`, else "dense".
+) -> Gate:
+    """The gate, of the form "channel" with `task_ids`, "sparse" with `expert_ids`, else "dense".
 
     Args:
         gate: [R, experts, channels], [..., k] or [..., experts].
@@ -87,17 +98,17 @@ def check_gate(
             raise ValueError(f"gate: expected [R, {experts}, {channels}] with task_ids, got {list(gate.shape)}")
         _check_leading("task_ids", task_ids.shape, x)
         _check_ids("task_ids", task_ids, 0, gate.shape[0])
-        return "channel"
+        return Gate("channel", gate, task_ids, expert_ids)
     if expert_ids is not None:
         if gate.dim() == 0 or gate.shape != expert_ids.shape:
             raise ValueError(f"expert_ids: expected {list(gate.shape)} (from gate), got {list(expert_ids.shape)}")
         _check_leading("gate", gate.shape[:-1], x)
         _check_ids("expert_ids", expert_ids, -1, experts)
-        return "sparse"
+        return Gate("sparse", gate, task_ids, expert_ids)
     if gate.dim() == 0 or gate.shape[-1] != experts:
         raise ValueError(f"gate: expected [..., {experts}] (E from down_weight), got {list(gate.shape)}")
     _check_leading("gate", gate.shape[:-1], x)
-    return "dense"
+    return Gate("dense", gate, task_ids, expert_ids)
 
 
 def align_left(tensor: Tensor, rows: int, trailing: int) -> Tensor:

@@ -25,17 +25,16 @@ Algebra: LION (arXiv 2311.11860), section 3.3; LoRA (2106.09685); the split of f
 expand (2310.18547).
 """
 
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lion_kernels.core.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable, resolve_backend
+from lion_kernels.core import tuned_sizes
+from lion_kernels.core.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable
 from lion_kernels.core.rowwise import as_rows
-from lion_kernels.core.specs import KernelSpec
-from lion_kernels.core.tuned_sizes import is_compact, shipped
+from lion_kernels.low_rank.adapters import Adapters
 from lion_kernels.low_rank.gates import KernelGate
 from lion_kernels.low_rank.kernels import (
     hidden_gradient_kernel,
@@ -48,23 +47,15 @@ from lion_kernels.low_rank.kernels import (
 from lion_kernels.low_rank.sizes import Problem, cdiv
 
 
-def forward(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate: KernelGate,
-    residual: Tensor | None,
-    relu: bool,
-    keep_hidden: bool,
+def launch_forward(
+    x: Tensor, adapters: Adapters, gate: KernelGate, residual: Tensor | None, relu: bool, *, save: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """out [T, N] in the wider dtype of x and residual, and hidden [T, E*r] where it is kept for backward.
+    """out [T, N] in the wider dtype of x and residual, and hidden [T, E*r], to `save` for backward.
 
     Two launches. With few rows the first is split over channels, and the second adds up its parts.
     """
-    problem = _problem(x, down_weight, down_bias, up_weight, up_bias, gate, residual is not None, relu)
-    hidden, splits = launch_hidden(problem, x, down_weight, down_bias, gate, may_split=not keep_hidden)
+    problem = _problem(x, adapters, gate, residual is not None, relu)
+    hidden, splits = launch_hidden(problem, x, adapters, gate, may_split=not save)
     constants = problem.constants("update", split=splits > 1)
     channels = problem.channels_out
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -74,39 +65,33 @@ def forward(
     channels_per_program = constants["BN"] * cdiv(cdiv(channels, programs), constants["BN"])
     with on_device(x):
         update_kernel[(row_tiles, cdiv(channels, channels_per_program))](
-            hidden, down_bias, up_weight, up_bias, gate.gate, gate.ids, residual, out,
+            hidden, adapters.down_bias, adapters.up_weight, adapters.up_bias, gate.gate, gate.ids, residual, out,
             problem.rows, channels, 0 if residual is None else residual.stride(0), gate.rows_per_gate,
             channels_per_program, splits, **constants, **LAUNCH,
         )  # fmt: skip
-    return out, hidden if keep_hidden else None
+    return out, hidden if save else None
 
 
 def launch_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: KernelGate,
-    keep_hidden: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, gate: KernelGate, *, save: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """x weight^T + bias + the gated low-rank updates in one tile loop, and hidden [T, E*r] where it is kept."""
-    problem = _problem(x, lora_a, None, lora_b, None, gate, False, False)._replace(has_linear_bias=bias is not None)
-    hidden, splits = launch_hidden(problem, x, lora_a, None, gate, may_split=not keep_hidden)
+    """x weight^T + bias + the gated low-rank updates in one tile loop, and hidden [T, E*r], to `save`."""
+    problem = _problem(x, adapters, gate, False, False)._replace(has_linear_bias=bias is not None)
+    hidden, splits = launch_hidden(problem, x, adapters, gate, may_split=not save)
     constants = problem.constants("linear", split=splits > 1)
     out = torch.empty(problem.rows, problem.channels_out, dtype=x.dtype, device=x.device)
     programs = cdiv(problem.rows, constants["BM"]) * cdiv(problem.channels_out, constants["BN"])
     with on_device(x):
         linear_kernel[(programs,)](
-            x, weight, bias, hidden, lora_b, gate.gate, gate.ids, out,
+            x, weight, bias, hidden, adapters.up_weight, gate.gate, gate.ids, out,
             problem.rows, problem.channels_in, problem.channels_out, x.stride(0), gate.rows_per_gate, splits,
             **constants, **LAUNCH,
         )  # fmt: skip
-    return out, hidden if keep_hidden else None
+    return out, hidden if save else None
 
 
 def launch_hidden(
-    problem: Problem, x: Tensor, down_weight: Tensor, down_bias: Tensor | None, gate: KernelGate, may_split: bool
+    problem: Problem, x: Tensor, adapters: Adapters, gate: KernelGate, may_split: bool
 ) -> tuple[Tensor, int]:
     """hidden [T, E*r] in x's dtype and 1, or its parts [splits, T, E*r] in fp32, before bias and activation."""
     refuse_uninterpretable(x=x)
@@ -122,8 +107,8 @@ def launch_hidden(
         hidden = torch.empty(rows, problem.inner, dtype=x.dtype, device=x.device)
     with on_device(x):
         hidden_kernel[(row_tiles, inner_tiles, splits)](
-            x, down_weight, down_bias, gate.ids, hidden, rows, channels, x.stride(0), gate.rows_per_gate,
-            channels_per_split, **problem.constants("hidden", split=splits > 1), **LAUNCH,
+            x, adapters.down_weight, adapters.down_bias, gate.ids, hidden, rows, channels, x.stride(0),
+            gate.rows_per_gate, channels_per_split, **problem.constants("hidden", split=splits > 1), **LAUNCH,
         )  # fmt: skip
     return hidden, splits
 
@@ -139,52 +124,42 @@ class Gradients(NamedTuple):
     gate: Tensor | None
 
 
-def backward(
+def launch_backward(
     grad: Tensor,
     x: Tensor,
     hidden: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
+    adapters: Adapters,
     gate: KernelGate,
     relu: bool,
     needs: Sequence[bool],
 ) -> Gradients:
     """Those of `Gradients` that `needs` names, in order; x's gradient is `hidden`'s times down_weight."""
     refuse_uninterpretable(grad=grad)
-    problem = _problem(x, down_weight, down_bias, up_weight, up_bias, gate, False, relu)
+    problem = _problem(x, adapters, gate, False, relu)
     needs_hidden, needs_down_weight, needs_down_bias, needs_up_weight, needs_up_bias, needs_gate = needs
     needs_row_gate = needs_gate and gate.form != "channel"
     needs_channel_gate = needs_gate and gate.form == "channel"
     dhidden = ddown_weight = ddown_bias = dup_weight = dup_bias = dgate = None
     if needs_hidden or needs_down_weight or needs_down_bias or needs_row_gate:
-        dhidden, dgate = _launch_hidden_gradient(problem, grad, hidden, up_weight, up_bias, gate, needs_row_gate)
+        dhidden, dgate = _launch_hidden_gradient(problem, grad, hidden, adapters, gate, needs_row_gate)
     if needs_down_weight:
         assert dhidden is not None
-        ddown_weight = torch.mm(dhidden.t(), x).view(down_weight.shape)
+        ddown_weight = torch.mm(dhidden.t(), x).view(adapters.down_weight.shape)
     if needs_down_bias:
         assert dhidden is not None
-        assert down_bias is not None
-        ddown_bias = dhidden.sum(0).view(down_bias.shape)
+        ddown_bias = dhidden.sum(0).view(adapters.down_weight.shape[:2])
     if needs_up_weight or needs_up_bias or needs_channel_gate:
-        dup_weight = torch.empty_like(up_weight) if needs_up_weight else None
-        dup_bias = torch.empty_like(up_bias) if up_bias is not None and needs_up_bias else None
+        dup_weight = torch.empty_like(adapters.up_weight) if needs_up_weight else None
+        dup_bias = torch.empty_like(adapters.up_bias) if adapters.up_bias is not None and needs_up_bias else None
         dgate = torch.empty_like(gate.gate) if needs_channel_gate else dgate
         _launch_up_gradient(
-            problem, grad, hidden, up_weight, up_bias, gate, dup_weight, dup_bias, dgate if needs_channel_gate else None
+            problem, grad, hidden, adapters, gate, dup_weight, dup_bias, dgate if needs_channel_gate else None
         )
     return Gradients(dhidden if needs_hidden else None, ddown_weight, ddown_bias, dup_weight, dup_bias, dgate)
 
 
 def _launch_hidden_gradient(
-    problem: Problem,
-    grad: Tensor,
-    hidden: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate: KernelGate,
-    gate_gradient: bool,
+    problem: Problem, grad: Tensor, hidden: Tensor, adapters: Adapters, gate: KernelGate, gate_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     constants = problem.constants("hidden_gradient", gate_gradient=gate_gradient)
     dhidden = torch.empty_like(hidden)
@@ -193,7 +168,7 @@ def _launch_hidden_gradient(
         dgate = torch.empty(problem.rows, problem.experts, dtype=torch.float32, device=grad.device)
     with on_device(grad):
         hidden_gradient_kernel[(cdiv(problem.rows, constants["BM"]), problem.experts // problem.group)](
-            grad, up_weight, up_bias, gate.gate, gate.ids, hidden, dhidden, dgate,
+            grad, adapters.up_weight, adapters.up_bias, gate.gate, gate.ids, hidden, dhidden, dgate,
             problem.rows, problem.channels_out, grad.stride(0), gate.rows_per_gate, **constants, **LAUNCH,
         )  # fmt: skip
     if dgate is not None:
@@ -205,8 +180,7 @@ def _launch_up_gradient(
     problem: Problem,
     grad: Tensor,
     hidden: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
+    adapters: Adapters,
     gate: KernelGate,
     dup_weight: Tensor | None,
     dup_bias: Tensor | None,
@@ -232,26 +206,17 @@ def _launch_up_gradient(
         )  # fmt: skip
         constants = problem.constants("up_gradient")
         up_gradient_kernel[(cdiv(channels, constants["BN"]), experts)](
-            weights, biases, gate.gate, up_weight, up_bias, dup_weight, dup_bias, dgate, channels, splits,
-            **constants, **LAUNCH,
+            weights, biases, gate.gate, adapters.up_weight, adapters.up_bias, dup_weight, dup_bias, dgate,
+            channels, splits, **constants, **LAUNCH,
         )  # fmt: skip
 
 
-def _problem(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate: KernelGate,
-    has_residual: bool,
-    relu: bool,
-) -> Problem:
-    experts, rank, channels_in = down_weight.shape
+def _problem(x: Tensor, adapters: Adapters, gate: KernelGate, has_residual: bool, relu: bool) -> Problem:
+    experts, rank, channels_in = adapters.down_weight.shape
     return Problem(
         rows=x.shape[0],
         channels_in=channels_in,
-        channels_out=up_weight.shape[1],
+        channels_out=adapters.up_weight.shape[1],
         experts=experts,
         rank=rank,
         form=gate.form,
@@ -259,27 +224,18 @@ def _problem(
         named=gate.ids.shape[-1] if gate.form == "sparse" and gate.ids is not None else 1,
         tasks=gate.gate.shape[0] if gate.form == "channel" else 1,
         relu=relu,
-        has_down_bias=down_bias is not None,
-        has_up_bias=up_bias is not None,
-        compact=is_compact(x.device),
+        has_down_bias=adapters.down_bias is not None,
+        has_up_bias=adapters.up_bias is not None,
+        compact=tuned_sizes.is_compact(x.device),
         has_residual=has_residual,
     )
 
 
-def is_supported(x: Tensor, backend: str, operator: str) -> bool:
-    """Whether the kernels compute `operator`; "auto" leaves to PyTorch what they do not take.
-
-    Raises:
-        ValueError: `backend` is "triton" and they do not take x.
-    """
-    if resolve_backend(backend, operator, x.device) == "torch" or x.numel() == 0:
-        return False
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if dtype in DTYPES:
-        return True
-    if backend == "triton":
-        raise ValueError(f"x: expected float32, float16 or bfloat16 with backend='triton', got {x.dtype}")
-    return False
+def why_unsupported(x: Tensor) -> str | None:
+    """Why the kernels do not take x; None where they do, or where there is nothing to compute."""
+    if x.numel() == 0 or kernel_dtype(x) in DTYPES:
+        return None
+    return f"x: expected float32, float16 or bfloat16 with backend='triton', got {x.dtype}"
 
 
 def check_placement(x: Tensor, weights: dict[str, Tensor | None], others: dict[str, Tensor | None]) -> None:
@@ -294,91 +250,13 @@ def check_placement(x: Tensor, weights: dict[str, Tensor | None], others: dict[s
             raise ValueError(f"{name}: expected {x.dtype} (as x), got {tensor.dtype}")
 
 
-def cast_for_kernels(x: Tensor, weights: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """x as rows [T, D], and contiguous weights, in autocast's dtype where that is on."""
+def kernel_dtype(x: Tensor) -> torch.dtype:
+    """x's, or autocast's where that is on."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    cast = {name: None if value is None else value.to(dtype).contiguous() for name, value in weights.items()}
-    return as_rows(x.to(dtype)), cast
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-_BF16, _FP32 = torch.bfloat16, torch.float32
-_ALL = ("hidden", "update", "hidden_gradient", "outer", "up_gradient")
-# LION with FlanT5-XL, a soft mixture of LoRA and a sparse one; a batch in training, a prompt and a decoding step.
-_TYPICAL: dict[str, tuple[Problem, tuple[str, ...]]] = {
-    "lion": (Problem(16384, 2048, 2048, 2, 64, "channel", _BF16, tasks=2), (*_ALL, "linear")),
-    "lion-fp32": (Problem(16384, 2048, 2048, 2, 64, "channel", _FP32, tasks=2), _ALL),
-    "lion-decode": (Problem(4, 2048, 2048, 2, 64, "channel", _BF16, tasks=2), ("hidden", "update", "linear")),
-    "many-tasks": (Problem(16384, 2048, 2048, 2, 64, "channel", _BF16, tasks=32), ("update", "hidden_gradient")),
-    "dense": (Problem(16384, 4096, 4096, 4, 8, "dense", _BF16, relu=False), (*_ALL, "linear")),
-    "sparse": (Problem(16384, 4096, 4096, 8, 64, "sparse", _BF16, named=2, relu=False), (*_ALL[:-1], "linear")),
-    "sparse-few": (
-        Problem(320, 4096, 4096, 8, 64, "sparse", _BF16, named=2, relu=False),
-        ("hidden", "update", "hidden_gradient"),
-    ),
-}
-
-
-def kernel_specs() -> list[KernelSpec]:
-    """Every kernel at typical problems, with its default tiles and with those of every shipped table."""
-    specs = []
-    kernels = {
-        "hidden": hidden_kernel,
-        "update": update_kernel,
-        "hidden_gradient": hidden_gradient_kernel,
-        "outer": outer_kernel,
-        "up_gradient": up_gradient_kernel,
-        "linear": linear_kernel,
-    }
-    for (problem_name, (typical, used)), compact in product(_TYPICAL.items(), (False, True)):
-        problem = typical._replace(compact=compact)
-        split = problem.rows_class == "decode"
-        for kernel_name in used:
-            kernel = kernels[kernel_name]
-            constants = problem.constants(kernel_name, split=split, gate_gradient=problem.form != "channel")
-            tables = [{}, *shipped(f"low_rank.{kernel_name}")]
-            for number, table in enumerate(tables):
-                name = f"low_rank.{kernel_name}[{problem_name}{', compact' if compact else ''}]"
-                name += f"[table {number}]" if number else ""
-                specs.append(_spec(name, kernel, problem, kernel_name, {**constants, **table}, split))
-    return specs
-
-
-def _spec(
-    name: str, kernel: Any, problem: Problem, kernel_name: str, constants: dict[str, Any], split: bool
-) -> KernelSpec:
-    value = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[problem.dtype]
-    fp32 = {"p_weights", "p_biases"} if kernel_name in ("outer", "up_gradient") else set()
-    fp32 |= {"p_dgate"} if kernel_name == "hidden_gradient" else set()
-    fp32 |= {"p_hidden"} if split else set()
-    absent = {"p_ids"} & set(kernel.arg_names) if problem.form == "dense" else set()
-    gates_by = "up_gradient" if problem.form == "channel" else "hidden_gradient"  # the kernel that writes the gate's
-    absent |= {"p_dgate"} & set(kernel.arg_names) if kernel_name != gates_by else set()
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument == "p_ids":
-            signature[argument] = "*i64"
-        elif argument.startswith("p_"):
-            signature[argument] = "*fp32" if argument in fp32 else value
-        else:
-            signature[argument] = "i32"
-    matrix = problem.dtype.itemsize == 2 and kernel_name != "up_gradient" and problem.rows_class == "many"
-    return KernelSpec(
-        name=name,
-        kernel=kernel,
-        signature=signature,
-        constexprs={key: entry for key, entry in constants.items() if key in kernel.arg_names} | dict.fromkeys(absent),
-        num_warps=constants["num_warps"],
-        num_stages=constants["num_stages"],
-        matrix=matrix,
-        divisible=(
-            "channels_in",
-            "channels",
-            "stride_x",
-            "stride_grad",
-            "stride_residual",
-            "channels_per_split",
-            "channels_per_program",
-        ),
-        compact=problem.compact,
-    )
+def cast_for_kernels(x: Tensor, weights: Iterable[Tensor | None]) -> tuple[Tensor, list[Any]]:
+    """x as rows [T, D], and contiguous weights, in autocast's dtype where that is on."""
+    dtype = kernel_dtype(x)
+    return as_rows(x.to(dtype)), [None if value is None else value.to(dtype).contiguous() for value in weights]

@@ -1,4 +1,8 @@
-"""What `lion_kernels.low_rank.launch` computes, in PyTorch: what a CPU runs that does not interpret."""
+"""A mixture in PyTorch: `compose` for autograd, and what the custom ops do on a CPU that does not interpret.
+
+A weight per row and expert commutes with the up-projection, so the dense and sparse forms are one product over E * r
+inner channels; a weight per output channel does not, so the channel form adds up the experts one by one.
+"""
 
 from collections.abc import Sequence
 
@@ -6,22 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_kernels.low_rank.gates import KernelGate
+from lion_kernels.low_rank.adapters import Adapters
+from lion_kernels.low_rank.gates import Gate, KernelGate, align_left, dense_from_sparse
 from lion_kernels.low_rank.launch import Gradients
 
 
 def plain_forward(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate: KernelGate,
-    residual: Tensor | None,
-    relu: bool,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`lion_kernels.low_rank.launch.forward`."""
+    x: Tensor, adapters: Adapters, gate: KernelGate, residual: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """`lion_kernels.low_rank.launch.launch_forward`, with what it saves."""
+    down_weight, down_bias, up_weight, up_bias = adapters
     hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
     if relu:
         hidden = F.relu(hidden)
@@ -34,22 +32,20 @@ def plain_forward(
     else:
         out = torch.einsum("ter,enr->tn", factor.unsqueeze(-1) * by_expert, up_weight)
         out = out if up_bias is None else out + factor @ up_bias
-    return out if residual is None else residual + out, hidden if keep_hidden else None
+    return out if residual is None else residual + out, hidden
 
 
 def plain_backward(
     grad: Tensor,
     x: Tensor,
     hidden: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
+    adapters: Adapters,
     gate: KernelGate,
     relu: bool,
     needs: Sequence[bool],
 ) -> Gradients:
-    """`lion_kernels.low_rank.launch.backward`."""
+    """`lion_kernels.low_rank.launch.launch_backward`."""
+    down_weight, _, up_weight, up_bias = adapters
     grad = grad.to(x.dtype)
     factor = _plain_factor(gate, x.shape[0]).to(x.dtype)
     by_expert = hidden.unflatten(-1, down_weight.shape[:2])
@@ -92,3 +88,75 @@ def _plain_factor(gate: KernelGate, rows: int) -> Tensor:
         assert gate.ids is not None
         return gate.gate[gate.ids.long()].repeat_interleave(gate.rows_per_gate, 0)
     return gate.gate.repeat_interleave(gate.rows_per_gate, 0)
+
+
+def compose(x: Tensor, adapters: Adapters, given: Gate, residual: Tensor | None, relu: bool) -> Tensor:
+    """The mixture in PyTorch, differentiable by autograd."""
+    down_weight, down_bias, up_weight, up_bias = adapters
+    form, gate, task_ids, expert_ids = given
+    experts, rank, _ = down_weight.shape
+    hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
+    if relu:
+        hidden = F.relu(hidden)
+    hidden = hidden.unflatten(-1, (experts, rank))
+    leading = x.dim() - 1
+    if form == "channel":
+        assert task_ids is not None
+        if x.dim() == 3 and task_ids.shape == x.shape[:1] and x.shape[1] > rank:
+            out = _add_by_sequence(hidden, up_weight, up_bias, gate[task_ids.long()], residual)
+        else:
+            factor = align_left(gate[task_ids.long()], leading, trailing=2)  # [..., E, D]
+            out = _add_by_channel(hidden, up_weight, up_bias, factor, residual)
+    else:
+        if form == "sparse":
+            assert expert_ids is not None
+            gate = dense_from_sparse(gate, expert_ids, experts)
+        out = _add_by_row(hidden, up_weight, up_bias, align_left(gate, leading, trailing=1), residual)
+    return out.to(x.dtype)
+
+
+def _add_by_sequence(
+    hidden: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    factor: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """One product a sequence over E * r inner channels, its gate, factor [B, E, D], folded into the up-projection.
+
+    The gradient is then the one by which `low_rank` computes the weights' and the gate's: nothing of the size of x is
+    kept or gone over for them. With no more rows than the rank folding costs more than it saves.
+    """
+    weight = (factor.unsqueeze(-1) * up_weight).transpose(1, 2).flatten(2).mT  # [B, E * r, D]
+    bias = None if up_bias is None else (factor * up_bias).sum(1, keepdim=True)  # [B, 1, D]
+    inner = hidden.flatten(-2)
+    autocast = torch.is_autocast_enabled(inner.device.type)
+    if residual is None or autocast or not residual.dtype == weight.dtype == inner.dtype:
+        out = torch.bmm(inner, weight.to(inner.dtype))
+        out = out if bias is None else out + bias
+        return out if residual is None else residual + out
+    if bias is None:
+        return torch.baddbmm(residual, inner, weight)
+    return (residual + bias).baddbmm_(inner, weight)
+
+
+def _add_by_channel(
+    hidden: Tensor, up_weight: Tensor, up_bias: Tensor | None, factor: Tensor, residual: Tensor | None
+) -> Tensor:
+    out = residual
+    for expert in range(up_weight.shape[0]):
+        update = F.linear(hidden[..., expert, :], up_weight[expert], None if up_bias is None else up_bias[expert])
+        weighed = update * factor[..., expert, :]
+        out = weighed if out is None else out + weighed
+    assert out is not None
+    return out
+
+
+def _add_by_row(
+    hidden: Tensor, up_weight: Tensor, up_bias: Tensor | None, weights: Tensor, residual: Tensor | None
+) -> Tensor:
+    inner = (hidden * weights.unsqueeze(-1)).flatten(-2)  # [..., E * r]
+    out = F.linear(inner, up_weight.transpose(0, 1).flatten(1))
+    if up_bias is not None:
+        out = out + weights.to(up_bias.dtype) @ up_bias
+    return out if residual is None else residual + out

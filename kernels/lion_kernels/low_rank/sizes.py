@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lion_kernels.core.backend import dot_precision
+from lion_kernels.core.cost import H200, Cost, floor_seconds
 from lion_kernels.core.tuned_sizes import lookup
 
 # A channel gate of up to this many tasks is read as whole rows and chosen from; one of more is gathered row by row.
@@ -12,6 +13,9 @@ _ROWS_CHOSEN_FROM = 4
 
 # The hidden tiles of all experts that `update_kernel` holds in registers: a quarter of a multiprocessor's.
 _HIDDEN_BYTES_HELD = 65536
+
+# The rate of our product beside the library's, until a table says better for a GPU: an assumption, not a measurement.
+_ASSUMED_EFFICIENCY = 0.75
 
 
 class Problem(NamedTuple):
@@ -130,6 +134,23 @@ class Problem(NamedTuple):
         if kernel == "outer":
             return {**shape, **gate, **group, **tiles, **precision, "BI": 128}
         return {**shape, **gate, **tiles, "HAS_BIAS": self.has_up_bias}
+
+
+def fuses(rows: int, channels_in: int, channels_out: int, dtype: torch.dtype) -> bool:
+    """Whether the update rides in the tile loop of x W^T: the GPU's table says, else the cost of both ways."""
+    by_cost = False
+    if dtype.itemsize == 2:
+        product = Cost(
+            (rows * (channels_in + channels_out) + channels_in * channels_out) * dtype.itemsize,
+            2 * rows * channels_in * channels_out,
+        )
+        ours = Cost(product.bytes, int(product.flops / _ASSUMED_EFFICIENCY))
+        added = Cost(2 * rows * channels_out * dtype.itemsize, 0)
+        library = floor_seconds(product, H200, dtype) + floor_seconds(added, H200, dtype)
+        by_cost = floor_seconds(ours, H200, dtype) < library
+    width = "narrow" if channels_in <= 1024 else "wide"
+    rows_class = "decode" if rows <= 16 else "few" if rows <= 1024 else "many"
+    return lookup("mixture_of_lora_linear", f"{rows_class}-{width}", {"fused": by_cost})["fused"]
 
 
 def cdiv(numerator: int, denominator: int) -> int:
