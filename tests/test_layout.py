@@ -99,6 +99,37 @@ def test_layers(package: str) -> None:
     assert ours - {package} <= ALLOWED[package]
 
 
+KERNELS = PACKAGES["lion_kernels"]
+FAMILIES = {"attention", "low_rank"}
+OPERATORS = {file.stem for file in KERNELS.glob("*.py")} - {"__init__", "__main__"}
+# What a room or an operator of lion_kernels may import beside itself. LoRA whose update has an input of its own is a
+# mixture of adapters.
+ROOMS = {
+    "core": set(),
+    **{family: {"core"} for family in FAMILIES},
+    **{operator: {"core", *FAMILIES} for operator in OPERATORS},
+    "mixture_of_lora_linear": {"core", "low_rank", "mixture_of_adapters"},
+    "aot": {"core", *FAMILIES, *OPERATORS},
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_kernels(room: str) -> None:
+    """Imports go in one direction: core, the families, the operators, the ahead-of-time report."""
+    folder = KERNELS / room
+    found = set()
+    for file in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lion_kernels."):
+                found.add((node.module or "").split(".")[1])
+    assert found - {room} <= ROOMS[room]
+
+
+@pytest.mark.parametrize("file", sorted(OPERATORS))
+def test_an_operator_is_a_page(file: str) -> None:
+    assert len((KERNELS / f"{file}.py").read_text(encoding="utf-8").splitlines()) <= 250
+
+
 @pytest.mark.parametrize("package", THIRD_PARTY)
 def test_what_the_small_packages_need(package: str) -> None:
     others = imported(package) - set(PACKAGES) - set(sys.stdlib_module_names)
