@@ -171,8 +171,8 @@ MUTATIONS = [
     Mutation(
         "swap two experts' gates",
         "low_rank/kernels.py",
-        "p_row = p_gate + tl.cast(channels, tl.int64) * (i_t * E + i_e)",
-        "p_row = p_gate + tl.cast(channels, tl.int64) * (i_t * E + E - 1 - i_e)",
+        "p_row = mixture.p_gate + tl.cast(mixture.channels, tl.int64) * (i_t * mixture.E + i_e)",
+        "p_row = mixture.p_gate + tl.cast(mixture.channels, tl.int64) * (i_t * mixture.E + mixture.E - 1 - i_e)",
         (_adapters("channel"),),
     ),
     Mutation(
@@ -220,10 +220,8 @@ MUTATIONS = [
     Mutation(
         "take the first expert's hidden for all",
         "low_rank/kernels.py",
-        "p_block = p_hidden + o_m.to(tl.int64)[:, None] * (E * RANK) + i_e * RANK + o_r[None, :]\n"
-        "    b_hidden = tl.load(p_block, m_mr, other=0.0)\n",
-        "p_block = p_hidden + o_m.to(tl.int64)[:, None] * (E * RANK) + o_r[None, :]\n"
-        "    b_hidden = tl.load(p_block, m_mr, other=0.0)\n",
+        "p_block = p_row + i_e * mixture.RANK + o_r[None, :]",
+        "p_block = p_row + o_r[None, :]",
         (_lora("dense"),),
     ),
     Mutation(

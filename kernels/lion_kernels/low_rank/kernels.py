@@ -4,11 +4,54 @@ Blocks of several experts are tuples, one block each: the loops over experts are
 """
 
 # The kernel language is neither ruff's nor pyright's: tuples have no unpacking, ranges are static, blocks are tensors.
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, SIM108
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
+from typing import Any, NamedTuple
+
 from lion_kernels.core.backend import tl, triton
+
+
+class Mixture(NamedTuple):
+    """What the updates of all experts are made of; the kernels' arguments have the same names.
+
+    A kernel makes it where it calls a function with it: given a name, the constants in it would be constants no more.
+
+    Attributes:
+        p_hidden: [T, E*r], or [splits, T, E*r] where SPLIT.
+        p_weight, p_bias: of the up-projections.
+        K: experts that a row names; KP, EP and RP are K, E and RANK padded.
+        CHOOSE: whether a channel gate of all TASKS is read, and chosen from.
+        SKIP: whether a tile looks which experts its rows name.
+        KEEP: whether the hidden tiles of all experts are held.
+    """
+
+    p_hidden: Any
+    p_down_bias: Any
+    p_weight: Any
+    p_bias: Any
+    p_gate: Any
+    p_ids: Any
+    rows: Any
+    channels: Any
+    splits: Any
+    E: Any
+    RANK: Any
+    RP: Any
+    K: Any
+    KP: Any
+    EP: Any
+    TASKS: Any
+    CHANNEL: Any
+    CHOOSE: Any
+    SKIP: Any
+    SPLIT: Any
+    KEEP: Any
+    HAS_DOWN_BIAS: Any
+    HAS_BIAS: Any
+    RELU: Any
+    PRECISION: Any
 
 
 @triton.jit
@@ -41,23 +84,21 @@ def _channel_factor(
 
 
 @triton.jit
-def _load_hidden(
-    p_hidden, p_down_bias, o_m, m_m, i_e, rows, splits,
-    E: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
+def _load_hidden(o_m, m_m, i_e, mixture):
     """hidden_e [BM, RP], zero beyond the rank; where the product was split, the sum of its parts through act."""
-    o_r = tl.arange(0, RP)
-    m_r = o_r < RANK
+    o_r = tl.arange(0, mixture.RP)
+    m_r = o_r < mixture.RANK
     m_mr = m_m[:, None] & m_r[None, :]
-    p_block = p_hidden + o_m.to(tl.int64)[:, None] * (E * RANK) + i_e * RANK + o_r[None, :]
+    p_row = mixture.p_hidden + o_m.to(tl.int64)[:, None] * (mixture.E * mixture.RANK)
+    p_block = p_row + i_e * mixture.RANK + o_r[None, :]
     b_hidden = tl.load(p_block, m_mr, other=0.0)
-    if SPLIT:
-        for i_s in range(1, splits):
-            b_hidden += tl.load(p_block + tl.cast(rows, tl.int64) * i_s * (E * RANK), m_mr, other=0.0)
-        if HAS_DOWN_BIAS:
-            b_hidden += tl.load(p_down_bias + i_e * RANK + o_r, m_r, other=0.0).to(tl.float32)[None, :]
-        if RELU:
+    if mixture.SPLIT:
+        for i_s in range(1, mixture.splits):
+            p_part = p_block + tl.cast(mixture.rows, tl.int64) * i_s * (mixture.E * mixture.RANK)
+            b_hidden += tl.load(p_part, m_mr, other=0.0)
+        if mixture.HAS_DOWN_BIAS:
+            b_hidden += tl.load(mixture.p_down_bias + i_e * mixture.RANK + o_r, m_r, other=0.0).to(tl.float32)[None, :]
+        if mixture.RELU:
             b_hidden = tl.maximum(b_hidden, 0.0)
     return b_hidden
 
@@ -102,61 +143,51 @@ def hidden_kernel(
 
 
 @triton.jit
-def _gated_hidden(
-    p_hidden, p_down_bias, p_gate, o_m, m_m, o_gate, i_e, rows, splits, dtype: tl.constexpr,
-    E: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    CHANNEL: tl.constexpr, SPLIT: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
+def _gated_hidden(o_m, m_m, o_gate, i_e, mixture):
     """hidden_e [BM, RP], times its gate where that is a number per row."""
-    b_hidden = _load_hidden(p_hidden, p_down_bias, o_m, m_m, i_e, rows, splits, E, RANK, RP, SPLIT, HAS_DOWN_BIAS, RELU)
-    if not CHANNEL:
+    b_hidden = _load_hidden(o_m, m_m, i_e, mixture)
+    if not mixture.CHANNEL:
         # [BM]
-        b_weight = tl.load(p_gate + o_gate.to(tl.int64) * E + i_e, m_m, other=0.0).to(tl.float32)
+        b_weight = tl.load(mixture.p_gate + o_gate.to(tl.int64) * mixture.E + i_e, m_m, other=0.0).to(tl.float32)
         b_hidden = b_hidden.to(tl.float32) * b_weight[:, None]
-    return b_hidden.to(dtype)
+    return b_hidden.to(mixture.p_weight.dtype.element_ty)
 
 
 @triton.jit
-def _task_update(
-    b_kept, p_hidden, p_down_bias, p_weight, p_bias, p_gate, o_m, m_m, o_n, m_n, i_t, rows, channels, splits,
-    dtype: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    SPLIT: tl.constexpr, KEEP: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def _task_update(b_kept, o_m, m_m, o_n, m_n, i_t, mixture):
     """The update [BM, BN] of all experts as task i_t weighs them: its gates scale the rows of the up weights.
 
     Gating the weights rather than the product keeps one accumulator for all experts. The bias is one more inner
     channel, whose activation is one.
     """
-    o_r = tl.arange(0, RP)
+    dtype: tl.constexpr = mixture.p_weight.dtype.element_ty
+    o_r = tl.arange(0, mixture.RP)
     o_k = tl.arange(0, 16)
-    m_nr = m_n[:, None] & (o_r < RANK)[None, :]
+    m_nr = m_n[:, None] & (o_r < mixture.RANK)[None, :]
     # [BM, BN], [BN]
     b_update = tl.zeros([o_m.shape[0], o_n.shape[0]], tl.float32)
     b_bias = tl.zeros([16, o_n.shape[0]], tl.float32)
-    for i_e in tl.static_range(E):
-        if KEEP:
+    for i_e in tl.static_range(mixture.E):
+        if mixture.KEEP:
             b_hidden = b_kept[i_e]
         else:
-            b_hidden = _gated_hidden(
-                p_hidden, p_down_bias, p_gate, o_m, m_m, o_m, i_e, rows, splits, dtype,
-                E, RANK, RP, True, SPLIT, HAS_DOWN_BIAS, RELU,
-            )  # fmt: skip
-        p_row = p_gate + tl.cast(channels, tl.int64) * (i_t * E + i_e)
+            b_hidden = _gated_hidden(o_m, m_m, o_m, i_e, mixture)
+        p_row = mixture.p_gate + tl.cast(mixture.channels, tl.int64) * (i_t * mixture.E + i_e)
         b_gate = tl.load(p_row + o_n, m_n, other=0.0).to(tl.float32)
         # [BN, RP]
-        p_block = p_weight + tl.cast(channels, tl.int64) * i_e * RANK + o_n.to(tl.int64)[:, None] * RANK + o_r[None, :]
+        p_expert = mixture.p_weight + tl.cast(mixture.channels, tl.int64) * i_e * mixture.RANK
+        p_block = p_expert + o_n.to(tl.int64)[:, None] * mixture.RANK + o_r[None, :]
         b_up = tl.load(p_block, m_nr, other=0.0).to(tl.float32) * b_gate[:, None]
-        b_update = tl.dot(b_hidden, tl.trans(b_up.to(dtype)), b_update, input_precision=PRECISION)
-        if HAS_BIAS:
+        b_update = tl.dot(b_hidden, tl.trans(b_up.to(dtype)), b_update, input_precision=mixture.PRECISION)
+        if mixture.HAS_BIAS:
             # [16, BN], of which the first row counts
             m_kn = (o_k == 0)[:, None] & m_n[None, :]
             o_kn = o_k[:, None] * 0 + o_n[None, :]
             b_factor = tl.load(p_row + o_kn, m_kn, other=0.0).to(tl.float32)
-            b_bias += b_factor * tl.load(p_bias + i_e * channels + o_kn, m_kn, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+            b_bias += b_factor * tl.load(mixture.p_bias + i_e * mixture.channels + o_kn, m_kn, other=0.0).to(tl.float32)
+    if mixture.HAS_BIAS:
         b_one = tl.zeros([o_m.shape[0], 16], tl.float32) + tl.where(o_k == 0, 1.0, 0.0)[None, :]
-        b_update = tl.dot(b_one.to(dtype), b_bias.to(dtype), b_update, input_precision=PRECISION)
+        b_update = tl.dot(b_one.to(dtype), b_bias.to(dtype), b_update, input_precision=mixture.PRECISION)
     return b_update
 
 
@@ -174,80 +205,54 @@ def _tasks(p_ids, o_gate, m_m, CHANNEL: tl.constexpr, TASKS: tl.constexpr):
 
 
 @triton.jit
-def _hidden_of_all(
-    p_hidden, p_down_bias, p_gate, o_m, m_m, o_gate, rows, splits, dtype: tl.constexpr,
-    E: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    CHANNEL: tl.constexpr, SPLIT: tl.constexpr, KEEP: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
+def _hidden_of_all(o_m, m_m, o_gate, mixture):
     """`_gated_hidden` of every expert, or nothing unless KEEP."""
     b_kept = ()
-    if KEEP:
-        for i_e in tl.static_range(E):
-            b_kept = b_kept + (
-                _gated_hidden(
-                    p_hidden, p_down_bias, p_gate, o_m, m_m, o_gate, i_e, rows, splits, dtype,
-                    E, RANK, RP, CHANNEL, SPLIT, HAS_DOWN_BIAS, RELU,
-                ),
-            )  # fmt: skip
+    if mixture.KEEP:
+        for i_e in tl.static_range(mixture.E):
+            b_kept = b_kept + (_gated_hidden(o_m, m_m, o_gate, i_e, mixture),)
     return b_kept
 
 
 @triton.jit
-def _add_updates(
-    b_out, b_kept, p_hidden, p_down_bias, p_weight, p_bias, p_gate, p_ids, o_m, m_m, o_n, m_n, o_gate,
-    b_task, low, high, rows, channels, splits, dtype: tl.constexpr,
-    E: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr,
-    TASKS: tl.constexpr, CHANNEL: tl.constexpr, CHOOSE: tl.constexpr, SKIP: tl.constexpr, SPLIT: tl.constexpr,
-    KEEP: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def _add_updates(b_out, b_kept, o_m, m_m, o_n, m_n, o_gate, b_task, low, high, mixture):
     """b_out [BM, BN] and the gated updates of all experts; of a channel gate, as the tasks low..high weigh them."""
-    if CHANNEL:
-        if CHOOSE:
-            for i_t in tl.static_range(TASKS):
+    dtype: tl.constexpr = mixture.p_weight.dtype.element_ty
+    if mixture.CHANNEL:
+        if mixture.CHOOSE:
+            for i_t in tl.static_range(mixture.TASKS):
                 if (low <= i_t) & (i_t <= high):
-                    b_update = _task_update(
-                        b_kept, p_hidden, p_down_bias, p_weight, p_bias, p_gate, o_m, m_m, o_n, m_n, i_t,
-                        rows, channels, splits, dtype, E, RANK, RP, SPLIT, KEEP, HAS_DOWN_BIAS, HAS_BIAS, RELU,
-                        PRECISION,
-                    )  # fmt: skip
+                    b_update = _task_update(b_kept, o_m, m_m, o_n, m_n, i_t, mixture)
                     b_out += tl.where((b_task == i_t)[:, None], b_update, 0.0)
         else:
             for i_t in range(low, high + 1):
-                b_update = _task_update(
-                    b_kept, p_hidden, p_down_bias, p_weight, p_bias, p_gate, o_m, m_m, o_n, m_n, i_t,
-                    rows, channels, splits, dtype, E, RANK, RP, SPLIT, KEEP, HAS_DOWN_BIAS, HAS_BIAS, RELU,
-                    PRECISION,
-                )  # fmt: skip
+                b_update = _task_update(b_kept, o_m, m_m, o_n, m_n, i_t, mixture)
                 b_out += tl.where((b_task == i_t)[:, None], b_update, 0.0)
     else:
-        o_r = tl.arange(0, RP)
-        o_e = tl.arange(0, EP)
-        m_nr = m_n[:, None] & (o_r < RANK)[None, :]
-        for i_e in tl.static_range(E):
+        o_r = tl.arange(0, mixture.RP)
+        o_e = tl.arange(0, mixture.EP)
+        m_nr = m_n[:, None] & (o_r < mixture.RANK)[None, :]
+        for i_e in tl.static_range(mixture.E):
             named = True
-            if SKIP:
-                named = _any_named(p_ids, o_gate, m_m, i_e, i_e, K, KP)
+            if mixture.SKIP:
+                named = _any_named(mixture.p_ids, o_gate, m_m, i_e, i_e, mixture.K, mixture.KP)
             if named:
-                if KEEP:
+                if mixture.KEEP:
                     b_hidden = b_kept[i_e]
                 else:
-                    b_hidden = _gated_hidden(
-                        p_hidden, p_down_bias, p_gate, o_m, m_m, o_gate, i_e, rows, splits, dtype,
-                        E, RANK, RP, CHANNEL, SPLIT, HAS_DOWN_BIAS, RELU,
-                    )  # fmt: skip
+                    b_hidden = _gated_hidden(o_m, m_m, o_gate, i_e, mixture)
                 # [BN, RP]
-                p_expert = p_weight + tl.cast(channels, tl.int64) * i_e * RANK
-                p_up = p_expert + o_n.to(tl.int64)[:, None] * RANK + o_r[None, :]
+                p_expert = mixture.p_weight + tl.cast(mixture.channels, tl.int64) * i_e * mixture.RANK
+                p_up = p_expert + o_n.to(tl.int64)[:, None] * mixture.RANK + o_r[None, :]
                 b_up = tl.load(p_up, m_nr, other=0.0)
-                b_out = tl.dot(b_hidden, tl.trans(b_up), b_out, input_precision=PRECISION)
-        if HAS_BIAS:
+                b_out = tl.dot(b_hidden, tl.trans(b_up), b_out, input_precision=mixture.PRECISION)
+        if mixture.HAS_BIAS:
             # [BM, EP], [EP, BN]
-            p_weights = p_gate + o_gate.to(tl.int64)[:, None] * E + o_e[None, :]
-            b_weights = tl.load(p_weights, m_m[:, None] & (o_e < E)[None, :], other=0.0).to(dtype)
-            p_biases = p_bias + o_e[:, None] * channels + o_n[None, :]
-            b_bias = tl.load(p_biases, (o_e < E)[:, None] & m_n[None, :], other=0.0)
-            b_out = tl.dot(b_weights, b_bias, b_out, input_precision=PRECISION)
+            p_weights = mixture.p_gate + o_gate.to(tl.int64)[:, None] * mixture.E + o_e[None, :]
+            b_weights = tl.load(p_weights, m_m[:, None] & (o_e < mixture.E)[None, :], other=0.0).to(dtype)
+            p_biases = mixture.p_bias + o_e[:, None] * mixture.channels + o_n[None, :]
+            b_bias = tl.load(p_biases, (o_e < mixture.E)[:, None] & m_n[None, :], other=0.0)
+            b_out = tl.dot(b_weights, b_bias, b_out, input_precision=mixture.PRECISION)
     return b_out
 
 
@@ -265,11 +270,13 @@ def update_kernel(
     o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < rows
     o_gate = o_m // rows_per_gate
-    dtype: tl.constexpr = p_weight.dtype.element_ty
     b_task, low, high = _tasks(p_ids, o_gate, m_m, CHANNEL, TASKS)
     b_kept = _hidden_of_all(
-        p_hidden, p_down_bias, p_gate, o_m, m_m, o_gate, rows, splits, dtype,
-        E, RANK, RP, CHANNEL, SPLIT, KEEP, HAS_DOWN_BIAS, RELU,
+        o_m, m_m, o_gate,
+        Mixture(
+            p_hidden, p_down_bias, p_weight, p_bias, p_gate, p_ids, rows, channels, splits, E, RANK, RP, K, KP, EP,
+            TASKS, CHANNEL, CHOOSE, SKIP, SPLIT, KEEP, HAS_DOWN_BIAS, HAS_BIAS, RELU, PRECISION,
+        ),
     )  # fmt: skip
     end = tl.minimum((i_p + 1) * channels_per_program, channels)
     for i_n in range(i_p * channels_per_program, end, BN):
@@ -278,9 +285,11 @@ def update_kernel(
         # [BM, BN]
         b_out = tl.zeros([BM, BN], tl.float32)
         b_out = _add_updates(
-            b_out, b_kept, p_hidden, p_down_bias, p_weight, p_bias, p_gate, p_ids, o_m, m_m, o_n, m_n, o_gate,
-            b_task, low, high, rows, channels, splits, dtype, E, RANK, RP, K, KP, EP, TASKS, CHANNEL, CHOOSE, SKIP,
-            SPLIT, KEEP, HAS_DOWN_BIAS, HAS_BIAS, RELU, PRECISION,
+            b_out, b_kept, o_m, m_m, o_n, m_n, o_gate, b_task, low, high,
+            Mixture(
+                p_hidden, p_down_bias, p_weight, p_bias, p_gate, p_ids, rows, channels, splits, E, RANK, RP, K, KP, EP,
+                TASKS, CHANNEL, CHOOSE, SKIP, SPLIT, KEEP, HAS_DOWN_BIAS, HAS_BIAS, RELU, PRECISION,
+            ),
         )  # fmt: skip
         m_mn = m_m[:, None] & m_n[None, :]
         if HAS_RESIDUAL:
@@ -327,9 +336,11 @@ def linear_kernel(
     o_gate = o_m // rows_per_gate
     b_task, low, high = _tasks(p_ids, o_gate, m_m, CHANNEL, TASKS)
     b_out = _add_updates(
-        b_out, (), p_hidden, None, p_weight, None, p_gate, p_ids, o_m, m_m, o_n, m_n, o_gate, b_task, low, high,
-        rows, channels, splits, p_weight.dtype.element_ty, E, RANK, RP, K, KP, EP, TASKS, CHANNEL, CHOOSE, SKIP, SPLIT,
-        False, False, False, False, PRECISION,
+        b_out, (), o_m, m_m, o_n, m_n, o_gate, b_task, low, high,
+        Mixture(
+            p_hidden, None, p_weight, None, p_gate, p_ids, rows, channels, splits, E, RANK, RP, K, KP, EP,
+            TASKS, CHANNEL, CHOOSE, SKIP, SPLIT, False, False, False, False, PRECISION,
+        ),
     )  # fmt: skip
     p_block = p_out + o_m.to(tl.int64)[:, None] * channels + o_n[None, :]
     tl.store(p_block, b_out.to(p_out.dtype.element_ty), m_m[:, None] & m_n[None, :])
