@@ -2,7 +2,7 @@
 
     python -m lion_kernels
 
-prints, for every kernel and shipped configuration of every module with `kernel_specs()`, its registers, stack, shared
+prints, for every kernel and shipped configuration of every operator's `kernel_specs()`, its registers, stack, shared
 memory, matrix instructions and the widths of its accesses to global memory on each target, and on sm_90 what its main
 loop is made of. `lion-fast kernels` adds the launches that are really made. Either fails on what
 `lion_kernels.aot.gate` finds and does not know.

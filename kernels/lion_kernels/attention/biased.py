@@ -8,7 +8,7 @@ from torch import Tensor
 from lion_kernels.attention import launch as attention
 from lion_kernels.attention.bias import bucket_by_distance, launch_bias_gradient, relative_position_bucket
 from lion_kernels.attention.launch import Attention
-from lion_kernels.attention.plain import draw_keep, library_attention, plain_attention, plain_attention_backward
+from lion_kernels.attention.plain import Terms, draw_keep, library_attention, plain_attention, plain_attention_backward
 from lion_kernels.core.operator import room_for
 from lion_kernels.core.rowwise import last_contiguous
 
@@ -103,7 +103,7 @@ def fake_backward(grad: Tensor, call: BiasedAttention, out: Tensor, lse: Tensor,
 def plain_forward(call: BiasedAttention) -> tuple[Tensor, Tensor]:
     """`launch_forward` in PyTorch."""
     bias, _ = _dense_bias(call)
-    return plain_attention(call.q, call.k, call.v, bias, _visible(call), _keep(call), 1.0)
+    return plain_attention(call.q, call.k, call.v, Terms(1.0, bias, _visible(call), _keep(call)))
 
 
 def plain_backward(
@@ -112,9 +112,8 @@ def plain_backward(
     """`launch_backward` in PyTorch."""
     q, k, v, table = call[:4]
     bias, buckets = _dense_bias(call)
-    (dq, dk, dv), ds, _ = plain_attention_backward(
-        grad, q, k, v, out, lse, bias, _visible(call), _keep(call), 1.0, needs[:3]
-    )
+    terms = Terms(1.0, bias, _visible(call), _keep(call))
+    (dq, dk, dv), ds, _ = plain_attention_backward(grad, q, k, v, terms, out, lse, needs[:3])
     if not needs[3]:
         return dq, dk, dv, table.new_empty(0)
     by_pair = ds.sum(0).flatten(1).t()  # [L * M, H]

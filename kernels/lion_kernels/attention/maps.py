@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lion_kernels.attention import launch as attention
 from lion_kernels.attention.launch import Attention
-from lion_kernels.attention.plain import draw_keep, library_attention, plain_attention, plain_attention_backward
+from lion_kernels.attention.plain import Terms, draw_keep, library_attention, plain_attention, plain_attention_backward
 from lion_kernels.core.backend import LAUNCH, on_device, tl, triton
 from lion_kernels.core.operator import room_for
 from lion_kernels.core.rowwise import last_contiguous
@@ -165,7 +165,7 @@ def plain_forward(call: Maps) -> tuple[Tensor, Tensor, Tensor]:
     """`launch_forward` in PyTorch."""
     q, keys, values, masks, scale_gate, seed, scale, dropout_p = call
     outputs = [
-        plain_attention(q, k, v, None, _visible(mask), draw_keep(q, k, seed, dropout_p, s), scale)
+        plain_attention(q, k, v, Terms(scale, None, _visible(mask), draw_keep(q, k, seed, dropout_p, s)))
         for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True))
     ]
     maps = torch.stack([out for out, _ in outputs], 2)
@@ -185,10 +185,10 @@ def plain_backward(
     delta = torch.empty_like(lse)
     for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
         g = grad[:, :, s] if scale_gate is None else grad
-        keep = draw_keep(q, k, seed, dropout_p, s)
+        terms = Terms(scale, None, _visible(mask), draw_keep(q, k, seed, dropout_p, s))
         needs_of_map = (needs_q, needs_keys[s], needs_values[s])
         (dq_of_map, dk, dv), _, delta[s] = plain_attention_backward(
-            g, q, k, v, maps[:, :, s], lse[s], None, _visible(mask), keep, scale, needs_of_map
+            g, q, k, v, terms, maps[:, :, s], lse[s], needs_of_map
         )
         factor = 1.0 if scale_gate is None else scale_gate[s].to(lse.dtype)
         if needs_q:
@@ -207,8 +207,8 @@ def compose(call: Maps) -> Tensor:
         if seed is None:
             outputs.append(library_attention(q, k, v, None, _visible(mask), scale))
         else:
-            keep = draw_keep(q, k, seed, dropout_p, s)
-            outputs.append(plain_attention(q, k, v, None, _visible(mask), keep, scale)[0])
+            terms = Terms(scale, None, _visible(mask), draw_keep(q, k, seed, dropout_p, s))
+            outputs.append(plain_attention(q, k, v, terms)[0])
     if len(outputs) == 1 and scale_gate is None:
         return outputs[0].unsqueeze(2)
     maps = torch.stack(outputs, 2)

@@ -1,6 +1,7 @@
 """Attention with its matrix of scores, in PyTorch: what a CPU runs, and what dropout and padding mean."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,22 @@ def draw_keep(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float, map_i
     return dropout_mask(batch, heads, length, k.shape[1], dropout_p, seed, map_index=map_index, device=q.device)
 
 
+class Terms(NamedTuple):
+    """What attention has beside q, k and v.
+
+    Attributes:
+        scale: factor of the scores.
+        bias: added to the scores, broadcasting to [B, H, L, M].
+        visible: bool, broadcasting likewise; which scores count.
+        keep: [B, H, L, M] that multiplies the probabilities.
+    """
+
+    scale: float
+    bias: Tensor | None
+    visible: Tensor | None
+    keep: Tensor | None
+
+
 def library_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, visible: Tensor | None, scale: float
 ) -> Tensor:
@@ -62,18 +79,10 @@ def library_attention(
     return (out if attends is None else out.masked_fill(~attends, 0.0)).transpose(1, 2)
 
 
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, visible: Tensor | None, keep: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The formula with its matrix of scores, in PyTorch: the output [B, L, H, Dh] and lse [B, H, L].
-
-    Args:
-        bias: added to the scores, broadcasting to [B, H, L, M].
-        visible: bool, broadcasting likewise; which scores count.
-        keep: [B, H, L, M] that multiplies the probabilities.
-    """
-    p, lse = _plain_probabilities(q, k, bias, visible, scale, None)
-    weights = p if keep is None else p * keep.to(p.dtype)
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """The formula with its matrix of scores, in PyTorch: the output [B, L, H, Dh] and lse [B, H, L]."""
+    p, lse = _plain_probabilities(q, k, terms, None)
+    weights = p if terms.keep is None else p * terms.keep.to(p.dtype)
     return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2).contiguous(), lse
 
 
@@ -82,16 +91,14 @@ def plain_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    terms: Terms,
     out: Tensor,
     lse: Tensor,
-    bias: Tensor | None,
-    visible: Tensor | None,
-    keep: Tensor | None,
-    scale: float,
     needs: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The gradients of q, k and v (contiguous; one that `needs` does not name is empty), ds and delta [B, H, L]."""
-    p, _ = _plain_probabilities(q, k, bias, visible, scale, lse)
+    scale, keep = terms.scale, terms.keep
+    p, _ = _plain_probabilities(q, k, terms, lse)
     g = grad.transpose(1, 2).to(p.dtype)
     delta = (g * out.transpose(1, 2)).sum(-1)
     dp = g @ v.transpose(1, 2).transpose(-1, -2).to(p.dtype)
@@ -107,9 +114,8 @@ def plain_attention_backward(
     return [q.new_empty(0) if x is None else x.transpose(1, 2).to(q.dtype).contiguous() for x in gradients], ds, delta
 
 
-def _plain_probabilities(
-    q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, scale: float, lse: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _plain_probabilities(q: Tensor, k: Tensor, terms: Terms, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    scale, bias, visible, _ = terms
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = scale * (q.transpose(1, 2).to(dtype) @ k.transpose(1, 2).transpose(-1, -2).to(dtype))
     if bias is not None:
