@@ -1,6 +1,7 @@
 """The repository's shape: what installs, what may import what, and which names must never appear."""
 
 import ast
+import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
@@ -136,7 +137,7 @@ def test_what_the_small_packages_need(package: str) -> None:
     assert others <= THIRD_PARTY[package]
 
 
-@pytest.mark.parametrize("package", ["lion_fast", "lion_reference", "benchmarks"])
+@pytest.mark.parametrize("package", [*PACKAGES, "benchmarks"])
 def test_there_are_no_circles(package: str) -> None:
     graph = {name: imported_modules(name) - {name} for name in IMPORTS if within(name, package)}
     assert sum(map(len, graph.values())) > 20
@@ -173,6 +174,20 @@ def test_only_public_names_of_the_kernels_are_imported() -> None:
                     assert module == "lion_kernels", f"{name} imports {module}"
                     assert taken in lion_kernels.__all__, f"{name} imports {taken}"
     assert seen > 5
+
+
+def test_files_of_tests_that_are_named_exist() -> None:
+    """In CI, scripts and pages: a file that has moved would otherwise be missed only where it is run."""
+    places = [
+        *(ROOT / ".ci").iterdir(),
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("benchmarks/*.sh"),
+    ]
+    text = "".join(place.read_text(encoding="utf-8") for place in places if place.is_file())
+    named = set(re.findall(r"tests/[\w/]+\.py", text))
+    assert named
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
 def test_operators_have_twins() -> None:
