@@ -11,6 +11,7 @@ the vision tower's last bits by 60, and AdamW's first steps, which are the signs
 rounding into a whole step. `pytest -v tests/lion_fast/test_golden.py` prints what the machine at hand gives.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,10 +72,11 @@ nearest: dict[str, tuple[float, float]] = {}
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """||got - expected|| / ||expected||, in fp64, wherever the two are."""
+    """||got - expected|| / ||expected||, in fp64, wherever the two are; infinite where anything is NaN."""
     assert got.shape == expected.shape
     got, expected = (value.detach().double().cpu() for value in (got, expected))
-    return ((got - expected).norm() / expected.norm()).item()
+    error = ((got - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
+    return float("inf") if math.isnan(error) else error
 
 
 def between(values: Tensor) -> Tensor:

@@ -195,6 +195,8 @@ def multi_scale_attention(
         q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
     chosen = choose_backend(backend, "multi_scale_attention", q.device, attention.why_unsupported(q))
     seed = seed_tensor(seed, dropout_p, q.device)
+    if scale_gate is not None:
+        scale_gate = scale_gate.contiguous()
     call = Maps(q, list(keys), list(values), masks, scale_gate, seed, factor, dropout_p)
     if chosen == "torch":
         out = compose(call)

@@ -42,9 +42,12 @@ class Case:
 
     def run(self, tensors: Tensors) -> Tensor:
         """The Triton kernels; raises ValueError where they cannot run, instead of computing elsewhere."""
+        return getattr(lion_kernels, self.operator)(**self.arguments(tensors), backend="triton")
+
+    def arguments(self, tensors: Tensors) -> dict[str, Any]:
+        """All that the operator in lion_kernels is called with, but the backend."""
         dropout = {"dropout_p": DROPOUT_P, "seed": SEED} if self.dropout else {}
-        function = getattr(lion_kernels, self.operator)
-        return function(**_arguments(tensors), **self.options, **dropout, backend="triton")
+        return {**_arguments(tensors), **self.options, **dropout}
 
     def reference(self, tensors: Tensors) -> Tensor:
         masks = {"dropout_mask": self._dropout_masks(tensors)} if self.dropout else {}
@@ -93,12 +96,14 @@ def _mask(generator: torch.Generator, *size: int) -> Tensor:
     return torch.rand(*size, generator=generator, device=_where(generator)) > 0.3
 
 
-def _gate(generator: torch.Generator, form: str, shape: tuple[int, ...], experts: int, channels: int) -> Tensors:
-    """A gate of `form` for x [*shape, D]; channel: for three tasks, sparse: two experts a row or none."""
+def _gate(
+    generator: torch.Generator, form: str, shape: tuple[int, ...], experts: int, channels: int, tasks: int
+) -> Tensors:
+    """A gate of `form` for x [*shape, D]; channel: for `tasks`, sparse: two experts a row or none."""
     if form in ("channel", "channel by row"):
         rows = shape[:1] if form == "channel" else shape
-        ids = _randint(generator, 0, 3, rows)
-        return {"gate": _randn(generator, 3, experts, channels), "task_ids": ids}
+        ids = _randint(generator, 0, tasks, rows)
+        return {"gate": _randn(generator, tasks, experts, channels), "task_ids": ids}
     if form == "sparse":
         ids = _randint(generator, -1, experts, (*shape, 2))
         return {"gate": _randn(generator, *ids.shape), "expert_ids": ids}
@@ -106,13 +111,14 @@ def _gate(generator: torch.Generator, form: str, shape: tuple[int, ...], experts
     return {"gate": _randn(generator, *leading, experts)}
 
 
-def _adapters(
+def adapters(
     form: str,
     shape: tuple[int, ...],
     channels: int,
     experts: int,
     rank: int,
     *,
+    tasks: int = 3,
     biases: bool = True,
     timed: bool = False,
     **options: Any,
@@ -127,7 +133,7 @@ def _adapters(
         }
         if biases:
             tensors |= {"down_bias": randn(experts, rank), "up_bias": randn(experts, channels)}
-        return {**tensors, **_gate(generator, form, shape, experts, channels)}
+        return {**tensors, **_gate(generator, form, shape, experts, channels, tasks)}
 
     def cost(tensors: Tensors) -> tuple[Cost, Cost]:
         rows = tensors["x"].numel() // channels
@@ -137,10 +143,11 @@ def _adapters(
         options |= {"down_bias": None, "up_bias": None}
     label = f"{form} gate, x {_size(shape, channels)}, E {experts}, r {rank}{'' if biases else ', no biases'}"
     label += f", {options['activation']}" if "activation" in options else ""
+    label += "" if tasks == 3 else f", {tasks} tasks"
     return Case("mixture_of_adapters", label, make, options, cost=cost if timed else None)
 
 
-def _lora(
+def lora(
     form: str,
     shape: tuple[int, ...],
     channels_in: int,
@@ -148,6 +155,7 @@ def _lora(
     experts: int,
     rank: int,
     *,
+    tasks: int = 3,
     timed: bool = False,
 ) -> Case:
     def make(generator: torch.Generator) -> Tensors:
@@ -158,7 +166,7 @@ def _lora(
             "bias": randn(channels_out),
             "lora_a": randn(experts, rank, channels_in, scale=channels_in**-0.5),
             "lora_b": randn(experts, channels_out, rank, scale=rank**-0.5),
-            **_gate(generator, form, shape, experts, channels_out),
+            **_gate(generator, form, shape, experts, channels_out, tasks),
         }
 
     def cost(tensors: Tensors) -> tuple[Cost, Cost]:
@@ -167,33 +175,36 @@ def _lora(
         return _cost("mixture_of_lora_linear", rows, channels_in, channels_out, experts, rank, x.dtype, frozen=False)
 
     label = f"{form} gate, x {_size(shape, channels_in)} to {channels_out}, E {experts}, r {rank}"
+    label += "" if tasks == 3 else f", {tasks} tasks"
     return Case("mixture_of_lora_linear", label, make, {"scaling": 0.5}, cost=cost if timed else None)
 
 
-def _maps_attention(
+def maps_attention(
     queries: int,
     lengths: tuple[int, ...],
     head_dim: int,
     *,
     batch: int = 2,
     heads: int = 2,
-    mixed: bool = False,
+    mask: bool = False,
+    gate: bool = False,
     dropout: bool = False,
     timed: bool = False,
+    **options: Any,
 ) -> Case:
-    """`mixed`: with a padding mask, by which the first element attends nothing of the first map, and a scale gate."""
+    """`mask`: of the padding, by which the first element attends nothing of the first map."""
 
     def make(generator: torch.Generator) -> Tensors:
         tensors = {"q": _randn(generator, batch, queries, heads, head_dim)}
         for name in ("keys", "values"):
             for s, length in enumerate(lengths):
                 tensors[f"{name}.{s}"] = _randn(generator, batch, length, heads, head_dim)
-        if mixed:
+        if gate:
             tensors["scale_gate"] = _randn(generator, len(lengths))
+        if mask:
             for s, length in enumerate(lengths):
-                mask = _mask(generator, batch, length)
-                mask[0] &= s > 0
-                tensors[f"key_padding_mask.{s}"] = mask
+                tensors[f"key_padding_mask.{s}"] = _mask(generator, batch, length)
+                tensors[f"key_padding_mask.{s}"][0] &= s > 0
         return tensors
 
     def cost(tensors: Tensors) -> tuple[Cost, Cost]:
@@ -201,28 +212,31 @@ def _maps_attention(
 
     keys = "+".join(map(str, lengths))
     label = f"{batch} x {queries} queries, {keys} keys, {heads} heads of {head_dim}"
-    label += f"{', mask and gate' if mixed else ''}{', dropout' if dropout else ''}"
-    return Case("multi_scale_attention", label, make, dropout=dropout, cost=cost if timed else None)
+    features = " and ".join(name for name, on in (("mask", mask), ("gate", gate)) if on)
+    label += f"{', ' if features else ''}{features}{', dropout' if dropout else ''}{_named(options)}"
+    return Case("multi_scale_attention", label, make, options, dropout, cost if timed else None)
 
 
-def _biased_attention(
+def biased_attention(
     queries: int,
     keys: int,
     head_dim: int,
     *,
     batch: int = 2,
     heads: int = 2,
+    buckets: int = 32,
     mask: bool = False,
     decoder: bool = False,
     dropout: bool = False,
     timed: bool = False,
+    **options: Any,
 ) -> Case:
     def make(generator: torch.Generator) -> Tensors:
         tensors = {
             "q": _randn(generator, batch, queries, heads, head_dim, scale=head_dim**-0.5),
             "k": _randn(generator, batch, keys, heads, head_dim),
             "v": _randn(generator, batch, keys, heads, head_dim),
-            "bias_table": _randn(generator, 32, heads),
+            "bias_table": _randn(generator, buckets, heads),
         }
         if mask:
             tensors["key_padding_mask"] = _mask(generator, batch, keys)
@@ -234,11 +248,12 @@ def _biased_attention(
 
     label = f"{batch} x {queries} queries, {keys} keys, {heads} heads of {head_dim}"
     label += "".join(f", {name}" for name, on in (("causal", decoder), ("mask", mask), ("dropout", dropout)) if on)
-    options = {"causal": decoder, "bidirectional": not decoder}
+    label += _named(options | ({} if buckets == 32 else {"buckets": buckets}))
+    options = {"causal": decoder, "bidirectional": not decoder, **options}
     return Case("relative_bias_attention", label, make, options, dropout, cost if timed else None)
 
 
-def _layer_norm(
+def layer_norm(
     shape: tuple[int, ...], channels: int, *, x_bias: bool = True, dropout: bool = False, timed: bool = False
 ) -> Case:
     def make(generator: torch.Generator) -> Tensors:
@@ -251,7 +266,7 @@ def _layer_norm(
     return Case("residual_layer_norm", label, make, {"eps": 1e-12}, dropout, cost)
 
 
-def _rms_norm(shape: tuple[int, ...], channels: int, *, timed: bool = False) -> Case:
+def rms_norm(shape: tuple[int, ...], channels: int, *, timed: bool = False) -> Case:
     def make(generator: torch.Generator) -> Tensors:
         return {"x": _randn(generator, *shape, channels), "weight": _randn(generator, channels)}
 
@@ -259,7 +274,7 @@ def _rms_norm(shape: tuple[int, ...], channels: int, *, timed: bool = False) -> 
     return Case("rms_norm", _size(shape, channels), make, {"eps": 1e-6}, cost=cost)
 
 
-def _gated_gelu(shape: tuple[int, ...], channels: int, *, timed: bool = False) -> Case:
+def gated_gelu(shape: tuple[int, ...], channels: int, *, timed: bool = False) -> Case:
     def make(generator: torch.Generator) -> Tensors:
         return {name: _randn(generator, *shape, channels) for name in ("gate", "up")}
 
@@ -267,7 +282,7 @@ def _gated_gelu(shape: tuple[int, ...], channels: int, *, timed: bool = False) -
     return Case("gated_gelu", _size(shape, channels), make, cost=cost)
 
 
-def _assemble(
+def assemble(
     batch: int, prefix_length: int, length: int, channels: int, vocabulary: int, *, timed: bool = False
 ) -> Case:
     def make(generator: torch.Generator) -> Tensors:
@@ -292,6 +307,10 @@ def _size(shape: tuple[int, ...], channels: int) -> str:
     return " x ".join(map(str, (*shape, channels)))
 
 
+def _named(options: dict[str, Any]) -> str:
+    return "".join(f", {name} {value}" for name, value in options.items())
+
+
 def _cost(operator: str, *arguments: Any, **options: Any) -> tuple[Cost, Cost]:
     return DEFINED[operator].cost(*arguments, **options)
 
@@ -306,67 +325,67 @@ def _row_cost(operator: str, rows_of: str) -> Callable[[Tensors], tuple[Cost, Co
 
 # Small enough for the interpreter; odd rows, widths that no tile divides, every form of gate.
 CASES: tuple[Case, ...] = (
-    _adapters("channel", (3, 17), 64, 2, 64),
-    _adapters("channel", (1, 5), 2048, 1, 4),
-    _adapters("channel by row", (257,), 40, 2, 8),
-    _adapters("dense", (417,), 24, 3, 4, activation="identity"),
-    _adapters("dense by sequence", (2, 9), 1408, 1, 8, biases=False),
-    _adapters("dense for all", (1, 1), 176, 3, 16),
-    _adapters("sparse", (3, 5), 72, 8, 16),
-    _lora("channel", (3, 17), 64, 72, 2, 64),
-    _lora("channel by row", (129,), 64, 48, 3, 8),
-    _lora("dense", (17,), 1408, 176, 2, 4),
-    _lora("dense for all", (1, 1), 176, 64, 1, 16),
-    _lora("sparse", (2, 17), 176, 64, 8, 16),
-    _maps_attention(257, (257,), 88, batch=1, heads=1),
-    _maps_attention(17, (17, 40, 9), 40, mixed=True),
-    _maps_attention(17, (33, 17), 88, heads=1, dropout=True),
-    _maps_attention(1, (257,), 64, heads=1),
-    _maps_attention(33, (33,), 8),
-    _maps_attention(17, (33,), 80, heads=1),
-    _maps_attention(17, (33,), 96, heads=1, mixed=True, dropout=True),
-    _maps_attention(5, (65,), 128, heads=1),
-    _biased_attention(97, 97, 64, batch=1, heads=1),
-    _biased_attention(33, 33, 40, mask=True),
-    _biased_attention(65, 65, 24, heads=1, decoder=True),
-    _biased_attention(1, 257, 64, heads=1, decoder=True),
-    _biased_attention(17, 50, 88, heads=1, decoder=True, mask=True, dropout=True),
-    _biased_attention(17, 17, 128, dropout=True),
-    _layer_norm((1,), 64),
-    _layer_norm((17,), 176, dropout=True),
-    _layer_norm((17,), 1408, dropout=True),
-    _layer_norm((417,), 64, x_bias=False),
-    _layer_norm((2, 3), 4096),
-    _rms_norm((1,), 64),
-    _rms_norm((257,), 176),
-    _rms_norm((417,), 64),
-    _rms_norm((2, 17), 2048),
-    _rms_norm((3,), 4096),
-    _gated_gelu((1,), 64),
-    _gated_gelu((257,), 176),
-    _gated_gelu((417,), 8),
-    _gated_gelu((2, 5), 5120),
-    _assemble(1, 1, 3, 64, 7),
-    _assemble(3, 17, 33, 176, 50),
-    _assemble(2, 40, 17, 2048, 20),
+    adapters("channel", (3, 17), 64, 2, 64),
+    adapters("channel", (1, 5), 2048, 1, 4),
+    adapters("channel by row", (257,), 40, 2, 8),
+    adapters("dense", (417,), 24, 3, 4, activation="identity"),
+    adapters("dense by sequence", (2, 9), 1408, 1, 8, biases=False),
+    adapters("dense for all", (1, 1), 176, 3, 16),
+    adapters("sparse", (3, 5), 72, 8, 16),
+    lora("channel", (3, 17), 64, 72, 2, 64),
+    lora("channel by row", (129,), 64, 48, 3, 8),
+    lora("dense", (17,), 1408, 176, 2, 4),
+    lora("dense for all", (1, 1), 176, 64, 1, 16),
+    lora("sparse", (2, 17), 176, 64, 8, 16),
+    maps_attention(257, (257,), 88, batch=1, heads=1),
+    maps_attention(17, (17, 40, 9), 40, mask=True, gate=True),
+    maps_attention(17, (33, 17), 88, heads=1, dropout=True),
+    maps_attention(1, (257,), 64, heads=1),
+    maps_attention(33, (33,), 8),
+    maps_attention(17, (33,), 80, heads=1),
+    maps_attention(17, (33,), 96, heads=1, mask=True, gate=True, dropout=True),
+    maps_attention(5, (65,), 128, heads=1),
+    biased_attention(97, 97, 64, batch=1, heads=1),
+    biased_attention(33, 33, 40, mask=True),
+    biased_attention(65, 65, 24, heads=1, decoder=True),
+    biased_attention(1, 257, 64, heads=1, decoder=True),
+    biased_attention(17, 50, 88, heads=1, decoder=True, mask=True, dropout=True),
+    biased_attention(17, 17, 128, dropout=True),
+    layer_norm((1,), 64),
+    layer_norm((17,), 176, dropout=True),
+    layer_norm((17,), 1408, dropout=True),
+    layer_norm((417,), 64, x_bias=False),
+    layer_norm((2, 3), 4096),
+    rms_norm((1,), 64),
+    rms_norm((257,), 176),
+    rms_norm((417,), 64),
+    rms_norm((2, 17), 2048),
+    rms_norm((3,), 4096),
+    gated_gelu((1,), 64),
+    gated_gelu((257,), 176),
+    gated_gelu((417,), 8),
+    gated_gelu((2, 5), 5120),
+    assemble(1, 1, 3, 64, 7),
+    assemble(3, 17, 33, 176, 50),
+    assemble(2, 40, 17, 2048, 20),
 )
 
 # LION-FlanT5-XL's in training (64 pictures, 16 x 1024 tokens) and in decoding, in bf16.
 TIMED: tuple[Case, ...] = (
-    _adapters("channel", (16, 1024), 2048, 2, 64, timed=True),
-    _adapters("channel", (4, 1), 2048, 2, 64, timed=True),
-    _adapters("dense", (16, 1024), 4096, 4, 8, timed=True),
-    _adapters("sparse", (16, 1024), 4096, 8, 64, timed=True),
-    _lora("channel", (16, 1024), 2048, 2048, 2, 64, timed=True),
-    _lora("sparse", (4, 1), 4096, 4096, 8, 64, timed=True),
-    _maps_attention(257, (257,), 88, batch=64, heads=16, timed=True),
-    _maps_attention(257, (257, 257), 88, batch=64, heads=16, timed=True),
-    _maps_attention(32, (257,), 64, batch=64, heads=12, timed=True),
-    _biased_attention(417, 417, 64, batch=16, heads=32, timed=True),
-    _biased_attention(1, 417, 64, batch=16, heads=32, decoder=True, timed=True),
-    _layer_norm((64, 257), 1408, timed=True),
-    _rms_norm((16, 1024), 2048, timed=True),
-    _gated_gelu((16, 1024), 5120, timed=True),
-    _assemble(16, 289, 128, 2048, 32128, timed=True),
+    adapters("channel", (16, 1024), 2048, 2, 64, timed=True),
+    adapters("channel", (4, 1), 2048, 2, 64, timed=True),
+    adapters("dense", (16, 1024), 4096, 4, 8, timed=True),
+    adapters("sparse", (16, 1024), 4096, 8, 64, timed=True),
+    lora("channel", (16, 1024), 2048, 2048, 2, 64, timed=True),
+    lora("sparse", (4, 1), 4096, 4096, 8, 64, timed=True),
+    maps_attention(257, (257,), 88, batch=64, heads=16, timed=True),
+    maps_attention(257, (257, 257), 88, batch=64, heads=16, timed=True),
+    maps_attention(32, (257,), 64, batch=64, heads=12, timed=True),
+    biased_attention(417, 417, 64, batch=16, heads=32, timed=True),
+    biased_attention(1, 417, 64, batch=16, heads=32, decoder=True, timed=True),
+    layer_norm((64, 257), 1408, timed=True),
+    rms_norm((16, 1024), 2048, timed=True),
+    gated_gelu((16, 1024), 5120, timed=True),
+    assemble(16, 289, 128, 2048, 32128, timed=True),
 )
 OPERATORS = tuple(dict.fromkeys(case.operator for case in CASES))

@@ -1,10 +1,9 @@
 """Fixtures for kernels, on the GPU where there is one, else in Triton's interpreter (see tests/conftest.py)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from lion_fast.check.compare import poisoned_memory
 
@@ -21,19 +20,6 @@ def _give_memory_back() -> Iterator[None]:
     yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@pytest.fixture(scope="session")
-def relative_error() -> Callable[[Tensor, Tensor], float]:
-    """||got - expected|| / ||expected||, in fp64; infinite where anything is NaN."""
-
-    def measure(got: Tensor, expected: Tensor) -> float:
-        got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
-        assert got.shape == expected.shape
-        error = ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
-        return error if error == error else float("inf")
-
-    return measure
 
 
 @pytest.fixture

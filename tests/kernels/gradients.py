@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Any]  # arguments by name
-Measure = Callable[[Tensor, Tensor], float]
 
 
 def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
@@ -40,11 +39,3 @@ def outputs_and_gradients(operator: Callable[..., Tensor], inputs: Inputs, **opt
     names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad]
     gradients = torch.autograd.grad(out, [inputs[name] for name in names], gradient_of(out))
     return {"out": out, **dict(zip(names, gradients, strict=True))}
-
-
-def gradients_over(draws: int, out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Of random gradients of `out`, the same in every dtype: for one those of `leaves`, for more these stacked."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(1, 1 + draws)]
-    weights = [torch.randn(out.shape, generator=each, dtype=torch.float64).to(out) for each in generators]
-    found = [torch.autograd.grad(out, leaves, each, retain_graph=draws > 1) for each in weights]
-    return list(found[0]) if draws == 1 else [torch.stack(values) for values in zip(*found, strict=True)]

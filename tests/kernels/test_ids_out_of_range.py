@@ -11,8 +11,8 @@ from torch import Tensor
 
 import lion_kernels
 import lion_reference
-from tests.kernels.gradients import Inputs, Measure, cast, outputs_and_gradients
-from tests.rounding import OPERATOR_FP32
+from tests.kernels.gradients import Inputs, cast, outputs_and_gradients
+from tests.rounding import OPERATOR_FP32, relative_error
 
 pytestmark = pytest.mark.usefixtures("poison")
 ROWS, EXPERTS, RANK, CHANNELS = 12, 3, 8, 32
@@ -42,9 +42,7 @@ def amid_nans(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("tasks", [2, 6], ids=["rows chosen from", "rows gathered"])
 @pytest.mark.parametrize("operator", ["mixture_of_adapters", "mixture_of_lora_linear"])
-def test_a_task(
-    operator: str, tasks: int, device: torch.device, relative_error: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task(operator: str, tasks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     gate = torch.randn(tasks, EXPERTS, CHANNELS, generator=generator, dtype=torch.float64).requires_grad_()
     task_ids = torch.randint(0, tasks, (ROWS,), generator=generator)
@@ -57,13 +55,11 @@ def test_a_task(
         return getattr(lion_reference, operator)(gate=torch.cat([gate, torch.zeros_like(gate[:1])]), **rest)
 
     expected = outputs_and_gradients(with_a_task_of_no_weight, inputs)
-    check(operator, inputs, expected, device, relative_error, monkeypatch)
+    check(operator, inputs, expected, device, monkeypatch)
 
 
 @pytest.mark.parametrize("operator", ["mixture_of_adapters", "mixture_of_lora_linear"])
-def test_an_expert(
-    operator: str, device: torch.device, relative_error: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expert(operator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     gate = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64).requires_grad_()
     expert_ids = torch.randint(-1, EXPERTS, (ROWS, 2), generator=generator)
@@ -71,7 +67,7 @@ def test_an_expert(
     inputs = make_inputs(operator, gate, {"expert_ids": expert_ids})
     none = {**inputs, "expert_ids": torch.where(expert_ids < EXPERTS, expert_ids.clamp(min=-1), -1)}
     expected = outputs_and_gradients(getattr(lion_reference, operator), none)
-    check(operator, inputs, expected, device, relative_error, monkeypatch)
+    check(operator, inputs, expected, device, monkeypatch)
 
 
 def check(
@@ -79,7 +75,6 @@ def check(
     inputs: Inputs,
     expected: dict[str, Tensor],
     device: torch.device,
-    relative_error: Measure,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     function = getattr(lion_kernels, operator)

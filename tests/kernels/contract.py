@@ -1,0 +1,229 @@
+"""What all operators promise alike is tested over one table: these cases, and the ways to compute them.
+
+A case is of `lion_fast.check.cases`: tensors by name, the call in lion_kernels and the reference's. `test_contract.py`
+has the promises. What an operator alone promises is in the test file of its name.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lion_kernels
+from lion_fast.check import cases
+from lion_fast.check.cases import Case, Tensors
+from lion_fast.check.compare import leaves, make_tensors
+from lion_kernels.core.backend import interpreting
+from tests.interpreter import large_tiles
+from tests.kernels.gradients import gradient_of
+from tests.rounding import OPERATOR_FP32, relative_error
+
+LOW_RANK = ("mixture_of_adapters", "mixture_of_lora_linear")
+ATTENTION = ("multi_scale_attention", "relative_bias_attention")
+KEEPS_DTYPES = ("residual_layer_norm", "rms_norm", "gated_gelu", "assemble_inputs")  # whatever autocast says
+CPU = torch.device("cpu")
+
+# "triton": the kernels; "torch": PyTorch; "formula": what the custom ops do on a CPU that does not interpret; "fused":
+# the kernel that mixture_of_lora_linear has for all of it, where "triton" adds the update to the library's product.
+
+
+def changed(case: Case, label: str, change: Callable[[Tensors], Tensors], **options: Any) -> Case:
+    """`case` with other tensors, and other options."""
+    return replace(
+        case,
+        label=f"{case.label}, {label}",
+        make=lambda generator: change(case.make(generator)),
+        options=case.options | options,
+    )
+
+
+# Beside those of `lion-fast check`: what these leave out of each operator's features, and sizes at the tiles' edges.
+CASES = (
+    *cases.CASES,
+    cases.adapters("sparse", (2, 40), 40, 3, 8),  # many rows and few experts: no expert is skipped
+    cases.adapters("sparse", (1, 40), 640, 4, 16),  # few rows: without gradients they are split over channels
+    cases.adapters("sparse", (2, 9), 48, 16, 24),
+    cases.adapters("channel by row", (2, 9), 640, 2, 64, tasks=6),  # rows of the gate gathered, not chosen from
+    cases.adapters("dense", (1, 40), 640, 4, 16),
+    cases.lora("channel by row", (2, 9), 48, 40, 2, 8, tasks=7),
+    cases.maps_attention(1, (1,), 8, heads=1),
+    cases.maps_attention(129, (65,), 88, batch=1, heads=1, dropout=True),
+    cases.maps_attention(33, (17, 1, 70), 40, scale=0.2),
+    cases.maps_attention(17, (17, 40), 72, gate=True, dropout=True),
+    cases.maps_attention(70, (17, 1, 70), 16, heads=1, mask=True, gate=True),
+    cases.maps_attention(20, (33,), 128, heads=1, mask=True, dropout=True),
+    cases.biased_attention(2, 2, 8),
+    cases.biased_attention(50, 193, 16, batch=1, heads=1, max_distance=20),
+    cases.biased_attention(70, 70, 40, heads=1, mask=True, buckets=10, max_distance=9),
+    cases.biased_attention(70, 100, 88, heads=1, mask=True, decoder=True, max_distance=30),
+    cases.biased_attention(33, 33, 16, decoder=True, bidirectional=True, buckets=16, max_distance=12, dropout=True),
+    cases.biased_attention(17, 257, 80, batch=1, heads=1, decoder=True),
+    cases.layer_norm((5,), 101, x_bias=False, dropout=True),
+    cases.layer_norm((257,), 64, dropout=True),
+    cases.rms_norm((5,), 100),
+    cases.rms_norm((2,), 8192),
+    cases.rms_norm((3,), 4),
+    cases.gated_gelu((5,), 1025),
+    cases.gated_gelu((7,), 1),
+    cases.gated_gelu((), 33),
+    cases.assemble(2, 0, 65, 48, 50),
+)
+
+# One of each operator's forms, small: for what does not depend on sizes. Attention takes the tiles of its dtype.
+SMALL = (
+    cases.adapters("channel", (3, 5), 32, 2, 8),
+    cases.adapters("dense", (3, 5), 32, 2, 8),
+    cases.adapters("sparse", (3, 5), 32, 2, 8),
+    cases.lora("channel", (3, 5), 32, 40, 2, 8),
+    cases.lora("dense", (3, 5), 32, 40, 2, 8),
+    cases.lora("sparse", (3, 5), 32, 40, 2, 8),
+    cases.maps_attention(17, (33,), 24, heads=1),
+    cases.maps_attention(9, (20, 7), 16, heads=1, mask=True, gate=True, dropout=True),
+    cases.biased_attention(17, 17, 16, heads=1),
+    cases.biased_attention(9, 33, 16, heads=1, mask=True, decoder=True, dropout=True),
+    cases.layer_norm((2, 3), 48, x_bias=False),
+    cases.layer_norm((2, 3), 48, dropout=True),
+    cases.rms_norm((3, 5), 48),
+    cases.gated_gelu((3, 5), 48),
+    cases.assemble(2, 3, 5, 48, 9),
+)
+OPTIONAL = {"mixture_of_adapters": ("down_bias", "up_bias", "residual"), "mixture_of_lora_linear": ("bias",)}
+# The same without an argument that may be left out, and with one that is seldom there.
+VARIANTS = (
+    *(
+        changed(case, f"no {absent}", lambda given, absent=absent: _without(given, absent), **{absent: None})
+        for case in SMALL
+        for absent in OPTIONAL.get(case.operator, ())
+    ),
+    *(
+        changed(case, "an input of the update's own", lambda given: given | {"update_input": given["x"].flip(0)})
+        for case in SMALL
+        if case.operator == "mixture_of_lora_linear"
+    ),
+)
+
+
+def _without(given: Tensors, absent: str) -> Tensors:
+    return {name: value for name, value in given.items() if name != absent}
+
+
+def name_of(case: Case) -> str:
+    return f"{case.operator}: {case.label}"
+
+
+def by_case(of: tuple[Case, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", of, ids=name_of)
+
+
+def by_case_and_way(of: tuple[Case, ...], *ways: str) -> pytest.MarkDecorator:
+    """Every case of `of` by every one of `ways` that its operator has."""
+    pairs = [(case, way) for case in of for way in ways if way != "fused" or case.operator == "mixture_of_lora_linear"]
+    named = [pytest.param(case, way, id=f"{name_of(case)}-{way}") for case, way in pairs]
+    return pytest.mark.parametrize(("case", "way"), named)
+
+
+def modules_with(name: str) -> Iterator[Any]:
+    """The modules of lion_kernels that import `name` from another one."""
+    for path, module in sorted(sys.modules.items()):
+        if path.startswith("lion_kernels.") and path != "lion_kernels.core.backend" and hasattr(module, name):
+            yield module
+
+
+@contextmanager
+def computing(way: str) -> Iterator[str]:
+    """Within, the `backend` that is given computes in this way."""
+    if way == "formula" and not interpreting():
+        pytest.skip("the custom ops are compiled kernels here")
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "formula":
+            for module in modules_with("interpreting"):
+                patch.setattr(module, "interpreting", lambda: False)
+        lora = importlib.import_module("lion_kernels.mixture_of_lora_linear")
+        patch.setattr(lora, "fuses", lambda *_: way == "fused")
+        yield "torch" if way == "torch" else "triton"
+
+
+def in_few_programs(case: Case) -> AbstractContextManager[None]:
+    """Within, attention takes the tiles of 16-bit values, in which the interpreter is ten times as fast."""
+    return large_tiles() if interpreting() and case.operator in ATTENTION else nullcontext()
+
+
+def operator_of(case: Case) -> Callable[..., Tensor]:
+    return getattr(lion_kernels, case.operator)
+
+
+def make(case: Case, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensors:
+    """The case's tensors, of which the floating ones ask for gradients."""
+    return leaves(make_tensors(case, dtype, device))
+
+
+def results(
+    operator: Callable[..., Tensor],
+    tensors: Tensors,
+    arguments: dict[str, Any],
+    grad: Tensor | None = None,
+    **rest: Any,
+) -> Tensors:
+    """`out`, and by name the gradient of each of `tensors` that asks for one; `arguments` are made of them."""
+    out = operator(**arguments, **rest)
+    if not out.requires_grad:
+        return {"out": out}
+    wanted = [name for name, value in tensors.items() if value.requires_grad]
+    gradients = torch.autograd.grad(out, [tensors[name] for name in wanted], gradient_of(out) if grad is None else grad)
+    return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def run(case: Case, tensors: Tensors, backend: str, grad: Tensor | None = None, **changes: Any) -> Tensors:
+    """The operator's results; `changes` are of its arguments."""
+    return results(operator_of(case), tensors, case.arguments(tensors) | changes, grad, backend=backend)
+
+
+def reference(
+    case: Case, tensors: Tensors, dtype: torch.dtype = torch.float64, device: torch.device = CPU, grad: Any = None
+) -> Tensors:
+    """The reference's results, computed in `dtype` from the values that `tensors` hold."""
+    wide = leaves(tensors, dtype, device)
+    return results(lambda: case.reference(wide), wide, {}, None if grad is None else grad.detach().to(device, dtype))
+
+
+def expect_close(got: Tensors, expected: Tensors, bound: float = OPERATOR_FP32) -> None:
+    """Hold every tensor to `bound`: relative to what is expected, or where that is zero, to what cancelled."""
+    for name, value in got.items():
+        if expected[name].numel() == 0 or expected[name].abs().max() < 1e-12:
+            assert value.shape == expected[name].shape
+            assert (value.abs() < bound).all(), name
+        else:
+            assert relative_error(value, expected[name]) < bound, name
+
+
+def expect_equal(got: Tensors, expected: Tensors) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the calls of custom ops of lion_kernels, each with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lion_kernels":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(case: Case, tensors: Tensors, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The custom ops that forward and backward call."""
+    with Recorder() as recorder:
+        run(case, tensors, backend)
+    return recorder.calls
