@@ -182,7 +182,7 @@ gpu-tests() { # tests that need a GPU, except slow ones; a dry run collects them
   run_tests "$OUT/gpu-tests.xml" $((PROCESSES < 8 ? PROCESSES : 8)) -m "gpu and not slow" "${files[@]}"
   status=$?
   if [ -z "$GPU" ] && [ $status -eq 0 ]; then
-    run_tests "$OUT/dry-tests.xml" 1 tests/kernels/test_gated_gelu.py tests/kernels/test_rms_norm.py -k "agrees or bits"
+    run_tests "$OUT/dry-tests.xml" 1 tests/kernels/test_contract.py -k "(gated_gelu or rms_norm) and (agrees or bits)"
     status=$?
   fi
   wait
@@ -213,7 +213,7 @@ kernel-tests() {
     run_tests "$OUT/kernel-tests.xml" 4 -m "not gpu or slow" tests/kernels tests/lion_fast/test_gpu.py \
       --ignore=tests/kernels/test_aot.py
   else
-    run_tests "$OUT/kernel-tests.xml" 1 -m "not gpu" tests/kernels/test_gated_gelu.py -k "agrees or bits"
+    run_tests "$OUT/kernel-tests.xml" 1 -m "not gpu" tests/kernels/test_contract.py -k "gated_gelu and (agrees or bits)"
   fi
 }
 

@@ -135,8 +135,10 @@ MUTATIONS = [
         "low_rank/kernels.py",
         "tl.dot(tl.trans(b_up), tl.trans(b_gated), b_products[i], input_precision=PRECISION)",
         "tl.dot(tl.trans(b_up), tl.trans(b_grad.to(dtype)), b_products[i], input_precision=PRECISION)",
-        ("contract::test_half_precision_is_no_worse_than_the_plain_formula"
-            "[fp16-mixture_of_adapters: channel gate, x 3 x 5 x 64, E 2, r 64-triton]",),
+        (
+            "contract::test_half_precision_is_no_worse_than_the_plain_formula"
+            "[fp16-mixture_of_adapters: channel gate, x 3 x 5 x 64, E 2, r 64-triton]",
+        ),
     ),
     Mutation(
         "forget the padding in the keys' gradient",

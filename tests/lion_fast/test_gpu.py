@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lion_fast import LionForCausalLM
 from lion_fast.training.stages import STAGES, freeze_for_stage
+from tests.rounding import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -79,10 +80,6 @@ def batch(make_batch: MakeBatch) -> dict[str, Tensor]:
 
 def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def outputs(model: LionForCausalLM, batch: dict[str, Tensor], forward: Any = None) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from lion_fast.quickstart.standins import Facts
 from lion_fast.scenes import SceneGenerator
 from lion_fast.training.evaluation import is_right
 from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
+from tests.rounding import relative_error
 
 SEED = 5  # of conftest's quickstart_dir
 
@@ -77,7 +78,7 @@ def test_the_checkpoint_answers_pictures_as_it_answered_cached_features(output_d
             **batch, vision_features=scenes.features.float(), labels=torch.ones(4, 1, dtype=torch.long)
         ).logits
     # Features are kept in float16: eps 2^-11 on each, through a few layers.
-    assert (whole - cached).norm() / whole.norm() < 20 * 2**-11
+    assert relative_error(cached, whole) < 20 * 2**-11
 
 
 def test_evaluate_measures_a_loaded_checkpoint(output_dir: Path) -> None:

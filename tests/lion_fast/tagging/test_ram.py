@@ -12,6 +12,7 @@ from lion_fast.conversion.ram import RamConversionReport, convert_ram
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.modeling_ram import RamTagger, read_tags, read_thresholds
+from tests.rounding import relative_error
 
 # Some tens of fp32 roundings of 6e-8 each, over a dozen blocks.
 TOLERANCE = 1e-5
@@ -20,10 +21,6 @@ TOLERANCE = 1e-5
 def weights_of(report: RamConversionReport) -> dict[str, Tensor]:
     (file,) = (file for file in report.files if file.suffix == ".safetensors")
     return load_file(file)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(scope="module")
