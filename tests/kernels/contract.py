@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lion_kernels
 from lion_fast.check import cases
 from lion_fast.check.cases import Case, Tensors
-from lion_fast.check.compare import leaves, make_tensors
+from lion_fast.check.compare import counted_launches, leaves, make_tensors
 from lion_kernels.core.backend import interpreting
 from tests.interpreter import large_tiles
 from tests.kernels.gradients import gradient_of
@@ -138,7 +138,9 @@ def computing(way: str) -> Iterator[str]:
             patch.setattr("lion_kernels.core.operator.launches_on_cpu", lambda: False)
         lora = importlib.import_module("lion_kernels.mixture_of_lora_linear")
         patch.setattr(lora, "fuses", lambda *_: way == "fused")
-        yield "torch" if way == "torch" else "triton"
+        with counted_launches() as launches:
+            yield "torch" if way == "torch" else "triton"
+    assert bool(launches) == (way in ("triton", "fused")), f"{way}: launched {dict(launches)}"
 
 
 def in_few_programs(case: Case) -> AbstractContextManager[None]:

@@ -53,7 +53,7 @@ def test_agrees_with_the_reference(case: Case, way: str, device: torch.device) -
     expected = reference(case, tensors)
     with computing(way) as backend, in_few_programs(case) if case in CASES else nullcontext():
         got = run(case, tensors, backend)
-        with torch.no_grad():
+        with torch.set_grad_enabled(way == "formula"):  # without gradients no custom op is called
             out = run(case, tensors, backend)["out"]
     assert all(value.dtype == torch.float32 for value in got.values())
     expect_close(got, expected)
@@ -161,12 +161,12 @@ def test_strides(case: Case, way: str, layout: str, device: torch.device) -> Non
 def test_strides_of_the_gradient(case: Case, way: str, layout: str, device: torch.device) -> None:
     tensors = make(case, device=device)
     shape = operator_of(case)(**case.arguments(tensors)).shape
-    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(*reversed(shape), 2, generator=torch.Generator().manual_seed(2)).to(device)
     grad = {
-        "one value": lambda: torch.tensor(0.5).expand(shape),
-        "every other channel": lambda: torch.randn(*shape, 2, generator=generator)[..., 0],
-        "transposed": lambda: torch.randn(shape[::-1], generator=generator).permute(*reversed(range(len(shape)))),
-    }[layout]().to(device)
+        "one value": torch.tensor(0.5, device=device).expand(shape),
+        "every other channel": values.view(*shape, 2)[..., 0],
+        "transposed": values[..., 0].contiguous().permute(*reversed(range(len(shape)))),
+    }[layout]
     assert not grad.is_contiguous()
     with computing(way) as backend:
         expect_close(run(case, tensors, backend, grad), reference(case, tensors, grad=grad))
@@ -307,9 +307,9 @@ def test_no_rows(case: Case, way: str, device: torch.device) -> None:
 
 
 @by_case_and_way((*SMALL, *VARIANTS), "triton", "torch", "fused")
-def test_shapes_of_fake_tensors(case: Case, way: str) -> None:
+def test_shapes_of_fake_tensors(case: Case, way: str, device: torch.device) -> None:
     """Of what has no values: the shapes, dtypes and strides of output and gradients."""
-    tensors = make(case)
+    tensors = make(case, device=device)
     with computing(way) as backend:
         expected = run(case, tensors, backend)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
