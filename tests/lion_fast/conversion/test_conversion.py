@@ -16,6 +16,7 @@ from lion_fast.cli import main
 from lion_fast.conversion import lion as conversion
 from lion_fast.conversion.lion import convert_checkpoint, original_name
 from lion_fast.io.checkpoints import CheckpointError
+from tests.rounding import relative_error
 
 State = dict[str, Tensor]
 
