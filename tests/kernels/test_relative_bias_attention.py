@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lion_fast.check import cases
-from lion_kernels.relative_bias_attention import bucket_by_distance, cost, relative_bias_attention
+from lion_kernels.attention.bias import bucket_by_distance
+from lion_kernels.relative_bias_attention import cost, relative_bias_attention
 from lion_reference.relative_bias_attention import relative_position_bucket as reference_bucket
 from tests.kernels.contract import make
 from tests.rounding import OPERATOR_FP32, relative_error
