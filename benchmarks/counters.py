@@ -21,7 +21,7 @@ import torch
 from benchmarks.bench_headline import OURS, ROWS, case_of
 from benchmarks.harness.headline import Headline
 from benchmarks.harness.results import COUNTERS, describe_machine, run_folder
-from benchmarks.harness.runs import clone
+from benchmarks.harness.runs import ROOT
 from benchmarks.harness.side_by_side import DEVICE, Operator
 from lion_fast.io.atomic import write_json
 
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--read needs --out")
     with options.read.open(encoding="utf-8") as file:
         kernels = list(kernels_of(file))
-    machine = describe_machine(clone())
+    machine = describe_machine(ROOT)
     folder = run_folder(options.out, machine)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / COUNTERS, {"environment": machine, "kernels": kernels})

@@ -114,7 +114,7 @@ ROOMS = {
 }
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", sorted(ROOMS))
 def test_rooms_of_the_kernels(room: str) -> None:
     """Imports go in one direction: core, the families, the operators, the ahead-of-time report."""
     folder = KERNELS / room
