@@ -1,4 +1,4 @@
-"""LION's operators, usable on their own: they need torch and, for the Triton backend, triton."""
+"""LION's operators as a library of their own; it needs torch and, for the Triton backend, triton."""
 
 from lion_kernels.assemble_inputs import assemble_inputs
 from lion_kernels.core.backend import BACKENDS, HAS_TRITON, interpreting, resolve_backend, values_on_host

@@ -1,11 +1,11 @@
-"""The language model's input: visual prefix, then the text's embeddings, its soft prompt filled in.
+"""The language model's input: the visual prefix, then the text's embeddings with the soft prompt inserted.
 
     out[b] = [prefix[b] | e(input_ids[b, 0]), e(input_ids[b, 1]), ...]
     e(id) = soft_prompt where id = soft_prompt_id, else embedding[id]
 
-One pass writes the whole of it. Backward: dprefix is the gradient's first part; dsoft_prompt the sum of the gradient
-over the soft prompt's places, in partial sums of fixed order; dembedding, where the table is trained, the sum over each
-id's places by PyTorch's own embedding backward, which sorts the ids and is deterministic.
+Forward is a single pass. In backward, dprefix is the first part of the gradient. dsoft_prompt sums the gradient over
+the soft prompt's positions, in partial sums of fixed order. dembedding, if the table is trained, sums it over each id's
+positions with PyTorch's embedding backward, which sorts the ids and is deterministic.
 """
 
 import itertools
@@ -31,11 +31,11 @@ from lion_kernels.core.rowwise import last_contiguous, partial_sums, row_spec, w
 from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
-SUM_TILE = {"BT": 32, "BD": 128, "num_warps": 4}  # of ids and channels in the sum over the soft prompt's places
+SUM_TILE = {"BT": 32, "BD": 128, "num_warps": 4}  # ids and channels of a tile of dsoft_prompt's sum
 
 
 def _tile(channels: int) -> dict[str, int]:
-    """BD channels of a program, 16 values a thread; never too few for 16-byte accesses."""
+    """Return the BD channels of a program: 16 values per thread, and enough for 16-byte accesses."""
     block = min(2048, max(256, triton.next_power_of_2(channels)))
     tile = lookup("assemble_inputs_forward", f"D{block}", {"BD": block, "num_warps": max(1, block // 512)})
     return {"D": channels, **tile}
@@ -61,7 +61,7 @@ def launch_forward(
 
 
 def launch_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
-    """dsoft_prompt [D] in fp32, from the gradient [B, P + L, D] and the ids [B, L]."""
+    """Return dsoft_prompt [D] in fp32 for the gradient [B, P + L, D] and the ids [B, L]."""
     refuse_uninterpretable(grad=grad)
     channels, (batch, length) = grad.shape[2], input_ids.shape
     grad = last_contiguous(grad)
@@ -81,7 +81,7 @@ def launch_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Ten
 def plain_forward(
     prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int
 ) -> Tensor:
-    """The same in PyTorch."""
+    """Compute `launch_forward` in PyTorch."""
     is_soft_prompt = input_ids == soft_prompt_id
     text = F.embedding(input_ids.masked_fill(is_soft_prompt, 0), embedding)
     text = torch.where(is_soft_prompt.unsqueeze(-1), soft_prompt.to(text.dtype), text)
@@ -119,10 +119,10 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor 
 
 
 def cost(batch: int, prefix_length: int, length: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
-    """What forward and backward cannot avoid, with everything of one dtype, int64 ids and a frozen table.
+    """Return the minimal cost of forward and backward, with everything of one dtype, int64 ids and a frozen table.
 
-    Forward reads a row for each that it writes, and the ids. Backward reads the ids and, for one soft prompt a
-    sequence, the gradient there; dprefix is a view of the gradient.
+    Forward reads one row per row written, and the ids. Backward reads the ids and the gradient of one soft prompt per
+    sequence; dprefix is a view of the gradient.
     """
     ids, row = 8 * batch * length, dtype.itemsize * channels
     return (
@@ -174,10 +174,9 @@ def assemble_inputs(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """[prefix | embedding of the text], where the token `soft_prompt_id` embeds as `soft_prompt`.
+    """Concatenate the prefix and the text's embeddings, where `soft_prompt` embeds the token `soft_prompt_id`.
 
-    Nothing waits for a GPU: there the kernel writes NaN for an id that the table does not have, and backward passes it
-    over.
+    Nothing synchronises with the GPU: for an id beyond the table, the kernel writes NaN and backward ignores the id.
 
     Args:
         prefix: [B, P, D], floating; its dtype may differ from the embedding's.
@@ -185,14 +184,14 @@ def assemble_inputs(
         embedding: [vocabulary, D], floating; the language model's table.
         soft_prompt: [D], floating; its dtype may differ from the embedding's.
         soft_prompt_id: may lie beyond the table.
-        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32; for others "auto" is "torch".
+        backend: "auto", "triton" or "torch". The kernels support fp16, bf16 and fp32; otherwise "auto" is "torch".
 
     Returns:
         [B, P + L, D] in the embedding's dtype, which is the language model's.
 
     Raises:
-        ValueError: a shape, dtype, device or backend that does not fit, or on a CPU an id that the table does not have;
-            the message names the argument.
+        ValueError: invalid shape, dtype, device or backend or, on a CPU, an id beyond the table; the message names the
+            argument.
     """
     _check(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
     arguments = (prefix, input_ids, embedding, soft_prompt, soft_prompt_id)

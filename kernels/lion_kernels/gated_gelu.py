@@ -1,12 +1,12 @@
-"""The gated activation of T5 1.1's feed-forward layer (Shazeer, arXiv 2002.05202), with the exact GELU LION uses.
+"""The gated activation of T5 1.1's feed-forward layer (Shazeer, arXiv 2002.05202), with the exact GELU as in LION.
 
-    out = gate * Phi(gate) * up                         Phi the normal distribution function
+    out = gate * Phi(gate) * up                         Phi: the normal distribution function
     dup = g * gate * Phi(gate)
-    dgate = g * up * (Phi(gate) + gate * phi(gate))     phi its density
+    dgate = g * up * (Phi(gate) + gate * phi(gate))     phi: its density
 
-Saved for backward: gate and up, nothing else. The GELU and its slope are computed again from the gate. There is no
-option to keep them: backward needs both factors, gate * Phi(gate) and up * slope, so it would hold and read as many
-tensors as it does, and forward would write two more beside the one that it returns.
+Forward saves only gate and up for backward, which recomputes the GELU and its slope from the gate. There is no option
+to save them: backward needs both gate * Phi(gate) and up * slope, so it would hold and read as many tensors as now, and
+forward would write two more beside its output.
 """
 
 import itertools
@@ -46,7 +46,7 @@ def normal_density(x):
 def gated_gelu_forward_kernel(
     p_gate, p_up, p_out, rows, stride_gate, stride_up, D, blocks, BT: tl.constexpr, BD: tl.constexpr
 ):
-    """Program i has the i % blocks-th block of BD channels of a tile of BT rows."""
+    """Compute one tile; program i has block i % blocks of BD channels in a tile of BT rows."""
     i_program = tl.program_id(0)
     o_row = (i_program // blocks * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     o_d = (i_program % blocks * BD + tl.arange(0, BD))[None, :]
@@ -82,7 +82,7 @@ def gated_gelu_backward_kernel(
 
 
 def _tile(operator: str, channels: int) -> dict[str, int]:
-    """BT rows and BD channels of a tile of 1024 values, 8 a thread: one 16-byte load in half precision."""
+    """Return BT rows and BD channels of a tile of 1024 values, 8 per thread: one 16-byte load in half precision."""
     block = min(1024, max(16, triton.next_power_of_2(channels)))
     return lookup(operator, f"D{block}", {"BT": 1024 // block, "BD": block, "num_warps": 4})
 
@@ -105,7 +105,7 @@ def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def launch_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up; one that `needs` does not name is empty."""
+    """Return the gradients of gate and up; a gradient that `needs` excludes is empty."""
     refuse_uninterpretable(gate=gate)
     channels = gate.shape[-1]
     grad_rows, gate_rows, up_rows = as_rows(grad), as_rows(gate), as_rows(up)
@@ -124,7 +124,7 @@ def launch_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -
 
 
 def plain_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """The same in PyTorch."""
+    """Compute `launch_forward` in PyTorch."""
     return (F.gelu(gate) * up).contiguous()
 
 
@@ -144,7 +144,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
-    """What forward and backward cannot avoid, for gate and up [rows, channels].
+    """Return the minimal cost of forward and backward for gate and up [rows, channels].
 
     Forward reads gate and up and writes out; backward reads the gradient, gate and up and writes dgate and dup. The
     error function and the exponential count as one operation each.
@@ -180,18 +180,18 @@ forward_op = operator.define(
 
 
 def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
-    """`gate * Phi(gate) * up`, the exact GELU of the gate times up.
+    """Compute `gate * Phi(gate) * up`, the exact GELU of the gate times up.
 
     Args:
         gate: [..., D], any leading dimensions, floating. It may be one half of a packed projection.
-        up: [..., D] in gate's dtype, the other half.
-        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32; for others "auto" is "torch".
+        up: [..., D] in gate's dtype; it may be the other half.
+        backend: "auto", "triton" or "torch". The kernels support fp16, bf16 and fp32; otherwise "auto" is "torch".
 
     Returns:
         [..., D] in gate's dtype; the kernels compute in fp32 and round once.
 
     Raises:
-        ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
+        ValueError: invalid shape, dtype, device or backend; the message names the argument.
     """
     _check(gate, up)
     if choose_backend(backend, "gated_gelu", gate.device, why_unsupported({"gate": gate})) == "torch":

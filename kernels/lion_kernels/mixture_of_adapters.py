@@ -1,14 +1,14 @@
-"""Mixture of low-rank adapters, weighed by a gate (LION, arXiv 2311.11860, section 3.3; soft and top-k mixtures).
+"""Mixture of low-rank adapters, weighted by a gate (LION, arXiv 2311.11860, section 3.3; soft and top-k mixtures).
 
     out = residual + sum_e g_e * (W_up_e act(W_down_e x + b_down_e) + b_up_e)
 
-The gate g_e is one of
-    channel   gate [R, E, D], a row per task: a sequence takes the row of its task id (LION)
-    dense     gate [..., E], a weight per row and expert (soft routing)
-    sparse    gate [..., k] with expert_ids [..., k], the weights of the k experts of a row (top-k routing)
+The gate g_e has one of three forms:
+    channel   gate [R, E, D], one row per task; a sequence uses the row of its task id (LION)
+    dense     gate [..., E], one weight per row and expert (soft routing)
+    sparse    gate [..., k] with expert_ids [..., k], the weights of a row's k experts (top-k routing)
 
-`lion_kernels.low_rank.launch` has the algebra of backward and the launches of the kernels that are in
-`lion_kernels.low_rank.kernels`; `lion_kernels.low_rank.plain` has the mixture in PyTorch.
+`lion_kernels.low_rank.launch` has the algebra of backward and launches the kernels of `lion_kernels.low_rank.kernels`;
+`lion_kernels.low_rank.plain` has the mixture in PyTorch.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from lion_kernels.low_rank.specs import kernel_specs
 def launch_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, adapters: Adapters, gate: KernelGate, relu: bool, needs: list[bool]
 ) -> list[Tensor]:
-    """Gradients of x, down_weight, down_bias, up_weight, up_bias and gate; one that `needs` does not name is empty."""
+    """Return the gradients of x, down_weight, down_bias, up_weight, up_bias and gate; empty if `needs` excludes one."""
     return _with_input(x, adapters, low_rank.launch_backward(grad, x, hidden, adapters, gate, relu, needs))
 
 
@@ -42,7 +42,7 @@ def plain_backward(
 
 
 def _with_input(x: Tensor, adapters: Adapters, gradients: Gradients) -> list[Tensor]:
-    """x's gradient in the place of hidden's, and nothing in the place of None."""
+    """Replace hidden's gradient by x's, and None by an empty tensor."""
     dx = None if gradients.hidden is None else torch.mm(gradients.hidden, adapters.down_weight.flatten(0, 1))
     return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients[1:])]
 
@@ -72,7 +72,7 @@ def _bundle(
     rows_per_gate: int,
     relu: bool,
 ) -> tuple[Any, ...]:
-    """Of the op's arguments, x [T, D] and a gate as `KernelGate` has it, what the functions above take."""
+    """Bundle the op's arguments, x [T, D] and a gate laid out as in `KernelGate`, for the functions above."""
     adapters = Adapters(down_weight, down_bias, up_weight, up_bias)
     return x, adapters, KernelGate(form, gate, ids, rows_per_gate), residual, relu
 
@@ -122,11 +122,11 @@ def _differentiate(ctx, grad, _):
 def cost(
     rows: int, channels: int, experts: int, rank: int, dtype: torch.dtype, *, residual: bool = True
 ) -> tuple[Cost, Cost]:
-    """What forward and backward (of every input) cannot avoid, for x [rows, channels].
+    """Return the minimal cost of forward and backward (for every input) for x [rows, channels].
 
-    Forward moves x, residual and out; backward reads the gradient, x and the hidden channels that forward has written,
-    and writes x's gradient: rows of the gradient that are kept on chip give hidden's gradient, and with it x's and the
-    weights'. Weights move once, and so do their gradients.
+    Forward moves x, residual and out. Backward reads the gradient, x and the hidden channels that forward wrote, and
+    writes x's gradient: rows of the gradient kept on chip give hidden's gradient, and with it those of x and the
+    weights. Weights and their gradients move once.
     """
     inner = experts * rank
     weights = 2 * channels * inner
@@ -159,7 +159,7 @@ forward_op = operator.define(
 
 
 def run_kernels(x: Tensor, adapters: Adapters, given: Gate, residual: Tensor | None, relu: bool) -> Tensor:
-    """The operator by the kernels; up_weight [E, N, r] and residual [..., N] may have another width than x."""
+    """Run the operator on the kernels; the width N of up_weight [E, N, r] and residual [..., N] may differ from x's."""
     rows, weights = low_rank.cast_for_kernels(x, adapters)
     adapters = Adapters(*weights)
     gate = flatten_gate(given, x.shape[:-1], adapters.down_weight.shape[0])
@@ -187,7 +187,7 @@ def mixture_of_adapters(
     activation: str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """`residual + sum_e g_e * (up_e act(down_e x))`, differentiable in every floating-point argument.
+    """Compute `residual + sum_e g_e * (up_e act(down_e x))`, differentiable in every floating-point argument.
 
     Args:
         x: [..., D], any leading dimensions.
@@ -196,22 +196,22 @@ def mixture_of_adapters(
         up_weight: [E, D, r].
         up_bias: [E, D] or None.
         gate: [R, E, D] with `task_ids` (channel gate), [..., k] with `expert_ids` (sparse gate), else [..., E]
-            (dense gate). Leading dimensions follow x's from the left; see `lion_kernels.low_rank.gates`.
+            (dense gate). Its leading dimensions match x's from the left; see `lion_kernels.low_rank.gates`.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
-        expert_ids: integers [..., k] in 0..E-1, -1 for none. Nothing waits for a GPU to look at ids: there, and in a
-            compiled graph, one out of range weighs nothing and has no gradient, except that "torch" gathers the gate
-            by `task_ids`, where PyTorch counts a negative one from the end and fails on one that is too large.
-        residual: [..., D] like x, or None for nothing added.
+        expert_ids: integers [..., k] in 0..E-1, -1 for none. Ids on a GPU are not checked, which would synchronise:
+            there, and in a compiled graph, an id out of range has zero weight and no gradient. The exception is
+            "torch", which gathers the gate by `task_ids`: PyTorch counts negative ids from the end and fails on ids
+            that are too large.
+        residual: [..., D] like x, or None to add nothing.
         activation: "relu" or "identity".
-        backend: "auto", "triton" or "torch". "triton" takes fp32, fp16 and bf16; gate and residual may have another
-            dtype than x and the weights.
+        backend: "auto", "triton" or "torch". "triton" supports fp32, fp16 and bf16; the dtype of gate and residual may
+            differ from that of x and the weights.
 
     Returns:
         [..., D] in x's dtype.
 
     Raises:
-        ValueError: a shape, a dtype, a device, an activation or a backend that does not fit; the message names the
-            argument.
+        ValueError: invalid shape, dtype, device, activation or backend; the message names the argument.
     """
     adapters = Adapters(down_weight, down_bias, up_weight, up_bias)
     _check(x, adapters, residual, activation)

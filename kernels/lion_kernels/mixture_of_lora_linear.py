@@ -2,14 +2,14 @@
 
     y = x W^T + b + scaling * sum_e g_e * (x A_e^T) B_e^T
 
-The gate's forms and the gradients of the update are `mixture_of_adapters`', with A down, B up and no activation;
-`lion_kernels.low_rank.launch` has the algebra. On top of them, with g = dy,
+The gate's forms and the update's gradients are those of `mixture_of_adapters`, with A as the down-projection, B as the
+up-projection and no activation; `lion_kernels.low_rank.launch` has the algebra. In addition, with g = dy,
 
     dx = g W + sum_e d hidden_e A_e        dW = g^T x        db = sum_t g_t
 
-Two ways to y, chosen by shape: the low-rank part in the tile loop of the product with W, or W by the library's product
-and the update added to it, which moves y twice more. The second is the one where the update reads another input than W,
-as with LoRA's dropout.
+The shape decides between two ways to compute y: the low-rank part in the tile loop of the product with W, or the
+library's product with W and a second pass that adds the update, which moves y twice more. An update with an input of
+its own, as with LoRA's dropout, always uses the second.
 """
 
 import torch
@@ -32,7 +32,7 @@ from lion_kernels.mixture_of_adapters import run_kernels as add_by_kernels
 def launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, gate: KernelGate, *, save: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """y [T, Dout] and, to `save`, hidden [T, E*r]."""
+    """Return y [T, Dout] and, with `save`, hidden [T, E*r]."""
     if fuses(x.shape[0], weight.shape[1], weight.shape[0], x.dtype):
         return low_rank.launch_linear(x, weight, bias, adapters, gate, save=save)
     return low_rank.launch_forward(x, adapters, gate, F.linear(x, weight, bias), False, save=save)
@@ -41,7 +41,7 @@ def launch_forward(
 def plain_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, gate: KernelGate
 ) -> tuple[Tensor, Tensor]:
-    """The same in PyTorch."""
+    """Compute `launch_forward` in PyTorch."""
     return plain.plain_forward(x, adapters, gate, F.linear(x, weight, bias), False)
 
 
@@ -51,7 +51,7 @@ def fake_forward(x, weight, bias, adapters, gate) -> tuple[Tensor, Tensor]:
 
 
 def launch_backward(grad, x, hidden, weight, adapters, gate, needs) -> list[Tensor]:
-    """Gradients of x, weight, bias, lora_a, lora_b and gate; one that `needs` does not name is empty."""
+    """Return the gradients of x, weight, bias, lora_a, lora_b and gate; one that `needs` excludes is empty."""
     return _backward(low_rank.launch_backward, grad, x, hidden, weight, adapters, gate, needs)
 
 
@@ -87,7 +87,7 @@ def _bundle(
     form: str,
     rows_per_gate: int,
 ) -> tuple:
-    """Of the op's arguments, x [T, Din] and a gate as `KernelGate` has it, what the functions above take."""
+    """Bundle the op's arguments, x [T, Din] and a gate laid out as in `KernelGate`, for the functions above."""
     return x, weight, bias, Adapters(lora_a, None, lora_b, None), KernelGate(form, gate, ids, rows_per_gate)
 
 
@@ -127,7 +127,7 @@ def _differentiate(ctx, grad, _):
 def cost(
     rows: int, channels_in: int, channels_out: int, experts: int, rank: int, dtype: torch.dtype, *, frozen: bool = True
 ) -> tuple[Cost, Cost]:
-    """What forward and backward cannot avoid, for x [rows, channels_in]; `frozen`: without W's gradient."""
+    """Return the minimal cost of forward and backward for x [rows, channels_in]; `frozen` excludes W's gradient."""
     inner, base = experts * rank, channels_in * channels_out
     updates = (channels_in + channels_out) * inner
     ends = rows * (channels_in + channels_out)
@@ -136,7 +136,7 @@ def cost(
     return (
         Cost((ends + base + updates) * dtype.itemsize, dense_product + low_rank_product),
         Cost(
-            # x, the gradients of y and of x, and hidden once each; every weight and its gradient.
+            # x, hidden and the gradients of y and x move once each, as does every weight and its gradient.
             (ends + rows * (channels_in + inner) + base * (1 if frozen else 2) + 2 * updates) * dtype.itemsize,
             dense_product * (1 if frozen else 2) + 2 * low_rank_product,
         ),
@@ -177,7 +177,7 @@ def mixture_of_lora_linear(
     update_input: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`x W^T + b + scaling * sum_e g_e * (x A_e^T) B_e^T`, differentiable in every floating-point argument.
+    """Compute `x W^T + b + scaling * sum_e g_e * (x A_e^T) B_e^T`, differentiable in every floating-point argument.
 
     Args:
         x: [..., Din], any leading dimensions.
@@ -186,21 +186,22 @@ def mixture_of_lora_linear(
         lora_a: [E, r, Din].
         lora_b: [E, Dout, r].
         gate: [R, E, Dout] with `task_ids` (channel gate), [..., k] with `expert_ids` (sparse gate), else [..., E]
-            (dense gate). Leading dimensions follow x's from the left; see `lion_kernels.low_rank.gates`.
-        scaling: of the update: alpha / r in LoRA's words.
+            (dense gate). Its leading dimensions match x's from the left; see `lion_kernels.low_rank.gates`.
+        scaling: factor of the update, alpha / r in LoRA's terms.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
-        expert_ids: integers [..., k] in 0..E-1, -1 for none. Nothing waits for a GPU to look at ids: there, and in a
-            compiled graph, one out of range weighs nothing and has no gradient, except that "torch" gathers the gate
-            by `task_ids`, where PyTorch counts a negative one from the end and fails on one that is too large.
-        update_input: [..., Din] in x's dtype, what the A_e read instead of x, such as `dropout(x)`.
-        backend: "auto", "triton" or "torch". "triton" takes fp32, fp16 and bf16; the gate may have another dtype than
-            x and the weights.
+        expert_ids: integers [..., k] in 0..E-1, -1 for none. Ids on a GPU are not checked, which would synchronise:
+            there, and in a compiled graph, an id out of range has zero weight and no gradient. The exception is
+            "torch", which gathers the gate by `task_ids`: PyTorch counts negative ids from the end and fails on ids
+            that are too large.
+        update_input: [..., Din] in x's dtype, the update's input if it is not x, such as `dropout(x)`.
+        backend: "auto", "triton" or "torch". "triton" supports fp32, fp16 and bf16; the gate's dtype may differ from
+            that of x and the weights.
 
     Returns:
         [..., Dout] in x's dtype.
 
     Raises:
-        ValueError: a shape, a dtype, a device or a backend that does not fit; the message names the argument.
+        ValueError: invalid shape, dtype, device or backend; the message names the argument.
     """
     _check(x, weight, bias, lora_a, lora_b, update_input)
     adapters = Adapters(lora_a, None, lora_b, None)

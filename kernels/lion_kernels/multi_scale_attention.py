@@ -1,4 +1,4 @@
-"""Attention from one set of queries to several feature maps, one softmax per map (LION, arXiv 2311.11860).
+"""Attention from one set of queries to several feature maps, with one softmax per map (LION, arXiv 2311.11860).
 
     out_s = softmax(scale * q k_s^T) v_s                  and with a gate  out = sum_s gate_s * out_s
 
@@ -7,9 +7,9 @@ Backward, for a gradient g of `out` and delta_s = rowsum(g * out_s):
     ds_s = p_s * (g v_s^T - delta_s)          dq = scale * sum_s gate_s * ds_s k_s
     dk_s = scale * gate_s * ds_s^T q          dv_s = gate_s * p_s^T g          dgate_s = sum(delta_s)
 
-Without a gate every map has a gradient g_s of its own, and gate_s = 1. One map with q, k and v from the same source is
-self-attention. `lion_kernels.attention` has the kernels: forward.py and backward.py those that one map takes, maps.py
-what goes through the maps.
+Without a gate, every map has its own gradient g_s, and gate_s = 1. Self-attention is the case of one map with q, k and
+v from the same source. In `lion_kernels.attention`, forward.py and backward.py have the kernels of one map, and maps.py
+iterates over the maps.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def _bundle_backward(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple:
-    """`maps` are the result where there is no gate."""
+    """Bundle the arguments of backward; without a gate, `maps` is the result itself."""
     return grad, Maps(q, keys, values, masks, scale_gate, seed, scale, dropout_p), maps, lse, needs
 
 
@@ -95,11 +95,11 @@ def _differentiate(ctx, grad, *_):
 
 
 def cost(q: Tensor, keys: Sequence[Tensor], *, scale_gate: bool = False, mask: bool = False) -> tuple[Cost, Cost]:
-    """What forward and backward cannot avoid moving and computing, from the shapes and the dtype.
+    """Return the minimal cost of forward and backward, from the shapes and the dtype.
 
     Forward reads q, keys and values and writes the result: the sum over the maps with a `scale_gate`, else every map's
-    output. Backward reads those and the result's gradient, and writes the gradients of q, keys and values; it forms the
-    scores again and has four products more.
+    output. Backward reads the same and the result's gradient, and writes the gradients of q, keys and values; it
+    recomputes the scores and has four more products.
     """
     size = q.element_size()
     pairs = q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[1] for k in keys)
@@ -114,7 +114,7 @@ def cost(q: Tensor, keys: Sequence[Tensor], *, scale_gate: bool = False, mask: b
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """Every kernel as it ships, for the ahead-of-time report."""
+    """Return every kernel configuration that ships, for the ahead-of-time report."""
     name = "multi_scale_attention"
     specs: list[KernelSpec] = []
     for compact in (False, True):
@@ -163,29 +163,29 @@ def multi_scale_attention(
     seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Multi-head attention to S feature maps, of which each has a softmax of its own.
+    """Compute multi-head attention to S feature maps, each with its own softmax.
 
-    Differentiable in q, keys, values and scale_gate. q, keys and values have one dtype and any strides, such as those
-    of slices of a packed projection; under autocast they are cast to its dtype.
+    Differentiable in q, keys, values and scale_gate. q, keys and values share one dtype and may have any strides, such
+    as slices of a packed projection; under autocast they are cast to its dtype.
 
     Args:
         q: [B, L, H, Dh].
-        keys, values: S tensors [B, L_s, H, Dh] each; lengths may differ.
+        keys, values: S tensors [B, L_s, H, Dh] each; the lengths may differ.
         scale: factor of the scores, Dh^-0.5 by default.
         key_padding_mask: [B, L_s], nonzero where a key may be attended; one for all maps, or one (or None) per map.
-        scale_gate: [S], factors of a sum over the maps.
-        dropout_p: the share of the probabilities that dropout zeroes, of every map by itself; 0 outside training.
-        seed: of dropout, an int64, or a tensor [] of one on q's device, which a CUDA graph reads at each replay; None
-            draws one from PyTorch's generator, in a CUDA graph at each replay. The mask that belongs to it, the same in
-            both backends, is `lion_kernels.attention.plain.dropout_mask`.
+        scale_gate: [S], weights of a sum over the maps.
+        dropout_p: probability of dropping an attention weight, independent per map; pass 0 outside training.
+        seed: of the dropout, an int64 or an int64 tensor [] on q's device, which a CUDA graph reads at each replay.
+            None draws a seed from PyTorch's generator, in a CUDA graph at each replay. Both backends derive the same
+            mask from it, `lion_kernels.attention.plain.dropout_mask`.
         backend: "auto", "triton" (fp16, bf16 or fp32, Dh a multiple of 8 up to 128) or "torch" (any).
 
     Returns:
-        [B, L, S, H, Dh]; [B, L, H, Dh] with a `scale_gate` or where S = 1. A query that may attend no key of a map gets
-        zeros from it.
+        [B, L, S, H, Dh]; [B, L, H, Dh] with a `scale_gate` or if S = 1. For a map in which a query may attend no key,
+        the output is zero.
 
     Raises:
-        ValueError: a shape, a dtype, a device, dropout_p, seed or backend that does not fit; the message names it.
+        ValueError: invalid shape, dtype, device, dropout_p, seed or backend; the message names the argument.
     """
     masks = _check(q, keys, values, key_padding_mask, scale_gate)
     check_dropout(dropout_p, seed, q.device)
@@ -214,7 +214,7 @@ def _check(
     key_padding_mask: Tensor | Sequence[Tensor | None] | None,
     scale_gate: Tensor | None,
 ) -> list[Tensor]:
-    """Raises ValueError for what does not fit; the masks, one per map, in bool and contiguous, empty where none is."""
+    """Check the arguments; return one contiguous bool mask per map, empty for a map without a mask."""
     if q.dim() != 4:
         raise ValueError(f"q: expected [B, L, H, Dh], got {list(q.shape)}")
     if not q.is_floating_point():

@@ -1,12 +1,13 @@
-"""T5's attention: no scale, and a learned bias by head and bucketed distance (Raffel et al., arXiv 1910.10683).
+"""T5's attention: no scale, and a learned bias per head and bucketed distance (Raffel et al., arXiv 1910.10683).
 
-    out = softmax(s) v,   s_ij = q_i k_j^T + bias_table[bucket(j - i)]          i, j the positions of query and key
+    out = softmax(s) v,   s_ij = q_i k_j^T + bias_table[bucket(j - i)]          i, j: positions of query and key
 
-The buckets of the distances -max_distance .. max_distance are a small table made once; from max_distance on they are
-all the same. So a head's bias is a vector of 2 max_distance + 1 values, which the kernels of `lion_kernels.attention`
-read by distance, and nothing is as large as the scores. Backward there gives dq, dk, dv from ds = p * (g v^T - delta).
+A small table, computed once, holds the buckets of the distances -max_distance .. max_distance; all distances beyond
+share the outermost buckets. A head's bias is thus a vector of 2 max_distance + 1 values, which the kernels of
+`lion_kernels.attention` index by distance, and no tensor is as large as the scores. Their backward computes dq, dk and
+dv from ds = p * (g v^T - delta).
 
-The table's gradient sums ds over the pairs of a bucket: `lion_kernels.attention.bias`, which has the buckets, too.
+`lion_kernels.attention.bias` has the buckets and the table's gradient, which sums ds over the pairs of a bucket.
 """
 
 from functools import partial
@@ -86,9 +87,9 @@ def _differentiate(ctx, grad: Tensor | None, _: Tensor | None):
 
 
 def cost(q: Tensor, k: Tensor, *, causal: bool = False, learn_bias: bool = False) -> tuple[Cost, Cost]:
-    """What forward and backward cannot avoid moving and computing, from the shapes and the dtype; the table is nothing.
+    """Return the minimal cost of forward and backward, from the shapes and the dtype; the table counts as zero.
 
-    Backward forms the scores again and has four products more, and reuses them for the table.
+    Backward recomputes the scores and has four more products, which the table's gradient reuses.
     """
     batch, length, heads, head_dim = q.shape
     keys = k.shape[1]
@@ -102,7 +103,7 @@ def cost(q: Tensor, k: Tensor, *, causal: bool = False, learn_bias: bool = False
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """Every kernel as it ships, for the ahead-of-time report."""
+    """Return every kernel configuration that ships, for the ahead-of-time report."""
     name = "relative_bias_attention"
     specs: list[KernelSpec] = []
     for compact in (False, True):
@@ -117,7 +118,7 @@ def kernel_specs() -> list[KernelSpec]:
             for dropout in (False, True):
                 for dtype in (torch.bfloat16, torch.float32):
                     specs.append(bias_gradient_spec(name, head_dim, dtype, dropout, compact))
-        # In fp32 head dimensions above 96 spill: without the matrix units they are slow anyway.
+        # In fp32, head dimensions above 96 spill; without the matrix units they are slow anyway.
         specs += biased(64, torch.float32, dropout=True)
     return specs
 
@@ -156,31 +157,31 @@ def relative_bias_attention(
     seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Multi-head self-attention with T5's relative position bias and without a scale.
+    """Compute multi-head self-attention with T5's relative position bias and without a scale.
 
-    Differentiable in q, k, v and bias_table. q, k and v have one dtype and any strides, such as those of slices of a
-    packed projection; under autocast they are cast to its dtype. The table may have another dtype.
+    Differentiable in q, k, v and bias_table. q, k and v share one dtype and may have any strides, such as slices of a
+    packed projection; under autocast they are cast to its dtype. The table's dtype may differ.
 
     Args:
         q: [B, L, H, Dh], the last L of the M positions of k.
         k, v: [B, M, H, Dh], M >= L.
         bias_table: [num_buckets, H].
         key_padding_mask: [B, M], nonzero where a key may be attended.
-        bidirectional: whether keys before and after the query have buckets of their own.
-        max_distance: the distance from which on all share a bucket.
+        bidirectional: whether keys before and after the query have separate buckets.
+        max_distance: the distance from which on all distances share a bucket.
         causal: whether a query may attend only keys up to its own position.
-        dropout_p: the share of the probabilities that dropout zeroes; 0 outside training.
-        seed: of dropout, an int64, or a tensor [] of one on q's device, which a CUDA graph reads at each replay; None
-            draws one from PyTorch's generator, in a CUDA graph at each replay. The mask that belongs to it, the same in
-            both backends, is `lion_kernels.attention.plain.dropout_mask`.
+        dropout_p: probability of dropping an attention weight; pass 0 outside training.
+        seed: of the dropout, an int64 or an int64 tensor [] on q's device, which a CUDA graph reads at each replay.
+            None draws a seed from PyTorch's generator, in a CUDA graph at each replay. Both backends derive the same
+            mask from it, `lion_kernels.attention.plain.dropout_mask`.
         backend: "auto", "triton" (fp16, bf16 or fp32, Dh a multiple of 8 up to 128) or "torch" (any).
 
     Returns:
-        [B, L, H, Dh]. A query that may attend no key gets zeros.
+        [B, L, H, Dh]; zero for a query that may attend no key.
 
     Raises:
-        ValueError: a shape, a dtype, a device, max_distance, dropout_p, seed or backend that does not fit; the message
-            names it.
+        ValueError: invalid shape, dtype, device, max_distance, dropout_p, seed or backend; the message names the
+            argument.
     """
     _check(q, k, v, bias_table, key_padding_mask, bidirectional, max_distance)
     check_dropout(dropout_p, seed, q.device)

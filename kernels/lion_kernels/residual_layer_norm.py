@@ -1,6 +1,6 @@
 """BERT's post-norm step: bias, dropout, residual and LayerNorm (Devlin et al., arXiv 1810.04805).
 
-    z = (x + x_bias) * mask + residual                  mask 0 with probability p, else 1 / (1 - p)
+    z = (x + x_bias) * mask + residual                  mask: 0 with probability p, else 1 / (1 - p)
     n = (z - mean(z)) / sqrt(var(z) + eps)              in fp32
     out = n * weight + bias
 
@@ -8,11 +8,11 @@
     dresidual = dz,   dx = dz * mask
     dweight, dbias, dx_bias = sums over rows of g * n, g, dx
 
-Saved for backward: x, residual, and mean and deviation of each row. z is summed again: writing it in forward to read it
-in backward would move as many bytes, and in half precision it would come back rounded.
+Forward saves x, residual, and each row's mean and 1 / sqrt(var + eps). Backward recomputes z: saving it would move as
+many bytes, and in half precision would round it.
 
-The mask is a function of (seed, row, column) alone (`lion_kernels.core.dropout`), so backward computes it again, and
-`dropout_mask` gives it as a tensor.
+The mask depends on (seed, row, column) alone (`lion_kernels.core.dropout`), so backward recomputes it, and
+`dropout_mask` returns it as a tensor.
 """
 
 from typing import Any
@@ -38,16 +38,16 @@ from lion_kernels.core.layer_norm import (
 from lion_kernels.core.rowwise import WIDTHS, norm_specs, why_unsupported
 from lion_kernels.core.specs import KernelSpec
 
-MAX_CHANNELS = 4096  # a row and its part of three sums live in the registers of one program
+MAX_CHANNELS = 4096  # one program holds a row and its part of three sums in registers
 
 
 def dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, seed: int | Tensor) -> Tensor:
-    """The mask that `residual_layer_norm` multiplies x [..., D] of this shape by, in PyTorch.
+    """Return the mask that `residual_layer_norm` multiplies x [..., D] by, computed in PyTorch.
 
     Args:
         shape: of x.
-        dropout_p: from 0 up to, not including, 1; rounded to a multiple of 2^-24.
-        seed: an int64, or one as a tensor [], on whose device the mask will be.
+        dropout_p: in [0, 1); rounded to a multiple of 2^-24.
+        seed: an int64 or an int64 tensor [], whose device the mask is created on.
 
     Returns: fp32 [..., D], 0 or 1 / (1 - dropout_p).
     """
@@ -59,7 +59,7 @@ def dropout_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, seed: in
 
 
 def _sum(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """z in PyTorch."""
+    """Compute z in PyTorch."""
     z = x if x_bias is None else x + x_bias
     if seed is not None:
         z = z * dropout_mask(x.shape, dropout_p, seed).to(z.dtype)
@@ -67,7 +67,7 @@ def _sum(x: Tensor, residual: Tensor, x_bias: Tensor | None, seed: Tensor | None
 
 
 def _norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.layer_norm`, which wants one dtype, in the wider of z's and weight's."""
+    """Apply `F.layer_norm`, which requires a single dtype, in the wider of z's and weight's."""
     dtype = torch.promote_types(z.dtype, weight.dtype)
     return F.layer_norm(z.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
 
@@ -82,7 +82,7 @@ def plain_forward(
     dropout_p: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same in PyTorch."""
+    """Compute `launch_forward` in PyTorch."""
     wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
     z = _sum(x.to(wide), residual.to(wide), x_bias, seed, dropout_p)
     variance, mean = torch.var_mean(z, -1, correction=0)
@@ -140,11 +140,11 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
 
 
 def cost(rows: int, channels: int, dtype: torch.dtype, *, dropout: bool = False) -> tuple[Cost, Cost]:
-    """What forward and backward (of every input) cannot avoid, for x [rows, channels] with everything of one dtype.
+    """Return the minimal cost of forward and backward (for every input) for x [rows, channels], all in one dtype.
 
     Forward reads x, residual, weight, bias and x_bias, and writes out. Backward reads the gradient, x, residual,
-    weight, x_bias and the statistics, and writes dx and the parameters' gradients, and with dropout dresidual, which
-    is otherwise dx. Making the mask is not counted.
+    weight, x_bias and the statistics. It writes dx, the parameters' gradients and, with dropout, dresidual, which is dx
+    otherwise. The computation of the mask is not counted.
     """
     values = rows * channels
     return (
@@ -191,29 +191,28 @@ def residual_layer_norm(
     seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`LayerNorm(dropout(x + x_bias) + residual)` over the last dimension.
+    """Compute `LayerNorm(dropout(x + x_bias) + residual)` over the last dimension.
 
-    The kernels keep the sum in fp32, where "torch" rounds it to the inputs' dtype before it normalises.
+    The kernels keep the sum in fp32; "torch" rounds it to the inputs' dtype before it normalises.
 
     Args:
-        x: [..., D], any leading dimensions, floating; the product of a linear layer without its bias.
+        x: [..., D], any leading dimensions, floating; the output of a linear layer without its bias.
         residual: [..., D] like x; its dtype may differ.
         weight, bias: [D] of the norm.
         eps: added to the variance.
         x_bias: [D] or None, the linear layer's bias.
-        dropout_p: share of x + x_bias that is dropped, from 0 up to, not including, 1. A module that is not training
-            passes 0.
-        seed: of the dropout, an int64, or a tensor [] of one on x's device, which a CUDA graph reads at each replay;
-            None draws one from PyTorch's generator, in a CUDA graph at each replay. The same seed drops the same values
-            in every backend: those where `dropout_mask` is 0.
-        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32, and D up to 4096; for others "auto"
-            is "torch".
+        dropout_p: probability of dropping a value of x + x_bias, in [0, 1); pass 0 outside training.
+        seed: of the dropout, an int64 or an int64 tensor [] on x's device, which a CUDA graph reads at each replay.
+            None draws a seed from PyTorch's generator, in a CUDA graph at each replay. The same seed drops the same
+            values in every backend, those where `dropout_mask` is 0.
+        backend: "auto", "triton" or "torch". The kernels support fp16, bf16 and fp32, and D up to 4096; otherwise
+            "auto" is "torch".
 
     Returns:
         [..., D] in the wider dtype of x and residual.
 
     Raises:
-        ValueError: a shape, dtype, device, probability or backend that does not fit; the message names the argument.
+        ValueError: invalid shape, dtype, device, probability or backend; the message names the argument.
     """
     _check(x, residual, weight, bias, x_bias)
     check_dropout(dropout_p, seed, x.device)

@@ -3,12 +3,13 @@
     n = x / sqrt(mean(x^2) + eps)                       in fp32
     out = round(n) * weight                             in weight's dtype
 
-A half-precision weight rounds n to its own dtype before it multiplies. transformers' T5LayerNorm does so, and published
-T5 models were trained with it; `F.rms_norm` rounds only the product. Backward takes the rounding for the identity:
+n is rounded to the dtype of a half-precision weight before the multiplication, as in transformers' T5LayerNorm, with
+which the published T5 models were trained; `F.rms_norm` rounds only the product. Backward treats the rounding as the
+identity:
 
     dn = g * weight,   dx = (dn - n * mean(dn * n)) / sqrt(mean(x^2) + eps),   dweight = sum over rows of g * round(n)
 
-Saved for backward: x and one number per row.
+Forward saves x and one number per row.
 """
 
 from typing import Any
@@ -30,8 +31,8 @@ from lion_kernels.core.cost import Cost
 from lion_kernels.core.rowwise import WIDTHS, as_rows, norm_specs, partial_sums, row_tile, why_unsupported
 from lion_kernels.core.specs import KernelSpec
 
-MAX_CHANNELS = 8192  # a row lives in the registers of one program
-RESIDENT_WARPS = 16  # backward takes up to 118 registers a thread, and a multiprocessor has 65536
+MAX_CHANNELS = 8192  # one program holds a row in registers
+RESIDENT_WARPS = 16  # backward uses up to 118 of a multiprocessor's 65536 registers per thread
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def rms_norm_backward_kernel(
     p_grad, p_x, p_weight, p_rstd, p_dx, p_partial, rows, stride_grad, stride_x,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Program i takes every num_programs-th tile of rows from the i-th on, and adds up its part of dweight."""
+    """Compute dx and a partial dweight; program i handles the tiles of rows i, i + num_programs, ..."""
     i_program = tl.program_id(0)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -92,7 +93,7 @@ def rms_norm_backward_kernel(
 
 
 def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool = True) -> tuple[Tensor, Tensor | None]:
-    """`out` like x in weight's dtype, and with `statistics` the rows' 1 / sqrt(mean(x^2) + eps), fp32."""
+    """Return `out`, like x in weight's dtype, and with `statistics` the rows' 1 / sqrt(mean(x^2) + eps) in fp32."""
     refuse_uninterpretable(x=x, weight=weight)
     channels = x.shape[-1]
     x_rows = as_rows(x)
@@ -109,7 +110,7 @@ def launch_forward(x: Tensor, weight: Tensor, eps: float, *, statistics: bool = 
 
 
 def launch_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """dx like x, and dweight [D] in fp32; one that `needs` does not name is empty."""
+    """Return dx, like x, and dweight [D] in fp32; a gradient that `needs` excludes is empty."""
     refuse_uninterpretable(grad=grad, x=x)
     channels = x.shape[-1]
     grad_rows, x_rows = as_rows(grad), as_rows(x)
@@ -132,7 +133,7 @@ def launch_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs
 
 
 def plain_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same in PyTorch."""
+    """Compute `launch_forward` in PyTorch."""
     out, rstd = _formula(x, weight, eps)
     return out.contiguous(), rstd.flatten().float()
 
@@ -151,7 +152,7 @@ def plain_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs:
 
 
 def _formula(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The formula in PyTorch: `out`, and 1 / sqrt(mean(x^2) + eps) [..., 1]. Bit for bit T5LayerNorm below fp64."""
+    """Return `out` and 1 / sqrt(mean(x^2) + eps) [..., 1]; bit-identical to T5LayerNorm below fp64."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (x * rstd).to(weight.dtype), rstd
@@ -172,7 +173,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
 
 
 def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
-    """What forward and backward cannot avoid, for x [rows, channels] with x and weight of one dtype.
+    """Return the minimal cost of forward and backward for x [rows, channels], with x and weight of one dtype.
 
     Forward reads x and weight, and writes out. Backward reads the gradient, x, weight and rstd, and writes dx and
     dweight.
@@ -210,22 +211,22 @@ forward_op = operator.define(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, as transformers' T5LayerNorm rounds it.
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, rounded as in transformers' T5LayerNorm.
 
-    Statistics are taken in fp32. A half-precision weight rounds the normalised x to its dtype before it multiplies.
+    The statistics are in fp32. The normalised x is rounded to the dtype of a half-precision weight before the product.
 
     Args:
         x: [..., D], any leading dimensions, floating.
         weight: [D], floating; its dtype may differ from x's.
         eps: added to the mean of the squares.
-        backend: "auto", "triton" or "torch". The kernels take fp16, bf16 and fp32, and D up to 8192; for others "auto"
-            is "torch", which keeps fp64 in fp64.
+        backend: "auto", "triton" or "torch". The kernels support fp16, bf16 and fp32, and D up to 8192; otherwise
+            "auto" is "torch", which computes fp64 in fp64.
 
     Returns:
         [..., D] in weight's dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or backend that does not fit; the message names the argument.
+        ValueError: invalid shape, dtype, device or backend; the message names the argument.
     """
     _check(x, weight)
     unsupported = why_unsupported({"x": x, "weight": weight}, MAX_CHANNELS)

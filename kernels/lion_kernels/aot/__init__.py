@@ -1,1 +1,1 @@
-"""The kernels compiled ahead of time for GPUs that are not here, and what is wrong with the machine code."""
+"""Ahead-of-time compilation of the kernels for GPUs that are not present, and checks of the machine code."""

@@ -1,7 +1,7 @@
-"""Compile every kernel for GPUs that are not here, and read what the compiler made of it.
+"""Compile every kernel for GPUs that are not present, and read the compiler's results.
 
-`lion_kernels.aot.gate` says what is wrong with that, `lion_kernels.aot.report` prints it. The interpreter accepts code
-that the compiler does not; this needs no GPU either, but a process without `TRITON_INTERPRET`.
+`lion_kernels.aot.gate` checks the results, and `lion_kernels.aot.report` prints them. Compilation finds errors that the
+interpreter does not. It needs no GPU either, but a process without `TRITON_INTERPRET`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from lion_kernels.core.backend import LAUNCH, interpreting
 from lion_kernels.core.operator import all_specs
 from lion_kernels.core.specs import KernelSpec
 
-# (backend, architecture, threads of a warp) as Triton names them.
+# (backend, architecture, threads per warp), by Triton's names.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
     "sm_89": ("cuda", 89, 32),
@@ -29,9 +29,9 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-RECORDED = "launches"  # the report's section of launches that were recorded, in the place of a module
+RECORDED = "launches"  # the report's section for recorded launches, in place of a module
 _MATRIX = {"sm_80": r"\bHMMA", "sm_89": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"v_mfma"}
-# 16 bytes a thread and more, or whole tiles; and fewer. (A cache hint, LTC128B, is no width.)
+# At least 16 bytes per thread or whole tiles, and fewer. (LTC128B is a cache hint, not a width.)
 _WIDE = {
     "cuda": r"\b(?:LDG|STG|LDGSTS)(?:\.\w+)*\.(?:128|256)\b|\bUBLKCP|\bUTMA(?:LDG|STG|RED)",
     "hip": r"(?:global|buffer)_(?:load|store)_dwordx4",
@@ -44,14 +44,14 @@ _NARROW = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a kernel. Instructions are counted where they stand, not as often as they run.
+    """The compiler's results for one kernel. Instruction counts are static, not weighted by how often they run.
 
     Attributes:
-        wide_accesses, narrow_accesses: to global memory, of 16 bytes a thread or more, and of fewer.
-        warnings: codes of what ptxas says about wgmma, such as "C7515".
-        programs, limit: how many share a multiprocessor, and what allows no more; on sm_90 only.
+        wide_accesses, narrow_accesses: accesses to global memory of at least 16 bytes per thread, and of fewer.
+        warnings: codes of ptxas' messages about wgmma, such as "C7515".
+        programs, limit: programs per multiprocessor, and the resource that limits them; on sm_90 only.
         loop: instructions of the main loop by class (`lion_kernels.aot.sass`); on sm_90 only.
-        chained: in that loop, wgmma that add to what the one before wrote, and before how many of these it waits.
+        chained: wgmma in that loop that accumulate into the previous one's result, and how many of these wait for it.
     """
 
     name: str
@@ -70,11 +70,11 @@ class Report:
 
 
 def compile_kernel(spec: KernelSpec, target: str) -> Report:
-    """Compiles `spec` for `target`, one of `TARGETS`, and reads what came of it; no GPU is needed.
+    """Compile `spec` for `target`, one of `TARGETS`, and report the results; no GPU is needed.
 
     Raises:
         ValueError: unknown target.
-        RuntimeError: in a process that interprets its kernels.
+        RuntimeError: the process interprets its kernels.
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
@@ -107,7 +107,7 @@ def compile_kernel(spec: KernelSpec, target: str) -> Report:
 
 
 def compile_spec(spec: KernelSpec, target: str) -> Any:
-    """What Triton makes of `spec` for `target`, from its cache where that has it."""
+    """Return Triton's compilation of `spec` for `target`, from its cache if present."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -125,9 +125,9 @@ def compile_spec(spec: KernelSpec, target: str) -> Any:
 
 @contextlib.contextmanager
 def _ptxas_messages() -> Iterator[io.StringIO]:
-    """What ptxas says of a kernel that is compiled within, which Triton prints if asked to.
+    """Capture ptxas' messages about kernels compiled within the context, which Triton prints on request.
 
-    A kernel from Triton's cache would come without.
+    A kernel from Triton's cache has no messages.
     """
     from triton import knobs
 
@@ -138,12 +138,12 @@ def _ptxas_messages() -> Iterator[io.StringIO]:
 
 
 def read_messages(text: str, vendor: str) -> tuple[int, int, tuple[str, ...]]:
-    """Registers a thread, bytes of stack, and codes C75xx of what ptxas says about wgmma.
+    """Return registers per thread, bytes of stack, and the codes C75xx of ptxas' messages about wgmma.
 
-    From ptxas' messages ("cuda"), or from the assembly with its notes ("hip").
+    The text is ptxas' messages ("cuda"), or the assembly with its notes ("hip").
 
     Raises:
-        RuntimeError: the text says nothing of them.
+        RuntimeError: the text lacks them.
     """
     if vendor == "hip":
         return _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.private_segment_fixed_size:\s*(\d+)", text), ()
@@ -152,7 +152,7 @@ def read_messages(text: str, vendor: str) -> tuple[int, int, tuple[str, ...]]:
 
 
 def one_each(specs: Iterable[tuple[str, KernelSpec]]) -> Iterator[tuple[str, KernelSpec]]:
-    """The first spec of each kernel, module, type of values and size of GPU: enough to see what a compiler takes."""
+    """Yield the first spec per kernel, module, value type and GPU size: enough to test that a compiler accepts them."""
     seen = set()
     for module, spec in specs:
         key = module, spec.kernel, frozenset(spec.signature.values()), spec.compact
@@ -162,7 +162,7 @@ def one_each(specs: Iterable[tuple[str, KernelSpec]]) -> Iterator[tuple[str, Ker
 
 
 def selected_specs(modules: list[str] | None, *, only_one_each: bool) -> list[tuple[str, KernelSpec]]:
-    """The specs of `modules`, all where None.
+    """Return the specs of `modules`, or of all if None.
 
     Raises:
         ValueError: a module has no kernels.
@@ -176,17 +176,17 @@ def selected_specs(modules: list[str] | None, *, only_one_each: bool) -> list[tu
 
 
 def count_accesses(code: str, vendor: str) -> tuple[int, int]:
-    """Accesses to global memory in machine code ("cuda" or "hip"): of 16 bytes a thread and more, and of fewer."""
+    """Count accesses to global memory in "cuda" or "hip" code: at least 16 bytes per thread, and fewer."""
     return len(re.findall(_WIDE[vendor], code)), len(re.findall(_NARROW[vendor], code))
 
 
 def configuration(spec: KernelSpec) -> dict[str, Any]:
-    """What `spec` fixes, as JSON holds it."""
+    """Return the values that `spec` fixes, as in the report's JSON."""
     return {"constexprs": spec.constexprs, "num_warps": spec.num_warps, "num_stages": spec.num_stages}
 
 
 def _disassemble(cubin: bytes) -> str:
-    """The machine code as text."""
+    """Return the machine code as text."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
@@ -202,7 +202,7 @@ def _number(pattern: str, text: str) -> int:
 
 @functools.cache
 def _cuobjdump() -> str:
-    """The one that triton's wheel brings."""
+    """Return the path of the cuobjdump in triton's wheel."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")

@@ -1,13 +1,13 @@
-"""A digest of everything that decides what the compilers make of the kernels.
+"""A digest of everything that determines how the kernels are compiled.
 
 `.ci/kernels` compiles every configuration with the oldest and the newest Triton, which takes tens of minutes, and
-records this digest in `docs/kernels.digest`. While the digest is the recorded one, one configuration of each kernel is
-enough.
+records this digest in `docs/kernels.digest`. As long as the digest matches the recorded one, CI compiles only one
+configuration of each kernel.
 
-The digest covers, for each spec, the syntax tree of the kernel and of every `@triton.jit` function that the kernel
-calls, the values of the globals they read, and what a launch fixes; besides, how kernels are compiled, and what reads
-and judges the machine code. Comments, docstrings, formatting, imports, the names of files and of specs, and the Python
-around the kernels do not count. Neither do the versions of Python and Triton: `.ci/kernels` records Triton's beside it.
+For each spec, the digest covers the syntax trees of the kernel and of every `@triton.jit` function that it calls, the
+values of the globals they read, and what a launch fixes. It also covers the code that compiles kernels, and reads and
+judges the machine code. It ignores comments, docstrings, formatting, imports, the names of files and specs, and the
+Python around the kernels, as well as the versions of Python and Triton; `.ci/kernels` records Triton's beside it.
 """
 
 import ast
@@ -25,11 +25,11 @@ from lion_kernels.aot import gate, occupancy, sass
 from lion_kernels.core.backend import LAUNCH
 from lion_kernels.core.tuned_sizes import COMPACT_BELOW
 
-JUDGES = (compiling, gate, occupancy, sass)  # how kernels are compiled, what reads the machine code, what judges it
+JUDGES = (compiling, gate, occupancy, sass)  # how kernels are compiled, and the machine code read and judged
 
 
 def digest(specs: Iterable[compiling.KernelSpec]) -> str:
-    """SHA-256 in hexadecimal, whatever the order of `specs`, their names, and how often one occurs.
+    """Return a SHA-256 in hexadecimal, independent of the order, names and repetitions of `specs`.
 
     Kernels may be interpreted in this process; the digest is the same.
 
@@ -44,17 +44,17 @@ def digest(specs: Iterable[compiling.KernelSpec]) -> str:
 
 
 def launch_parts(spec: compiling.KernelSpec) -> list[Any]:
-    """What of `spec` decides the machine code, where it is compiled, and what the gate asks of it."""
+    """Return the parts of `spec` that determine the machine code, its targets and the checks of the gate."""
     fixed = sorted((name, repr(value)) for name, value in spec.constexprs.items())
     launched = [spec.num_warps, spec.num_stages, spec.targets, spec.matrix, spec.wide_access]
     return [list(spec.types.items()), fixed, spec.aligned, *launched]
 
 
 def kernel_parts(kernel: Any) -> list[tuple[str, Any]]:
-    """The syntax trees of `kernel`, of the kernels that it calls and of its tuples, and the values of their constants.
+    """Return the syntax trees of `kernel`, of the kernels it calls and of its tuples, and their constants' values.
 
     Raises:
-        TypeError: a global that is read is neither a constant, a module, a class nor a `@triton.jit` function.
+        TypeError: a kernel reads a global that is neither a constant, a module, a class nor a `@triton.jit` function.
     """
     found: list[tuple[str, Any]] = []
     met: set[Any] = set()
@@ -66,14 +66,14 @@ def kernel_parts(kernel: Any) -> list[tuple[str, Any]]:
         met.add(source)
         tree = ast.parse(textwrap.dedent(inspect.getsource(source)))
         found.append((source.__name__, _tree(tree)))
-        if isinstance(source, type):  # a named tuple; what its fields are is in the tree
+        if isinstance(source, type):  # a named tuple; the tree contains its fields
             continue
         for name, value in _read(source, tree):
             value = getattr(value, "fn", value)
             if isinstance(value, (FunctionType, type)):
                 pending.append(value)
                 continue
-            constant = getattr(value, "value", value)  # of a tl.constexpr
+            constant = getattr(value, "value", value)  # unwraps a tl.constexpr
             if not isinstance(constant, (bool, int, float, str)):
                 raise TypeError(f"{source.__name__}: expected {name} to be a constant, got {value!r}")
             found.append((name, repr(constant)))
@@ -81,7 +81,7 @@ def kernel_parts(kernel: Any) -> list[tuple[str, Any]]:
 
 
 def _read(function: FunctionType, tree: ast.Module) -> Iterator[tuple[str, Any]]:
-    """(name, value) of what `function` reads from outside; Python's and Triton's own functions are left out."""
+    """Yield (name, value) for the globals that `function` reads, except for Python's and Triton's own functions."""
     outside = inspect.getclosurevars(function)
     values = {**outside.globals, **outside.nonlocals}
     for node in ast.walk(tree):
@@ -97,13 +97,13 @@ def _read(function: FunctionType, tree: ast.Module) -> Iterator[tuple[str, Any]]
 
 
 def _is_triton_s(value: Any) -> bool:
-    """Whether `value` is a part of Triton's language; a constant of ours is of a type of Triton's."""
+    """Return whether `value` is part of Triton's language; our constants only have a type of Triton's."""
     module = getattr(getattr(value, "fn", value), "__module__", "")
     return module.partition(".")[0] == "triton" and not isinstance(value, triton.language.constexpr)
 
 
 def _tree(node: Any) -> Any:
-    """A syntax tree as nested lists, without positions, docstrings, imports and empty fields; equal in every Python."""
+    """Return a syntax tree as nested lists, without positions, docstrings, imports and empty fields."""
     if isinstance(node, list):
         return [_tree(entry) for entry in node if not isinstance(entry, (ast.Import, ast.ImportFrom))]
     if not isinstance(node, ast.AST):

@@ -1,8 +1,8 @@
-"""What is wrong with a compiled kernel, and which of it is known.
+"""Complaints about a compiled kernel, and the list of known ones.
 
-Shared memory has to fit on every target. The rest is asked for on sm_90, the target that the configurations are made
-for; elsewhere it is enough to compile. `KNOWN` lists what is not mended yet, with the reason, and stays in the report
-and on its page. What is listed and occurs no more is a complaint itself, so that the list shrinks with what is mended.
+Shared memory must fit on every target. The other checks apply to sm_90, the target of the configurations; elsewhere,
+kernels only need to compile. `KNOWN` lists complaints that are not fixed yet, with the reason; they stay in the report
+and on its page. An entry that no longer occurs is itself a complaint, so that fixes shrink the list.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lion_kernels.aot.compile import Report
 from lion_kernels.core.specs import SHARED_LIMITS, KernelSpec
 
-# Kind of complaint -> what it means, as the page has it.
+# Kind of complaint -> its description on the page.
 KINDS = {
     "compile": "the compiler refuses it",
     "shared": "more shared memory than a program may have",
@@ -29,7 +29,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Complaint:
-    """One of `KINDS`, about the kernel and target named `subject`; `reason` is that of the list of known ones."""
+    """One of `KINDS`, about the kernel and target named `subject`; `reason` comes from `KNOWN` if it is known."""
 
     kind: str
     subject: str
@@ -41,10 +41,10 @@ class Complaint:
 
 
 class Known(NamedTuple):
-    """A complaint of `kind` about `kernel` on sm_90, wherever its arguments fixed at compilation are `constants`.
+    """A complaint of `kind` about `kernel` on sm_90 in all configurations with these `constants`.
 
-    Among these are `num_warps`, `num_stages`, and `float32`: whether it reads and writes nothing narrower. `triton` is
-    the only version that gives rise to it, "3.9", or None.
+    The constants include `num_warps`, `num_stages`, and `float32`: whether all values are fp32. `triton` is the only
+    version that causes it, such as "3.9", or None for all.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Known(NamedTuple):
 
 
 def _minor(full: str) -> str:
-    """ "3.9.0" -> "3.9"."""
+    """Return the minor version: "3.9.0" -> "3.9"."""
     return ".".join(full.split(".")[:2])
 
 
@@ -116,12 +116,12 @@ KNOWN: tuple[Known, ...] = (
         "3.9",
     ),
 )
-# Of ptxas' messages C75xx: it says that it inserted an arrive, and serialises nothing.
+# ptxas' messages C75xx without serialisation; this one reports an inserted arrive.
 HARMLESS = frozenset({"C7519"})
 
 
 def check(report: Report, spec: KernelSpec) -> list[Complaint]:
-    """What is wrong with `report`, the known included."""
+    """Return the complaints about `report`, including the known ones."""
     found: dict[str, str] = {}
     limit = SHARED_LIMITS[report.target]
     if report.shared_bytes > limit:
@@ -151,7 +151,7 @@ def _reason(kind: str, spec: KernelSpec, target: str) -> str | None:
 
 
 def not_found(compiled: Iterable[tuple[KernelSpec, list[Complaint]]], known: Iterable[Known]) -> list[Complaint]:
-    """What of `known` was to be found in what was `compiled` for sm_90, and was not, in any of its kernels."""
+    """Return a complaint for each of `known` that applies to `compiled` on sm_90 and occurs in none of its kernels."""
     missing = []
     compiled = list(compiled)
     for one in known:

@@ -1,10 +1,10 @@
-"""How many programs share a multiprocessor of sm_90 (H100, H200), and what allows no more.
+"""The number of programs per multiprocessor of sm_90 (H100, H200), and the resource that limits it.
 
 The hardware's granularities, from the CUDA C++ Programming Guide's table of compute capabilities and NVIDIA's occupancy
 calculator:
 
-    registers      65536 in four equal parts, one for each scheduler; a warp gets a multiple of 256 in one part
-    shared memory  228 KiB, of which the system keeps 1 KiB a program; given out in multiples of 128 bytes
+    registers      65536 in four equal parts, one per scheduler; a warp gets a multiple of 256 in one part
+    shared memory  228 KiB, of which the system reserves 1 KiB per program; allocated in multiples of 128 bytes
     warps          64 of 32 threads
     programs       32
 """
@@ -20,15 +20,15 @@ PROGRAMS = 32
 
 
 def programs_per_multiprocessor(registers: int, num_warps: int, shared_bytes: int) -> tuple[int, str]:
-    """Programs that run at once on a multiprocessor of sm_90, and what limits them.
+    """Return the number of concurrent programs on a multiprocessor of sm_90, and what limits it.
 
     Args:
-        registers: of a thread.
-        num_warps: of a program.
-        shared_bytes: of a program.
+        registers: per thread.
+        num_warps: per program.
+        shared_bytes: per program.
 
     Returns:
-        The number, and "registers", "shared memory", "warps" or "programs": the first of these that allows no more.
+        The number, and the first limiting resource of "registers", "shared memory", "warps" and "programs".
     """
     registers_of_a_warp = _up(32 * registers, REGISTER_UNIT)
     warps_in_registers = SCHEDULERS * (REGISTERS_OF_A_SCHEDULER // max(registers_of_a_warp, REGISTER_UNIT))

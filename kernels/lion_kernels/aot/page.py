@@ -57,7 +57,7 @@ configuration of each kernel and dtype is compiled.
 
 
 def page(found: dict[str, Any]) -> str:
-    """The page in Markdown; `found` as the JSON file holds it: `triton`, `kernels`, `complaints` and `known`."""
+    """Return the page in Markdown; `found` has the JSON file's keys: `triton`, `kernels`, `complaints` and `known`."""
     kernels = found["kernels"]
     complaints, known = found["complaints"], found["known"]
     targets = [target for target in TARGETS if any(target in kernel["targets"] for kernel in kernels)]
@@ -109,14 +109,14 @@ def _coverage(kernels: list[dict[str, Any]], target: str) -> str:
 
 
 def _launch(kernel: dict[str, Any], known: list[dict[str, Any]]) -> str:
-    """A row of the table of launches."""
+    """Return a row of the table of launches."""
     report = kernel["targets"]["sm_90"]
     loop, calls = report["loop"], kernel["calls"]
     registers = str(report["registers"]) + (f", **{report['stack_bytes']} stack**" if report["stack_bytes"] else "")
     others = sorted(((n, name) for name, n in loop.items() if name not in ("wgmma", "wait")), reverse=True)
     classes = ", ".join(f"{n} {name}" for n, name in others[:4])
     wgmma = f"{loop['wgmma']}, {loop.get('wait', 0)}" if "wgmma" in loop else ""
-    by = next((call for call in calls if not call.startswith("check")), calls[0])  # the model's before a check's
+    by = next((call for call in calls if not call.startswith("check")), calls[0])  # prefers the model's to a check's
     by += f" and {len(calls) - 1} more" if len(calls) > 1 else ""
     complaints = ", ".join(_complaint(kernel["name"], kind, known) for kind in report.get("complaints", ()))
     cells = (kernel["name"], by, registers, f"{report['programs']} ({report['limit']})", sum(loop.values()) or "none")
@@ -124,7 +124,7 @@ def _launch(kernel: dict[str, Any], known: list[dict[str, Any]]) -> str:
 
 
 def _complaint(name: str, kind: str, known: Iterable[dict[str, Any]]) -> str:
-    """`kind`, in brackets with the reason's number where it is known of the kernel of that name."""
+    """Return `kind`, in brackets with the reason's number if it is known for this kernel."""
     for number, one in enumerate(known, 1):
         if kind in one["kinds"] and f"{name} on sm_90" in one["subjects"]:
             return f"({kind}, {number})"

@@ -1,11 +1,11 @@
-"""The ahead-of-time report: every kernel compiled, what the compiler made of it, and what is wrong with that.
+"""The ahead-of-time report: every kernel compiled, with the compiler's results and the complaints about them.
 
     python -m lion_kernels
 
-prints, for every kernel and shipped configuration of every operator's `kernel_specs()`, its registers, stack, shared
-memory, matrix instructions and the widths of its accesses to global memory on each target, and on sm_90 what its main
-loop is made of. `lion-fast kernels` adds the launches that are really made. Either fails on what
-`lion_kernels.aot.gate` finds and does not know.
+prints, for every kernel and shipped configuration in the operators' `kernel_specs()`, its registers, stack, shared
+memory, matrix instructions and widths of accesses to global memory on each target, and on sm_90 the composition of its
+main loop. `lion-fast kernels` adds recorded launches. Both fail on complaints of `lion_kernels.aot.gate` that are not
+known.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from lion_kernels.core.specs import KernelSpec
 
 
 class Task(NamedTuple):
-    """A kernel to compile for a target."""
+    """One kernel to compile for one target."""
 
     module: str
     spec: KernelSpec
     target: str
 
 
-# What the processes that compile share: a kernel cannot be sent to a process, which inherits this one's instead.
+# Shared by the compiling processes, which inherit it, because kernels cannot be pickled.
 _TASKS: list[Task] = []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What chooses the report's part."""
+    """Add the arguments that select a part of the report."""
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules to compile (default: all)")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
     parser.add_argument(
@@ -54,21 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m lion_kernels`: prints the report; returns the number of complaints that are not known."""
+    """Run `python -m lion_kernels`: print the report and return the number of unknown complaints."""
     parser = argparse.ArgumentParser(prog="python -m lion_kernels", description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
     return print_report(parser.parse_args(arguments))
 
 
 def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = ()) -> int:
-    """Compiles what `options` (of `add_arguments`) name, and the launches that were `recorded` for sm_90.
+    """Compile the specs that `options` (of `add_arguments`) select, and the `recorded` launches for sm_90.
 
     Returns:
-        The number of complaints that are not known.
+        The number of unknown complaints.
 
     Raises:
-        ValueError: no kernel is in one of the modules.
-        RuntimeError: in a process that interprets its kernels.
+        ValueError: one of the modules has no kernels.
+        RuntimeError: the process interprets its kernels.
     """
     if interpreting():
         raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
@@ -90,7 +90,7 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
         print(_line(report), *(f"[{complaint.kind}]" for complaint in found), flush=True)
         entry = entries.setdefault((task.module, spec.name), _entry(task))
         entry["targets"][task.target] = _fields(report, found)
-    if "sm_90" not in one_each_on(options):  # the one chosen of each kernel may be without
+    if "sm_90" not in one_each_on(options):  # the chosen configurations may lack it
         complaints += not_found(compiled, KNOWN)
     unknown = [complaint for complaint in complaints if complaint.reason is None]
     for complaint in unknown:
@@ -109,14 +109,14 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
 
 
 def known_of(complaints: Sequence[Complaint], reason: str) -> dict[str, Any]:
-    """The complaints that are known for `reason`, as JSON holds them."""
+    """Return the complaints that are known for `reason`, as JSON."""
     of_it = [complaint for complaint in complaints if complaint.reason == reason]
     kinds = sorted({complaint.kind for complaint in of_it})
     return {"reason": reason, "kinds": kinds, "subjects": list(dict.fromkeys(c.subject for c in of_it))}
 
 
 def _tasks(options: argparse.Namespace, recorded: Sequence[KernelSpec]) -> list[Task]:
-    """What is to be compiled. A spec of which the compiler makes the same as of a launch gets the launch's calls."""
+    """Return the tasks. A spec that compiles to the same as a launch takes the launch's calls."""
     launches = {spec.compiles_as: spec for spec in recorded}
     few = {spec.name for _, spec in selected_specs(options.modules, only_one_each=True)}
     tasks = []
@@ -132,12 +132,12 @@ def _tasks(options: argparse.Namespace, recorded: Sequence[KernelSpec]) -> list[
 
 
 def one_each_on(options: argparse.Namespace) -> tuple[str, ...]:
-    """The targets that get one configuration of each kernel and type."""
+    """Return the targets that compile one configuration per kernel and type."""
     return () if options.one_each is None else tuple(options.one_each or TARGETS)
 
 
 def _compile(tasks: list[Task], jobs: int) -> Iterator[Report | str]:
-    """The reports in order; an error's name and text where the compiler raises one, so that the others still count."""
+    """Yield the reports in order; a compiler's exception becomes its name and text, so that the others still count."""
     _TASKS[:] = tasks
     if jobs == 1:
         yield from map(_compile_one, range(len(tasks)))
@@ -150,7 +150,7 @@ def _compile_one(number: int) -> Report | str:
     task = _TASKS[number]
     try:
         return compile_kernel(task.spec, task.target)
-    except Exception as error:  # whatever the compiler raises is one more finding
+    except Exception as error:  # any exception of the compiler is a finding
         return f"{type(error).__name__}: {error}"
 
 
@@ -161,7 +161,7 @@ def _entry(task: Task) -> dict[str, Any]:
 
 
 def _fields(report: Report, complaints: list[Complaint]) -> dict[str, Any]:
-    """A report as JSON holds it: what only sm_90 has is left out elsewhere."""
+    """Return a report as JSON, without the fields of sm_90 on other targets."""
     of_the_entry = ("name", "target")
     on_sm_90 = ("warnings", "programs", "limit", "loop", "chained")
     left_out = of_the_entry if report.target == "sm_90" else of_the_entry + on_sm_90
@@ -183,7 +183,7 @@ def _line(report: Report) -> str:
 
 
 def to_json(found: dict[str, Any]) -> str:
-    """`found` with a line for each kernel, so that a change of one is a change of one line."""
+    """Return `found` as JSON with one line per kernel, so that a change of one kernel changes one line."""
     kernels = ",\n".join(json.dumps(kernel) for kernel in found["kernels"])
     rest = {name: json.dumps(value) for name, value in found.items()} | {"kernels": f"[\n{kernels}\n]"}
     return "{" + ",\n".join(f'"{name}": {value}' for name, value in rest.items()) + "}\n"

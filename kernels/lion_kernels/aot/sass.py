@@ -1,7 +1,8 @@
-"""What the machine code of an NVIDIA kernel says: its loops, their instructions by class, and how it waits for wgmma.
+"""Analysis of an NVIDIA kernel's machine code: its loops, their instructions by class, and waits for wgmma.
 
-The text is that of `cuobjdump --dump-sass`. A loop is a branch backwards and what lies between; the innermost ones are
-the kernel's inner loops, and the main one is that which multiplies most, or where nothing does, the longest.
+The text is the output of `cuobjdump --dump-sass`. A loop is the code between a backward branch and its target; the
+innermost ones are the kernel's inner loops. The main loop is the inner loop with the most matrix instructions, or the
+longest if there are none.
 """
 
 import re
@@ -14,7 +15,7 @@ _BRANCH = re.compile(r"^BRA(?:\.\w+)*\s+(?:.*,\s*)?`?\(?0x([0-9a-f]+)")
 _WAIT = "WARPGROUP.DEPBAR"
 _MATRIX = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA")
 
-# Class -> the first parts of the opcodes in it, tried in this order; the rest is "other".
+# Class -> first parts of its opcodes, tried in this order; all else is "other".
 CLASSES: dict[str, tuple[str, ...]] = {
     "wgmma": ("HGMMA", "IGMMA", "QGMMA"),
     "mma": ("HMMA", "IMMA"),
@@ -41,14 +42,14 @@ CLASSES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions of one loop that has none within, in order, from address `start` to the branch back."""
+    """The instructions of an innermost loop, in order, from address `start` to the backward branch."""
 
     start: int
     instructions: tuple[str, ...]
 
     @cached_property
     def classes(self) -> dict[str, int]:
-        """Instructions by class, those that occur, in the order of `CLASSES`."""
+        """The number of instructions per class, without zeros, in the order of `CLASSES`."""
         counts = Counter(class_of(instruction) for instruction in self.instructions)
         return {name: counts[name] for name in (*CLASSES, "other") if counts[name]}
 
@@ -66,9 +67,9 @@ class Loop:
 
     @cached_property
     def chained(self) -> tuple[int, int]:
-        """How many wgmma instructions add to what the one before them wrote, and before how many of these it waits.
+        """How many wgmma accumulate into the previous one's result, and before how many of these the loop waits.
 
-        A product over an inner dimension is such a chain, which the matrix units run through without a wait.
+        A product over an inner dimension is such a chain, which the matrix units can run without waiting.
         """
         pairs = waited = 0
         previous, wait_between = None, False
@@ -84,7 +85,7 @@ class Loop:
 
 
 def class_of(instruction: str) -> str:
-    """The name in `CLASSES` of an instruction without its predicate, "other" where it is in none."""
+    """Return an instruction's class in `CLASSES`, or "other"; the instruction has no predicate."""
     opcode = instruction.split(maxsplit=1)[0]
     for name, stems in CLASSES.items():
         if any(opcode == stem or opcode.startswith(stem if stem.endswith(".") else f"{stem}.") for stem in stems):
@@ -93,12 +94,12 @@ def class_of(instruction: str) -> str:
 
 
 def parse(text: str) -> list[tuple[int, str]]:
-    """(address, instruction less its predicate) of every line of code."""
+    """Return (address, instruction without predicate) for every line of code."""
     return [(int(address, 16), instruction) for address, instruction in _INSTRUCTION.findall(text)]
 
 
 def inner_loops(text: str) -> list[Loop]:
-    """The loops that have no loop within, in the order of the code. The branch to itself after a kernel is none."""
+    """Return the innermost loops in code order, without the branch to itself at the end of a kernel."""
     code = parse(text)
     spans = []
     for address, instruction in code:
@@ -116,7 +117,7 @@ def inner_loops(text: str) -> list[Loop]:
 
 
 def main_loop(text: str) -> Loop | None:
-    """The inner loop with the most matrix instructions, wgmma before the older ones; the longest if none has any."""
+    """Return the inner loop with the most matrix instructions, wgmma before older ones; the longest if none has any."""
 
     def weight(loop: Loop) -> tuple[int, int, int]:
         return loop.wgmma, loop.classes.get("mma", 0), len(loop.instructions)

@@ -1,1 +1,1 @@
-"""Attention over maps of keys, which both attentions run: kernels, launches, sizes and the formula in PyTorch."""
+"""Attention shared by both attention operators: kernels, launches, sizes and the formula in PyTorch."""

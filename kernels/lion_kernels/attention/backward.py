@@ -1,13 +1,13 @@
 """The gradients of `lion_kernels.attention.forward`, from lse, the output and its gradient g.
 
-The output is weighed by `gate` afterwards, or gate = 1:
+With `gate` the factor of the output in a sum over maps, or 1:
 
-    delta = rowsum(g * out)                                      also the gate's gradient, summed over rows
+    delta = rowsum(g * out)                                      its sum over rows is the gate's gradient
     ds = p * (r * g v^T - delta),   p = exp(s - lse)
     dq = gate * scale * ds k,   dk = gate * scale * ds^T q,   dv = gate * (r * p)^T g
 
-dq comes from one kernel and dk, dv from another: every sum has one owner and one order, and no atomics. The last tile
-comes first, as in forward.
+One kernel computes dq, another dk and dv, so every sum has one owner and one order, without atomics. As in forward, the
+last tile comes first.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -36,7 +36,7 @@ from lion_kernels.core.backend import tl, triton
 def _query_step(
     b_dq, b_q, b_g, b_lse, b_delta, head, i_row, i_column, BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr
 ):
-    """One tile of keys more in ds k."""
+    """Add one tile of keys to ds k."""
     b_keep = None
     if head.p_seed is not None:
         b_keep = dropout_keep(head, i_row, i_column, BM, BN, False)
@@ -53,7 +53,7 @@ def _query_rows(
     p_gate, p_out, p_grad, p_lse, p_delta, p_previous, p_dq, stride_out, stride_grad, stride_dq, head, i_row,
     BM: tl.constexpr, BN: tl.constexpr, COLUMN_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """delta and, unless p_dq is None, dq of BM queries from i_row on."""
+    """Compute delta and, unless p_dq is None, dq for BM queries from i_row on."""
     i_position = head.offset + i_row
     o_row = i_row + tl.arange(0, BM)
     m_row = o_row < head.queries
@@ -109,13 +109,13 @@ def attention_backward_queries(
     p_v,  # [B, M, H, Dh]
     p_mask,  # [B, M] bytes, or None
     p_bias,  # [H, 2 * reach + 1], or None
-    p_seed,  # [] of int64, or None
+    p_seed,  # int64 [], or None
     p_gate,  # [S], or None
-    p_out,  # [B, L, *, H, Dh], a row is stride_out_row apart from the next
-    p_grad,  # [B, L, *, H, Dh], a row is stride_grad_row apart from the next
+    p_out,  # [B, L, *, H, Dh], rows stride_out_row apart
+    p_grad,  # [B, L, *, H, Dh], rows stride_grad_row apart
     p_lse,  # [B, H, L]
     p_delta,  # [B, H, L]
-    p_previous,  # [B, L, H, Dh], the sum over the maps before, or None
+    p_previous,  # [B, L, H, Dh], the sum over previous maps, or None
     p_dq,  # [B, L, H, Dh], or None
     stride_q_batch,
     stride_q_row,
@@ -147,7 +147,7 @@ def attention_backward_queries(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta and the queries' gradient, for one tile of queries of one head."""
+    """Compute delta and the queries' gradient for one tile of queries of one head."""
     tiles = tl.cdiv(queries, BM)
     i_m = tl.program_id(0) % tiles
     i_bh = tl.program_id(0) // tiles
@@ -183,9 +183,9 @@ def _key_step(
     b_dk, b_dv, b_k, b_v, m_key, p_grad, p_lse, p_delta, stride_grad, head, i_row, i_column,
     BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries more in ds^T q and (r p)^T g, of which one that is () stays so.
+    """Add one tile of queries to ds^T q and (r p)^T g; an accumulator that is () stays ().
 
-    Scores are transposed here: they are the left factors.
+    The scores are transposed here, because they are the left factors.
     """
     o_row = i_row + tl.arange(0, BM)
     m_row = o_row < head.queries if CHECK else None
@@ -216,7 +216,7 @@ def _key_rows(
     p_gate, p_grad, p_lse, p_delta, p_dk, p_dv, stride_grad, stride_dk, head, i_column,
     BM: tl.constexpr, BN: tl.constexpr, ROW_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, unless p_dk or p_dv is None, of BN keys from i_column on."""
+    """Compute dk and dv, unless p_dk or p_dv is None, for BN keys from i_column on."""
     o_column = i_column + tl.arange(0, BN)
     m_column = o_column < head.keys
     m_key = None
@@ -280,9 +280,9 @@ def attention_backward_keys(
     p_v,  # [B, M, H, Dh]
     p_mask,  # [B, M] bytes, or None
     p_bias,  # [H, 2 * reach + 1], or None
-    p_seed,  # [] of int64, or None
+    p_seed,  # int64 [], or None
     p_gate,  # [S], or None
-    p_grad,  # [B, L, *, H, Dh], a row is stride_grad_row apart from the next
+    p_grad,  # [B, L, *, H, Dh], rows stride_grad_row apart
     p_lse,  # [B, H, L]
     p_delta,  # [B, H, L], or None if p_dk is
     p_dk,  # [B, M, H, Dh], or None
@@ -316,9 +316,9 @@ def attention_backward_keys(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The keys' and values' gradients, for one tile of keys of one head.
+    """Compute the gradients of keys and values for one tile of keys of one head.
 
-    ROW_TAIL is the last tile's width, COLUMN_TAIL only where it is narrow.
+    ROW_TAIL is the width of the last tile of queries, COLUMN_TAIL that of the last tile of keys if it is narrow.
     """
     tiles = tl.cdiv(keys, BN)
     i_n = tl.program_id(0) % tiles

@@ -1,11 +1,11 @@
-"""T5's bias by bucketed distance: the buckets, and the gradient of the table from those of the scores.
+"""T5's bias by bucketed distance: the buckets, and the table's gradient from the gradient of the scores.
 
-The gradient sums ds over the pairs of a bucket, in two stages of fixed order. A program goes along one diagonal of
-tiles, where an element of the tile always has the same distance: it forms ds again, adds the tiles up in registers, and
-only then sorts the one sum into buckets. The second stage adds up the programs' buckets; there are O(L + M) of them.
+The gradient sums ds over the pairs of a bucket, in two stages of fixed order. A program traverses one diagonal of
+tiles, where each element of the tile has the same distance in every tile. It recomputes ds, adds the tiles in registers
+and sorts only the final sum into buckets. The second stage adds the programs' buckets; there are O(L + M) programs.
 """
 
-# A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
+# Launches pass plain values as constexpr arguments, and have additional keywords.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import math
@@ -38,7 +38,7 @@ _NOT_SPECIALIZED = [
 
 @triton.jit
 def _score_gradient(head, p_grad, p_lse, p_delta, stride_grad, i_row, i_column, BLOCK: tl.constexpr):
-    """ds of BLOCK queries from i_row on and BLOCK keys from i_column on."""
+    """Compute ds of BLOCK queries from i_row on and BLOCK keys from i_column on."""
     o_row = i_row + tl.arange(0, BLOCK)
     m_row = o_row < head.queries
     b_q = load_rows(head.p_q, head.stride_q, i_row, m_row, head, BLOCK)
@@ -62,7 +62,7 @@ def _bias_gradient(
     p_v,  # [B, M, H, Dh]
     p_mask,  # [B, M] bytes, or None
     p_bias,  # [H, 2 * reach + 1]
-    p_seed,  # [] of int64, or None
+    p_seed,  # int64 [], or None
     p_bucket,  # [2 * reach + 1]
     p_grad,  # [B, L, H, Dh]
     p_lse,  # [B, H, L]
@@ -97,7 +97,7 @@ def _bias_gradient(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One diagonal of tiles [BLOCK, BLOCK] of one head, over `chunk` elements of the batch: ds by bucket."""
+    """Compute ds by bucket for one diagonal of tiles [BLOCK, BLOCK] of one head, over `chunk` batch elements."""
     i_h = tl.program_id(0) % heads
     i_out = tl.program_id(0) // heads
     i_diagonal = i_out % diagonals - (tl.cdiv(queries, BLOCK) - 1)
@@ -138,7 +138,7 @@ def _bias_gradient(
 def launch_bias_gradient(
     one: Attention, grad: Tensor, lse: Tensor, delta: Tensor, bias_table: Tensor, bidirectional: bool
 ) -> Tensor:
-    """The gradient of the table [num_buckets, H], in its dtype."""
+    """Return the gradient of the table [num_buckets, H], in its dtype."""
     (batch, queries, heads, _), keys, num_buckets = one.q.shape, one.k.shape[1], bias_table.shape[0]
     width = sum(split_head_dim(one.q.shape[-1]))
     compact = tuned_sizes.is_compact(one.q.device)
@@ -148,7 +148,7 @@ def launch_bias_gradient(
     if one.causal:
         last = min(last, (block - 1 + keys - queries) // block)
     diagonals = triton.cdiv(queries, block) + last
-    # Enough programs for any GPU, from the shape alone: the order of the sum must not depend on where it runs.
+    # Enough programs for any GPU, from the shape alone: the order of the sum must not depend on the GPU.
     chunk = triton.cdiv(batch, triton.cdiv(1024, heads * diagonals))
     parts = triton.cdiv(batch, max(chunk, 1)) * diagonals
     partial = grad.new_empty(parts, heads, num_buckets, dtype=torch.float32)
@@ -171,11 +171,11 @@ def launch_bias_gradient(
 
 
 def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
-    """The bucket of each distance (key position - query position, integers of any shape).
+    """Return the bucket of each distance (key position - query position, integers of any shape).
 
-    Half of the buckets hold one distance each; the other half divides the distances up to `max_distance` evenly on a
-    logarithmic scale, and its last bucket holds everything beyond. Bidirectional: one such series for keys at or
-    before the query, another for keys after it. Otherwise keys after the query fall into bucket 0.
+    Half of the buckets hold one distance each. The other half divides the distances up to `max_distance` evenly on a
+    logarithmic scale, and its last bucket holds all distances beyond. If `bidirectional`, there is one such series for
+    keys at or before the query and another for keys after it; otherwise keys after the query are in bucket 0.
     """
     if bidirectional:
         num_buckets //= 2
@@ -185,7 +185,7 @@ def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: i
         first = torch.zeros_like(distance)
         distance = (-distance).clamp(min=0)
     num_exact = num_buckets // 2
-    # fp32 whatever the model's dtype: that is where the published weights have their bucket boundaries.
+    # fp32 for any model dtype, because the published weights were trained with these bucket boundaries.
     position = torch.log(distance.clamp(min=1).float() / num_exact) / math.log(max_distance / num_exact)
     logarithmic = num_exact + (position * (num_buckets - num_exact)).long()
     return first + torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
@@ -193,16 +193,16 @@ def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: i
 
 @cache
 def bucket_by_distance(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
-    """The buckets of the distances -max_distance .. max_distance, computed on the CPU whose logarithm is the reference.
+    """Return the buckets of the distances -max_distance .. max_distance, computed on the CPU as the reference.
 
-    At max_distance the last bucket has begun, whichever way the logarithm is rounded: it begins a whole step earlier.
+    The rounding of the logarithm does not matter at max_distance, because the last bucket starts a whole step earlier.
     """
     distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
     return relative_position_bucket(distance, num_buckets, max_distance, bidirectional).to(device)
 
 
 def bias_gradient_spec(name: str, head_dim: int, dtype: torch.dtype, dropout: bool, compact: bool) -> KernelSpec:
-    """`_bias_gradient` as `launch_bias_gradient` launches it."""
+    """Return the spec of `_bias_gradient` as `launch_bias_gradient` launches it."""
     sizes = bias_gradient_sizes(dtype, sum(split_head_dim(head_dim)), dropout=dropout, compact=compact)
     kind = "fp32" if dtype == torch.float32 else "bf16"
     suffix = f"{' dropout' if dropout else ''}{' compact' if compact else ''}"

@@ -1,4 +1,4 @@
-"""Attention with T5's bias as the kernels and PyTorch compute it: `relative_bias_attention` has the algebra."""
+"""Attention with T5's bias, on the kernels and in PyTorch; `relative_bias_attention` has the algebra."""
 
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ class BiasedAttention(NamedTuple):
         q: [B, L, H, Dh], the last L of the M positions of k.
         k, v: [B, M, H, Dh].
         bias_table: [num_buckets, H].
-        mask: [B, M] in bool, contiguous, or None; which keys may be attended.
-        seed: of the dropout, [] of int64 where q is; None without.
+        mask: contiguous bool [B, M], true where a key may be attended, or None.
+        seed: of the dropout, int64 [] on q's device; None without dropout.
     """
 
     q: Tensor
@@ -37,7 +37,7 @@ class BiasedAttention(NamedTuple):
 
     @property
     def attention(self) -> Attention:
-        """As the kernels take it, with the table's bias by distance [H, 2 * max_distance + 1]."""
+        """The call as the kernels' `Attention`, with the bias by distance [H, 2 * max_distance + 1]."""
         table = self.bias_table
         buckets = bucket_by_distance(table.shape[0], self.max_distance, self.bidirectional, table.device)
         return Attention(
@@ -55,7 +55,7 @@ class BiasedAttention(NamedTuple):
 
 
 def launch_forward(call: BiasedAttention, *, save: bool = True) -> tuple[Tensor, Tensor | None]:
-    """The output and, to `save`, lse [B, H, L]."""
+    """Return the output and, with `save`, lse [B, H, L]."""
     one = call.attention
     batch, length, heads, _ = one.q.shape
     out = torch.empty_like(one.q, memory_format=torch.contiguous_format)
@@ -67,7 +67,7 @@ def launch_forward(call: BiasedAttention, *, save: bool = True) -> tuple[Tensor,
 def launch_backward(
     grad: Tensor, call: BiasedAttention, out: Tensor, lse: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v and bias_table; one that `needs` does not name is empty."""
+    """Return the gradients of q, k, v and bias_table; one that `needs` excludes is empty."""
     one, table = call.attention, call.bias_table
     grad = grad.contiguous()
     needs_q, needs_k, _, needs_bias = needs
@@ -101,7 +101,7 @@ def fake_backward(grad: Tensor, call: BiasedAttention, out: Tensor, lse: Tensor,
 
 
 def plain_forward(call: BiasedAttention) -> tuple[Tensor, Tensor]:
-    """`launch_forward` in PyTorch."""
+    """Compute `launch_forward` in PyTorch."""
     bias, _ = _dense_bias(call)
     return plain_attention(call.q, call.k, call.v, Terms(1.0, bias, _visible(call), _keep(call)))
 
@@ -109,7 +109,7 @@ def plain_forward(call: BiasedAttention) -> tuple[Tensor, Tensor]:
 def plain_backward(
     grad: Tensor, call: BiasedAttention, out: Tensor, lse: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`launch_backward` in PyTorch."""
+    """Compute `launch_backward` in PyTorch."""
     q, k, v, table = call[:4]
     bias, buckets = _dense_bias(call)
     terms = Terms(1.0, bias, _visible(call), _keep(call))
@@ -122,7 +122,7 @@ def plain_backward(
 
 
 def compose(call: BiasedAttention) -> Tensor:
-    """The operator in PyTorch, differentiable by autograd."""
+    """Compute the operator in PyTorch, differentiable by autograd."""
     if call.seed is None:
         bias, _ = _dense_bias(call)
         return library_attention(call.q, call.k, call.v, bias, _visible(call), 1.0)
@@ -130,20 +130,20 @@ def compose(call: BiasedAttention) -> Tensor:
 
 
 def _distances(call: BiasedAttention) -> Tensor:
-    """Key position - query position, [L, M]."""
+    """Return key position - query position, [L, M]."""
     positions = torch.arange(call.k.shape[1], device=call.q.device)
     return positions[None, :] - positions[call.k.shape[1] - call.q.shape[1] :, None]
 
 
 def _dense_bias(call: BiasedAttention) -> tuple[Tensor, Tensor]:
-    """The bias of every pair [H, L, M], and its bucket [L, M]."""
+    """Return the bias of every pair [H, L, M], and its bucket [L, M]."""
     table = call.bias_table
     buckets = relative_position_bucket(_distances(call), table.shape[0], call.max_distance, call.bidirectional)
     return table[buckets].movedim(-1, 0), buckets
 
 
 def _visible(call: BiasedAttention) -> Tensor | None:
-    """Which scores count, broadcasting to [B, H, L, M]."""
+    """Return which scores count, broadcastable to [B, H, L, M]; None for all."""
     visible = (_distances(call) <= 0)[None, None] if call.causal else None
     if call.mask is not None:
         mask = call.mask[:, None, None, :]
@@ -152,5 +152,5 @@ def _visible(call: BiasedAttention) -> Tensor | None:
 
 
 def _keep(call: BiasedAttention) -> Tensor | None:
-    """What dropout multiplies the probabilities by, [B, H, L, M]."""
+    """Return the dropout factors of the probabilities, [B, H, L, M]."""
     return draw_keep(call.q, call.k, call.seed, call.dropout_p)

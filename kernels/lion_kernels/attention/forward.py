@@ -1,13 +1,13 @@
 """Attention without a matrix of scores in memory (FlashAttention, Dao et al., arXiv 2205.14135 and 2307.08691).
 
-For a tile of queries, over tiles of keys, with a running maximum and sum:
+For a tile of queries, iterating over tiles of keys with a running maximum and sum:
 
     s = scale q k^T + bias[key position - query position]
     out = sum_j r_j p_j v_j,   p = exp(s - lse),   lse = log sum exp s,   r = 0 or 1 / (1 - dropout_p)
 
-A length slightly above a multiple of the tile gets a narrow last tile: 257 = 4 * 64 + 16, of which 15 are masked. The
-last tile comes first: with a product after the loop, or with none outside it, ptxas waits for every step of the loop's
-products (its warning C7515).
+A length slightly above a multiple of the tile gets a narrow last tile: 257 = 4 * 64 + 16, with 15 masked. The last tile
+comes first: with a product after the loop, or with none outside it, ptxas waits for every step of the loop's products
+(its warning C7515).
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -26,7 +26,7 @@ from lion_kernels.attention.tiles import (
 )
 from lion_kernels.core.backend import tl, triton
 
-# Lengths and strides change from call to call: they must not make a kernel of their own.
+# Lengths and strides change from call to call and must not cause recompilation.
 NOT_SPECIALIZED = [
     *(f"stride_{tensor}_{dim}" for tensor in ("q", "k", "v") for dim in ("batch", "row", "head")),
     *("stride_out_row", "stride_grad_row", "queries", "keys", "heads", "reach", "threshold", "i_map"),
@@ -35,14 +35,14 @@ NOT_SPECIALIZED = [
 
 @triton.jit
 def _step(b_out, b_max, b_sum, b_q, head, i_row, i_column, BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr):
-    """One tile of keys more: the weighted values, and the running maximum and sum."""
+    """Process one more tile of keys: update the weighted values, and the running maximum and sum."""
     if head.p_seed is not None:
         b_keep = dropout_keep(head, i_row, i_column, BM, BN, False)
     # [BM, BN]
     _, b_s = load_keys_and_score(b_q, head, i_row, i_column, BM, BN, CHECK)
     # [BM]
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    # With a mask a row may have met no key yet.
+    # With a mask, a row may not have attended any key yet.
     b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if head.p_mask is not None else b_new
     b_p = tl.math.exp2(b_s - b_shift[:, None])
     b_decay = tl.math.exp2(b_max - b_shift)
@@ -57,7 +57,7 @@ def _step(b_out, b_max, b_sum, b_q, head, i_row, i_column, BM: tl.constexpr, BN:
 
 @triton.jit
 def _rows(p_out, p_lse, stride_out, head, i_row, BM: tl.constexpr, BN: tl.constexpr, COLUMN_TAIL: tl.constexpr):
-    """BM queries from i_row on."""
+    """Compute BM queries from i_row on."""
     i_position = head.offset + i_row
     o_row = i_row + tl.arange(0, BM)
     m_row = o_row < head.queries
@@ -75,7 +75,7 @@ def _rows(p_out, p_lse, stride_out, head, i_row, BM: tl.constexpr, BN: tl.conste
         for i_n in range(plain, tl.cdiv(tl.minimum(head.keys, i_position + BM), BN)):
             b_out, b_max, b_sum = _step(b_out, b_max, b_sum, b_q, head, i_row, i_n * BN, BM, BN, True)
 
-    # A row that attended nothing gives zeros, and weights of zero in backward.
+    # A row without keys gives zeros, and zero weights in backward.
     m_any = b_sum > 0.0
     b_sum = tl.where(m_any, b_sum, 1.0)
     b_factor = tl.where(m_any, head.rescale / b_sum, 0.0)
@@ -103,8 +103,8 @@ def attention_forward(
     p_v,  # [B, M, H, Dh]
     p_mask,  # [B, M] bytes, or None
     p_bias,  # [H, 2 * reach + 1], or None
-    p_seed,  # [] of int64, or None
-    p_out,  # [B, L, *, H, Dh], a row is stride_out_row apart from the next
+    p_seed,  # int64 [], or None
+    p_out,  # [B, L, *, H, Dh], rows stride_out_row apart
     p_lse,  # [B, H, L], or None
     stride_q_batch,
     stride_q_row,
@@ -135,7 +135,7 @@ def attention_forward(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of queries of one head."""
+    """Compute one tile of queries of one head."""
     tiles = tl.cdiv(queries, BM)
     i_m = tl.program_id(0) % tiles
     i_bh = tl.program_id(0) // tiles

@@ -1,6 +1,6 @@
-"""Launches of the attention kernels, and what the attention operators check alike."""
+"""Launches of the attention kernels, and the checks that the attention operators share."""
 
-# A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
+# Launches pass plain values as constexpr arguments, and have additional keywords.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from typing import Any, NamedTuple
@@ -16,17 +16,17 @@ from lion_kernels.core.dropout import threshold_of
 
 
 class Attention(NamedTuple):
-    """One attention, as forward and backward have it.
+    """The operands of one attention, in forward and backward.
 
     Attributes:
         q: [B, L, H, Dh], any strides with a contiguous last dimension.
         k, v: [B, M, H, Dh], likewise.
         scale: factor of the scores.
-        mask: [B, M] in bool, contiguous; which keys may be attended.
-        bias: [H, 2 * reach + 1], contiguous; what is added to a score by distance.
+        mask: contiguous bool [B, M], true where a key may be attended, or None.
+        bias: [H, 2 * reach + 1], contiguous; added to the scores by distance.
         causal: whether a query may attend only keys up to its own position; the queries are the last positions.
-        seed: of the dropout, [] of int64 where q is; None without.
-        i_map: the map's number, which counts in its dropout.
+        seed: of the dropout, int64 [] on q's device; None without dropout.
+        i_map: index of the map; it enters the dropout's counter.
     """
 
     q: Tensor
@@ -50,7 +50,7 @@ class Attention(NamedTuple):
         return tile_sizes(kernel, self.q, length, bias=self.bias is not None, dropout=self.seed is not None)
 
     def arguments(self, kernel: str) -> dict[str, Any]:
-        """What every kernel is given of it, by the arguments' names."""
+        """Return the arguments common to all kernels, by name."""
         unit = _stride_unit(self.q, self.k, self.v)
         strides = {
             f"stride_{name}_{dim}": x.stride(i) // unit
@@ -84,19 +84,19 @@ class Attention(NamedTuple):
 
 
 def _stride_unit(*tensors: Tensor) -> int:
-    """The values in 16 bytes if every stride is a multiple of it, else 1.
+    """Return the number of values in 16 bytes if it divides every stride, else 1.
 
-    Triton sees whether an argument is a multiple of 16, not of 8: a head's stride of 88 fp16 values has to come as 11.
+    Triton detects multiples of 16, not of 8: a head stride of 88 fp16 values must be passed as 11 units.
     """
     unit = 16 // tensors[0].dtype.itemsize
     return unit if all(stride % unit == 0 for x in tensors for stride in x.stride()[:-1]) else 1
 
 
 def launch_forward(attention: Attention, out: Tensor, lse: Tensor | None) -> None:
-    """Writes attention to `out` and, unless it is None, the base-2 logarithm of every softmax's sum to `lse`.
+    """Write the attention to `out` and, unless it is None, the base-2 logarithm of each softmax's sum to `lse`.
 
     Args:
-        out: [B, L, H, Dh], contiguous but for what may lie between two rows.
+        out: [B, L, H, Dh], contiguous except between rows.
         lse: [B, H, L] in fp32.
     """
     queries, keys = attention.q.shape[1], attention.k.shape[1]
@@ -127,16 +127,16 @@ def launch_backward(
     gate: Tensor | None = None,
     previous: Tensor | None = None,
 ) -> None:
-    """Writes those of `delta`, dq, dk and dv that are not None; the first two and the last two have a kernel each.
+    """Write those of `delta`, dq, dk and dv that are not None; one kernel computes the first two, another the last two.
 
     Args:
-        grad: of `out`, laid out as that may be.
-        out, lse: as `launch_forward` wrote them.
-        delta: [B, H, L] in fp32; what dq, dk and the gradients of `gate` and bias need.
+        grad: of `out`, with any layout that `out` may have.
+        out, lse: as written by `launch_forward`.
+        delta: [B, H, L] in fp32; required for dq, dk and the gradients of `gate` and bias.
         dq: [B, L, H, Dh], contiguous.
         dk, dv: [B, M, H, Dh], contiguous.
-        gate: [S] that the maps' outputs were weighed by.
-        previous: what dq is added to, like it.
+        gate: [S], the weights of the maps' outputs.
+        previous: added to dq, in the same layout.
     """
     queries, keys = attention.q.shape[1], attention.k.shape[1]
     if delta is not None:
@@ -178,12 +178,12 @@ def launch_backward(
 
 
 def _narrow_tail(length: int, tile: int) -> int:
-    """`NARROW` if the last tile of what the programs share out is better as narrow as that, else 0."""
+    """Return `NARROW` if the last tile of `length` should be that narrow, else 0."""
     return NARROW if tile > NARROW and tail(length, tile) == NARROW else 0
 
 
 def why_unsupported(q: Tensor) -> str | None:
-    """Why the kernels do not take queries of this dtype and head dimension; None where they do."""
+    """Return why the kernels do not support the dtype and head dimension of `q`; None if they do."""
     if q.dtype not in DTYPES:
         return f"q: expected float16, bfloat16 or float32 for backend 'triton', got {q.dtype}"
     if q.shape[-1] not in range(8, 129, 8):
@@ -192,7 +192,7 @@ def why_unsupported(q: Tensor) -> str | None:
 
 
 def check_alike(q: Tensor, others: dict[str, Tensor]) -> None:
-    """Raises ValueError for a tensor on another device, or outside autocast of another dtype, than q's."""
+    """Raise ValueError for a tensor on another device than q or, outside autocast, of another dtype."""
     check_device(q, dict(others))
     if autocast_dtype(q) is not None:
         return
@@ -202,19 +202,19 @@ def check_alike(q: Tensor, others: dict[str, Tensor]) -> None:
 
 
 def autocast_dtype(q: Tensor) -> torch.dtype | None:
-    """What an active autocast casts the inputs to."""
+    """Return the dtype that an active autocast casts the inputs to, else None."""
     kind = q.device.type
     on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 
-@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace the question
+@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace the function
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
 def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:
-    """Raises ValueError for a tensor on another device than q's."""
+    """Raise ValueError for a tensor on another device than q."""
     for name, x in others.items():
         if x is not None and x.device != q.device:
             raise ValueError(f"{name}: expected on {q.device} (from q), got {x.device}")

@@ -1,9 +1,9 @@
-"""Attention to several feature maps as the kernels and PyTorch compute it: `multi_scale_attention` has the algebra.
+"""Attention to several feature maps, on the kernels and in PyTorch; `multi_scale_attention` has the algebra.
 
-`lion_kernels.attention.launch` has the kernels that one map takes; what is here goes through the maps, and mixes them.
+`lion_kernels.attention.launch` launches the kernels for one map; this module iterates over the maps and mixes them.
 """
 
-# A kernel's constexpr arguments take plain values, and a launch has keywords of its own.
+# Launches pass plain values as constexpr arguments, and have additional keywords.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ class Maps(NamedTuple):
 
     Attributes:
         q: [B, L, H, Dh].
-        keys, values: [B, L_s, H, Dh] of every map.
-        masks: [B, L_s] in bool, contiguous, of every map; which keys may be attended. One of no elements is none.
+        keys, values: [B, L_s, H, Dh] per map.
+        masks: contiguous bool [B, L_s] per map, true where a key may be attended; empty for a map without a mask.
         scale_gate: [S] or None.
-        seed: of the dropout, [] of int64 where q is; None without.
+        seed: of the dropout, int64 [] on q's device; None without dropout.
     """
 
     q: Tensor
@@ -43,7 +43,7 @@ class Maps(NamedTuple):
 
     @property
     def attentions(self) -> list[Attention]:
-        """One for each map, as the kernels take it."""
+        """The maps as the kernels' `Attention`s."""
         q = last_contiguous(self.q)
         return [
             Attention(
@@ -70,7 +70,7 @@ def _mix(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sum over the maps, weighed by the gate."""
+    """Sum over the maps, weighted by the gate."""
     o_flat = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_flat = o_flat < rows.to(tl.int64) * CHANNELS
     p_map = p_maps + (o_flat // CHANNELS) * (MAPS * CHANNELS) + o_flat % CHANNELS
@@ -82,8 +82,10 @@ def _mix(
 
 
 def launch_forward(call: Maps, *, save: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The result, the maps' outputs [B, L, S, H, Dh] (no elements without a gate: they are the result), and lse
-    [S, B, H, L], to `save`."""
+    """Return the result, the maps' outputs [B, L, S, H, Dh] and, with `save`, lse [S, B, H, L].
+
+    Without a gate, the maps' outputs are the result, and the second tensor is empty.
+    """
     q, scale_gate, number = call.q, call.scale_gate, len(call.keys)
     batch, length, heads, head_dim = q.shape
     maps = q.new_empty(batch, length, number, heads, head_dim)
@@ -104,7 +106,7 @@ def launch_forward(call: Maps, *, save: bool = True) -> tuple[Tensor, Tensor, Te
 def launch_backward(
     grad: Tensor, call: Maps, maps: Tensor, lse: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """The gradients of q, keys, values and scale_gate; one that `needs`, in this order, does not name is empty."""
+    """Return the gradients of q, keys, values and scale_gate; one that `needs`, in this order, excludes is empty."""
     q, keys, values, _, scale_gate, *_ = call
     grad = grad.contiguous()
     last = len(keys) - 1
@@ -131,7 +133,7 @@ def launch_backward(
 
 
 def split_needs(needs: Sequence[bool]) -> tuple[bool, Sequence[bool], Sequence[bool], bool]:
-    """The gradients that are asked for: of q, of every map's keys and values, and of the gate."""
+    """Return the requested gradients: of q, of each map's keys and values, and of the gate."""
     number = len(needs) // 2 - 1
     return needs[0], needs[1 : 1 + number], needs[1 + number : -1], needs[-1]
 
@@ -162,7 +164,7 @@ def fake_backward(grad: Tensor, call: Maps, maps: Tensor, lse: Tensor, needs: Se
 
 
 def plain_forward(call: Maps) -> tuple[Tensor, Tensor, Tensor]:
-    """`launch_forward` in PyTorch."""
+    """Compute `launch_forward` in PyTorch."""
     q, keys, values, masks, scale_gate, seed, scale, dropout_p = call
     outputs = [
         plain_attention(q, k, v, Terms(scale, None, _visible(mask), draw_keep(q, k, seed, dropout_p, s)))
@@ -178,7 +180,7 @@ def plain_forward(call: Maps) -> tuple[Tensor, Tensor, Tensor]:
 def plain_backward(
     grad: Tensor, call: Maps, maps: Tensor, lse: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """`launch_backward` in PyTorch."""
+    """Compute `launch_backward` in PyTorch."""
     q, keys, values, masks, scale_gate, seed, scale, dropout_p = call
     needs_q, needs_keys, needs_values, needs_gate = split_needs(needs)
     dq, dkeys, dvalues = torch.zeros_like(q, dtype=lse.dtype), [], []
@@ -200,7 +202,7 @@ def plain_backward(
 
 
 def compose(call: Maps) -> Tensor:
-    """The operator in PyTorch, differentiable by autograd: [B, L, S, H, Dh], or with a gate [B, L, H, Dh]."""
+    """Compute the operator in PyTorch, differentiable by autograd: [B, L, S, H, Dh], or with a gate [B, L, H, Dh]."""
     q, keys, values, masks, scale_gate, seed, scale, dropout_p = call
     outputs = []
     for s, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
@@ -224,7 +226,7 @@ def _visible(mask: Tensor) -> Tensor | None:
 
 
 def mix_spec(name: str, kind: str) -> KernelSpec:
-    """The sum over three maps of 1408 channels, for the ahead-of-time report."""
+    """Return the spec of the sum over three maps of 1408 channels, for the ahead-of-time report."""
     return KernelSpec(
         name=name,
         kernel=_mix,

@@ -1,4 +1,4 @@
-"""Attention with its matrix of scores, in PyTorch: what a CPU runs, and what dropout and padding mean."""
+"""Attention with a matrix of scores in PyTorch: the CPU's implementation, and the definition of dropout and padding."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,9 +21,9 @@ def dropout_mask(
     map_index: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """What the attention operators multiply their probabilities by: 0 or 1 / (1 - dropout_p), [B, H, L, M] in fp32.
+    """Return the dropout factors of the probabilities: 0 or 1 / (1 - dropout_p), [B, H, L, M] in fp32.
 
-    Key j of query i, head h, element b and map s has word j % 4 of the counter (j // 4, i, b * H + h, s); see
+    Key j of query i, head h, batch element b and map s uses word j % 4 of the counter (j // 4, i, b * H + h, s); see
     `lion_kernels.core.dropout`.
     """
 
@@ -36,7 +36,7 @@ def dropout_mask(
 
 
 def draw_keep(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float, map_index: int = 0) -> Tensor | None:
-    """`dropout_mask` of a call with queries q and keys k; None without a seed."""
+    """Return `dropout_mask` for queries q and keys k; None without a seed."""
     if seed is None:
         return None
     batch, length, heads, _ = q.shape
@@ -44,13 +44,13 @@ def draw_keep(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float, map_i
 
 
 class Terms(NamedTuple):
-    """What attention has beside q, k and v.
+    """The operands of attention besides q, k and v.
 
     Attributes:
         scale: factor of the scores.
-        bias: added to the scores, broadcasting to [B, H, L, M].
-        visible: bool, broadcasting likewise; which scores count.
-        keep: [B, H, L, M] that multiplies the probabilities.
+        bias: added to the scores, broadcastable to [B, H, L, M].
+        visible: bool, broadcastable likewise; which scores count.
+        keep: [B, H, L, M], factors of the probabilities.
     """
 
     scale: float
@@ -62,9 +62,9 @@ class Terms(NamedTuple):
 def library_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, visible: Tensor | None, scale: float
 ) -> Tensor:
-    """The output of `plain_attention` by PyTorch's own, differentiable by autograd.
+    """Return the output of `plain_attention`, computed by PyTorch's SDPA and differentiable by autograd.
 
-    SDPA leaves open what a row gives that attends nothing: it attends everything here, and then counts nothing.
+    SDPA leaves rows without visible keys undefined; such rows attend all keys here, and their output is set to zero.
     """
     attends = None if visible is None else visible.any(-1, keepdim=True)
     mask = visible
@@ -80,7 +80,7 @@ def library_attention(
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """The formula with its matrix of scores, in PyTorch: the output [B, L, H, Dh] and lse [B, H, L]."""
+    """Return the output [B, L, H, Dh] and lse [B, H, L], by the formula with its matrix of scores."""
     p, lse = _plain_probabilities(q, k, terms, None)
     weights = p if terms.keep is None else p * terms.keep.to(p.dtype)
     return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2).contiguous(), lse
@@ -96,7 +96,7 @@ def plain_attention_backward(
     lse: Tensor,
     needs: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The gradients of q, k and v (contiguous; one that `needs` does not name is empty), ds and delta [B, H, L]."""
+    """Return the gradients of q, k and v (contiguous; empty if `needs` excludes one), ds and delta [B, H, L]."""
     scale, keep = terms.scale, terms.keep
     p, _ = _plain_probabilities(q, k, terms, lse)
     g = grad.transpose(1, 2).to(p.dtype)

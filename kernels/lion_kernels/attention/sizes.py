@@ -1,4 +1,4 @@
-"""The sizes that the attention kernels are launched with: pieces of a head dimension, tiles, warps and stages."""
+"""The launch sizes of the attention kernels: pieces of a head dimension, tiles, warps and stages."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from lion_kernels.core import tuned_sizes
 from lion_kernels.core.backend import triton
 from lion_kernels.core.tuned_sizes import lookup
 
-NARROW = 16  # the least rows or columns that a matrix product takes
+NARROW = 16  # minimum rows and columns of a matrix product
 
 
 def split_head_dim(head_dim: int, kernel: str = "forward") -> tuple[int, int]:
-    """At most two powers of two, none under 16, of the least sum that holds `head_dim`; one where it is no more.
+    """Split `head_dim` into at most two powers of two >= 16 with the least sum that holds it; one if that is no larger.
 
-    88 -> (64, 32), 64 -> (64, 0), 40 -> (32, 16), 128 -> (128, 0). In "backward_keys" 80 is (64, 32) too: there a piece
-    of 16 beside one of 64 spills registers on sm_90, whatever the tile.
+    88 -> (64, 32), 64 -> (64, 0), 40 -> (32, 16), 128 -> (128, 0). In "backward_keys", 80 -> (64, 32) as well: pieces
+    of 64 and 16 spill registers on sm_90 there, with any tile.
     """
     whole = max(16, triton.next_power_of_2(head_dim))
     first = whole // 2
@@ -26,16 +26,16 @@ def split_head_dim(head_dim: int, kernel: str = "forward") -> tuple[int, int]:
 
 
 def tail(length: int, tile: int) -> int:
-    """The width of the last tile of `length` in tiles of `tile`: `NARROW` if that is enough, 0 if there is none."""
+    """Return the width of the last tile of `length` in tiles of `tile`: `NARROW` if sufficient, 0 if there is none."""
     last = (length - 1) % tile + 1
     return 0 if length == 0 else NARROW if last <= NARROW else tile
 
 
 def tile_sizes(kernel: str, q: Tensor, length: int, *, bias: bool, dropout: bool) -> dict[str, int]:
-    """The tiles, warps and stages of a kernel ("forward", "backward_queries" or "backward_keys").
+    """Return the tiles, warps and stages of a kernel ("forward", "backward_queries" or "backward_keys").
 
     Args:
-        length: the queries, or in "backward_keys" the keys: what the programs share out.
+        length: number of rows that the programs share: queries, or keys in "backward_keys".
     """
     width = sum(split_head_dim(q.shape[-1], kernel))
     rows = "few" if length <= 16 else "some" if length <= 64 else "many"
@@ -50,11 +50,11 @@ def tile_sizes(kernel: str, q: Tensor, length: int, *, bias: bool, dropout: bool
 def default_sizes(
     kernel: str, dtype: torch.dtype, width: int, rows: str, *, bias: bool, dropout: bool, compact: bool
 ) -> dict[str, int]:
-    """Sizes for a GPU that nobody measured: the largest tiles that stay in registers on sm_90.
+    """Return sizes for a GPU without measurements: the largest tiles that stay in registers on sm_90.
 
-    A gathered bias and dropout's generator want registers of their own. `compact` ones fit 64 KiB of shared memory.
+    A gathered bias and dropout's generator need registers too. `compact` sizes fit 64 KiB of shared memory.
     """
-    # A third stage frees the registers of what the second holds back.
+    # A third stage frees registers that two stages keep occupied.
     stages = 1 if compact else 3 if kernel == "backward_keys" and bias and dropout and width > 64 else 2
     wide = 8 if width > 64 else 4
     if dtype == torch.float32:
@@ -76,7 +76,7 @@ def default_sizes(
 
 
 def _compact_key_tile(width: int, bias: bool, dropout: bool) -> tuple[int, int, int]:
-    """Queries, keys and warps of "backward_keys" in 16 bits and 64 KiB."""
+    """Return queries, keys and warps of "backward_keys" for 16-bit values and 64 KiB of shared memory."""
     if width > 96:
         return (16 if bias or dropout else 32), 32, 8
     if dropout and bias:
@@ -85,21 +85,21 @@ def _compact_key_tile(width: int, bias: bool, dropout: bool) -> tuple[int, int, 
 
 
 def _key_tile(width: int, rows: str, bias: bool, dropout: bool) -> tuple[int, int, int]:
-    """Queries, keys and warps of "backward_keys" in 16 bits, whose accumulators are two."""
+    """Return queries, keys and warps of "backward_keys" for 16-bit values; the kernel has two accumulators."""
     if rows == "few":
         return 64, 16, 4
     if bias:
-        # 64 keys are what one warp group multiplies. In one, T5's head of 64 leaves room for three programs; other
-        # widths, and dropout's generator, spill there.
+        # One warp group multiplies 64 keys. With a single group, T5's head dimension of 64 leaves room for three
+        # programs; other widths, and dropout's generator, spill.
         return (32 if width <= 64 else 16), 64, 4 if width == 64 and not dropout else 8
     keys = 128 if rows == "many" and width <= 96 else 64
     return (32 if dropout else 64), keys, 8
 
 
 def bias_gradient_sizes(dtype: torch.dtype, width: int, *, dropout: bool, compact: bool) -> dict[str, int]:
-    """The largest tiles that stay in registers on sm_90; `compact` ones fit 64 KiB of shared memory."""
+    """Return the largest tiles that stay in registers on sm_90; `compact` sizes fit 64 KiB of shared memory."""
     if dtype == torch.float32:
-        # As above, the third stage: with two, Triton 3.6 aims at 128 registers, and spills to meet them.
+        # Three stages as above: with two, Triton 3.6 targets 128 registers and spills.
         stages = 1 if compact else 3 if dropout and width > 64 else 2
         return {"BLOCK": 16 if compact else 32, "num_warps": 8, "num_stages": stages}
     return {"BLOCK": 32 if compact or (dropout and width > 64) else 64, "num_warps": 8, "num_stages": 1}

@@ -1,4 +1,4 @@
-"""What the attention kernels are compiled with, for the ahead-of-time report."""
+"""The compiled configurations of the attention kernels, for the ahead-of-time report."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ def attention_specs(
     compact: bool = False,
     frozen: str | None = None,
 ) -> list[KernelSpec]:
-    """The three kernels as `launch_forward` and `launch_backward` launch them, for the ahead-of-time report.
+    """Return the three kernels as `launch_forward` and `launch_backward` launch them, for the ahead-of-time report.
 
     Args:
-        frozen: "q", "k" or "v": only the kernel that writes its gradient, as it is where that is not asked for.
+        frozen: "q", "k" or "v": only the kernel that writes its gradient, in the variant without this gradient.
     """
     optional = {"p_mask": mask, "p_bias": bias, "p_seed": dropout, "p_gate": gate, "p_previous": gate}
     used = {**optional, f"p_d{frozen}": False}
@@ -65,7 +65,7 @@ def attention_specs(
                 sizes,
                 constexprs,
                 {"p_dq": "*fp32"} if gate else {},
-                # Without dq only delta is left, which is no matrix product.
+                # Without dq, the kernel only computes delta, without a matrix product.
                 product_rows=0 if frozen == "q" else tile_n if kernel == "backward_keys" else tile_m,
                 compact=compact,
             )
@@ -86,12 +86,12 @@ def kernel_spec(
     product_rows: int,
     compact: bool,
 ) -> KernelSpec:
-    """`function` as it is launched with the arguments of an `Attention`.
+    """Return the spec of `function` as launched with the arguments of an `Attention`.
 
     Args:
-        kernel: as `split_head_dim` knows it.
-        constexprs: those that are not the same in every kernel.
-        kinds: types of arguments that are not what their names say in every kernel.
+        kernel: its name in `split_head_dim`.
+        constexprs: those that differ between kernels.
+        kinds: types of the arguments whose type differs between kernels.
         product_rows: rows of the matrix products.
     """
     piece1, piece2 = split_head_dim(head_dim, kernel)
@@ -116,7 +116,7 @@ def kernel_spec(
         },
         num_warps=sizes["num_warps"],
         num_stages=sizes["num_stages"],
-        # Warp groups multiply 64 rows at least, and nothing multiplies fp32 without rounding it.
+        # Warp groups multiply at least 64 rows, and no matrix unit multiplies fp32 without rounding.
         matrix=dtype != torch.float32 and product_rows >= 64,
         compact=compact,
     )

@@ -1,13 +1,13 @@
-"""What the attention kernels do tile by tile: rows in, products, scores, and which probabilities dropout keeps.
+"""Tile operations of the attention kernels: rows, products, scores, and dropout's selection of probabilities.
 
-The scores of BM queries and BN keys are a block [BM, BN], TRANSPOSED [BN, BM]. They come times log2(e): the softmax
-runs in base 2, exp(s) = 2^(s log2 e).
+The scores of BM queries and BN keys are a block [BM, BN], or TRANSPOSED [BN, BM]. They are scaled by log2(e), because
+the softmax runs in base 2: exp(s) = 2^(s log2 e).
 
-A head dimension is at most two pieces, powers of two: 88 = 64 + 32 pads 8 columns where 128 would pad 40. Rows are a
-tuple of blocks, one for each piece.
+A head dimension has at most two pieces, powers of two: 88 = 64 + 32 pads 8 columns, where 128 would pad 40. Rows are a
+tuple with one block per piece.
 """
 
-# The kernel language is neither ruff's nor pyright's: tuples have no unpacking, ranges are static, blocks are tensors.
+# Kernels differ from the Python that ruff and pyright expect: no tuple unpacking, static ranges, blocks as tensors.
 # ruff: noqa: RUF005
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
@@ -19,19 +19,21 @@ from lion_kernels.core.dropout import keep_four
 
 
 class Head(NamedTuple):
-    """One head of one element of the batch, as every kernel reads it.
+    """One head of one batch element, as every kernel reads it.
 
-    A kernel makes it where it calls a function with it: given a name, the constants in it would be constants no more.
+    Kernels construct it inside the call that uses it: bound to a variable, it would lose the constness of its
+    constants.
 
     Attributes:
-        p_q, p_k, p_v: its first values [L, Dh], [M, Dh], [M, Dh]; a row is so many (stride_q, ...) from the next.
-        p_mask: bytes [M], or None; which keys may be attended.
-        p_bias: [2 * reach + 1], or None; what is added to a score by distance, -reach .. reach. Beyond it is the same.
-        offset: the position of the first query; that of the first key is 0.
-        i_bh: the head's number in the batch.
-        i_map: the feature map's number.
-        p_seed, threshold, rescale: of dropout (`core.dropout`), and 1 / (1 - dropout_p); no seed, no dropout.
-        D1, D2: the pieces of HEAD_DIM; D2 is 0 where there is one.
+        p_q, p_k, p_v: pointers to [L, Dh], [M, Dh], [M, Dh], with rows stride_q, stride_k and stride_v apart.
+        p_mask: bytes [M], nonzero where a key may be attended, or None.
+        p_bias: [2 * reach + 1], or None; added to the scores by distance, which is clamped to -reach .. reach.
+        offset: position of the first query; the first key's is 0.
+        i_bh: index of the head in the batch.
+        i_map: index of the feature map.
+        p_seed, threshold, rescale: of dropout (`core.dropout`), with rescale = 1 / (1 - dropout_p); None without
+            dropout.
+        D1, D2: the pieces of HEAD_DIM; D2 is 0 if there is only one.
         CAUSAL: whether a query may attend only keys up to its own position.
     """
 
@@ -65,7 +67,7 @@ def locate(
     p_q, p_k, p_v, stride_q_batch, stride_q_row, stride_q_head, stride_k_batch, stride_k_row, stride_k_head,
     stride_v_batch, stride_v_row, stride_v_head, i_b, i_h, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The first six fields of a `Head`; strides come in units of UNIT values, so that 16-byte loads are seen legal."""
+    """Return the first six fields of a `Head`; strides come in units of UNIT values, to make 16-byte loads legal."""
     p_q += (i_b * stride_q_batch + i_h * stride_q_head) * UNIT
     p_k += (i_b * stride_k_batch + i_h * stride_k_head) * UNIT
     p_v += (i_b * stride_v_batch + i_h * stride_v_head) * UNIT
@@ -79,7 +81,7 @@ def locate(
 def _load_piece(
     p_x, stride, m_row, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """Columns FIRST to FIRST + WIDTH of ROWS rows from p_x on; zeros past HEAD_DIM and where m_row is false."""
+    """Load columns FIRST to FIRST + WIDTH of ROWS rows from p_x on; zeros past HEAD_DIM and where m_row is false."""
     o_d = FIRST + tl.arange(0, WIDTH)
     # [ROWS, WIDTH]
     p_tile = p_x + tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + o_d[None, :]
@@ -95,7 +97,7 @@ def _load_piece(
 
 @triton.jit
 def load_rows(p_x, stride, i_first, m_row, head, ROWS: tl.constexpr):
-    """ROWS rows from i_first on: [ROWS, D1] and, unless D2 is 0, [ROWS, D2]."""
+    """Load ROWS rows from i_first on: [ROWS, D1] and, unless D2 is 0, [ROWS, D2]."""
     p_x += tl.cast(i_first, tl.int64) * stride
     b_rows = (_load_piece(p_x, stride, m_row, ROWS, 0, head.D1, head.HEAD_DIM),)
     if head.D2 > 0:
@@ -114,7 +116,7 @@ def store_rows(p_x, stride, i_first, b_rows, m_row, head, ROWS: tl.constexpr):
 
 @triton.jit
 def zero_rows(head, ROWS: tl.constexpr):
-    """Rows to add to, in fp32."""
+    """Return zeroed rows in fp32, to accumulate in."""
     b_rows = (tl.zeros([ROWS, head.D1], tl.float32),)
     if head.D2 > 0:
         b_rows = b_rows + (tl.zeros([ROWS, head.D2], tl.float32),)
@@ -139,7 +141,7 @@ def add_rows(b_a, b_b):
 
 @triton.jit
 def inner_product(b_a, b_b, head):
-    """a b^T."""
+    """Return a b^T."""
     b_out = tl.dot(b_a[0], tl.trans(b_b[0]), input_precision=head.PRECISION)
     if head.D2 > 0:
         b_out = tl.dot(b_a[1], tl.trans(b_b[1]), b_out, input_precision=head.PRECISION)
@@ -148,7 +150,7 @@ def inner_product(b_a, b_b, head):
 
 @triton.jit
 def add_weighted(b_sum, b_weights, b_rows, head):
-    """sum + weights rows."""
+    """Return sum + weights rows."""
     b_weights = b_weights.to(b_rows[0].dtype)
     b_added = ()
     for i in tl.static_range(len(b_rows)):
@@ -179,7 +181,7 @@ def _bias(
 def attention_scores(
     b_q, b_k, head, i_row, i_column, BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # [BM, BN], transposed [BN, BM]
-    """log2(e) times the scores; with CHECK, -inf where causality forbids. Which keys count is the caller's to say."""
+    """Return log2(e) times the scores; with CHECK, -inf where causality forbids. The caller masks missing keys."""
     LOG2E = 1.4426950408889634
     b_s = inner_product(b_k, b_q, head) if TRANSPOSED else inner_product(b_q, b_k, head)
     b_s *= head.scale * LOG2E
@@ -197,9 +199,9 @@ def attention_scores(
 
 @triton.jit
 def load_keys_and_score(b_q, head, i_row, i_column, BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr):
-    """BN keys from i_column on, and the scores [BM, BN], -inf for what may not be attended.
+    """Return BN keys from i_column on, and the scores [BM, BN], -inf for pairs that may not attend.
 
-    Without CHECK all keys exist, and causality forbids none.
+    Without CHECK, all keys must exist and causality must allow all pairs.
     """
     o_column = i_column + tl.arange(0, BN)
     m_column = (o_column < head.keys) if CHECK else None
@@ -223,7 +225,7 @@ def load_values(head, i_column, BN: tl.constexpr, CHECK: tl.constexpr):
 def dropout_keep(
     head, i_row, i_column, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # [BM, BN], transposed [BN, BM]
-    """Which probabilities dropout keeps, as `dropout_mask` says. i_column is a multiple of 4."""
+    """Return which probabilities dropout keeps, as in `dropout_mask`. i_column is a multiple of 4."""
     GROUPS: tl.constexpr = BN // 4
     o_group = i_column // 4 + tl.arange(0, GROUPS)
     o_row = i_row + tl.arange(0, BM)
@@ -240,7 +242,7 @@ def dropout_keep(
 
 @triton.jit
 def score_gradient(b_p, b_delta, b_g, b_v, b_keep, head):
-    """ds [BM, BN] = p * (r g v^T - delta); r is 1 where b_keep is None."""
+    """Return ds [BM, BN] = p * (r g v^T - delta); r is 1 if b_keep is None."""
     b_dp = inner_product(b_g, b_v, head)
     if b_keep is not None:
         b_dp = tl.where(b_keep, b_dp * head.rescale, 0.0)

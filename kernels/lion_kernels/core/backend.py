@@ -1,7 +1,7 @@
-"""Which implementation of an operator runs, and what every launch of a kernel shares.
+"""The choice of an operator's implementation, and what every kernel launch shares.
 
-Modules with kernels take `triton` and `tl` from here. Where triton cannot be imported (macOS, Windows) both are
-stand-ins, with which such a module still imports; its operators then run in PyTorch.
+Modules with kernels import `triton` and `tl` from here. Where triton cannot be imported (macOS, Windows), both are
+stand-ins with which such a module still imports; its operators then run in PyTorch.
 """
 
 import os
@@ -31,25 +31,27 @@ else:
         HAS_TRITON = False
 
 BACKENDS = ("auto", "triton", "torch")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the kernels take
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # supported by the kernels
 
-# Keywords of every launch. Contraction of a * b + c is asked for by name: its default differs between Triton versions.
+# Keywords of every launch. Contraction of a * b + c is explicit: its default differs between Triton versions.
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 
-# Read once, when the kernels are decorated: setting the variable later does not turn them into interpreted ones.
+# Read once, when the kernels are decorated: setting the variable later has no effect on them.
 _INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _launching_on_cpu = False
 
 
 def _let_loops_run_to_numbers_of_the_call() -> None:
-    """A bound of a loop is an array of one element in the interpreter, and Triton before 3.7.1 makes an `int` of it as
-    it is, which numpy refuses from 2.4 on."""
+    """Let the interpreter accept arguments as loop bounds, which are arrays of one element there.
+
+    Triton before 3.7.1 passes them to `int`, which numpy 2.4 rejects.
+    """
     from triton.runtime import interpreter
 
     patch_tensor: Any = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, *rest: Any) -> None:
-        patch_tensor(tensor, *rest)  # which also notes what is to be restored
+        patch_tensor(tensor, *rest)  # this also records what to restore
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch
@@ -60,18 +62,18 @@ if _INTERPRETING and tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7
 
 
 def interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter, on the CPU (`TRITON_INTERPRET=1` when this was imported)."""
+    """Return whether kernels run in the interpreter, on the CPU (`TRITON_INTERPRET=1` when this was imported)."""
     return _INTERPRETING
 
 
 def launches_on_cpu() -> bool:
-    """Whether kernels are launched on tensors of the CPU: interpreted ones, and any within `launching_on_cpu`."""
+    """Return whether tensors on the CPU launch kernels: interpreted ones, or any within `launching_on_cpu`."""
     return _INTERPRETING or _launching_on_cpu
 
 
 @contextmanager
 def launching_on_cpu() -> Iterator[None]:
-    """Within, calls with tensors on the CPU launch compiled kernels, for who records launches and runs none."""
+    """Within the context, calls with CPU tensors launch compiled kernels, to record launches without running them."""
     global _launching_on_cpu
     before, _launching_on_cpu = _launching_on_cpu, True
     try:
@@ -81,17 +83,17 @@ def launching_on_cpu() -> Iterator[None]:
 
 
 def resolve_backend(backend: str, operator: str, device: torch.device) -> str:
-    """The implementation, "triton" or "torch", that `operator` runs on `device` when asked for `backend`.
+    """Return the implementation, "triton" or "torch", that `operator` runs on `device` for `backend`.
 
-    `"auto"` is `"triton"` on a CUDA device where triton can be imported, else `"torch"`.
+    `"auto"` is `"triton"` on a CUDA device if triton can be imported, else `"torch"`.
 
     Args:
         backend: `"auto"`, `"triton"` or `"torch"`.
         operator: name used in the errors.
-        device: where the operator's inputs are.
+        device: device of the operator's inputs.
 
     Raises:
-        ValueError: `backend` is unknown, or `"triton"` where no kernel can run.
+        ValueError: `backend` is unknown, or is `"triton"` where no kernel can run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -111,13 +113,14 @@ def resolve_backend(backend: str, operator: str, device: torch.device) -> str:
 
 
 def choose_backend(backend: str, operator: str, device: torch.device, unsupported: str | None) -> str:
-    """The implementation, "triton" or "torch", of one call: `resolve_backend`'s, if the kernels take the arguments.
+    """Return the implementation of one call: `resolve_backend`'s choice if the kernels support the call.
 
     Args:
-        unsupported: why the kernels do not take them, for the error; None where they do. `"auto"` is `"torch"` then.
+        unsupported: why the kernels do not support the call, for the error; `"auto"` is then `"torch"`. None if they
+            do.
 
     Raises:
-        ValueError: as `resolve_backend`, and where `backend` is `"triton"` and the kernels do not take the arguments.
+        ValueError: as in `resolve_backend`, or `backend` is `"triton"` and the kernels do not support the call.
     """
     resolved = resolve_backend(backend, operator, device)
     if resolved == "torch" or unsupported is None:
@@ -128,16 +131,16 @@ def choose_backend(backend: str, operator: str, device: torch.device, unsupporte
 
 
 def refuse_uninterpretable(**tensors: Tensor | None) -> None:
-    """Raises ValueError for bfloat16 in the interpreter, which computes something else with it, silently."""
+    """Raise ValueError for bfloat16 in the interpreter, which silently computes something else with it."""
     for name, tensor in tensors.items():
         if _INTERPRETING and tensor is not None and tensor.dtype == torch.bfloat16:
             raise ValueError(f"{name}: bfloat16 is not supported by Triton's interpreter; use float32 or float16")
 
 
 def needs_dispatch(*tensors: Tensor | None) -> bool:
-    """Whether a call has to go through its custom op: someone differentiates, traces, or has a tensor class of his own.
+    """Return whether a call must go through its custom op: for autograd, tracing or a tensor subclass.
 
-    Otherwise it launches at once, and keeps nothing for backward.
+    Other calls launch directly and save nothing for backward.
     """
     if torch.compiler.is_compiling() or any(type(x) not in (Tensor, Parameter, NoneType) for x in tensors):
         return True
@@ -145,17 +148,19 @@ def needs_dispatch(*tensors: Tensor | None) -> bool:
 
 
 def values_on_host(ids: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU that would wait for the device, and a trace or a tensor class of
-    somebody's own, such as one that only knows its shape, may have none."""
+    """Return whether the values of `ids` can be read without synchronising with a GPU.
+
+    Under tracing, and in some tensor subclasses, there may be no values at all.
+    """
     return ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of `tl.dot`: TF32 for fp32 inputs only where PyTorch's own products are allowed it."""
+    """Return `input_precision` for `tl.dot`: TF32 for fp32 inputs only if PyTorch's own products may use it."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 and not _INTERPRETING else "ieee"
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels launched within run where `tensor` is: Triton asks only for the current device."""
+    """Make `tensor`'s device current, which is where Triton launches kernels."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

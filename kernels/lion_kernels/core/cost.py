@@ -1,4 +1,4 @@
-"""The least time an operator can take: the bytes that must move, the operations to be done, and a device's rates."""
+"""The least time an operator can take, from the bytes it must move, its operations, and a device's rates."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call cannot avoid: `bytes` between memory and chip, `flops` (a multiplication and an addition are two)."""
+    """The minimum of one call: `bytes` between memory and chip, and `flops` (a multiply-add is two)."""
 
     bytes: int
     flops: int
@@ -18,7 +18,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Device:
-    """Rates that a device reaches, by dtype name ("bfloat16") for the arithmetic."""
+    """Rates that a device reaches, per dtype name ("bfloat16") for arithmetic."""
 
     name: str
     bytes_per_second: float
@@ -30,10 +30,10 @@ H200 = Device("NVIDIA H200", 4.3e12, {"bfloat16": 790e12, "float16": 790e12})
 
 
 def floor_seconds(cost: Cost, device: Device, dtype: torch.dtype) -> float:
-    """No implementation is faster: the larger of the two times that `cost` takes on `device`.
+    """Return a lower bound on any implementation's time: the larger of `cost`'s two times on `device`.
 
     Raises:
-        ValueError: nobody measured `device` at `dtype`.
+        ValueError: `device` has no measured rate for `dtype`.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in device.flops_per_second:

@@ -1,4 +1,4 @@
-"""The kernels of `assemble_inputs`: rows gathered from three places, and the sum of the rows at one token's places."""
+"""The kernels of `assemble_inputs`: a gather of rows from three sources, and a sum of the rows at one token."""
 
 from lion_kernels.core.backend import tl, triton
 
@@ -9,7 +9,7 @@ def assemble_inputs_forward_kernel(
     stride_prefix_batch, stride_prefix_row, stride_embedding,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A program writes BD channels of one row of out."""
+    """Write BD channels of one row of out."""
     i_row = tl.program_id(0)
     i_batch, i_place = i_row // (prefix_length + length), i_row % (prefix_length + length)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -25,7 +25,7 @@ def assemble_inputs_forward_kernel(
         elif (i_id >= 0) & (i_id < vocabulary):
             tl.store(p_to, tl.load(p_embedding + i_id * stride_embedding + o_d, mask=m_d), mask=m_d)
         else:
-            # Beyond the table nothing may be read. NaN shows where the host would have to wait to complain.
+            # The id is beyond the table. NaN shows it, because an error on the host would need a synchronisation.
             tl.store(p_to, tl.full([BD], float("nan"), tl.float32).to(p_out.dtype.element_ty), mask=m_d)
 
 
@@ -34,8 +34,10 @@ def assemble_inputs_backward_kernel(
     p_grad, p_ids, p_partial, rows, prefix_length, length, soft_prompt_id, stride_batch, stride_row,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Program i takes every num_programs-th tile of ids from the i-th on, and reads the gradient only where the id is
-    the soft prompt's."""
+    """Sum the soft prompt's gradient in partial sums; program i handles the tiles of ids i, i + num_programs, ...
+
+    The gradient is read only where the id is the soft prompt's.
+    """
     i_program = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D

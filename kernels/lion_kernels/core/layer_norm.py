@@ -1,4 +1,4 @@
-"""The kernels of `residual_layer_norm` and their launches; its docstring has the algebra."""
+"""The kernels of `residual_layer_norm` and their launches; its module docstring has the algebra."""
 
 import torch
 from torch import Tensor
@@ -47,8 +47,10 @@ def residual_layer_norm_backward_kernel(
     stride_x, stride_residual, threshold, scale,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Program i takes every num_programs-th tile of rows from the i-th on, and adds up its part of the parameters'
-    gradients: partial [programs, 3, D] holds those of weight, bias and x_bias (without x_bias [programs, 2, D])."""
+    """Compute the inputs' gradients and partial sums; program i handles the tiles of rows i, i + num_programs, ...
+
+    partial [programs, 3, D] holds the gradients of weight, bias and x_bias ([programs, 2, D] without x_bias).
+    """
     i_program = tl.program_id(0)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -111,7 +113,7 @@ def launch_forward(
     *,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`out`, and with `statistics` each row's mean and 1 / sqrt(var + eps), fp32 [2, rows]. No seed, no dropout."""
+    """Return `out` and, with `statistics`, each row's mean and 1 / sqrt(var + eps), fp32 [2, rows]."""
     refuse_uninterpretable(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
     channels = x.shape[-1]
     x_rows, residual_rows = as_rows(x), as_rows(residual)
@@ -145,10 +147,10 @@ def launch_backward(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dresidual (empty where dx is the same) and fp32 [2 or 3, D], the gradients of weight, bias and x_bias.
+    """Return dx, dresidual (empty if it equals dx), and the gradients of weight, bias and x_bias in fp32 [2 or 3, D].
 
     Args:
-        needs: whether those of x, of residual, and of the parameters are asked for; one that is not is empty.
+        needs: whether to compute the gradients of x, of residual, and of the parameters; the others are empty.
     """
     refuse_uninterpretable(grad=grad, x=x, residual=residual, weight=weight, x_bias=x_bias)
     channels = x.shape[-1]
@@ -161,7 +163,7 @@ def launch_backward(
     tiles = triton.cdiv(rows, tile["BT"])
     programs, partial = tiles, None
     if needs[2]:
-        # Without dropout 128 registers a thread or a little more, with it 170.
+        # About 128 registers per thread without dropout, 170 with it.
         programs = partial_sums(tiles, tile["num_warps"], x.device, resident_warps=16 if seed is None else 12)
         sums = 2 if x_bias is None else 3
         partial = torch.empty(programs, sums, channels, dtype=torch.float32, device=x.device)
@@ -187,11 +189,11 @@ def fake_backward(grad, x, residual, weight, x_bias, seed, statistics, dropout_p
 
 
 def gradients_differ(x: Tensor, residual: Tensor, seed: Tensor | None) -> bool:
-    """Whether dx and dresidual differ."""
+    """Return whether dx and dresidual differ."""
     return seed is not None or x.dtype != residual.dtype
 
 
 def written_gradients(x: Tensor, residual: Tensor, seed: Tensor | None, needs: list[bool]) -> tuple[bool, bool]:
-    """Whether backward writes dx and dresidual: where they are the same, dx serves for both."""
+    """Return whether backward writes dx and dresidual; if they are equal, dx serves as both."""
     needs_x, needs_residual, _ = needs
     return (needs_x, needs_residual) if gradients_differ(x, residual, seed) else (needs_x or needs_residual, False)

@@ -1,8 +1,8 @@
-"""How an operator is defined: one call for what PyTorch has to know of it, and one list of all that are.
+"""The definition of an operator: one call that declares it to PyTorch, and a registry of all operators.
 
 An operator is two of PyTorch's custom ops, forward and backward, so that autograd, `torch.compile` and `torch.export`
-take each for one step. On CUDA such an op launches kernels. On the CPU it launches them where launches reach the CPU
-(Triton's interpreter), and else computes its plain form.
+treat each as one step. On CUDA such an op launches kernels. On the CPU it launches them under `launches_on_cpu`
+(Triton's interpreter), and otherwise computes its plain form.
 """
 
 import functools
@@ -21,12 +21,12 @@ from lion_kernels.core.specs import KernelSpec
 
 @dataclass(frozen=True)
 class Operator:
-    """What the check, the report and the tuner ask of an operator.
+    """What the check, the report and the tuner need to know about an operator.
 
     Attributes:
-        name: of its function in `lion_kernels`, and of its custom op there.
-        cost: what forward and backward cannot avoid, from sizes.
-        kernel_specs: every configuration of its kernels; operators that share their kernels share this function.
+        name: name of its function and of its custom op in `lion_kernels`.
+        cost: computes the minimal cost of forward and backward from sizes.
+        kernel_specs: returns every configuration of its kernels; operators that share kernels share this function.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Operator:
 
     @property
     def kernels_in(self) -> str:
-        """The module or the folder of `kernel_specs`, which the report lists the kernels under."""
+        """The module or folder of `kernel_specs`, under which the report lists the kernels."""
         return self.kernel_specs.__module__.split(".")[1]
 
 
@@ -54,17 +54,17 @@ def define(
     cost: Callable[..., tuple[Cost, Cost]] | None = None,
     kernel_specs: Callable[[], list[KernelSpec]] | None = None,
 ) -> Any:
-    """The custom op `lion_kernels::name`.
+    """Define the custom op `lion_kernels::name`.
 
     Args:
         launch: launches the kernels.
-        plain: the same in PyTorch. The op's schema is its signature.
-        fake: shapes, strides and dtypes of the results; `plain` gives them where that is cheap without values.
-        bundle: makes what the three are called with of the op's own arguments, of which torch allows no tuples; the
-            schema's arguments are then those of `bundle`.
-        setup_context, backward: of autograd, as `torch.library.register_autograd` takes them. The op of a gradient has
-            none.
-        cost, kernel_specs: of `Operator`, with which the op is entered in `OPERATORS`; the op of a gradient has none.
+        plain: computes the same in PyTorch. Its signature gives the op's schema.
+        fake: returns results with the right shapes, strides and dtypes; `plain` can serve if it is cheap without
+            values.
+        bundle: converts the op's arguments, among which torch allows no tuples, to those of the three functions above;
+            the schema then has the arguments of `bundle`.
+        setup_context, backward: for autograd, as in `torch.library.register_autograd`. The op of a gradient has none.
+        cost, kernel_specs: for the op's `Operator` in `OPERATORS`; the op of a gradient has none.
     """
 
     def with_op_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ def define(
 
 
 def _schema(arguments_of: Callable[..., Any], results_of: Callable[..., Any]) -> str:
-    """With the arguments of one function and the results of another."""
+    """Return a schema with one function's arguments and another's results."""
 
     def prototype() -> None: ...
 
@@ -101,22 +101,22 @@ def _schema(arguments_of: Callable[..., Any], results_of: Callable[..., Any]) ->
 
 
 def asked_for(gradients: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
-    """What autograd wants of a backward op, whose results cannot be None: None where a gradient is not needed."""
+    """Return the gradients for autograd: None for those not needed, which a backward op cannot return itself."""
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
 def room_for(x: Tensor, needed: bool) -> Tensor:
-    """Uninitialised room for x's gradient, contiguous; no elements unless `needed`."""
+    """Allocate x's gradient, uninitialised and contiguous; empty unless `needed`."""
     return x.new_empty(x.shape if needed else (0,))
 
 
 def all_specs() -> list[tuple[str, KernelSpec]]:
-    """(`Operator.kernels_in`, spec) of every configuration of every kernel, each once."""
+    """Return (`Operator.kernels_in`, spec) for every configuration of every kernel, without duplicates."""
     listed = {operator.kernels_in: operator.kernel_specs for operator in OPERATORS.values()}
     return [(name, spec) for name in sorted(listed) for spec in listed[name]()]
 
 
 @functools.cache
 def all_kernels() -> tuple[Any, ...]:
-    """Every kernel that is launched, once."""
+    """Return every kernel that is launched, without duplicates."""
     return tuple({id(spec.kernel): spec.kernel for _, spec in all_specs()}.values())

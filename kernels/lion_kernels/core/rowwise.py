@@ -1,7 +1,7 @@
-"""What the operators have in common that take x row by row: [..., D], each row by itself.
+"""What row-wise operators share; they process each row of [..., D] independently.
 
-Their kernels see x as [rows, D] with a stride between the rows. A tile is BT rows of BD >= D channels. Where a sum runs
-over rows, each program keeps a partial sum of its own, and the programs' are added up afterwards, in a fixed order.
+Their kernels see x as [rows, D] with a stride between rows. A tile is BT rows of BD >= D channels. For a sum over rows,
+each program keeps a partial sum, and the partial sums are added afterwards in a fixed order.
 """
 
 import itertools
@@ -14,25 +14,25 @@ from lion_kernels.core.backend import DTYPES, triton
 from lion_kernels.core.specs import KernelSpec
 from lion_kernels.core.tuned_sizes import lookup, shipped
 
-WIDTHS = (64, 768, 1408, 2048, 4096, 8192)  # of the ahead-of-time report
-_TILES_PER_PROGRAM = 4  # at least, where each program writes a partial sum of its own
+WIDTHS = (64, 768, 1408, 2048, 4096, 8192)  # in the ahead-of-time report
+_TILES_PER_PROGRAM = 4  # the minimum if each program writes a partial sum
 
 
 def last_contiguous(x: Tensor) -> Tensor:
-    """`x`, or a copy where its last dimension is not contiguous."""
+    """Return `x`, or a copy if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [..., D] as [rows, D], its last dimension contiguous; copied only where no view of it is that."""
+    """Return x [..., D] as [rows, D] with a contiguous last dimension; copied only if no view suffices."""
     return last_contiguous(x.reshape(-1, x.shape[-1]))
 
 
 def why_unsupported(tensors: dict[str, Tensor | None], max_channels: int | None = None) -> str | None:
-    """Why the kernels do not take a call; None where they do.
+    """Return why the kernels do not support a call, or None if they do.
 
     Args:
-        tensors: the floating arguments by name; the first has the channels.
+        tensors: the floating arguments by name; the last dimension of the first is the number of channels.
     """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in DTYPES:
@@ -45,7 +45,7 @@ def why_unsupported(tensors: dict[str, Tensor | None], max_channels: int | None 
 
 
 def row_tile(operator: str, channels: int) -> dict[str, int]:
-    """What a launch is sized by: BT rows and BD >= D channels of a tile, 16 values of it a thread, and the warps."""
+    """Return the tile, BT rows and BD >= D channels with 16 values per thread, and the number of warps."""
     block = max(16, triton.next_power_of_2(channels))
     rows = max(1, 2048 // block)
     tile = lookup(operator, f"D{block}", {"BT": rows, "BD": block, "num_warps": rows * block // 512})
@@ -53,12 +53,13 @@ def row_tile(operator: str, channels: int) -> dict[str, int]:
 
 
 def partial_sums(tiles: int, num_warps: int, device: torch.device, *, resident_warps: int) -> int:
-    """How many programs share `tiles` where each keeps a partial sum: they all run at once, and are few enough that
-    adding up what they write costs little.
+    """Return the number of programs that share `tiles`, if each writes a partial sum.
+
+    All programs run at once, and are few enough that adding their sums costs little.
 
     Args:
-        num_warps: of a program.
-        resident_warps: that a multiprocessor's registers have room for.
+        num_warps: per program.
+        resident_warps: that a multiprocessor's registers can hold.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     resident = processors * max(1, resident_warps // num_warps)
@@ -68,11 +69,11 @@ def partial_sums(tiles: int, num_warps: int, device: torch.device, *, resident_w
 def row_spec(
     name: str, kernel: Any, dtype: str, kinds: dict[str, str], constexprs: dict[str, Any], num_warps: int
 ) -> KernelSpec:
-    """`kernel` for rows whose length is a multiple of 16.
+    """Return the spec of `kernel` for rows whose length is a multiple of 16.
 
     Args:
-        dtype: of the values that pointers left out of `kinds` point at.
-        kinds: types of the arguments, but for the strides, which are i64.
+        dtype: value type of the pointers that `kinds` omits.
+        kinds: types of the arguments other than strides, which are i64.
     """
     names = [argument for argument in kernel.arg_names if argument not in constexprs]
     strides = tuple(argument for argument in names if argument.startswith("stride_"))
@@ -92,13 +93,13 @@ def row_spec(
 def norm_specs(
     kernel: Any, widths: tuple[int, ...], kinds: dict[str, str], variants: dict[str, tuple[str, ...]]
 ) -> list[KernelSpec]:
-    """`kernel` at these widths, in bf16 and fp32, with every tile it may be launched with.
+    """Return the specs of `kernel` at these widths, in bf16 and fp32, with every tile that a launch may use.
 
     Args:
-        kernel: its name less "_kernel" is what `row_tile` knows it by.
+        kernel: its name, without "_kernel", is the operator's name in `row_tile`.
         widths: values of D.
-        kinds: as for `row_spec`.
-        variants: name -> pointers that are None in it.
+        kinds: as in `row_spec`.
+        variants: name -> pointers that are None in this variant.
     """
     operator = kernel.__name__.removesuffix("_kernel")
     specs = []

@@ -1,11 +1,11 @@
-"""What a kernel is compiled with: one configuration of it, as it is launched."""
+"""The configuration that a kernel is compiled and launched with."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from lion_kernels.core.tuned_sizes import COMPACT_BELOW
 
-# Bytes of shared memory that a program may have. A target with little of it is launched with compact sizes.
+# Bytes of shared memory available to a program. Targets with little of it use compact sizes.
 SHARED_LIMITS = {
     "sm_80": 163 * 1024,
     "sm_89": 99 * 1024,
@@ -17,20 +17,21 @@ SHARED_LIMITS = {
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel with one configuration, as it is launched.
+    """One kernel in one configuration, as it is launched.
 
     Attributes:
         name: names kernel and configuration in the report.
         kernel: the `@triton.jit` function.
-        signature: argument name -> "*bf16", "i32", "i64", "fp32"; "constexpr" may be left out.
-        constexprs: the values of the constexpr arguments (and of integers that are 1, which a launch specialises on).
+        signature: argument name -> "*bf16", "i32", "i64", "fp32"; "constexpr" may be omitted.
+        constexprs: values of the constexpr arguments (and of integers equal to 1, which a launch specialises on).
         num_warps, num_stages: as launched.
-        matrix: whether it has to use the matrix units.
-        wide_access: whether it has to read or write 16 bytes at once.
+        matrix: whether it must use the matrix units.
+        wide_access: whether it must have 16-byte loads or stores.
         divisible: names of integer arguments that are multiples of 16.
-        compact: whether it is launched where `is_compact`, or elsewhere; on every GPU where None.
-        unaligned: names of pointers that are not multiples of 16 bytes, as all others are.
-        calls: what launches it, of a launch that was recorded.
+        compact: whether it is launched only on GPUs that are `is_compact` (True) or only on others (False); on all if
+            None.
+        unaligned: names of pointers not aligned to 16 bytes; all others are.
+        calls: the calls that launched it, if the launch was recorded.
     """
 
     name: str
@@ -52,26 +53,26 @@ class KernelSpec:
 
     @property
     def types(self) -> dict[str, str]:
-        """Argument -> its type, in order; "constexpr" where its value is fixed."""
+        """Argument name -> type, in order; "constexpr" for fixed values."""
         return {
             name: "constexpr" if name in self.constexprs else self.signature[name] for name in self.kernel.arg_names
         }
 
     @property
     def aligned(self) -> tuple[str, ...]:
-        """The arguments that the compiler may take for multiples of 16, in order."""
+        """Arguments that the compiler may assume to be multiples of 16, in order."""
         pointers = {name for name, kind in self.types.items() if kind.startswith("*")} - set(self.unaligned)
         numbers = {name for name, kind in self.types.items() if kind.startswith("i")} & set(self.divisible)
         return tuple(name for name in self.types if name in pointers | numbers)
 
     @property
     def compiles_as(self) -> tuple[Any, ...]:
-        """Equal for specs of which the compiler makes the same, whatever they are called."""
+        """A key that is equal for specs with the same compilation result, whatever their names."""
         fixed = (name in self.constexprs and repr(self.constexprs[name]) for name in self.types)
         return (self.kernel_name, *self.types.values(), *fixed, self.aligned, self.num_warps, self.num_stages)
 
     @property
     def targets(self) -> list[str]:
-        """Those on which it is launched."""
+        """Targets on which it is launched."""
         limits = SHARED_LIMITS.items()
         return [target for target, limit in limits if self.compact in (None, limit < COMPACT_BELOW)]

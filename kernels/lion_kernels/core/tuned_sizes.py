@@ -1,7 +1,7 @@
-"""Tile sizes measured on known GPUs, looked up by operator and shape class.
+"""Tile sizes measured on known GPUs, by operator and shape class.
 
-A table is a JSON file in `tuned_sizes/`, named after the GPU: `{operator: {shape class: {parameter: value}}}`. No table
-ships for a GPU that nobody measured; there the operator's own default holds. A shape class is never an exact length.
+A table is a JSON file in `tuned_sizes/`, named after the GPU: `{operator: {shape class: {parameter: value}}}`. A GPU
+without measurements has no table and uses the operators' defaults. A shape class is never an exact length.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "tuned_sizes"
 
-# Bytes of shared memory that a program may have on data-center GPUs since the A100; below, sizes are compact.
+# GPUs with fewer bytes of shared memory per program use compact sizes; data-center GPUs since the A100 have more.
 COMPACT_BELOW = 160 * 1024
 
 _overridden: "_Override | None" = None
@@ -28,9 +28,9 @@ class _Override(NamedTuple):
 
 
 def lookup(operator: str, shape_class: str, default: dict[str, Any]) -> dict[str, Any]:
-    """`default`, with what the current GPU's table says about `operator` at `shape_class` in its place.
+    """Return `default`, updated with the current GPU's entry for `operator` and `shape_class`.
 
-    Never raises for an unknown GPU, and without one is `default`.
+    An unknown GPU, or no GPU, is no error and gives `default`.
     """
     if _overridden is not None:
         key = operator, shape_class
@@ -42,9 +42,9 @@ def lookup(operator: str, shape_class: str, default: dict[str, Any]) -> dict[str
 
 @contextmanager
 def overriding(entries: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[tuple[str, str], dict[str, Any]]]:
-    """Within, `lookup` finds `entries`, by operator and shape class, in place of the GPU's table.
+    """Within the context, `lookup` uses `entries`, by operator and shape class, instead of the GPU's table.
 
-    Gives what is looked up within, with its default.
+    Yields a dict that records each lookup's default.
     """
     global _overridden
     before, seen = _overridden, {}
@@ -56,27 +56,27 @@ def overriding(entries: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[
 
 
 def shipped(operator: str) -> list[dict[str, Any]]:
-    """Every entry about `operator` in any shipped table, for the ahead-of-time report."""
+    """Return every shipped table's entries for `operator`, for the ahead-of-time report."""
     tables = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.json")))
     return [entry for table in tables for entry in table.get(operator, {}).values()]
 
 
 def file_name(gpu: str) -> str:
-    """The file of a GPU's table: "NVIDIA H200" -> "nvidia_h200.json"."""
+    """Return the file name of a GPU's table: "NVIDIA H200" -> "nvidia_h200.json"."""
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
 def is_compact(device: torch.device) -> bool:
-    """Whether a program has less shared memory on `device` than on data-center GPUs since the A100.
+    """Return whether `device` has less shared memory per program than data-center GPUs since the A100.
 
-    99 KiB on GeForce's and on the L4 and L40S, 64 KiB on AMD's.
+    GeForce GPUs, the L4 and the L40S have 99 KiB, AMD's 64 KiB.
     """
     return device.type == "cuda" and _shared_memory(device) < COMPACT_BELOW
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    # PyTorch tells for NVIDIA's; AMD's have 64 KiB, or more.
+    # PyTorch reports it for NVIDIA GPUs only; AMD GPUs have at least 64 KiB.
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
 
 

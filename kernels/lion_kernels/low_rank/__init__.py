@@ -1,1 +1,1 @@
-"""Low-rank updates weighed by a gate, which both mixtures run: kernels, launches, sizes and the formula in PyTorch."""
+"""Gated low-rank updates, shared by both mixtures: kernels, launches, sizes and the formula in PyTorch."""

@@ -1,4 +1,4 @@
-"""The weights of a mixture's low-rank maps, as one."""
+"""The weights of a mixture's low-rank maps, bundled."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Adapters(NamedTuple):
-    """E maps from D channels through r to N; the custom ops have the four in this order.
+    """E maps from D channels through r to N; the custom ops have these four arguments in this order.
 
     Attributes:
         down_weight: [E, r, D].

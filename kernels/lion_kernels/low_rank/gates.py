@@ -1,7 +1,7 @@
-"""What a mixture's gate looks like, and how it is laid out along the rows of x.
+"""The forms of a mixture's gate, and its layout along the rows of x.
 
-Leading dimensions are aligned on the left: [B, ...] serves x [B, L, D] with one value per sequence, [B, L, ...] with
-one per row. A dimension of 1 broadcasts.
+Leading dimensions are aligned on the left: [B, ...] gives x [B, L, D] one value per sequence, [B, L, ...] one per row.
+A dimension of 1 broadcasts.
 """
 
 import math
@@ -16,13 +16,13 @@ GateForm = Literal["channel", "dense", "sparse"]
 
 
 class Gate(NamedTuple):
-    """A gate as the operators are given it.
+    """A gate as passed to the operators.
 
     Attributes:
-        form: what the ids say, see `check_gate`.
+        form: "channel", "sparse" or "dense", see `check_gate`.
         weights: [R, E, N] (channel), [..., k] (sparse) or [..., E] (dense).
-        task_ids: of a channel gate.
-        expert_ids: of a sparse gate.
+        task_ids: for a channel gate.
+        expert_ids: for a sparse gate.
     """
 
     form: GateForm
@@ -32,11 +32,11 @@ class Gate(NamedTuple):
 
 
 class KernelGate(NamedTuple):
-    """A gate as the kernels take it: contiguous, and with row `t // rows_per_gate` of it for row t of x [T, D].
+    """A gate as passed to the kernels: contiguous, with row `t // rows_per_gate` for row t of x [T, D].
 
     Attributes:
         form: "channel", "dense" or "sparse".
-        gate: [R, E, N] (channel), else the weight of every expert [T / rows_per_gate, E].
+        gate: [R, E, N] (channel), else the weights of all experts [T / rows_per_gate, E].
         ids: task ids [T / rows_per_gate] (channel), expert ids [T / rows_per_gate, k] (sparse) or None (dense).
     """
 
@@ -47,8 +47,10 @@ class KernelGate(NamedTuple):
 
 
 def flatten_gate(given: Gate, leading: torch.Size, experts: int) -> KernelGate:
-    """The gate of x [*leading, D], differentiable in its weights; copied only where it broadcasts over a first
-    dimension."""
+    """Return the gate of x [*leading, D], differentiable in its weights.
+
+    It is copied only if it broadcasts over a first dimension.
+    """
     form, gate, task_ids, expert_ids = given
     if form == "channel":
         assert task_ids is not None
@@ -64,7 +66,7 @@ def flatten_gate(given: Gate, leading: torch.Size, experts: int) -> KernelGate:
 
 
 def _flatten(tensor: Tensor, leading: torch.Size, trailing: int) -> tuple[Tensor, int]:
-    """`tensor` [n, *trailing dimensions] and how many consecutive rows of x each of the n serves."""
+    """Return `tensor` as [n, *trailing dimensions], and how many consecutive rows of x share each of the n."""
     given = tensor.dim() - trailing
     rest = tensor.shape[given:]
     while given and tensor.shape[given - 1] == 1:
@@ -78,16 +80,16 @@ def _flatten(tensor: Tensor, leading: torch.Size, trailing: int) -> tuple[Tensor
 def check_gate(
     gate: Tensor, x: Tensor, experts: int, channels: int, task_ids: Tensor | None, expert_ids: Tensor | None
 ) -> Gate:
-    """The gate, of the form "channel" with `task_ids`, "sparse" with `expert_ids`, else "dense".
+    """Check a gate and return it: "channel" with `task_ids`, "sparse" with `expert_ids`, else "dense".
 
     Args:
         gate: [R, experts, channels], [..., k] or [..., experts].
-        x: [..., D], whose leading dimensions the gate or the ids follow.
+        x: [..., D]; its leading dimensions are those of the gate or the ids.
         task_ids: integers in 0..R-1.
         expert_ids: integers in -1..experts-1, shaped like the gate.
 
     Raises:
-        ValueError: a shape, a dtype, or (where reading values does not wait for a device) an id does not fit.
+        ValueError: invalid shape, dtype or, if its values can be read without synchronising, id.
     """
     if not gate.is_floating_point():
         raise ValueError(f"gate: expected a floating dtype, got {gate.dtype}")
@@ -112,15 +114,16 @@ def check_gate(
 
 
 def align_left(tensor: Tensor, rows: int, trailing: int) -> Tensor:
-    """`tensor` with as many leading dimensions as x has (`rows`), ones after those that it has."""
+    """Return `tensor` with x's number of leading dimensions (`rows`), appending ones to its own."""
     given = tensor.dim() - trailing
     return tensor.reshape(*tensor.shape[:given], *[1] * (rows - given), *tensor.shape[given:])
 
 
 def dense_from_sparse(gate: Tensor, expert_ids: Tensor, experts: int) -> Tensor:
-    """Weights [..., experts] of a sparse gate; an expert named twice counts twice, what is no expert not at all.
+    """Return the weights [..., experts] of a sparse gate; repeated experts add up, and other ids have no weight.
 
-    By comparison: a scatter would add with atomics, in no fixed order where an expert is named more than twice.
+    The implementation compares ids: a scatter would add with atomics, in no fixed order for an expert named more than
+    twice.
     """
     named = expert_ids.unsqueeze(-1) == torch.arange(experts, device=expert_ids.device)  # [..., k, E]
     return torch.where(named, gate.unsqueeze(-1), 0).sum(-2)

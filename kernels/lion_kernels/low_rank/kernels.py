@@ -1,9 +1,9 @@
 """The Triton kernels of `lion_kernels.low_rank.launch`, whose docstring has the algebra.
 
-Blocks of several experts are tuples, one block each: the loops over experts are unrolled.
+Blocks of several experts are tuples, one block per expert, and the loops over experts are unrolled.
 """
 
-# The kernel language is neither ruff's nor pyright's: tuples have no unpacking, ranges are static, blocks are tensors.
+# Kernels differ from the Python that ruff and pyright expect: no tuple unpacking, static ranges, blocks as tensors.
 # ruff: noqa: RUF005, SIM108
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
@@ -14,17 +14,18 @@ from lion_kernels.core.backend import tl, triton
 
 
 class Mixture(NamedTuple):
-    """What the updates of all experts are made of; the kernels' arguments have the same names.
+    """The operands of all experts' updates; the kernels' arguments have the same names.
 
-    A kernel makes it where it calls a function with it: given a name, the constants in it would be constants no more.
+    Kernels construct it inside the call that uses it: bound to a variable, it would lose the constness of its
+    constants.
 
     Attributes:
-        p_hidden: [T, E*r], or [splits, T, E*r] where SPLIT.
+        p_hidden: [T, E*r], or [splits, T, E*r] with SPLIT.
         p_weight, p_bias: of the up-projections.
         K: experts that a row names; KP, EP and RP are K, E and RANK padded.
-        CHOOSE: whether a channel gate of all TASKS is read, and chosen from.
-        SKIP: whether a tile looks which experts its rows name.
-        KEEP: whether the hidden tiles of all experts are held.
+        CHOOSE: whether to read a channel gate's rows of all TASKS and select from them.
+        SKIP: whether a tile skips experts that its rows do not name.
+        KEEP: whether to keep the hidden tiles of all experts.
     """
 
     p_hidden: Any
@@ -56,7 +57,7 @@ class Mixture(NamedTuple):
 
 @triton.jit
 def _any_named(p_ids, o_gate, m_m, first, last, K: tl.constexpr, KP: tl.constexpr):
-    """Whether a row of the tile names an expert in first..last."""
+    """Return whether a row of the tile names an expert in first..last."""
     o_k = tl.arange(0, KP)
     # [BM, KP]
     b_ids = tl.load(
@@ -69,7 +70,7 @@ def _any_named(p_ids, o_gate, m_m, first, last, K: tl.constexpr, KP: tl.constexp
 def _channel_factor(
     p_gate, b_task, i_e, o_n, m_n, channels, E: tl.constexpr, TASKS: tl.constexpr, CHOOSE: tl.constexpr
 ):
-    """gate[task of the row, i_e, channel] as [BM, BN]."""
+    """Return gate[task of the row, i_e, channel] as [BM, BN]."""
     if CHOOSE:
         b_factor = tl.zeros([b_task.shape[0], o_n.shape[0]], tl.float32)
         for i_t in tl.static_range(TASKS):
@@ -85,7 +86,7 @@ def _channel_factor(
 
 @triton.jit
 def _load_hidden(o_m, m_m, i_e, mixture):
-    """hidden_e [BM, RP], zero beyond the rank; where the product was split, the sum of its parts through act."""
+    """Load hidden_e [BM, RP], zero beyond the rank; a split product is summed and activated here."""
     o_r = tl.arange(0, mixture.RP)
     m_r = o_r < mixture.RANK
     m_mr = m_m[:, None] & m_r[None, :]
@@ -110,7 +111,7 @@ def hidden_kernel(
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden [T, E*r], all experts side by side; or, SPLIT, its parts over channels [splits, T, E*r] in fp32."""
+    """Compute hidden [T, E*r], experts side by side; with SPLIT, its parts over channels [splits, T, E*r] in fp32."""
     i_m, i_f, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     F: tl.constexpr = E * RANK
     o_m = i_m * BM + tl.arange(0, BM)
@@ -144,7 +145,7 @@ def hidden_kernel(
 
 @triton.jit
 def _gated_hidden(o_m, m_m, o_gate, i_e, mixture):
-    """hidden_e [BM, RP], times its gate where that is a number per row."""
+    """Return hidden_e [BM, RP], times its gate if the gate is a number per row."""
     b_hidden = _load_hidden(o_m, m_m, i_e, mixture)
     if not mixture.CHANNEL:
         # [BM]
@@ -155,10 +156,10 @@ def _gated_hidden(o_m, m_m, o_gate, i_e, mixture):
 
 @triton.jit
 def _task_update(b_kept, o_m, m_m, o_n, m_n, i_t, mixture):
-    """The update [BM, BN] of all experts as task i_t weighs them: its gates scale the rows of the up weights.
+    """Return the update [BM, BN] of all experts, with the gates of task i_t scaling the rows of the up weights.
 
-    Gating the weights rather than the product keeps one accumulator for all experts. The bias is one more inner
-    channel, whose activation is one.
+    Gating the weights rather than the product keeps a single accumulator for all experts. The bias is an additional
+    inner channel, whose activation is one.
     """
     dtype: tl.constexpr = mixture.p_weight.dtype.element_ty
     o_r = tl.arange(0, mixture.RP)
@@ -180,7 +181,7 @@ def _task_update(b_kept, o_m, m_m, o_n, m_n, i_t, mixture):
         b_up = tl.load(p_block, m_nr, other=0.0).to(tl.float32) * b_gate[:, None]
         b_update = tl.dot(b_hidden, tl.trans(b_up.to(dtype)), b_update, input_precision=mixture.PRECISION)
         if mixture.HAS_BIAS:
-            # [16, BN], of which the first row counts
+            # [16, BN], zero except for the first row
             m_kn = (o_k == 0)[:, None] & m_n[None, :]
             o_kn = o_k[:, None] * 0 + o_n[None, :]
             b_factor = tl.load(p_row + o_kn, m_kn, other=0.0).to(tl.float32)
@@ -193,7 +194,7 @@ def _task_update(b_kept, o_m, m_m, o_n, m_n, i_t, mixture):
 
 @triton.jit
 def _tasks(p_ids, o_gate, m_m, CHANNEL: tl.constexpr, TASKS: tl.constexpr):
-    """The rows' tasks [BM] and the least and the greatest of them; of no meaning unless CHANNEL."""
+    """Return the rows' tasks [BM], and the smallest and largest of them; undefined without CHANNEL."""
     b_task = o_gate
     low = 0
     high = 0
@@ -206,7 +207,7 @@ def _tasks(p_ids, o_gate, m_m, CHANNEL: tl.constexpr, TASKS: tl.constexpr):
 
 @triton.jit
 def _hidden_of_all(o_m, m_m, o_gate, mixture):
-    """`_gated_hidden` of every expert, or nothing unless KEEP."""
+    """Return `_gated_hidden` of every expert, or an empty tuple without KEEP."""
     b_kept = ()
     if mixture.KEEP:
         for i_e in tl.static_range(mixture.E):
@@ -216,7 +217,7 @@ def _hidden_of_all(o_m, m_m, o_gate, mixture):
 
 @triton.jit
 def _add_updates(b_out, b_kept, o_m, m_m, o_n, m_n, o_gate, b_task, low, high, mixture):
-    """b_out [BM, BN] and the gated updates of all experts; of a channel gate, as the tasks low..high weigh them."""
+    """Add the gated updates of all experts to b_out [BM, BN]; a channel gate uses the tasks low..high."""
     dtype: tl.constexpr = mixture.p_weight.dtype.element_ty
     if mixture.CHANNEL:
         if mixture.CHOOSE:
@@ -265,7 +266,7 @@ def update_kernel(
     HAS_DOWN_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [T, N], channels_per_program at a time; KEEP holds the hidden tiles of all experts through the loop."""
+    """Compute out [T, N], channels_per_program at a time; KEEP holds all hidden tiles during the loop."""
     i_m, i_p = tl.program_id(0), tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < rows
@@ -308,8 +309,8 @@ def linear_kernel(
     HAS_LINEAR_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [T, N] = x linear^T + linear_bias + the gated updates, in one tile."""
-    # GROUP tiles of rows go through the channels side by side, so that they find each other's weights in the cache.
+    """Compute one tile of out [T, N] = x linear^T + linear_bias + the gated updates."""
+    # GROUP tiles of rows process the channels side by side, so that they share weights in the cache.
     row_tiles = tl.cdiv(rows, BM)
     in_group = GROUP * tl.cdiv(channels, BN)
     first = tl.program_id(0) // in_group * GROUP
@@ -355,7 +356,7 @@ def hidden_gradient_kernel(
     GATE_GRADIENT: tl.constexpr, EG: tl.constexpr, GP: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d hidden of EG experts [T, EG, r], and the gradient of their gates per row where those are numbers."""
+    """Compute d hidden of EG experts [T, EG, r], and the gradient of their gates if these are numbers per row."""
     i_m, i_g = tl.program_id(0), tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < rows
@@ -367,10 +368,10 @@ def hidden_gradient_kernel(
     if CHANNEL:
         # [BM]
         b_task = tl.load(p_ids + o_gate, m_m, other=0)
-    # What was gated comes from registers. As the left factor ptxas waits for every step with it; as the right one it
-    # goes through shared memory, and 64 ranks are the rows that wgmma multiplies at least.
+    # The gated gradient is in registers. As the left factor, it makes ptxas wait for every step; as the right factor,
+    # it passes through shared memory, but needs 64 ranks, the fewest rows of a wgmma.
     TURNED: tl.constexpr = CHANNEL and RP >= 64 and dtype.primitive_bitwidth == 16
-    # [BM, RP] of every expert, TURNED [RP, BM]
+    # [BM, RP] per expert, TURNED [RP, BM]
     b_products = ()
     for _ in tl.static_range(EG):
         b_products = b_products + (tl.zeros([RP, BM] if TURNED else [BM, RP], tl.float32),)
@@ -435,9 +436,10 @@ def outer_kernel(
     E: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, TASKS: tl.constexpr, CHANNEL: tl.constexpr,
     EG: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Parts over chunks of rows of g^T hidden_e, [splits, tasks, E, N, r], and of the sums beside it.
+    """Compute g^T hidden_e in parts over chunks of rows [splits, tasks, E, N, r], and the corresponding sums.
 
-    Those are g^T 1 [splits, tasks, 1, N] for a channel gate, g^T gate [splits, 1, E, N] for one per row (TASKS is 1).
+    The sums are g^T 1 [splits, tasks, 1, N] for a channel gate, g^T gate [splits, 1, E, N] for one per row (TASKS is
+    1).
     """
     i_n, i_g, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BN + tl.arange(0, BN)
@@ -450,7 +452,7 @@ def outer_kernel(
     start = i_s * rows_per_split
     end = tl.minimum(start + rows_per_split, rows)
     if CHANNEL:
-        # A task that no row of the chunk has costs no product.
+        # Tasks without a row in the chunk are skipped.
         first = start // rows_per_gate
         last = (end - 1) // rows_per_gate
         low = TASKS
@@ -464,7 +466,7 @@ def outer_kernel(
         stop = end
         if CHANNEL:
             stop = tl.where((low <= i_t) & (i_t <= high), end, start)
-        # [BN, RP] of every expert
+        # [BN, RP] per expert
         b_products = ()
         for _ in tl.static_range(EG):
             b_products = b_products + (tl.zeros([BN, RP], tl.float32),)
@@ -513,8 +515,10 @@ def up_gradient_kernel(
     E: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, TASKS: tl.constexpr, CHANNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts up, in order, and makes of them those gradients of one expert's up weight, bias and channel gate
-    that have a pointer."""
+    """Add the parts in order, and compute the gradients of one expert's up weight, bias and channel gate.
+
+    Gradients whose pointer is None are not written.
+    """
     i_n, i_e = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < channels

@@ -1,4 +1,4 @@
-"""The kernels that the mixtures of adapters and of LoRA share: a gated sum of low-rank maps, and its gradients.
+"""Launches of the kernels that both mixtures share: a gated sum of low-rank maps, and its gradients.
 
     hidden_e = act(x down_e^T + down_bias_e)                                     [T, r]
     out = residual + sum_e gate_e * (hidden_e up_e^T + up_bias_e)                [T, N]
@@ -6,22 +6,22 @@
 gate_e is a number per row (dense, sparse) or a vector of N channels per task (channel). With g = dOut, backward is
 
     d hidden_e = ((g * gate_e) up_e) act'(hidden_e)                              [T, r]
-    d x = sum_e d hidden_e down_e        d down_e = d hidden_e^T x               (plain products: the library's)
+    d x = sum_e d hidden_e down_e        d down_e = d hidden_e^T x               (plain products, by the library)
 
-and, with a gate per row,
+With a gate per row,
 
     d up_e = g^T (gate_e * hidden_e)     d up_bias_e = g^T gate_e
     d gate_e = rowsum(hidden_e * (g up_e)) + g up_bias_e                         [T]
 
-With a gate per channel, let G_e = g^T hidden_e [N, r] and s = sum_t g_t [N] over the rows of a task; summed over tasks,
+With a gate per channel, let G_e = g^T hidden_e [N, r] and s = sum_t g_t [N] over the rows of a task. Summed over tasks,
 
     d up_e = gate_e * G_e                d up_bias_e = gate_e * s
     d gate_e = rowsum(G_e * up_e) + up_bias_e * s                                (one row of the table per task)
 
-so no up-projection is computed again, and only x and hidden are kept for backward. Sums over the rows of a batch are
-split in chunks whose partial results are added in a fixed order: the same call gives the same bits.
+Backward thus recomputes no up-projection, and forward saves only x and hidden. Sums over the rows of a batch are split
+into chunks whose partial results are added in a fixed order, so the same call gives the same bits.
 
-Algebra: LION (arXiv 2311.11860), section 3.3; LoRA (2106.09685); the split of few rows follows Punica's shrink and
+Algebra: LION (arXiv 2311.11860), section 3.3; LoRA (2106.09685). The split for few rows follows Punica's shrink and
 expand (2310.18547).
 """
 
@@ -50,9 +50,9 @@ from lion_kernels.low_rank.sizes import Problem, cdiv
 def launch_forward(
     x: Tensor, adapters: Adapters, gate: KernelGate, residual: Tensor | None, relu: bool, *, save: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """out [T, N] in the wider dtype of x and residual, and hidden [T, E*r], to `save` for backward.
+    """Return out [T, N] in the wider dtype of x and residual and, with `save`, hidden [T, E*r] for backward.
 
-    Two launches. With few rows the first is split over channels, and the second adds up its parts.
+    There are two launches. With few rows, the first is split over channels, and the second adds its parts.
     """
     problem = _problem(x, adapters, gate, residual is not None, relu)
     hidden, splits = launch_hidden(problem, x, adapters, gate, may_split=not save)
@@ -61,7 +61,7 @@ def launch_forward(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = torch.empty(problem.rows, channels, dtype=dtype, device=x.device)
     row_tiles = cdiv(problem.rows, constants["BM"])
-    programs = cdiv(264, row_tiles)  # two on each of an H200's 132 multiprocessors
+    programs = cdiv(264, row_tiles)  # two per multiprocessor of an H200, which has 132
     channels_per_program = constants["BN"] * cdiv(cdiv(channels, programs), constants["BN"])
     with on_device(x):
         update_kernel[(row_tiles, cdiv(channels, channels_per_program))](
@@ -75,7 +75,7 @@ def launch_forward(
 def launch_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, gate: KernelGate, *, save: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """x weight^T + bias + the gated low-rank updates in one tile loop, and hidden [T, E*r], to `save`."""
+    """Return x weight^T + bias + the gated low-rank updates in one tile loop and, with `save`, hidden [T, E*r]."""
     problem = _problem(x, adapters, gate, False, False)._replace(has_linear_bias=bias is not None)
     hidden, splits = launch_hidden(problem, x, adapters, gate, may_split=not save)
     constants = problem.constants("linear", split=splits > 1)
@@ -93,7 +93,7 @@ def launch_linear(
 def launch_hidden(
     problem: Problem, x: Tensor, adapters: Adapters, gate: KernelGate, may_split: bool
 ) -> tuple[Tensor, int]:
-    """hidden [T, E*r] in x's dtype and 1, or its parts [splits, T, E*r] in fp32, before bias and activation."""
+    """Return (hidden [T, E*r] in x's dtype, 1), or (fp32 parts [splits, T, E*r] before bias and act, splits)."""
     refuse_uninterpretable(x=x)
     tiles = problem.tiles("hidden")
     rows, channels = x.shape
@@ -114,7 +114,7 @@ def launch_hidden(
 
 
 class Gradients(NamedTuple):
-    """What backward gives; None where it was not asked for."""
+    """The gradients of a mixture; None if not requested."""
 
     hidden: Tensor | None
     down_weight: Tensor | None
@@ -133,7 +133,7 @@ def launch_backward(
     relu: bool,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Those of `Gradients` that `needs` names, in order; x's gradient is `hidden`'s times down_weight."""
+    """Return the gradients that `needs` requests, in the order of `Gradients`; x's is `hidden`'s times down_weight."""
     refuse_uninterpretable(grad=grad)
     problem = _problem(x, adapters, gate, False, relu)
     needs_hidden, needs_down_weight, needs_down_bias, needs_up_weight, needs_up_bias, needs_gate = needs
@@ -186,12 +186,12 @@ def _launch_up_gradient(
     dup_bias: Tensor | None,
     dgate: Tensor | None,
 ) -> None:
-    """Writes the gradients of up_weight, up_bias and a channel gate, unless None."""
+    """Write the gradients of up_weight, up_bias and a channel gate that are not None."""
     tiles = problem.tiles("outer")
     channel = gate.form == "channel"
     channels, experts = problem.channels_out, problem.experts
     groups, channel_tiles = experts // problem.group, cdiv(channels, tiles["BN"])
-    # A program for each of an H200's multiprocessors, and at least four tiles of rows for each program.
+    # One program per multiprocessor of an H200, and at least four tiles of rows per program.
     splits = max(1, min(132 // (channel_tiles * groups), cdiv(problem.rows, 4 * tiles["BT"])))
     rows_per_split = tiles["BT"] * cdiv(cdiv(problem.rows, splits), tiles["BT"])
     splits = cdiv(problem.rows, rows_per_split)
@@ -232,14 +232,14 @@ def _problem(x: Tensor, adapters: Adapters, gate: KernelGate, has_residual: bool
 
 
 def why_unsupported(x: Tensor) -> str | None:
-    """Why the kernels do not take x; None where they do, or where there is nothing to compute."""
+    """Return why the kernels do not support x; None if they do, or if there is nothing to compute."""
     if x.numel() == 0 or kernel_dtype(x) in DTYPES:
         return None
     return f"x: expected float32, float16 or bfloat16 with backend='triton', got {x.dtype}"
 
 
 def check_placement(x: Tensor, weights: dict[str, Tensor | None], others: dict[str, Tensor | None]) -> None:
-    """Raises ValueError for an input on another device than x or, without autocast, weights of another dtype."""
+    """Raise ValueError for an input on another device than x or, without autocast, weights of another dtype."""
     for name, tensor in (*weights.items(), *others.items()):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected on {x.device} (as x), got {tensor.device}")
@@ -251,12 +251,12 @@ def check_placement(x: Tensor, weights: dict[str, Tensor | None], others: dict[s
 
 
 def kernel_dtype(x: Tensor) -> torch.dtype:
-    """x's, or autocast's where that is on."""
+    """Return x's dtype, or autocast's if enabled."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def cast_for_kernels(x: Tensor, weights: Iterable[Tensor | None]) -> tuple[Tensor, list[Any]]:
-    """x as rows [T, D], and contiguous weights, in autocast's dtype where that is on."""
+    """Return x as rows [T, D] and contiguous weights, in autocast's dtype if enabled."""
     dtype = kernel_dtype(x)
     return as_rows(x.to(dtype)), [None if value is None else value.to(dtype).contiguous() for value in weights]

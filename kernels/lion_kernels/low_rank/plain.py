@@ -1,7 +1,7 @@
-"""A mixture in PyTorch: `compose` for autograd, and what the custom ops do on a CPU that does not interpret.
+"""The mixture in PyTorch: `compose` for autograd, and the custom ops on a CPU without the interpreter.
 
 A weight per row and expert commutes with the up-projection, so the dense and sparse forms are one product over E * r
-inner channels; a weight per output channel does not, so the channel form adds up the experts one by one.
+inner channels. A weight per output channel does not commute, so the channel form adds the experts one by one.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from lion_kernels.low_rank.launch import Gradients
 def plain_forward(
     x: Tensor, adapters: Adapters, gate: KernelGate, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """`lion_kernels.low_rank.launch.launch_forward`, with what it saves."""
+    """Compute `lion_kernels.low_rank.launch.launch_forward` and the tensors it saves in PyTorch."""
     down_weight, down_bias, up_weight, up_bias = adapters
     hidden = F.linear(x, down_weight.flatten(0, 1), None if down_bias is None else down_bias.flatten())
     if relu:
@@ -44,7 +44,7 @@ def plain_backward(
     relu: bool,
     needs: Sequence[bool],
 ) -> Gradients:
-    """`lion_kernels.low_rank.launch.launch_backward`."""
+    """Compute `lion_kernels.low_rank.launch.launch_backward` in PyTorch."""
     down_weight, _, up_weight, up_bias = adapters
     grad = grad.to(x.dtype)
     factor = _plain_factor(gate, x.shape[0]).to(x.dtype)
@@ -83,7 +83,7 @@ def plain_backward(
 
 
 def _plain_factor(gate: KernelGate, rows: int) -> Tensor:
-    """[T, E, N] of a channel gate, else [T, E]."""
+    """Return the gate as a factor: [T, E, N] for a channel gate, else [T, E]."""
     if gate.form == "channel":
         assert gate.ids is not None
         return gate.gate[gate.ids.long()].repeat_interleave(gate.rows_per_gate, 0)
@@ -91,7 +91,7 @@ def _plain_factor(gate: KernelGate, rows: int) -> Tensor:
 
 
 def compose(x: Tensor, adapters: Adapters, given: Gate, residual: Tensor | None, relu: bool) -> Tensor:
-    """The mixture in PyTorch, differentiable by autograd."""
+    """Compute the mixture in PyTorch, differentiable by autograd."""
     down_weight, down_bias, up_weight, up_bias = adapters
     form, gate, task_ids, expert_ids = given
     experts, rank, _ = down_weight.shape
@@ -122,10 +122,10 @@ def _add_by_sequence(
     factor: Tensor,
     residual: Tensor | None,
 ) -> Tensor:
-    """One product a sequence over E * r inner channels, its gate, factor [B, E, D], folded into the up-projection.
+    """Add one product per sequence over E * r inner channels, with the gate [B, E, D] folded into the up-projection.
 
-    The gradient is then the one by which `low_rank` computes the weights' and the gate's: nothing of the size of x is
-    kept or gone over for them. With no more rows than the rank folding costs more than it saves.
+    The gradients of the weights and the gate then follow `low_rank.launch`: no tensor as large as x is saved or read
+    for them. Folding does not pay off for sequences no longer than the rank.
     """
     weight = (factor.unsqueeze(-1) * up_weight).transpose(1, 2).flatten(2).mT  # [B, E * r, D]
     bias = None if up_bias is None else (factor * up_bias).sum(1, keepdim=True)  # [B, 1, D]

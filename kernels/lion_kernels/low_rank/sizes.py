@@ -1,4 +1,4 @@
-"""The sizes that the low-rank kernels are launched with: tiles, warps, stages, and what else is constant in them."""
+"""The launch sizes of the low-rank kernels: tiles, warps, stages and the other constants."""
 
 from typing import Any, NamedTuple
 
@@ -8,18 +8,18 @@ from lion_kernels.core.backend import dot_precision
 from lion_kernels.core.cost import H200, Cost, floor_seconds
 from lion_kernels.core.tuned_sizes import lookup
 
-# A channel gate of up to this many tasks is read as whole rows and chosen from; one of more is gathered row by row.
+# A channel gate with up to this many tasks is read as whole rows and selected from; a larger one is gathered by row.
 _ROWS_CHOSEN_FROM = 4
 
-# The hidden tiles of all experts that `update_kernel` holds in registers: a quarter of a multiprocessor's.
+# Bytes of hidden tiles that `update_kernel` holds in registers: a quarter of a multiprocessor's.
 _HIDDEN_BYTES_HELD = 65536
 
-# The rate of our product beside the library's, until a table says better for a GPU: an assumption, not a measurement.
+# Speed of our matrix product relative to the library's for GPUs without a table: an assumption, not a measurement.
 _ASSUMED_EFFICIENCY = 0.75
 
 
 class Problem(NamedTuple):
-    """What tiles are chosen by, and every constexpr argument follows from."""
+    """The shape that determines tiles and every constexpr argument."""
 
     rows: int
     channels_in: int
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     has_up_bias: bool = True
     has_residual: bool = True
     has_linear_bias: bool = False
-    compact: bool = False  # whether it runs on a GPU that `is_compact`
+    compact: bool = False  # whether the GPU `is_compact`
 
     @property
     def inner(self) -> int:
@@ -47,20 +47,21 @@ class Problem(NamedTuple):
 
     @property
     def skip(self) -> bool:
-        """Whether tiles look which experts their rows name.
+        """Whether tiles skip experts that their rows do not name.
 
-        Otherwise all are computed: with many rows a tile names most experts, and memory, not arithmetic, is the limit.
+        Otherwise all experts are computed: with many rows, a tile names most of them, and memory rather than arithmetic
+        is the limit.
         """
         return self.form == "sparse" and (self.rows <= 64 or self.inner > 256)
 
     @property
     def gathers(self) -> bool:
-        """Whether a channel gate has more tasks than are read as whole rows and chosen from."""
+        """Whether a channel gate has too many tasks to read as whole rows."""
         return self.tasks > _ROWS_CHOSEN_FROM
 
     @property
     def group(self) -> int:
-        """Experts that one program of a backward kernel takes: as many as its registers hold, and divide E."""
+        """Experts per program of a backward kernel: the most that fit its registers and divide E."""
         fitting = max(1, (128 if self.dtype.itemsize == 2 else 64) // self._padded_rank)
         return max(size for size in range(1, self.experts + 1) if size <= fitting and self.experts % size == 0)
 
@@ -69,11 +70,11 @@ class Problem(NamedTuple):
         return max(16, _power_of_2(self.rank))
 
     def tiles(self, kernel: str) -> dict[str, int]:
-        """Tile sizes, warps and stages of `kernel`: the GPU's table, else sizes that compile everywhere."""
+        """Return tile sizes, warps and stages of `kernel`: from the GPU's table, else sizes that compile everywhere."""
         decode, few, half = self.rows_class == "decode", self.rows_class != "many", self.dtype.itemsize == 2
-        rows = 16 if few else 128 if half else 64  # without matrix units, fp32 tiles have to fit the registers
+        rows = 16 if few else 128 if half else 64  # fp32 tiles, without matrix units, must fit the registers
         default = {"num_warps": 4 if few else 8, "num_stages": 3 if half and not self.compact else 2}
-        # In two warp groups ptxas waits for every step of these products, split over channels or of several experts.
+        # With two warp groups, ptxas waits for every step of products split over channels or of several experts.
         one_warp_group = {"BM": 64, "num_warps": 4} if half and not few else {}
         if kernel == "hidden":
             inner = self._padded_rank if self.skip else max(16, _power_of_2(self.inner))
@@ -85,15 +86,15 @@ class Problem(NamedTuple):
             default |= {"BM": 16 if decode else 128 if half and not few else 32, "BN": 32 if few or not half else 64}
             default |= {"num_stages": 2}
             if self.gathers and half and not few:
-                default |= {"BN": 32, "num_warps": 4}  # gathered gates want registers of their own
+                default |= {"BN": 32, "num_warps": 4}  # gathered gates need registers too
         elif kernel == "linear":
             default |= {"BM": rows, "BN": 64 if few or not half else 128, "BK": 64 if half else 32, "GROUP": 8}
         elif kernel == "hidden_gradient":
             default |= {"BM": rows, "BK": 64 if half else 32, **one_warp_group}
             if self.form == "channel":
-                default |= {"num_stages": 2}  # what a third stage loads of the gates spills on gfx942
+                default |= {"num_stages": 2}  # a third stage of gates spills on gfx942
             elif few and not half and not self.compact:
-                default |= {"num_stages": 3}  # with two, Triton 3.9 aims at 80 registers, and spills to meet them
+                default |= {"num_stages": 3}  # with two, Triton 3.9 targets 80 registers and spills
         elif kernel == "outer":
             default |= {"BN": 64 if half else 32, "BT": 64 if half else 16, "num_warps": 8}
         else:
@@ -101,7 +102,7 @@ class Problem(NamedTuple):
         return lookup(f"low_rank.{kernel}", self.rows_class, default)
 
     def constants(self, kernel: str, split: bool = False, gate_gradient: bool = False) -> dict[str, Any]:
-        """Every constexpr argument of `kernel`, warps and stages."""
+        """Return every constexpr argument of `kernel`, and its warps and stages."""
         tiles = self.tiles(kernel)
         shape = {"E": self.experts, "RANK": self.rank}
         gate = {"RP": self._padded_rank, "TASKS": self.tasks, "CHANNEL": self.form == "channel"}
@@ -137,7 +138,7 @@ class Problem(NamedTuple):
 
 
 def fuses(rows: int, channels_in: int, channels_out: int, dtype: torch.dtype) -> bool:
-    """Whether the update rides in the tile loop of x W^T: the GPU's table says, else the cost of both ways."""
+    """Return whether the tile loop of x W^T includes the update: by the GPU's table, else by comparing costs."""
     by_cost = False
     if dtype.itemsize == 2:
         product = Cost(
@@ -158,5 +159,5 @@ def cdiv(numerator: int, denominator: int) -> int:
 
 
 def _power_of_2(number: int) -> int:
-    """The least power of two that is not less."""
+    """Return the smallest power of two not less than `number`."""
     return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What the low-rank kernels are compiled with, for the ahead-of-time report."""
+"""The compiled configurations of the low-rank kernels, for the ahead-of-time report."""
 
 from itertools import product
 from typing import Any
@@ -19,7 +19,7 @@ from lion_kernels.low_rank.sizes import Problem
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
 _ALL = ("hidden", "update", "hidden_gradient", "outer", "up_gradient")
-# LION with FlanT5-XL, a soft mixture of LoRA and a sparse one; a batch in training, a prompt and a decoding step.
+# LION with FlanT5-XL, and a soft and a sparse mixture of LoRA; a training batch, a prompt and a decoding step.
 _TYPICAL: dict[str, tuple[Problem, tuple[str, ...]]] = {
     "lion": (Problem(16384, 2048, 2048, 2, 64, "channel", _BF16, tasks=2), (*_ALL, "linear")),
     "lion-fp32": (Problem(16384, 2048, 2048, 2, 64, "channel", _FP32, tasks=2), _ALL),
@@ -35,7 +35,7 @@ _TYPICAL: dict[str, tuple[Problem, tuple[str, ...]]] = {
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """Every kernel at typical problems, with its default tiles and with those of every shipped table."""
+    """Return every kernel at typical problems, with its default tiles and those of every shipped table."""
     specs = []
     kernels = {
         "hidden": hidden_kernel,
@@ -67,7 +67,7 @@ def _spec(
     fp32 |= {"p_dgate"} if kernel_name == "hidden_gradient" else set()
     fp32 |= {"p_hidden"} if split else set()
     absent = {"p_ids"} & set(kernel.arg_names) if problem.form == "dense" else set()
-    gates_by = "up_gradient" if problem.form == "channel" else "hidden_gradient"  # the kernel that writes the gate's
+    gates_by = "up_gradient" if problem.form == "channel" else "hidden_gradient"  # where dgate is written
     absent |= {"p_dgate"} & set(kernel.arg_names) if kernel_name != gates_by else set()
     signature = {}
     for argument in kernel.arg_names:
