@@ -1,1 +1,1 @@
-"""Every operator of lion_kernels held to lion_reference on the machine at hand: `lion-fast check`."""
+"""Comparison of every operator of lion_kernels with lion_reference on the local machine: `lion-fast check`."""

@@ -1,4 +1,4 @@
-"""What `lion-fast check` runs: every operator on shapes of all kinds, and on the model's own where time is measured."""
+"""The cases of `lion-fast check`: every operator on varied shapes, and on the model's own for timing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,10 +27,10 @@ class Case:
     Attributes:
         operator: name of the function in lion_kernels and in lion_reference.
         label: the shapes in words, for the table.
-        make: the arguments that are tensors, from a generator: floating ones in fp64, which get gradients, and others.
+        make: creates the tensor arguments from a generator: floating ones, in fp64, which get gradients, and others.
         options: the other arguments, the same in both packages.
-        dropout: whether with dropout, whose mask the reference gets as a tensor.
-        cost: forward's and backward's from the tensors as they are given; set where time is measured.
+        dropout: whether to drop values; the reference receives the mask as a tensor.
+        cost: computes the costs of forward and backward from the tensors; set for timed cases.
     """
 
     operator: str
@@ -41,11 +41,11 @@ class Case:
     cost: Callable[[Tensors], tuple[Cost, Cost]] | None = None
 
     def run(self, tensors: Tensors) -> Tensor:
-        """The Triton kernels; raises ValueError where they cannot run, instead of computing elsewhere."""
+        """Run the Triton kernels; raise ValueError if they cannot run, without a fallback."""
         return getattr(lion_kernels, self.operator)(**self.arguments(tensors), backend="triton")
 
     def arguments(self, tensors: Tensors) -> dict[str, Any]:
-        """All that the operator in lion_kernels is called with, but the backend."""
+        """Return the operator's arguments in lion_kernels, except the backend."""
         dropout = {"dropout_p": DROPOUT_P, "seed": SEED} if self.dropout else {}
         return {**_arguments(tensors), **self.options, **dropout}
 
@@ -68,7 +68,7 @@ class Case:
 
 
 def _arguments(tensors: Tensors) -> dict[str, Any]:
-    """`tensors` with "keys.0", "keys.1" ... gathered in a list, as the operators take feature maps."""
+    """Gather "keys.0", "keys.1" ... of `tensors` in a list, as the operators expect feature maps."""
     plain: dict[str, Any] = {name: value for name, value in tensors.items() if "." not in name}
     gathered = {name: _maps(tensors, name) for name in ("keys", "values", "key_padding_mask")}
     return {**plain, **{name: values for name, values in gathered.items() if values}}
@@ -79,7 +79,7 @@ def _maps(tensors: Tensors, name: str) -> list[Tensor]:
 
 
 def _where(generator: torch.Generator | None) -> torch.device | None:
-    """Where its values are drawn; without one, where torch makes tensors, which may be a device that holds none."""
+    """Return the generator's device; None without a generator, for torch's default device, which may hold no values."""
     return None if generator is None else generator.device
 
 
@@ -92,14 +92,14 @@ def _randint(generator: torch.Generator, low: int, high: int, size: tuple[int, .
 
 
 def _mask(generator: torch.Generator, *size: int) -> Tensor:
-    """True for about seven of ten."""
+    """Return a mask with about 70 % true."""
     return torch.rand(*size, generator=generator, device=_where(generator)) > 0.3
 
 
 def _gate(
     generator: torch.Generator, form: str, shape: tuple[int, ...], experts: int, channels: int, tasks: int
 ) -> Tensors:
-    """A gate of `form` for x [*shape, D]; channel: for `tasks`, sparse: two experts a row or none."""
+    """Return a gate of `form` for x [*shape, D]; channel: for `tasks`, sparse: up to two experts per row."""
     if form in ("channel", "channel by row"):
         rows = shape[:1] if form == "channel" else shape
         ids = _randint(generator, 0, tasks, rows)
@@ -192,7 +192,10 @@ def maps_attention(
     timed: bool = False,
     **options: Any,
 ) -> Case:
-    """`mask`: of the padding, by which the first element attends nothing of the first map."""
+    """Return a case of attention to feature maps.
+
+    `mask` adds a padding mask in which the first element attends nothing of the first map.
+    """
 
     def make(generator: torch.Generator) -> Tensors:
         tensors = {"q": _randn(generator, batch, queries, heads, head_dim)}
@@ -287,7 +290,7 @@ def assemble(
 ) -> Case:
     def make(generator: torch.Generator) -> Tensors:
         input_ids = _randint(generator, 0, vocabulary, (batch, length))
-        input_ids[:, length // 2] = vocabulary  # the soft prompt's, beyond the table
+        input_ids[:, length // 2] = vocabulary  # the soft prompt's id, beyond the table
         input_ids[-1, -1] = vocabulary
         return {
             "prefix": _randn(generator, batch, prefix_length, channels),
@@ -323,7 +326,7 @@ def _row_cost(operator: str, rows_of: str) -> Callable[[Tensors], tuple[Cost, Co
     return cost
 
 
-# Small enough for the interpreter; odd rows, widths that no tile divides, every form of gate.
+# Small enough for the interpreter: odd numbers of rows, widths that no tile divides, every form of gate.
 CASES: tuple[Case, ...] = (
     adapters("channel", (3, 17), 64, 2, 64),
     adapters("channel", (1, 5), 2048, 1, 4),
@@ -370,7 +373,7 @@ CASES: tuple[Case, ...] = (
     assemble(2, 40, 17, 2048, 20),
 )
 
-# LION-FlanT5-XL's in training (64 pictures, 16 x 1024 tokens) and in decoding, in bf16.
+# Shapes of LION-FlanT5-XL in training (64 images, 16 x 1024 tokens) and decoding, in bf16.
 TIMED: tuple[Case, ...] = (
     adapters("channel", (16, 1024), 2048, 2, 64, timed=True),
     adapters("channel", (4, 1), 2048, 2, 64, timed=True),

@@ -1,4 +1,4 @@
-"""One case in one dtype: the kernels' output and gradients against the fp64 reference, and against themselves."""
+"""One case in one dtype: output and gradients of the kernels against the fp64 reference, and against repeated runs."""
 
 import functools
 import warnings
@@ -14,11 +14,11 @@ from lion_fast.check.cases import Case, Tensors
 from lion_kernels.core.operator import all_kernels
 
 FP32_BOUND = 1e-5
-# In eps of a half-precision dtype, the most that is allowed whatever the plain formula is off, which rounds before its
-# ReLU: by ten of them. A right result is 0.7 off at the most.
+# Upper limit of the bound, in eps of a half-precision dtype. The plain formula rounds before its ReLU and can be off by
+# ten of them; the error of a correct result is at most 0.7.
 HALF_PRECISION_CAP = 4.0
-# What has fewer elements is judged over several gradients of the output: of one, luck decides how large it is, how far
-# off, and how far off the plain formula.
+# Gradients with fewer elements are judged over several gradients of the output: for a single one, their size and the
+# errors of both the kernels and the plain formula are a matter of chance.
 FEW_ELEMENTS = 32
 GRADIENTS = 8
 INFERENCE = "out without gradients"
@@ -26,12 +26,12 @@ INFERENCE = "out without gradients"
 
 @dataclass
 class Outcome:
-    """What a case came to.
+    """The result of one case.
 
     Attributes:
-        errors: by tensor ("out", or the argument whose gradient it is), `||got - exact|| / ||exact||` and its bound.
-        kernels: how often each Triton kernel was launched in a forward and backward and a forward without gradients.
-        problems: what is wrong, a sentence each; empty where all is well.
+        errors: per tensor ("out", or the argument of a gradient), `||got - exact|| / ||exact||` and its bound.
+        kernels: launches per Triton kernel in a forward and backward and a forward without gradients.
+        problems: one sentence per problem; empty if there are none.
     """
 
     operator: str
@@ -43,11 +43,11 @@ class Outcome:
 
 
 def compare(case: Case, dtype: torch.dtype, device: torch.device, *, repeats: int) -> Outcome:
-    """Runs `case` on the kernels with poisoned memory, holds every tensor that comes out to its bound, and repeats it.
+    """Run `case` on the kernels with poisoned memory, check every result against its bound, and repeat the run.
 
-    The reference computes in fp64 from the inputs as `dtype` holds them: on the CPU, and for cases that measure time,
-    which are too large for it, on `device`. The bound is 1e-5 in fp32; in half precision twice the error of the
-    reference computed in that dtype on `device`, but no less than the rounding of the result itself, and no more than
+    The reference computes in fp64 from the inputs as rounded to `dtype`. It runs on the CPU, except that timed cases,
+    which are too large for it, run on `device`. The bound is 1e-5 in fp32. In half precision it is twice the error of
+    the reference in that dtype on `device`, at least the rounding of the result itself, and at most
     `HALF_PRECISION_CAP`.
     """
     outcome = Outcome(case.operator, case.label, name_of(dtype))
@@ -65,11 +65,11 @@ def compare(case: Case, dtype: torch.dtype, device: torch.device, *, repeats: in
         with poisoned_memory(), counted_launches() as launches:
             got = _kernel_results(case, tensors, draw)
         judged = got | _gradients_over(draws, case.run, leaves(tensors), few)
-        # On a GPU not in deterministic mode, which would hide what else of torch's an operator uses.
+        # On a GPU outside deterministic mode, which would hide torch operators that an operator uses.
         first = got if device.type == "cpu" else _kernel_results(case, tensors, draw)
         others = (_kernel_results(case, tensors, draw) for _ in range(repeats - 1))
         differing = {name for other in others for name in first if not torch.equal(first[name], other[name])}
-    except Exception as error:  # whatever a kernel dies of is a finding, and the other cases still count
+    except Exception as error:  # any exception is a finding, and the other cases still count
         outcome.problems.append(f"{type(error).__name__}: {error}")
         return outcome
     outcome.kernels = dict(launches)
@@ -91,10 +91,10 @@ def compare(case: Case, dtype: torch.dtype, device: torch.device, *, repeats: in
 
 
 class Draw:
-    """The gradient of an output: random values that every dtype holds, the same for every dtype, drawn once.
+    """The gradient of an output: random values that are exact in every dtype, the same for all dtypes, drawn once.
 
     Args:
-        device: where they are drawn, which a model's own shapes would take long for on a CPU.
+        device: where they are drawn; the model's own shapes would take long on a CPU.
         seed: of the generator.
     """
 
@@ -111,14 +111,14 @@ class Draw:
 
 
 def _kernel_results(case: Case, tensors: Tensors, draw: Draw) -> Tensors:
-    """As in training, and the output as it is computed where nothing asks for a gradient."""
+    """Return the results as in training, and the output as computed without gradients."""
     results = results_of(case.run, leaves(tensors), draw)
     with torch.no_grad():
         return {**results, INFERENCE: case.run(tensors)}
 
 
 def make_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """The same values for every dtype, as far as it holds them; the model's own shapes are drawn on `device`."""
+    """Return the case's tensors, equal in every dtype up to rounding; the model's own shapes are drawn on `device`."""
     drawn_on = device if case.cost else torch.device("cpu")
     tensors = case.make(torch.Generator(drawn_on).manual_seed(0))
     return {name: value.to(device, _kind(value, dtype)) for name, value in tensors.items()}
@@ -129,7 +129,7 @@ def _kind(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def leaves(tensors: Tensors, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensors:
-    """`tensors`, the floating ones asking for gradients, and in `dtype`."""
+    """Return `tensors`, with floating ones requiring gradients and in `dtype`."""
     return {
         name: value.detach().to(device, _kind(value, dtype or value.dtype)).requires_grad_(value.is_floating_point())
         for name, value in tensors.items()
@@ -137,7 +137,7 @@ def leaves(tensors: Tensors, dtype: torch.dtype | None = None, device: torch.dev
 
 
 def results_of(operator: Callable[[Tensors], Tensor], tensors: Tensors, draw: Draw | None = None) -> Tensors:
-    """The output, and the gradient of every leaf for the random gradient of the output that `draw` gives."""
+    """Return the output, and every leaf's gradient for the output gradient that `draw` gives."""
     draw = draw or Draw(torch.device("cpu"))
     out = operator(tensors)
     wanted = [name for name, value in tensors.items() if value.requires_grad]
@@ -148,11 +148,11 @@ def results_of(operator: Callable[[Tensors], Tensor], tensors: Tensors, draw: Dr
 def _gradients_over(
     draws: list[Draw], operator: Callable[[Tensors], Tensor], tensors: Tensors, names: list[str]
 ) -> Tensors:
-    """Those of `names` for each gradient of the output, stacked."""
+    """Return the gradients of `names` for each gradient of the output, stacked."""
     if not names:
         return {}
     out = operator(tensors)
-    # All are asked for, as otherwise: for some alone other kernels would run.
+    # All gradients are requested, as above: for a subset, other kernels would run.
     wanted = [name for name, value in tensors.items() if value.requires_grad]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for draw in draws:
@@ -163,7 +163,7 @@ def _gradients_over(
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """`||got - exact|| / ||exact||` in fp64; infinite where anything is NaN or the shapes differ."""
+    """Return `||got - exact|| / ||exact||` in fp64; infinite for NaNs or different shapes."""
     if got.shape != exact.shape:
         return float("inf")
     got = got.to(exact.device, torch.float64)
@@ -177,15 +177,15 @@ def name_of(dtype: torch.dtype) -> str:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that is handed out uninitialised holds NaN (integers: the largest), so that what nobody writes shows.
+    """Fill uninitialised memory with NaN (integers: the maximum) within the context, to expose unwritten values.
 
-    torch fills it itself in its deterministic mode, in which some of its operators choose other algorithms.
+    torch does so itself in its deterministic mode, in which some of its operators choose other algorithms.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of operators that have no deterministic algorithm
+            warnings.simplefilter("ignore", UserWarning)  # for operators without a deterministic algorithm
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -193,7 +193,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @contextmanager
 def counted_launches() -> Iterator[Counter[str]]:
-    """How often each kernel of lion_kernels is launched within, compiled or interpreted."""
+    """Count the launches of each kernel of lion_kernels within the context, compiled or interpreted."""
     counter: Counter[str] = Counter()
     hooks = []
     for kernel in all_kernels():

@@ -1,7 +1,7 @@
-"""How long compiling takes on a machine's first run: `python -m lion_fast.check.compile_times` prints it as JSON.
+"""Compilation time of a machine's first run: `python -m lion_fast.check.compile_times` prints it as JSON.
 
-For what `lion-fast check` compares in each dtype, for what it times, and for the model: the distinct launches on sm_90,
-those that none before has, and the processor's seconds for these in one process. No GPU is needed.
+For the comparisons of `lion-fast check` in each dtype, its timed cases, and the model, it gives the number of distinct
+launches on sm_90, the number of new ones, and the CPU seconds that these take in one process. No GPU is needed.
 """
 
 import json
@@ -20,7 +20,7 @@ from lion_kernels.core.specs import KernelSpec
 
 
 def seconds_of(specs: list[KernelSpec]) -> float:
-    """Of this process and the compilers that it starts, with an empty cache; machines that are busy take longer."""
+    """Return the CPU seconds of this process and its compilers, with an empty cache; a busy machine takes longer."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         before = _processor_seconds()

@@ -1,7 +1,7 @@
-"""What a measurement depends on: `python -m lion_fast.check.environment` prints it as JSON.
+"""The environment of a measurement: `python -m lion_fast.check.environment` prints it as JSON.
 
-With `--rates` also what a GPU reaches: bytes copied and products in a second, and the time of the smallest CUDA graph,
-which every time of a graph holds. `--json FILE` has what is known while the rest is measured.
+`--rates` adds the GPU's rates: bytes copied and products per second, and the time of the smallest CUDA graph, which is
+part of every graph's time. `--json FILE` is written as soon as the rest is known, before the rates are measured.
 """
 
 import argparse
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "peft", "flash-attn", "l
 
 
 def environment() -> dict[str, Any]:
-    """Versions by package (None where it is absent), processor and GPU."""
+    """Return versions by package (None if absent), processor and GPU."""
     found: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def rates() -> dict[str, Any] | None:
-    """What the current GPU reaches; None without one."""
+    """Return the current GPU's rates; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     from lion_fast.check.timing import measure, measure_rates

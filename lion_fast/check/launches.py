@@ -1,7 +1,7 @@
-"""What the kernels are really launched with, noted without a GPU: Triton itself specialises the launches of real calls.
+"""The kernels' actual launches, recorded without a GPU: Triton itself specialises the launches of real calls.
 
-`recording` puts a stand-in in the place of Triton's driver and compiler. What is called within runs on the CPU up to
-each launch, which is noted and computes nothing. A process in which kernels are interpreted has no such launches.
+`recording` replaces Triton's driver and compiler. Calls within it run on the CPU up to each launch, which is recorded
+and computes nothing. A process that interprets its kernels has no such launches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from lion_kernels.core import backend
 from lion_kernels.core.operator import all_kernels
 from lion_kernels.core.specs import KernelSpec
 
-# The constant by which a kernel's products have rows; what is not in it has no product.
+# The constant that gives the rows of a kernel's products; kernels not listed have no products.
 PRODUCT_ROWS = {
     "attention_forward": "BM",
     "attention_backward_queries": "BM",
@@ -33,17 +33,17 @@ PRODUCT_ROWS = {
     "hidden_gradient_kernel": "BM",
     "outer_kernel": "BN",
 }
-# Constants that follow from the others, which names of launches leave out.
+# Constants that follow from the others, which the names of launches omit.
 NOT_TOLD = ("K", "KP", "RP", "EP", "GP", "EG", "BI", "D1", "D2", "UNIT", "PRECISION", "GROUP", "CHOOSE", "KEEP")
-ROWS_OF_A_WARP_GROUP = 64  # the least that wgmma multiplies
+ROWS_OF_A_WARP_GROUP = 64  # the minimum of wgmma
 
 
 class Recording:
-    """Distinct launches in the order in which they were first met, and which calls made them.
+    """Distinct launches in the order of their first occurrence, and the calls that made them.
 
     Attributes:
-        call: what runs now.
-        model_sizes: whether in it are the model's own sizes, at which memory has to be read in 16 bytes.
+        call: the current call.
+        model_sizes: whether it has the model's own sizes, for which memory accesses must be 16 bytes wide.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Recording:
         self.model_sizes = False
 
     def note(self, kernel: Any, key: str, signature: dict[str, str], device: int, *others: Any) -> Any:
-        """In the place of `JITFunction._do_compile`, whose arguments these are."""
+        """Replace `JITFunction._do_compile`, with its arguments."""
         constexprs, options, attributes = others[:3]
         spec = _spec(kernel, signature, constexprs, options, attributes)
         known, calls = self._launches.setdefault(spec.compiles_as, (spec, []))
@@ -65,12 +65,12 @@ class Recording:
         )
 
     def specs(self) -> list[KernelSpec]:
-        """One for each launch, with names of their own."""
+        """Return one spec per launch, with unique names."""
         return _named([(spec, tuple(calls)) for spec, calls in self._launches.values()])
 
 
 class _Hopper:
-    """What Triton asks a driver before it compiles."""
+    """The parts of a driver that Triton needs before it compiles."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -86,10 +86,10 @@ class _Hopper:
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Notes every launch within, for sm_90.
+    """Record every launch within the context, for sm_90.
 
     Raises:
-        RuntimeError: in a process that interprets its kernels.
+        RuntimeError: the process interprets its kernels.
     """
     if backend.interpreting():
         raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
@@ -99,7 +99,7 @@ def recording() -> Iterator[Recording]:
     found = Recording()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Hopper()))
-        for kernel in all_kernels():  # a launch that Triton knows does not come to the compiler again
+        for kernel in all_kernels():  # Triton does not call the compiler for launches in its cache
             kernel.device_caches.clear()
             stack.callback(kernel.device_caches.clear)
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", _as_method(found)))
@@ -115,7 +115,7 @@ def _as_method(found: Recording) -> Callable[..., Any]:
 
 
 def record_check(found: Recording, dtypes: Sequence[torch.dtype]) -> None:
-    """All that `lion-fast check` runs on a GPU in `dtypes`; what it takes the time of is in bfloat16 alone."""
+    """Record all launches of `lion-fast check` on a GPU in `dtypes`; its timed cases are in bfloat16 only."""
     for dtype in dtypes:
         record_cases(found, CASES, dtype)
     if TIMED_DTYPE in dtypes:
@@ -123,7 +123,7 @@ def record_check(found: Recording, dtypes: Sequence[torch.dtype]) -> None:
 
 
 def record_cases(found: Recording, cases: Sequence[Case], dtype: torch.dtype) -> None:
-    """Forward, backward, and forward without gradients."""
+    """Record forward, backward, and forward without gradients."""
     with Uncomputed():
         for case in cases:
             found.model_sizes = case.cost is not None
@@ -135,7 +135,7 @@ def record_cases(found: Recording, cases: Sequence[Case], dtype: torch.dtype) ->
 
 
 def _spec(kernel: Any, signature: dict[str, str], constexprs: Any, options: Any, attributes: Any) -> KernelSpec:
-    """A launch as Triton specialises it: paths of arguments -> values, and -> what is known of them."""
+    """Return the spec of a launch from Triton's specialisation: argument paths -> values, and -> attributes."""
     names = list(signature)
     constants = {names[path[0]]: value for path, value in constexprs.items()}
     aligned = {names[path[0]] for path, known in attributes.items() if ["tt.divisibility", 16] in known}
@@ -143,7 +143,7 @@ def _spec(kernel: Any, signature: dict[str, str], constexprs: Any, options: Any,
     pointers = {name for name, kind in types.items() if kind.startswith("*")}
     half = {"*bf16", "*fp16"} & set(types.values())
     rows = constants.get(PRODUCT_ROWS.get(kernel.__name__, ""), 0)
-    # Without dq only delta is left of it, which is no product.
+    # Without dq, only delta is computed, without a product.
     multiplies = rows >= ROWS_OF_A_WARP_GROUP and constants.get("p_dq", "") is not None
     return KernelSpec(
         name="",
@@ -161,7 +161,7 @@ def _spec(kernel: Any, signature: dict[str, str], constexprs: Any, options: Any,
 
 
 def _named(launches: list[tuple[KernelSpec, tuple[str, ...]]]) -> list[KernelSpec]:
-    """Each with its calls and a name of its own: kernel, types, what it is told by, and what else two differ in."""
+    """Return each spec with its calls and a unique name: kernel, types, main constants, and any that distinguish it."""
     groups: dict[str, list[KernelSpec]] = {}
     for spec, _ in launches:
         groups.setdefault(_name(spec), []).append(spec)
@@ -184,13 +184,13 @@ def _name(spec: KernelSpec) -> str:
 
 
 def _values(spec: KernelSpec) -> str:
-    """The floating types that it points at, fp32 last."""
+    """Return the floating types that the kernel points at, fp32 last."""
     kinds = {kind[1:] for kind in spec.types.values() if kind in ("*fp16", "*bf16", "*fp32")}
     return "+".join(sorted(kinds, key=lambda kind: (kind == "fp32", kind)))
 
 
 def _argument(spec: KernelSpec, name: str) -> str:
-    """What a launch fixes of an argument: its value, or its type, with /16 where it is a multiple of 16."""
+    """Return what a launch fixes about an argument: its value or its type, with /16 for a multiple of 16."""
     if name in spec.constexprs:
         return str(spec.constexprs[name])
     return spec.types[name] + ("/16" if name in spec.aligned else "")

@@ -1,6 +1,6 @@
 """The launches of the whole model at the published sizes: training in every stage, evaluation, and generation.
 
-Models of one layer of each kind have every shape that all layers have. Nothing is computed (`Uncomputed`).
+Models with one layer of each kind have all shapes of the full models. Nothing is computed (`Uncomputed`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ TRAINING_BATCH = 16
 
 
 class Lengths(NamedTuple):
-    """The prompt's, the Q-Former's question's and the answer's, in tokens; whether samples differ, and are padded."""
+    """Tokens of the prompt, the Q-Former's question and the answer; whether samples differ in length and are padded."""
 
     text: int
     question: int
@@ -31,14 +31,14 @@ class Lengths(NamedTuple):
     padded: bool
 
 
-USUAL = Lengths(128, 32, 32, padded=True)  # with the visual prefix of 289 the encoder reads 417
-BENCHMARKED = Lengths(64, 32, 16, padded=False)  # benchmarks/bench_training_step.py's
+USUAL = Lengths(128, 32, 32, padded=True)  # with the visual prefix of 289, the encoder's input has 417
+BENCHMARKED = Lengths(64, 32, 16, padded=False)  # as in benchmarks/bench_training_step.py
 GENERATIONS = tuple((batch, beams) for batch in (1, 8) for beams in (1, 5))
-NEW_TOKENS = 3  # a step without a cache, and two with
+NEW_TOKENS = 3  # one step without a cache, and two with it
 
 
 def recorded_launches(dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)) -> list[KernelSpec]:
-    """Of `lion-fast check` in `dtypes`, and of the model in bfloat16."""
+    """Return the launches of `lion-fast check` in `dtypes`, and those of the model in bfloat16."""
     with recording() as found:
         record_check(found, dtypes)
         record_models(found)
@@ -46,7 +46,7 @@ def recorded_launches(dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.flo
 
 
 def record_models(found: Recording) -> None:
-    """LION-FlanT5-XL and -XXL; stages of training under autocast, as `lion-fast train` runs them."""
+    """Record LION-FlanT5-XL and -XXL; training stages run under autocast, as in `lion-fast train`."""
     found.model_sizes = True
     with _quiet(), Uncomputed():
         for size, text in SIZES.items():
@@ -60,14 +60,14 @@ def record_models(found: Recording) -> None:
 
 
 def benchmarked_step() -> None:
-    """A step of joint training of LION-FlanT5-XL, and its loss, as the benchmark of training has them."""
+    """Run a step of joint training of LION-FlanT5-XL with its loss, as in the training benchmark."""
     with _quiet(), Uncomputed():
         _train(Recording(), "XL", FLAN_T5_XL, STAGES[-1], BENCHMARKED)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' warnings of a model that knows nothing."""
+    """Suppress the warnings of transformers about an untrained model."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -90,7 +90,7 @@ def _model(text: dict[str, Any], stage: Stage) -> LionForCausalLM:
 
 
 def _train(found: Recording, size: str, text: dict[str, Any], stage: Stage, lengths: Lengths = USUAL) -> None:
-    """Forward and backward, and an evaluation's forward."""
+    """Record a forward and backward pass, and an evaluation's forward."""
     model = _model(text, stage)
     freeze_for_stage(model, stage)
     for parameter in model.parameters():

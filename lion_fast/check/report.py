@@ -1,4 +1,4 @@
-"""All cases in all dtypes: the tables that `lion-fast check` prints, and what of them goes to JSON."""
+"""All cases in all dtypes: the tables and the JSON of `lion-fast check`."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ from lion_kernels.core.backend import interpreting
 from lion_kernels.core.cost import Device, floor_seconds
 
 TIMED_DTYPE = torch.bfloat16
-REPEATS_INTERPRETED = 2  # a call costs about a second there
+REPEATS_INTERPRETED = 2  # a call takes about a second there
 REPEATS = 200
-MOST_LARGE = 20  # of the model's own shapes, which take a hundred times as long
+MOST_LARGE = 20  # on the model's own shapes, which take a hundred times as long
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A case's time in one direction beside its floor, in seconds."""
+    """A case's time in one direction and its floor, in seconds."""
 
     operator: str
     case: str
@@ -36,10 +36,10 @@ class Timing:
 
 @dataclass
 class Check:
-    """All that was found; `problems` is empty where every operator is within its bounds.
+    """All results; `problems` is empty if every operator is within its bounds.
 
     Attributes:
-        expected: how many outcomes there are at the end.
+        expected: final number of outcomes.
     """
 
     backend: str
@@ -67,7 +67,7 @@ class Check:
 
 
 def _finite(outcome: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """Replace infinity, which JSON lacks."""
     errors = {name: [error if isfinite(error) else None, bound] for name, (error, bound) in outcome["errors"].items()}
     return {**outcome, "errors": errors}
 
@@ -82,16 +82,16 @@ def run_check(
     repeats: int | None = None,
     times: bool = True,
 ) -> Check:
-    """Holds `operators` to the reference in `dtypes` on `device`, and prints the tables as they come.
+    """Compare `operators` with the reference in `dtypes` on `device`, and print the tables incrementally.
 
-    On a CUDA device it also runs the model's own shapes, and measures their time. Elsewhere the kernels are
-    interpreted. `json_file` gets everything, and where the check is interrupted what it had found.
+    On a CUDA device it also runs and times the model's own shapes. Elsewhere the kernels are interpreted. `json_file`
+    receives all results, and partial ones if the check is interrupted.
 
     Args:
-        processes: how many compare side by side; times are taken by one alone.
-        repeats: equal calls that have to give equal bits; None is 200, of which two on the model's own shapes, and 2
-            in the interpreter. Of those shapes there are at most 20.
-        times: whether to measure them.
+        processes: number of concurrent comparisons; times are measured by a single process.
+        repeats: number of equal calls that must give equal bits. None means 200, or 2 in the interpreter and on the
+            model's own shapes. On the latter there are at most 20.
+        times: whether to measure times.
     """
     check = Check("interpreter" if interpreting() else "compiled")
     usual = REPEATS_INTERPRETED if interpreting() else REPEATS
@@ -120,7 +120,7 @@ def run_check(
 
 def _compare(check: Check, tasks: Sequence[Task], device: torch.device, processes: int) -> None:
     if processes > 1:
-        # Those first that count most where time ends, and of them those that take longest to compile.
+        # The most important tasks run first, in case time runs out, and among them the longest to compile.
         tasks = sorted(
             tasks,
             key=lambda task: (task.dtype != TIMED_DTYPE, task.dtype.itemsize, "attention" not in task.case.operator),
@@ -138,7 +138,7 @@ def _compare(check: Check, tasks: Sequence[Task], device: torch.device, processe
 
 
 def line(outcome: Outcome) -> str:
-    """The tensor nearest its bound, or furthest beyond it, and how many kernels the call launched."""
+    """Describe the tensor nearest to its bound, or furthest beyond it, and the number of kernels launched."""
     said = f"{outcome.case:<62} {outcome.dtype:<8}"
     if outcome.errors:
         tensor, (error, bound) = max(outcome.errors.items(), key=lambda entry: entry[1][0] / entry[1][1])
@@ -147,7 +147,7 @@ def line(outcome: Outcome) -> str:
 
 
 def _time(check: Check, cases: Sequence[Case], device: torch.device) -> None:
-    """Of those whose result is right: a wrong one has no time."""
+    """Time the cases with correct results; others have no time."""
     rates = check.rates
     assert rates is not None
     wrong = {(outcome.operator, outcome.case) for outcome in check.outcomes if outcome.problems}

@@ -1,4 +1,4 @@
-"""Time on a GPU by its own events, and what the GPU reaches: its copy bandwidth and matrix rate."""
+"""Timing on a GPU by its events, and the GPU's rates: copy bandwidth and matrix products."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from lion_kernels.core.cost import Device
 
 WARM_UP = 3
 REPETITIONS = 50
-# Read before every timed call: empties the cache of any GPU. Were it written, the call would have to wait until its
-# lines are in memory.
+# Bytes read before every timed call, to clear the cache of any GPU. If they were written, the call would have to wait
+# for the write-back.
 COLD_BYTES = 2**30
-# Before a call that is no graph the GPU is kept busy for about a millisecond, in which the host queues the call.
+# Before a call without a graph, the GPU is kept busy for about a millisecond while the host queues the call.
 BUSY_CYCLES = 2_000_000
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
@@ -23,7 +23,7 @@ MATRIX_SIZE = 8192
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of many calls: the median, and the bounds of the middle 60 %."""
+    """Statistics of many calls: the median, and the bounds of the middle 60 %."""
 
     median: float
     low: float
@@ -32,10 +32,10 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed on a GPU, `run`, and what comes before it each time, `prepare`.
+    """A call `run` to time on a GPU, and `prepare`, which precedes it each time.
 
     Attributes:
-        refused: why the two are no CUDA graphs; None where they are. Without one, the host's time shows where it is
+        refused: why the two are not CUDA graphs; None if they are. Without graphs, the time is the host's if that is
             longer than the device's.
     """
 
@@ -45,10 +45,10 @@ class Call:
 
 
 def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], device: torch.device) -> Call:
-    """`call(prepare())` as two CUDA graphs of which the second is `call`, or as it is where it cannot be captured.
+    """Return `call(prepare())` as two CUDA graphs, the second for `call`, or without graphs if capture fails.
 
-    A replay takes the device's time alone, so that neither Python nor a launch shows. Each is called a few times first,
-    which compiles what is to be compiled. `prepare` None stands for nothing, and gives `call` None.
+    Replaying takes only the device's time, without the overhead of Python and launches. Both functions first run a few
+    times, to compile what they need. If `prepare` is None, `call` receives None.
     """
     prepared = prepare or (lambda: None)
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -72,14 +72,14 @@ def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], devi
     except RuntimeError as error:
         _recover(before, timed, current)
         return as_it_is(prepare, call, _in_short(error.__context__ or error))
-    # Graphs write to the memory of what they have returned, which is held as long as they are.
+    # Graphs write to the memory of their results, which must live as long as they do.
     kept = given, result
     return Call(before.replay if prepare is not None else lambda: None, lambda: (timed.replay(), kept)[0])
 
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """What an earlier capture holds is not freed within a later one."""
+    """Prevent freeing the memory of an earlier capture during a later one."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -90,7 +90,7 @@ def _nothing_collected() -> Iterator[None]:
 
 
 def _waits(call: Callable[[], object]) -> str | None:
-    """Why `call` cannot be captured, where it waits for the device: an error here, and not within a capture."""
+    """Return why `call` cannot be captured if it synchronises, which is an error here rather than within a capture."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -102,7 +102,7 @@ def _waits(call: Callable[[], object]) -> str | None:
 
 
 def as_it_is(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], refused: str) -> Call:
-    """`call(prepare())` without graphs; `refused` says why."""
+    """Return `call(prepare())` without graphs, for the reason `refused`."""
     given: list[Any] = [None]
 
     def before() -> None:
@@ -111,12 +111,14 @@ def as_it_is(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], refu
     return Call(before, lambda: call(given[0]), refused)
 
 
-_FAILED: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them
+_FAILED: list[torch.cuda.CUDAGraph] = []  # the allocator may still query them
 
 
 def _recover(before: torch.cuda.CUDAGraph, timed: torch.cuda.CUDAGraph, current: torch.cuda.Stream) -> None:
-    """After a capture that failed, which PyTorch does not end: its stream stays the current one, and the generator
-    believes in a capture, until one succeeds."""
+    """Restore the state after a failed capture, which PyTorch does not end.
+
+    Its stream remains current, and the generator stays in capture mode, until a capture succeeds.
+    """
     _FAILED.extend((before, timed))
     torch.cuda.set_stream(current)
     torch.cuda.synchronize(current.device)
@@ -135,7 +137,7 @@ class Clock:
         self.cold, self.sum = torch.zeros(COLD_BYTES // 4, device=device), torch.zeros((), device=device)
 
     def __call__(self, call: Call) -> Callable[[], float]:
-        """Queues one call; what it returns waits for it and gives its seconds."""
+        """Queue one call, and return a function that waits for it and returns its seconds."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         call.prepare()
         torch.sum(self.cold, dim=0, out=self.sum)
@@ -159,7 +161,7 @@ def measure(
     clock: Clock | None = None,
     repetitions: int = REPETITIONS,
 ) -> Seconds:
-    """The time of `call(prepare())`, less that of `prepare`, on a CUDA `device`, as `captured` has it."""
+    """Return the time of `call(prepare())` minus that of `prepare` on a CUDA `device`, using `captured`."""
     clock, given = clock or Clock(device), captured(prepare, call, device)
     reads = [clock(given) for _ in range(repetitions)]
     return quantiles([read() for read in reads])
@@ -172,7 +174,7 @@ def quantiles(seconds: list[float]) -> Seconds:
 
 
 def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Device:
-    """What a large copy (bytes read and written) and large matrix products of random data reach on `device`."""
+    """Measure the rates of a large copy (bytes read and written) and large random matrix products on `device`."""
     clock = Clock(device)
     source, target = (torch.empty(COPY_BYTES, dtype=torch.int8, device=device) for _ in range(2))
     copied = measure(None, lambda _: target.copy_(source), device, clock, repetitions=20)

@@ -1,7 +1,7 @@
-"""Finds the tile sizes that are fastest on the GPU at hand, and writes them as its table (`core.tuned_sizes`).
+"""Search for the fastest tile sizes on the local GPU, written as its table (`core.tuned_sizes`).
 
-What may be tuned is what the operators look up while they run on the model's own shapes. Each size is varied alone, the
-best kept before the next, and only where a result stays the same to rounding and the gain is beyond the spread.
+The tunable entries are those that the operators look up on the model's own shapes. Each size is varied alone, and the
+best value is kept for the next. A value must give the same result up to rounding, and a gain beyond the spread.
 """
 
 import time
@@ -18,14 +18,14 @@ from lion_fast.check.timing import Clock, Seconds, measure
 from lion_fast.io.atomic import write_json
 from lion_kernels.core import tuned_sizes
 
-Key = tuple[str, str]  # an operator's name for its table, and the shape class
+Key = tuple[str, str]  # an operator's name in the table, and the shape class
 Sizes = dict[str, Any]
-TRIALS = 20  # calls a candidate is timed by
+TRIALS = 20  # timed calls per candidate
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one entry of the table: the sizes that are best, and the times before and after in seconds."""
+    """The result for one entry of the table: the best sizes, and the times before and after in seconds."""
 
     key: Key
     sizes: Sizes
@@ -36,7 +36,7 @@ class Found:
 
 
 def candidates(name: str, value: Any) -> list[Any]:
-    """Other values for one size; none for a width, which follows from the shape."""
+    """Return other values for one size; none for a width, which follows from the shape."""
     if isinstance(value, bool):
         return [not value]
     if name == "num_warps":
@@ -49,7 +49,7 @@ def candidates(name: str, value: Any) -> list[Any]:
 
 
 def looked_up(case: Case, device: torch.device, dtype: torch.dtype) -> dict[Key, Sizes]:
-    """The defaults of everything that forward and backward of `case` look up."""
+    """Return the defaults of all entries that forward and backward of `case` look up."""
     with tuned_sizes.overriding({}) as seen:
         results_of(case.run, leaves(make_tensors(case, dtype, device)))
     return seen
@@ -62,7 +62,7 @@ def tune(
     deadline: float,
     clock: Callable[[Callable[[], object]], Seconds],
 ) -> Iterator[Found]:
-    """The entries of `cases` one after the other, each timed by the whole call until `deadline` (of `time.time()`)."""
+    """Tune the entries of `cases` in turn, timing the whole call, until `deadline` (in `time.time()`)."""
     best: dict[Key, Sizes] = {}
     for case in cases:
         tensors, draw = make_tensors(case, dtype, device), Draw(device)
@@ -95,7 +95,7 @@ def _tune_one(case, tensors, draw, expected, key, default, best, deadline, clock
             tried += 1
             try:
                 seconds = run({**sizes, name: other})
-            except Exception:  # too large for the GPU, not compilable, or wrong: counted, and the sizes stay
+            except Exception:  # too large for the GPU, not compilable, or wrong: count it and keep the sizes
                 refused += 1
                 continue
             if seconds.high < time_of.low:
@@ -104,19 +104,18 @@ def _tune_one(case, tensors, draw, expected, key, default, best, deadline, clock
 
 
 def allowed(dtype: torch.dtype) -> float:
-    """How far results under other sizes may be from each other, relative: sums in another order, then rounded."""
+    """Return the relative difference allowed between results of different sizes: summation orders and rounding."""
     return 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
 
 
 def run(out: Path | None, seconds: float, dry_run: bool) -> int:
-    """Tunes on this machine's GPU and writes `out`, by default the table that the kernels read. Returns how many
-    entries it has.
+    """Tune on the local GPU, write `out`, by default the kernels' own table, and return the number of entries.
 
-    A dry run shows what would be tuned and tries one candidate in Triton's interpreter, on small shapes; it measures
-    nothing and writes nothing.
+    A dry run lists the tunable entries and tries one candidate in Triton's interpreter, on small shapes; it neither
+    measures nor writes.
 
     Raises:
-        ValueError: there is no GPU, and it is no dry run.
+        ValueError: there is no GPU, and it is not a dry run.
     """
     if dry_run:
         return _dry_run()
@@ -133,7 +132,7 @@ def run(out: Path | None, seconds: float, dry_run: bool) -> int:
         if found.after < found.before:
             entries.setdefault(operator, {})[shape_class] = found.sizes
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(target, entries)  # each, should it be interrupted
+            write_json(target, entries)  # after each entry, in case of interruption
     count = sum(map(len, entries.values()))
     print(f"{count} entries better than the default{f', written to {target}' if count else ''}")
     return count
@@ -147,7 +146,7 @@ def _line(found: Found) -> str:
 
 def _dry_run() -> int:
     device, count = torch.device("cpu"), 0
-    smallest = {case.operator: case for case in CASES}  # the last of each operator
+    smallest = {case.operator: case for case in CASES}  # each operator's last case
     for case in smallest.values():
         for (operator, shape_class), default in looked_up(case, device, torch.float32).items():
             number = sum(len(candidates(name, value)) for name, value in default.items())

@@ -1,7 +1,7 @@
 """Models of the published sizes on the CPU without their arithmetic: the code runs, and large values are not computed.
 
-Unlike PyTorch's fake tensors, these have memory: what looks at addresses and strides, as Triton's launcher does, sees
-what it would see. That memory is never written, so the operating system never gives any.
+Unlike PyTorch's fake tensors, these have memory, so that code that inspects addresses and strides, such as Triton's
+launcher, works as usual. The memory is never written, so the operating system never allocates it.
 """
 
 from typing import Any
@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-LARGE = 2**16  # values; what is smaller is computed, as masks and lengths are
+LARGE = 2**16  # values; smaller tensors, such as masks and lengths, are computed
 
 
 class Uncomputed(TorchDispatchMode):
-    """Within, operators with a large floating tensor among their arguments give something of the right form.
+    """Within this mode, operators with a large floating tensor argument return results of the right form.
 
-    Large results have no values, others are zero. Views are views, what writes in place leaves its argument as it is,
-    and operators of lion_kernels run: their launches are a recorder's to note.
+    Large results have no values, others are zero. Views remain views, in-place operators leave their argument
+    unchanged, and operators of lion_kernels run, so that a recorder can record their launches.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "lion_kernels":
-            with self:  # what they call is not to be computed either
+            with self:  # do not compute the operators they call either
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         returned = [value.alias_info for value in func._schema.returns]
         if returned and all(alias is not None and not alias.is_write for alias in returned):
@@ -42,7 +42,7 @@ def _is_large(value: Any) -> bool:
 
 
 def _makes_large(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it makes a large tensor of sizes alone, as `torch.randn` does."""
+    """Return whether the function creates a large tensor from sizes alone, like `torch.randn`."""
     return _takes_device(func) and any(_is_large(value) for value in tree_flatten(_forms(func, args, kwargs))[0])
 
 
@@ -51,7 +51,7 @@ def _takes_device(func: Any) -> bool:
 
 
 def _forms(func: Any, args: Any, kwargs: Any) -> Any:
-    """What `func` gives, as tensors without memory."""
+    """Return the result of `func` as tensors without memory."""
     args, kwargs = tree_map_only(Tensor, _form, (args, kwargs))
     if _takes_device(func):
         kwargs = {**kwargs, "device": torch.device("meta")}
@@ -65,7 +65,7 @@ def _form(tensor: Tensor) -> Tensor:
 
 
 def _unwritten(form: Tensor) -> Tensor:
-    """A tensor of this shape, these strides and this dtype: zeros, or if it is large, memory that nobody wrote."""
+    """Return a tensor of this shape, strides and dtype: zeros, or unwritten memory if it is large."""
     last = sum((size - 1) * stride for size, stride in zip(form.shape, form.stride(), strict=True))
     make = torch.empty if _is_large(form) else torch.zeros
     return make(last + 1 if form.numel() else 0, dtype=form.dtype).as_strided(form.shape, form.stride())

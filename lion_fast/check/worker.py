@@ -1,7 +1,7 @@
-"""Cases side by side: workers that each compare one at a time, on one device.
+"""Parallel cases: workers that each compare one case at a time, all on one device.
 
-`python -m lion_fast.check.worker DEVICE` reads tasks from its input, a line each (number of the case, name of the
-dtype, repeats), and answers each with a line of JSON.
+`python -m lion_fast.check.worker DEVICE` reads one task per line from stdin (case number, dtype name, repeats) and
+answers each with a line of JSON.
 """
 
 import itertools
@@ -22,11 +22,11 @@ from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import Outcome, compare, name_of
 
 ALL = (*CASES, *TIMED)
-LARGE_AT_ONCE = 2  # cases of the model's own shapes, whose reference in fp64 takes some of the device's memory
+LARGE_AT_ONCE = 2  # cases with the model's own shapes, whose fp64 reference needs much of the device's memory
 
 
 class Task(NamedTuple):
-    """A case in a dtype, and how many equal calls have to give equal bits."""
+    """A case in a dtype, and the number of equal calls that must give equal bits."""
 
     case: Case
     dtype: torch.dtype
@@ -34,10 +34,10 @@ class Task(NamedTuple):
 
 
 def side_by_side(tasks: Sequence[Task], device: torch.device, processes: int) -> Iterator[Outcome]:
-    """The outcome of every task as it comes, from `processes` workers; a worker that dies is an outcome, too.
+    """Yield the outcome of every task on completion, from `processes` workers; a worker's death is an outcome.
 
-    A fault on a GPU ends everything of its process, so such a worker is replaced by another. The first of them begin
-    with the model's own shapes, which count most where time ends.
+    A GPU fault ends the whole process, so such a worker is replaced. The first workers begin with the model's own
+    shapes, which are the most important if time runs out.
     """
     large = deque(task for task in tasks if task.case.cost is not None)
     small = deque(task for task in tasks if task.case.cost is None)
@@ -77,7 +77,7 @@ def side_by_side(tasks: Sequence[Task], device: torch.device, processes: int) ->
 
 
 def _taken_from(queue: deque[Task]) -> Iterator[Task]:
-    """Its tasks, of which other threads take some, too."""
+    """Yield tasks of the queue, which other threads share."""
     while True:
         try:
             yield queue.popleft()
@@ -102,7 +102,7 @@ class _Worker:
         try:
             self.process.stdin.write(f"{ALL.index(task.case)} {name_of(task.dtype)} {task.repeats}\n")
             answer = json.loads(self.process.stdout.readline())
-        except (OSError, json.JSONDecodeError):  # it has died, of what it has said on stderr
+        except (OSError, json.JSONDecodeError):  # it has died, and stderr shows why
             self.process.kill()
             outcome = Outcome(task.case.operator, task.case.label, name_of(task.dtype))
             outcome.problems.append(f"its process ended with {self.process.wait()}")
@@ -111,7 +111,7 @@ class _Worker:
         return Outcome(**answer, errors=errors)
 
     def ended(self) -> bool:
-        """Whether it can take no other task."""
+        """Whether it cannot accept another task."""
         try:
             self.process.wait(timeout=0.5)
         except subprocess.TimeoutExpired:
@@ -122,14 +122,14 @@ class _Worker:
 def main(arguments: list[str]) -> int:
     device = torch.device(arguments[0])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else prints does not answer
+    os.dup2(2, 1)  # other output must not mix with the answers
     if device.index is not None:
         torch.cuda.set_device(device)
     for line in sys.stdin:
         number, dtype, repeats = line.split()
         outcome = compare(ALL[int(number)], getattr(torch, dtype), device, repeats=int(repeats))
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # the other workers need what this one's reference took
+            torch.cuda.empty_cache()  # the other workers need the memory of this one's reference
         answers.write(json.dumps(asdict(outcome)) + "\n")
         if outcome.problems and not _works(device):
             return 1
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _works(device: torch.device) -> bool:
-    """Whether the device still takes work from this process."""
+    """Return whether the device still accepts work from this process."""
     try:
         value: Any = torch.ones(1, device=device).sum().item()
     except RuntimeError as error:
