@@ -1,7 +1,7 @@
-"""lion_kernels in models that exist already: the original LION's, `LionForCausalLM`, and those of PEFT.
+"""lion_kernels in existing models: the original LION, `LionForCausalLM`, and models of PEFT.
 
-`apply_lion_kernels` is the whole of it. `rewiring` has how an instance is rewired and restored, `rules` what is rewired
-and into which of the classes of `original`, `transformers` and `lora`.
+`apply_lion_kernels` is the entry point. `rewiring` rewires and restores an instance; `rules` selects the modules to
+rewire and their new classes in `original`, `transformers` and `lora`.
 """
 
 import sys
@@ -21,34 +21,34 @@ __all__ = ["LeftModule", "RewiredModule", "Rewiring", "apply_lion_kernels"]
 
 
 def apply_lion_kernels(model: nn.Module, backend: str = "auto") -> Rewiring:
-    """Let `model` compute with lion_kernels, this instance alone, in place.
+    """Rewire `model` in place, this instance alone, to compute with lion_kernels.
 
-    Modules get other classes; parameters, their names, optimizers and checkpoints stay as they are. Where `backend`
-    resolves to PyTorch a module computes what it did before, to the last bit. What is rewired:
+    Modules get other classes; parameters, their names, optimizers and checkpoints stay as they are. If `backend`
+    resolves to PyTorch, a module computes what it did before, bit for bit. The function rewires:
 
     - of the original LION: adapter routers (with the one task that is set on them), feed-forward layers, T5's
       attention and norms, the vision tower's and the Q-Former's and aggregator's attention and outputs;
     - `LionForCausalLM`: as if loaded with `kernel_backend=backend`;
-    - of a PEFT model: LoRA linear layers, and `model(..., adapter_names=[...])` works in training, too;
+    - of a PEFT model: LoRA linear layers; `model(..., adapter_names=[...])` then works in training, too;
     - in any of them: RMS norms, and T5's attention and gated feed-forward.
 
-    Once more on the same model does it anew, as after `undo`. With DistributedDataParallel it may come before or after;
-    with FSDP and torch.compile it comes before.
+    Calling it again on the same model is equivalent to calling it after `undo`. Call it before or after wrapping in
+    DistributedDataParallel, but before FSDP and torch.compile.
 
     Args:
-        model: any module that holds some of these.
+        model: any module that contains some of these.
         backend: "auto" (the kernels for CUDA tensors), "triton" or "torch".
 
     Returns:
-        What was rewired, what was left and why, to be printed; its `undo()` restores the model.
+        A printable list of the rewired modules, and of the others with reasons; its `undo()` restores the model.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
-        ValueError: nothing to rewire, an unknown backend, or a model that is sharded or compiled already.
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: nothing to rewire, an unknown backend, or a model that is already sharded or compiled.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    resolve_backend(backend, "apply_lion_kernels", torch.device("cuda"))  # where it will run is known in a call
+    resolve_backend(backend, "apply_lion_kernels", torch.device("cuda"))  # the actual device is only known in a call
     _check_not_wrapped(model)
     restore(model)
     with remembering(model):
@@ -68,7 +68,7 @@ def _rewire(rewirer: Rewirer) -> None:
     known = {part for lion in lions for part in lion.modules()}
     for lion in lions:
         rewire_lion(rewirer, lion)
-    if "peft" in sys.modules:  # else there is no model of it
+    if "peft" in sys.modules:  # otherwise no model can be one of PEFT
         from lion_fast.drop_in.lora import rewire_lora
 
         rewire_lora(rewirer)

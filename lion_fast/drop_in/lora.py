@@ -1,11 +1,11 @@
-"""LoRA layers of PEFT in one product each, and training with batches that mix adapters.
+"""LoRA layers of PEFT as one product each, and training with batches that mix adapters.
 
     y = x W^T + b + sum_e scaling_e * (x A_e^T) B_e^T        (mixture_of_lora_linear)
 
 over the active adapters, or over the adapter that `model(..., adapter_names=[...])` names for each sample. With
-`lora_dropout` the A_e read what PEFT's own dropout makes of x, so that it draws the same numbers. PEFT takes
-`adapter_names` outside training only, and of its per-layer hooks none is left when gradient checkpointing computes a
-layer again; both are dealt with here.
+`lora_dropout`, the input of the A_e comes from PEFT's own dropout, so that the random numbers are the same. PEFT
+supports `adapter_names` only outside training, and its per-layer hooks are gone when gradient checkpointing recomputes
+a layer; this module handles both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +28,11 @@ _BASE = "__base__"  # PEFT's name for no adapter
 
 
 class MixedBatch:
-    """What the rewired modules of one PEFT model know of the batch under way.
+    """The state of the current batch, shared by the rewired modules of one PEFT model.
 
     Attributes:
-        names: the adapter of every sample, while a forward pass with `adapter_names` is under way.
-        was_mixed: whether the last forward pass of a layer was part of one.
+        names: the adapter of every sample, during a forward pass with `adapter_names`.
+        was_mixed: whether the last forward pass of a layer was part of such a pass.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class MixedBatch:
 
     @contextmanager
     def passing(self, names: Sequence[str] | None) -> Iterator[None]:
-        """A forward pass, or in backward the second one of a checkpointed layer."""
+        """Set the names during a forward pass, or during the second one of a checkpointed layer in backward."""
         self.names, before = names, self.names
         self._routes.clear()
         self._rows.clear()
@@ -55,9 +55,9 @@ class MixedBatch:
     def route(
         self, names: Sequence[str], adapters: Sequence[str], scalings: Sequence[float], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """A sparse gate [B, 1] and its expert ids [B, 1], -1 where a sample's adapter is not one of `adapters`.
+        """Return a sparse gate [B, 1] and its expert ids [B, 1], -1 for a sample whose adapter is not in `adapters`.
 
-        Made once for all layers alike: each would wait for the copy to the device.
+        They are shared by all equal layers, because each copy to the device would synchronise.
         """
         key = (tuple(names), tuple(adapters), tuple(scalings), device)
         if key not in self._routes:
@@ -69,7 +69,7 @@ class MixedBatch:
         return self._routes[key]
 
     def rows(self, names: Sequence[str], adapter: str, device: torch.device) -> Tensor:
-        """The samples of one adapter, made once for all layers."""
+        """Return the samples of one adapter, shared by all layers."""
         key = (tuple(names), adapter, device)
         if key not in self._rows:
             self._rows[key] = torch.tensor([i for i, name in enumerate(names) if name == adapter]).to(device)
@@ -77,7 +77,7 @@ class MixedBatch:
 
 
 class ForgetsNoNames:
-    """Any LoRA layer of peft, which in a mixed batch does not go on without names where a checkpoint forgot them."""
+    """A LoRA layer of PEFT that raises if a checkpoint lost the names of a mixed batch."""
 
     operators = "adapter_names in training"
     kernel_backend: str
@@ -102,7 +102,7 @@ class ForgetsNoNames:
 
 
 class LoraLinearOnKernels(ForgetsNoNames):
-    """peft's `lora.Linear` through `mixture_of_lora_linear`, and as it is where that would not be the same."""
+    """PEFT's `lora.Linear` computed by `mixture_of_lora_linear`, or by PEFT where that would differ."""
 
     operators = "mixture_of_lora_linear"
     # PEFT's
@@ -128,7 +128,7 @@ class LoraLinearOnKernels(ForgetsNoNames):
         self._check_forward_args(x, adapter_names=names)  # type: ignore[attr-defined]
         dropped = self._dropped(x, adapters, names)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the base layer would have it, its result too
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as in the base layer, whose result has this dtype, too
         scalings = [self.scaling[name] for name in adapters]
         ids = None
         if names is None:
@@ -151,15 +151,15 @@ class LoraLinearOnKernels(ForgetsNoNames):
         return out + self._update_of_bias(adapters, gate, ids, x.dim()).to(out.dtype)
 
     def _fuses(self, x: Tensor, adapters: list[str], names: Sequence[str] | None) -> bool:
-        """Whether the kernels compute what PEFT would."""
+        """Return whether the kernels compute the same as PEFT."""
         if not adapters or self.disable_adapters or self.merged or not on_kernels(self.kernel_backend, x.device):
             return False
         linears = [self.base_layer, *(part[name] for part in (self.lora_A, self.lora_B) for name in adapters)]
-        # PEFT computes the update in the adapter's dtype, which autocast alone makes the base layer's.
+        # PEFT computes the update in the adapter's dtype; only autocast makes it the base layer's.
         one_dtype = torch.is_autocast_enabled(x.device.type) or all(
             linear.weight.dtype == x.dtype for linear in linears
         )
-        # Several that are active at once each read an input of their own.
+        # Several active adapters with dropout have different inputs.
         one_input = len(adapters) == 1 or names is not None or not self._drops(adapters)
         return (
             one_dtype
@@ -170,10 +170,10 @@ class LoraLinearOnKernels(ForgetsNoNames):
 
     def _drops(self, adapters: list[str]) -> bool:
         dropouts = [self.lora_dropout[name] for name in adapters]
-        return any(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in dropouts)  # PEFT has nn.Identity
+        return any(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in dropouts)  # or nn.Identity
 
     def _dropped(self, x: Tensor, adapters: list[str], names: Sequence[str] | None) -> Tensor | None:
-        """What the updates read, where that is not x; in a mixed batch dropped adapter by adapter."""
+        """Return the updates' input if it is not x; a mixed batch drops per adapter."""
         if not self._drops(adapters):
             return None
         if names is None:
@@ -185,7 +185,7 @@ class LoraLinearOnKernels(ForgetsNoNames):
         return dropped
 
     def _update_of_bias(self, adapters: list[str], gate: Tensor, ids: Tensor | None, dims: int) -> Tensor:
-        """sum_e g_e b_e with the biases of the B: [Dout], or in a mixed batch [B, 1, ..., Dout]."""
+        """Return sum_e g_e b_e with the biases of the B: [Dout], or [B, 1, ..., Dout] in a mixed batch."""
         none = self.lora_B[adapters[0]].weight.new_zeros(self.base_layer.weight.shape[0])
         biases = torch.stack([self.lora_B[name].bias if self.lora_bias[name] else none for name in adapters])
         if ids is None:
@@ -195,7 +195,7 @@ class LoraLinearOnKernels(ForgetsNoNames):
 
 
 class MixesInTraining:
-    """peft's `LoraModel`, whose batches may mix adapters in training, too."""
+    """PEFT's `LoraModel` with mixed batches in training."""
 
     operators = "adapter_names in training"
     kernel_backend: str
@@ -207,7 +207,7 @@ class MixesInTraining:
         names = kwargs.get("adapter_names")
         whole: Any = super()
         hooks: AbstractContextManager[None] = whole._enable_peft_forward_hooks(*args, **kwargs)
-        training, self.training = self.training, names is None and self.training  # PEFT looks at it to refuse
+        training, self.training = self.training, names is None and self.training  # PEFT refuses if it is True
         try:
             hooks.__enter__()
         finally:
@@ -216,11 +216,11 @@ class MixesInTraining:
             with self.mixed_batch.passing(names):
                 yield
         finally:
-            hooks.__exit__(None, None, None)  # as after no error: given one, PEFT leaves its hooks where they are
+            hooks.__exit__(None, None, None)  # without the error, with which PEFT would not remove its hooks
 
 
 class KeepsNames:
-    """A layer that gradient checkpointing computes again, with the adapters' names of the first time."""
+    """A layer that gradient checkpointing recomputes with the adapters' names of the first pass."""
 
     operators = "adapter_names in training"
     kernel_backend: str
@@ -229,7 +229,7 @@ class KeepsNames:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         whole: Any = super(KeepsNames, self)  # noqa: UP008 (PyTorch 2.11 cannot trace it without arguments)
         if self.mixed_batch.names is not None:
-            kwargs["adapter_names"] = self.mixed_batch.names  # a checkpoint keeps the arguments
+            kwargs["adapter_names"] = self.mixed_batch.names  # a checkpoint saves the arguments
         return whole.__call__(*args, **kwargs)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -242,7 +242,7 @@ class KeepsNames:
 
 @contextmanager
 def _naming(module: Any, names: Sequence[str]) -> Iterator[None]:
-    """PEFT's hooks that hand its layers the names, as in the forward pass."""
+    """Install PEFT's hooks that pass the names to its layers, as in the forward pass."""
 
     def add_names(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "adapter_names": names}
@@ -257,7 +257,7 @@ def _naming(module: Any, names: Sequence[str]) -> Iterator[None]:
 
 
 def _stack(weights: list[Tensor], rank_dim: int) -> Tensor:
-    """[E, ...] of weights whose ranks may differ: what is missing to the largest is zero, and adds nothing."""
+    """Stack weights as [E, ...], padding smaller ranks with zeros, which add nothing."""
     rank = max(weight.shape[rank_dim] for weight in weights)
     if len(weights) == 1:
         return weights[0].unsqueeze(0)
@@ -267,14 +267,14 @@ def _stack(weights: list[Tensor], rank_dim: int) -> Tensor:
 
 
 def rewire_lora(rewirer: Rewirer) -> None:
-    """Rewire the LoRA layers, and in every PEFT model what mixed batches need."""
+    """Rewire the LoRA layers, and in every PEFT model the modules that mixed batches need."""
     modules: list[Any] = list(rewirer.names)
     mixed_batch: dict[Any, MixedBatch] = {}
     for tuner in (module for module in modules if isinstance(module, LoraModel)):
         mixed_batch |= dict.fromkeys(tuner.modules(), MixedBatch())
     layers: list[Any] = [module for module in modules if isinstance(module, LoraLayer)]
     for layer in layers:
-        layer.mixed_batch = mixed_batch.get(layer) or MixedBatch()  # transformers, too, has adapters, without the model
+        layer.mixed_batch = mixed_batch.get(layer) or MixedBatch()  # transformers has adapters without a PEFT model
         objection = _objection(layer)
         if objection is None:
             rewirer.rewire(layer, LoraLinearOnKernels)
@@ -314,7 +314,7 @@ def _objection(layer: Any) -> str | None:
 
 
 def _partly_left(layer: Any) -> Iterator[str]:
-    """What PEFT goes on to compute in a layer that is rewired."""
+    """Yield the computations of a rewired layer that PEFT still does."""
     if layer.lora_variant:
         yield "PEFT computes the adapters that are " + _variants(layer)
     dropped = {name: dropout.p for name, dropout in layer.lora_dropout.items() if getattr(dropout, "p", 0)}

@@ -1,8 +1,8 @@
 """The original LION's modules with a forward on lion_kernels.
 
-The original brings its own copies of BLIP-2's vision tower and Q-Former and of a T5 of transformers 4, so modules are
-recognised by what they have, not by where their classes come from. A forward here is the replaced class's wherever the
-call asks for something that the kernels do not compute, such as attention weights.
+The original has its own copies of BLIP-2's vision tower and Q-Former and of a T5 of transformers 4, so modules are
+recognised by their attributes, not by the origin of their classes. A call with arguments that the kernels do not
+support, such as a request for attention weights, uses the replaced class's forward.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ class AdapterRouterOnKernels(OnKernels):
     operators = "mixture_of_adapters"
     adapters: Any
     num_adapters: int
-    router_idx: int | None  # what the original sets on every router before a batch
+    router_idx: int | None  # set by the original on every router before a batch
     router_ratio1: Tensor
     router_ratio2: Tensor
     training: bool
@@ -36,7 +36,7 @@ class AdapterRouterOnKernels(OnKernels):
         return on_kernels(self.kernel_backend, x.device) and self.is_supported(x)
 
     def gate(self, x: Tensor) -> Tensor:
-        """Weights [1] of the one adapter, or factors [2, D] of this batch's task; the adapters' scales folded in."""
+        """Return weights [1] of a single adapter, or factors [2, D] of the batch's task, times the adapters' scales."""
         scales = torch.stack([torch.as_tensor(adapter.scale, device=x.device).squeeze() for adapter in self.adapters])
         if self.num_adapters == 1:
             return scales
@@ -46,9 +46,9 @@ class AdapterRouterOnKernels(OnKernels):
     def kernel_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate = self.gate(x)
         task_ids = None
-        if self.num_adapters > 1:  # one task for the batch, the only one in the gate
+        if self.num_adapters > 1:  # the batch has one task, the only one in the gate
             gate, task_ids = gate.unsqueeze(0), torch.zeros(1, dtype=torch.long, device=x.device)
-        # Under autocast the original's scales and ratios, in float32, make its result that, and so the stream.
+        # Under autocast, the original's float32 scales and ratios make its result float32, and so the residual stream.
         wider = torch.promote_types(x.dtype if residual is None else residual.dtype, gate.dtype)
         down, up = [a.down_proj for a in self.adapters], [a.up_proj for a in self.adapters]
         return mixture_of_adapters(
@@ -65,7 +65,7 @@ class AdapterRouterOnKernels(OnKernels):
 
 
 class AdaptedLayerFFOnKernels(OnKernels):
-    """T5's feed-forward layer with a router beside it, which adds to the layer's result where it writes its own."""
+    """T5's feed-forward layer with a router beside it; the router adds to the layer's result as it writes its own."""
 
     operators = "mixture_of_adapters"
     adapter: Any
@@ -76,7 +76,7 @@ class AdaptedLayerFFOnKernels(OnKernels):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.adapter.runs_on_kernels(hidden_states):
             return self.adapter.kernel_forward(hidden_states, self._fed_forward(hidden_states))
-        adapted = self.adapter(hidden_states)  # first, as in the original: gradients add up in the reverse order
+        adapted = self.adapter(hidden_states)  # first, as in the original: gradients are added in the reverse order
         return self._fed_forward(hidden_states) + adapted
 
     def _fed_forward(self, hidden_states: Tensor) -> Tensor:
@@ -151,21 +151,21 @@ class BertAttentionOnKernels(OnKernels):
         )
         dropout_p = self.dropout.p if self.training else 0.0
         attended = _attend(self, query, key, value, mask, query.shape[-1] ** -0.5, dropout_p)
-        # BLIP-2's returns the keys and values always, transformers' where it is part of a decoder.
+        # BLIP-2 always returns the keys and values, transformers only as part of a decoder.
         returns_past = getattr(self, "is_decoder", True)
         return (attended, (key.transpose(1, 2), value.transpose(1, 2))) if returns_past else (attended,)
 
 
 class BertOutputOnKernels(ResidualOutputOnKernels):
     def kernel_forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        # Where autocast has LayerNorm in float32, which is on CUDA, its result is that, and so the stream.
+        # Autocast on CUDA runs LayerNorm in float32, so its result and the residual stream are float32.
         if residual.is_cuda and torch.is_autocast_enabled("cuda"):
             residual = residual.float()
         return super().kernel_forward(hidden_states, residual)
 
 
 class T5AttentionOnKernels(OnKernels):
-    """The attention of a T5 of transformers 4. What goes from layer to layer is the table of biases, not all pairs'."""
+    """The attention of a T5 of transformers 4. Layers pass on the table of biases instead of the bias of all pairs."""
 
     operators = "relative_bias_attention, multi_scale_attention"
     is_decoder: bool
@@ -195,7 +195,7 @@ class T5AttentionOnKernels(OnKernels):
     ) -> tuple:
         cross = key_value_states is not None
         on = on_kernels(self.kernel_backend, hidden_states.device) and _is_padding(mask)
-        dense = not cross and position_bias is not None and position_bias.dim() == 4  # from a layer that was not on
+        dense = not cross and position_bias is not None and position_bias.dim() == 4  # from a layer not on the kernels
         if not on or dense or layer_head_mask is not None or output_attentions:
             if not cross:
                 past = 0 if past_key_value is None else past_key_value[0].shape[2]
@@ -216,7 +216,7 @@ class T5AttentionOnKernels(OnKernels):
         dropout_p = self.dropout if self.training else 0.0
         if cross:
             attended = _attend(self, query, key, value, mask, 1.0, dropout_p)
-            # The kernels read the mask; to a layer that is not on them this is what the original hands on.
+            # The kernels read the mask; a layer not on them receives what the original would pass on.
             position_bias = query.new_zeros(1, 1, 1, 1) if mask is None else mask
         else:
             position_bias = self._table(hidden_states) if position_bias is None else position_bias
@@ -239,7 +239,7 @@ class T5AttentionOnKernels(OnKernels):
     def _keys_and_values(
         self, hidden_states: Tensor, key_value_states: Tensor | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """[B, Lk, H, Dh] each; `past` has them as the cache has, [B, H, Lk, Dh]."""
+        """Return keys and values, [B, Lk, H, Dh] each; `past` has the cache's layout, [B, H, Lk, Dh]."""
         if key_value_states is not None and past is not None:
             return past[0].transpose(1, 2), past[1].transpose(1, 2)
         context = hidden_states if key_value_states is None else key_value_states
@@ -249,7 +249,7 @@ class T5AttentionOnKernels(OnKernels):
         return key, value
 
     def _table(self, hidden_states: Tensor) -> Tensor:
-        """Biases [num_buckets, H], of zero where the layer has none and none came."""
+        """Return biases [num_buckets, H], zero if the layer has none and received none."""
         if not self.has_relative_attention_bias:
             return hidden_states.new_zeros(self.relative_attention_num_buckets, self.n_heads)
         return self.relative_attention_bias(
@@ -259,9 +259,9 @@ class T5AttentionOnKernels(OnKernels):
     def _all_pairs(
         self, queries: int, past: int, mask: Tensor | None, position_bias: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Mask and bias as the original hands them on, from those that a layer and the stack on the kernels hand on."""
+        """Return mask and bias as in the original, from those passed on by a layer and the stack on the kernels."""
         keys = past + queries
-        if mask is not None and self.is_decoder and mask.shape[2] < queries:  # padding alone: kernels know causality
+        if mask is not None and self.is_decoder and mask.shape[2] < queries:  # padding only
             future = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(past + 1)
             mask = mask.masked_fill(future, torch.finfo(mask.dtype).min)
         if position_bias is not None and position_bias.dim() == 2:
@@ -278,7 +278,7 @@ class T5AttentionOnKernels(OnKernels):
 
 
 class T5StackOnKernels:
-    """A T5 stack of transformers 4 whose decoder hands its layers padding alone, as the kernels know causality."""
+    """A T5 stack of transformers 4 whose decoder passes only padding to its layers; the kernels apply causality."""
 
     operators = "the mask of relative_bias_attention"
     kernel_backend: str
@@ -292,14 +292,17 @@ class T5StackOnKernels:
 
 
 def _replaced(module: OnKernels) -> Any:
-    """The module as the class that it had, whose forward it calls."""
+    """Return the module as its previous class, to call its forward."""
     return super(OnKernels, module)
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float
 ) -> Tensor:
-    """[B, L, H * Dh] from [B, L, H, Dh] each and an additive padding mask [B, 1, 1, Lk], zero where keys count."""
+    """Return attention [B, L, H * Dh] for [B, L, H, Dh] each.
+
+    The additive padding mask [B, 1, 1, Lk] is zero where keys count.
+    """
     attended = multi_scale_attention(
         in_whole_eights(query),
         [in_whole_eights(key)],
@@ -313,5 +316,5 @@ def _attend(
 
 
 def _is_padding(mask: Tensor | None) -> bool:
-    """Whether an additive mask is the same for all heads and queries."""
+    """Return whether an additive mask is the same for all heads and queries."""
     return mask is None or (mask.dim() == 4 and tuple(mask.shape[1:3]) == (1, 1))

@@ -1,9 +1,9 @@
-"""Modules of one instance given other classes, in place, and given back their own.
+"""In-place replacement of the classes of an instance's modules, and its reversal.
 
-A module that is rewired gets a class of its own, made from the class that it had: it is still an instance of that, has
-its name, and calls it for what the kernels do not compute. Parameters, buffers, submodules and their names stay, so an
-optimizer keeps its state and a checkpoint fits. What a module had before is noted on the module itself, so a copy of a
-rewired model can be restored, too.
+A rewired module gets a new class derived from its previous one: it is still an instance of it, has its name, and calls
+it for what the kernels do not compute. Parameters, buffers, submodules and their names stay, so an optimizer keeps its
+state and checkpoints fit. The previous state is stored on the module itself, so that a copy of a rewired model can be
+restored, too.
 """
 
 import inspect
@@ -17,11 +17,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
-_BEFORE = "_before_kernels"  # where a rewired module keeps what it had
+_BEFORE = "_before_kernels"  # attribute that holds the previous state
 
 
 class Swapped:
-    """Base of the classes that `swapped_class` makes, for pickle and copy to make them again."""
+    """Base of the classes made by `swapped_class`, which lets pickle and copy recreate them."""
 
     swapped: ClassVar[tuple[type, type]]
 
@@ -32,14 +32,14 @@ class Swapped:
 
 @cache
 def swapped_class(kind: type, original: type) -> type:
-    """`original` with the methods of `kind` before its own, under its own name."""
+    """Return `original` with the methods of `kind` first, under its own name."""
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(original, name) for name in names} | {"swapped": (kind, original)}
     return type(original.__name__, (Swapped, kind, original), namespace)
 
 
 def _findable(cls: type) -> tuple[type, ...]:
-    """A class that a module may import, or of what `swapped_class` made it."""
+    """Return an importable class, or the arguments of `swapped_class` that made it."""
     return cls.__dict__.get("swapped", (cls,))
 
 
@@ -50,9 +50,9 @@ def _new(kind: type, original: type) -> Any:
 
 @dataclass
 class Before:
-    """What a module had: its class, the attributes that changed, the names of those that were added.
+    """The previous state of a module: its class, the attributes that changed, the names of those that were added.
 
-    `given` is the class that it got, as pickle finds it.
+    `given` is its new class, as in `_findable`.
     """
 
     cls: type
@@ -63,7 +63,7 @@ class Before:
 
 @contextmanager
 def remembering(model: nn.Module) -> Iterator[None]:
-    """Notes on each module of `model` what is changed within, for `restore`; an exception undoes it at once."""
+    """Record the changes to each module of `model` within the context, for `restore`; an exception undoes them."""
     before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
     try:
         yield
@@ -82,10 +82,10 @@ def remembering(model: nn.Module) -> Iterator[None]:
 
 
 def restore(model: nn.Module) -> None:
-    """Give the modules of `model` what `remembering` noted; nothing happens to those without a note.
+    """Restore the state of the modules of `model` recorded by `remembering`; others are unchanged.
 
     Raises:
-        RuntimeError: a module was given yet another class since.
+        RuntimeError: the class of a module has changed again since.
     """
     noted = [(name, module) for name, module in model.named_modules() if _BEFORE in module.__dict__]
     for name, module in noted:
@@ -104,7 +104,7 @@ def restore(model: nn.Module) -> None:
 
 
 class RewiredModule(NamedTuple):
-    """A module that runs on lion_kernels now, and the operators that it calls."""
+    """A module that now runs on lion_kernels, and its operators."""
 
     name: str
     class_name: str
@@ -112,7 +112,7 @@ class RewiredModule(NamedTuple):
 
 
 class LeftModule(NamedTuple):
-    """A module that computes as before, at least where `reason` says."""
+    """A module that computes as before, at least in the way that `reason` states."""
 
     name: str
     class_name: str
@@ -121,12 +121,12 @@ class LeftModule(NamedTuple):
 
 @dataclass
 class Rewiring:
-    """What `apply_lion_kernels` did to a model. Printed, it tells; `undo` takes it back.
+    """The changes of `apply_lion_kernels` to a model. Print it to list them; `undo` reverts them.
 
     Attributes:
         model: the instance itself.
         backend: "auto", "triton" or "torch".
-        rewired, left: modules by their names in the model.
+        rewired, left: modules, with their names in the model.
     """
 
     model: nn.Module
@@ -135,10 +135,10 @@ class Rewiring:
     left: list[LeftModule] = field(default_factory=list)
 
     def undo(self) -> None:
-        """Restore every module that was rewired; the model computes the same bits as before. Twice is once.
+        """Restore every rewired module; the model computes the same bits as before. A second call has no effect.
 
         Raises:
-            RuntimeError: a module was given yet another class since.
+            RuntimeError: the class of a module has changed again since.
         """
         restore(self.model)
 
@@ -149,7 +149,7 @@ class Rewiring:
         counts = f"{len(self.rewired)} modules rewired, {len(self.left)} left as they are or in part"
         lines = [f"apply_lion_kernels, backend {self.backend!r}: {counts}"]
         for title, modules in (("rewired", self.rewired), ("left", self.left)):
-            # As many lines as there are kinds of places, not as there are layers.
+            # One line per kind of module, not per layer.
             places = Counter((why, class_name, _pattern(name)) for name, class_name, why in modules)
             if places:
                 lines.append(f"{title}:")
@@ -165,7 +165,7 @@ def _pattern(name: str) -> str:
 
 
 class Rewirer:
-    """Rewires modules of a model and keeps the list."""
+    """Rewires modules of a model and records them."""
 
     def __init__(self, model: nn.Module, backend: str):
         self.names = {module: name for name, module in model.named_modules()}
@@ -185,7 +185,7 @@ class Rewirer:
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Whether reading the parameters of `module` is the same as calling it: nothing hooks into the call."""
+    """Return whether calling `module` only applies its parameters, without hooks."""
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
@@ -195,11 +195,11 @@ def is_plain_linear(module: Any) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance, not its class, has the forward, so another class would change nothing."""
+    """Return whether the instance, not its class, has the forward, so that another class would have no effect."""
     return "forward" in module.__dict__
 
 
 def forward_takes(module: nn.Module, parameters: Iterable[str]) -> bool:
-    """Whether the forward of the module's class has these parameters first, after self."""
+    """Return whether the forward of the module's class starts with these parameters, after self."""
     expected = list(parameters)
     return list(inspect.signature(type(module).forward).parameters)[1 : len(expected) + 1] == expected

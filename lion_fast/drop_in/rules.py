@@ -1,6 +1,6 @@
-"""Which modules of a foreign model become which class on the kernels, and why others do not.
+"""The rules that assign the modules of a foreign model to classes on the kernels, or give a reason not to.
 
-A rule has two questions to a module: whether it looks like one of its kind, and what, if anything, is against it.
+A rule asks whether a module looks like one of its kind, and for an objection against rewiring it, if any.
 """
 
 import re
@@ -39,7 +39,7 @@ LOOKED_FOR = (
 
 
 class Rule(NamedTuple):
-    """`looks` says whether a module is of the kind, `objection` what speaks against `kind`'s forward for it."""
+    """`looks` returns whether a module is of the kind, `objection` a reason against `kind`'s forward for it."""
 
     looks: Callable[[Any], bool]
     objection: Callable[[Any], str | None]
@@ -149,7 +149,7 @@ RULES = (
 
 
 def rewire_by_structure(rewirer: Rewirer, known: set[nn.Module]) -> None:
-    """Rewire what the rules know among the modules that are not `known`, that is, seen to already."""
+    """Rewire the modules that match a rule, other than those already handled (`known`)."""
     modules = [module for module in rewirer.names if module not in known]
     for stack in filter(_has("block", "final_layer_norm", "get_extended_attention_mask"), modules):
         _rewire_t5_stack(rewirer, stack)
@@ -164,7 +164,7 @@ def rewire_by_structure(rewirer: Rewirer, known: set[nn.Module]) -> None:
 
 
 def _leave_the_rest(rewirer: Rewirer, modules: list[nn.Module]) -> None:
-    """List what is called an RMS norm, and the innermost that is called attention or feed-forward, if not seen to."""
+    """List unhandled modules whose name says RMS norm, and innermost ones that say attention or feed-forward."""
     listed = {name for name, *_ in rewirer.result.rewired + rewirer.result.left}
     for module in modules:
         innermost = _is_called(module) and sum(map(_is_called, module.modules())) == 1
@@ -183,14 +183,14 @@ def _rewire_by_rule(rewirer: Rewirer, module: Any, rule: Rule) -> None:
         return
     kind = rule.kind
     if kind is DecoderRMSNormOnKernels and type(module).__name__ == "T5LayerNorm":
-        kind = RMSNormOnKernels  # rounds to the weight's dtype, whatever the input's
+        kind = RMSNormOnKernels  # rounds to the weight's dtype for any input dtype
     rewirer.rewire(module, kind)
     if kind is BertOutputOnKernels:
         become(ResidualLayerNorm, module.LayerNorm, rewirer.result.backend)
 
 
 def _rewire_feed_forward_layer(rewirer: Rewirer, layer: Any) -> None:
-    """The original gives such layers a function as the instance's forward; it would hide that of any class."""
+    """Rewire a feed-forward layer; the original's forward on the instance would hide any class's."""
     own = layer.__dict__.get("forward")
     if getattr(getattr(own, "__func__", None), "__name__", "") != "forward_ffn_t5":
         rewirer.leave(layer, "its forward is not the original's forward_ffn_t5: the router adds in a call of its own")
@@ -213,7 +213,7 @@ _T5_ARGUMENTS = (
 
 
 def _rewire_t5_stack(rewirer: Rewirer, stack: Any) -> None:
-    """All attention of a T5 stack or none: what its layers hand on is of one kind."""
+    """Rewire all attention of a T5 stack or none, because its layers pass their biases on in one form."""
     attentions = [
         m for m in stack.block.modules() if _has("q", "k", "v", "o", "n_heads", "has_relative_attention_bias")(m)
     ]

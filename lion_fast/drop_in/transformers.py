@@ -1,6 +1,6 @@
-"""Models of transformers 5, which have their switches in configurations: `LionForCausalLM`, and T5 anywhere.
+"""Models of transformers 5, which are configured by their configurations: `LionForCausalLM`, and T5 in any model.
 
-A configuration may be shared between models, so the modules of the one get a copy of it.
+Models may share a configuration, so the modules of the rewired model get a copy of it.
 """
 
 import copy
@@ -20,12 +20,12 @@ from lion_fast.model.kernel_modules import LionT5Attention, OnKernels, PrefixEmb
 from lion_fast.model.vision import LionVisionAttention
 from lion_fast.modeling_lion import LionForCausalLM
 
-# Their attention is the configuration's; their class stays.
+# Their configuration selects their attention; their class stays.
 _ATTENTION_BY_CONFIG = (LionVisionAttention, LionAggregatorProjections, InstructBlipQFormerMultiHeadAttention)
 
 
 def rewire_lion(rewirer: Rewirer, lion: LionForCausalLM) -> None:
-    """What `kernel_backend=` of `from_pretrained` does, to the instance."""
+    """Apply `kernel_backend=` of `from_pretrained` to the instance."""
     backend = rewirer.result.backend
     modules = list(lion.modules())
     configs = _give_own_configs(modules)
@@ -37,7 +37,7 @@ def rewire_lion(rewirer: Rewirer, lion: LionForCausalLM) -> None:
     lion.config.share_settings()
     run_on_kernels(lion, backend)
     for module in modules:
-        if "kernel_backend" in module.__dict__:  # also of those that were loaded with another
+        if "kernel_backend" in module.__dict__:  # also in models loaded with another backend
             module.__dict__["kernel_backend"] = backend
         if isinstance(module, MixtureOfAdapters):
             rewirer.list_rewired(module, "mixture_of_adapters")
@@ -50,7 +50,7 @@ def rewire_lion(rewirer: Rewirer, lion: LionForCausalLM) -> None:
 
 
 def rewire_t5_stack(rewirer: Rewirer, stack: T5Stack) -> None:
-    """Let the attention of a T5 run on the kernels, unless another implementation than sdpa was asked for."""
+    """Run the attention of a T5 on the kernels, unless an implementation other than sdpa was requested."""
     attentions = [module for module in stack.modules() if type(module) is T5Attention]
     if stack.config._attn_implementation != "sdpa":
         for attention in attentions:
@@ -77,7 +77,7 @@ def _asked_for(config: PreTrainedConfig) -> str:
 
 
 def _give_own_configs(modules: Iterable[nn.Module]) -> list[Any]:
-    """Give the modules copies of their configurations, one for what shared one; all copies, with their parts."""
+    """Give the modules copies of their configurations, one per shared one; return all copies and their parts."""
     memo: dict[int, Any] = {}
     copies: dict[int, Any] = {}
     for module in modules:
