@@ -1,4 +1,4 @@
-"""The language model's input, forward, backward and both, beside PyTorch's gather, select and concatenation.
+"""The language model's input, forward, backward and both, compared with PyTorch's gather, select and concatenation.
 
 `pytest benchmarks` prints the table: on a GPU in bf16 with the kernels, on a CPU in fp32 without. Shapes are
 LION-FlanT5-XL's and XXL's (D 2048 and 4096, 32128 tokens, a prefix of 289); the table is frozen.

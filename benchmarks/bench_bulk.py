@@ -1,9 +1,9 @@
-"""Captions a second: a plain loop over `generate`, one picture at a time, beside a bulk job over the same pictures.
+"""Captions per second: a plain loop over `generate`, one image at a time, and a bulk job over the same images.
 
-`pytest benchmarks/bench_bulk.py` runs both on the quickstart's checkpoint, or on the directory that
-`LION_BENCH_CHECKPOINT` names. What counts is `extra_info`: images per second without the loading of the model, and CPU
-milliseconds per image, for a machine that does other work too; a job's have its workers and the loading in them. Rows
-are compared with those of the loop first: there is no rate for wrong ones.
+`pytest benchmarks/bench_bulk.py` runs both on the quickstart's checkpoint, or on the directory in
+`LION_BENCH_CHECKPOINT`. The results are in `extra_info`: images per second without the time to load the model, and CPU
+milliseconds per image, for a machine with other load. A job's figures include its workers and the loading. The job's
+rows are first compared with the loop's; wrong rows get no rate.
 """
 
 import os
@@ -39,7 +39,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def looped(pictures: Path) -> tuple[list[str], float, float]:
-    """Captions one by one, and the seconds and CPU seconds they took."""
+    """Return captions computed one by one, and their seconds and CPU seconds."""
     device = default_device()
     model = LionForCausalLM.from_pretrained(CHECKPOINT, dtype=compute_dtype(device)).eval().to(device)
     processor = LionProcessor.from_pretrained(CHECKPOINT)
@@ -49,7 +49,7 @@ def looped(pictures: Path) -> tuple[list[str], float, float]:
         return processor.batch_decode(model.generate(**batch), skip_special_tokens=True)[0].strip()
 
     files = sorted(pictures.iterdir())
-    caption(files[0])  # the first is slower
+    caption(files[0])  # warm-up
     seconds, cpu = time.perf_counter(), time.process_time()
     captions = [caption(path) for path in files]
     return captions, time.perf_counter() - seconds, time.process_time() - cpu

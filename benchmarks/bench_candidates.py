@@ -1,8 +1,8 @@
-"""Other sizes for the main kernels, each beside the size that is shipped: `CANDIDATES` says which, and why.
+"""Other sizes for the main kernels, compared with the shipped ones; `CANDIDATES` lists them with reasons.
 
-`pytest benchmarks/bench_candidates.py` prints the table. On a GPU at the headline shapes, as CUDA graphs; on a CPU with
-`TRITON_INTERPRET=1` a dry run at small sizes. A candidate is timed only if its result is the shipped one's to rounding.
-`lion-fast bench --tune` looks further, and for longer.
+`pytest benchmarks/bench_candidates.py` prints the table: on a GPU at the headline shapes, as CUDA graphs; on a CPU with
+`TRITON_INTERPRET=1` as a dry run at small sizes. A candidate is timed only if its result equals the shipped one's up to
+rounding. `lion-fast bench --tune` searches more widely, and takes longer.
 """
 
 import functools
@@ -43,10 +43,10 @@ class Candidate:
     """Sizes for one kernel in one direction of an operator's headline.
 
     Attributes:
-        operator, direction: the first headline of the operator, and what of it is timed.
-        kernel: a pattern for what the kernel looks its sizes up by, "TABLE, SHAPE CLASS".
-        sizes: what is other than shipped.
-        why: what it is tried for.
+        operator, direction: the operator, whose first headline is used, and the direction to time.
+        kernel: a pattern for the key of the kernel's sizes, "TABLE, SHAPE CLASS".
+        sizes: those that differ from the shipped ones.
+        why: the reason to try them.
     """
 
     operator: str
@@ -65,7 +65,7 @@ EVA, T5, ADAPTERS = "multi_scale_attention", "relative_bias_attention", "mixture
 
 
 def _queries(operator: str, direction: str, kernel: str) -> tuple[Candidate, ...]:
-    """Shipped are 128 rows and 64 keys in two warp groups, with two stages."""
+    """Return candidates for query tiles; shipped are 128 rows and 64 keys in two warp groups, with two stages."""
     return (
         Candidate(operator, direction, kernel, {"BM": 64, "num_warps": 4}, "twice the programs, each one warp group"),
         Candidate(operator, direction, kernel, {"BM": 64, "num_warps": 4, "num_stages": 3}, "and more loads in flight"),
@@ -77,13 +77,13 @@ def _queries(operator: str, direction: str, kernel: str) -> tuple[Candidate, ...
 CANDIDATES: tuple[Candidate, ...] = (
     *(one for name in (EVA, T5) for one in _queries(name, FORWARD, "attention, forward")),
     *(one for name in (EVA, T5) for one in _queries(name, BACKWARD, "attention, backward_queries")),
-    # Shipped: 64 queries and 128 keys in two warp groups; with T5's bias 32 and 64 in one.
+    # Shipped: 64 queries and 128 keys in two warp groups; 32 and 64 in one with T5's bias.
     Candidate(EVA, BACKWARD, "attention, backward_keys", {"BN": 64, "num_warps": 4}, "twice the programs"),
     Candidate(EVA, BACKWARD, "attention, backward_keys", {"BM": 32}, "fewer registers"),
     Candidate(T5, BACKWARD, "attention, backward_keys", {"BM": 64}, "longer products"),
     Candidate(T5, BACKWARD, "attention, backward_keys", {"BM": 64, "BN": 128, "num_warps": 8}, "two warp groups"),
     Candidate(T5, BACKWARD, "attention, backward_keys", {"num_stages": 3}, "more loads in flight"),
-    # Shipped: 64 rows in one warp group, since ptxas serialises two; update has 128 rows in two.
+    # Shipped: 64 rows in one warp group, because ptxas serialises two; update has 128 rows in two.
     Candidate(ADAPTERS, FORWARD, "low_rank.hidden", {"BM": 128, "num_warps": 8}, "weights read half as often"),
     Candidate(ADAPTERS, FORWARD, "low_rank.hidden", {"num_stages": 4}, "more loads in flight"),
     Candidate(ADAPTERS, FORWARD, "low_rank.update", {"BM": 64, "num_warps": 4}, "whole waves of programs"),
@@ -100,7 +100,7 @@ GROUPS = tuple(dict.fromkeys((candidate.operator, candidate.direction) for candi
 
 @dataclass
 class Comparison:
-    """Seconds by peer, by rounds, and why a candidate has none."""
+    """Seconds per peer and round, and the reasons of candidates without a time."""
 
     times: dict[str, list[float]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def row_of(operator: str) -> Headline:
 
 
 class Call:
-    """One direction of an operator on its headline's inputs, under any sizes."""
+    """One direction of an operator on its headline's inputs, with any sizes."""
 
     def __init__(self, operator: str, direction: str) -> None:
         self.direction, row = direction, row_of(operator)
@@ -121,7 +121,7 @@ class Call:
         self.draw = Draw(next(iter(self.inputs.values())).device)
 
     def turn(self, entries: dict[Key, Sizes], gathered: dict[Key, Sizes] | None = None) -> Turn:
-        """What is timed; `gathered` gets what its kernels look up."""
+        """Return the call to time; `gathered` receives the entries that its kernels look up."""
         gathered = {} if gathered is None else gathered
 
         def forward(_: Any = None) -> Tensor:
@@ -150,7 +150,7 @@ class Call:
 
 @functools.lru_cache(maxsize=1)
 def compare(operator: str, direction: str) -> Comparison:
-    """All candidates of one direction of an operator take turns with what is shipped."""
+    """Time all candidates of one direction of an operator in turn with the shipped sizes."""
     call, found = Call(operator, direction), Comparison()
     looked_up: dict[Key, Sizes] = {}
     shipped = call.results({}, looked_up)
@@ -167,7 +167,7 @@ def compare(operator: str, direction: str) -> Comparison:
             continue
         try:
             worst = max(map(relative_error, call.results(entries), (value.double() for value in shipped)))
-        except Exception as error:  # too large for the GPU, or not compilable
+        except Exception as error:  # too large for the GPU or not compilable
             found.problems[candidate.peer] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         if worst <= allowed(DTYPE):

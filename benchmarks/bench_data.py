@@ -1,8 +1,8 @@
-"""Images a second from files to a batch's pixels: a plain loop in one process beside loaders with workers.
+"""Images per second from files to a batch's pixels: a plain loop in one process, and loaders with workers.
 
 `pytest benchmarks/bench_data.py` prints the table and, with `--benchmark-json`, images per second as `extra_info`.
-Pictures are JPEGs of COCO's usual size, 640 x 480, of noise coarse enough to give them COCO's usual weight; each
-becomes 224 x 224 normalised pixels. Nothing consumes the batches, so a loader's rate is what it could feed.
+Images are JPEGs of COCO's usual size, 640 x 480, with noise coarse enough to match COCO's usual file size; each becomes
+224 x 224 normalised pixels. Nothing consumes the batches, so a loader's rate is an upper limit.
 """
 
 import os
@@ -56,7 +56,7 @@ def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class ToPixels:
-    """What a collator does to pictures, and that alone."""
+    """A collator's image processing alone."""
 
     def __init__(self) -> None:
         self.image_processor = BlipImageProcessorPil(size={"height": 224, "width": 224})
@@ -94,7 +94,7 @@ def bench(benchmark, jsonl: Path, storage: str, num_workers: int | None) -> None
     else:
         loader = make_loader(order, to_pixels, num_workers=num_workers)
         run = lambda: epoch(loader)  # noqa: E731
-    run()  # fills the disk's cache
+    run()  # warms the disk cache
     benchmark.group = f"{NUM_IMAGES} JPEGs of 640 x 480, batches of {BATCH_SIZE}, {os.cpu_count()} cores"
     benchmark.pedantic(run, rounds=3)
     benchmark.extra_info["images per second"] = round(NUM_IMAGES / benchmark.stats.stats.min, 1)
@@ -103,7 +103,7 @@ def bench(benchmark, jsonl: Path, storage: str, num_workers: int | None) -> None
 
 
 def bench_index(benchmark, tmp_path: Path) -> None:
-    """Reading and checking a file of lines, as every start of a training does."""
+    """Read and check a file of lines, as at every start of training."""
     record = Record(
         "a.jpg", "image_level", "What color is the dog on the grass?", "brown", tags=("dog", "grass", "park")
     )

@@ -1,8 +1,8 @@
-"""The gated GELU, forward, backward and both, beside PyTorch's GELU and product.
+"""The gated GELU, forward, backward and both, compared with PyTorch's GELU and product.
 
 `pytest benchmarks` prints the table: on a GPU in bf16 with the kernels, on a CPU in fp32 without. Channels are those
-of LION-FlanT5-XL's feed-forward (5120) and of XXL's (10240). Liger-Kernel's GEGLU has GELU's tanh form, another
-function, so it is no peer.
+of LION-FlanT5-XL's feed-forward (5120) and of XXL's (10240). Liger-Kernel's GEGLU is not a peer, because it uses GELU's
+tanh approximation.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""How a training step and a prefix grow with the batch and the image, in PyTorch on a CPU: the curves of the report.
+"""Growth of a training step and a prefix with batch and image size, in PyTorch on a CPU: the report's curves.
 
-The model is `bench_model.SMALL`, its images of other sizes by interpolated positions. The sizes of a curve take turns.
+The model is `bench_model.SMALL`, with interpolated positions for other image sizes. The sizes of a curve take turns.
 Tokens, adapters and rank vary in `bench_mixture_of_adapters` and `bench_mixture_of_lora_linear`.
 """
 

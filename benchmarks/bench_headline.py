@@ -1,8 +1,8 @@
-"""The ledger's rows (`benchmarks.harness.headline`): every operator at LION-FlanT5-XL's sizes beside its best peers.
+"""The ledger's rows (`benchmarks.harness.headline`): every operator at LION-FlanT5-XL's sizes and its best peers.
 
-`pytest benchmarks/bench_headline.py` prints the table: on a GPU in bf16, as CUDA graphs with a cold cache, tasks
-mixed. "products" is the same mathematics by the library's matrix products alone, written as one would who knows it:
-gates folded into the weights, or into the hidden channels. On a CPU it is a dry run at small sizes (`--quick`).
+`pytest benchmarks/bench_headline.py` prints the table: on a GPU in bf16, as CUDA graphs with a cold cache, with mixed
+tasks. "products" is an expert's version of the same mathematics with the library's matrix products alone: gates are
+folded into the weights or the hidden channels. On a CPU it is a dry run at small sizes (`--quick`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ from lion_kernels.rms_norm import cost as rms_norm_cost
 
 BACKEND = "triton" if ON_GPU or interpreting() else "torch"
 OURS = f"lion_kernels-{BACKEND}"
-# What a dry run on a CPU has in place of the sizes of a GPU.
+# Sizes of a dry run on a CPU, in place of those of a GPU.
 SMALL = {
     "batch": 2, "images": 2, "heads": 2, "length": 6, "tokens": 9, "queries": 9, "keys": 17, "prefix": 5,
     "channels": 64, "experts": 2, "rank": 8,
@@ -63,7 +63,7 @@ pytestmark = INTERLEAVED
 
 
 class Case(NamedTuple):
-    """What a row is measured with."""
+    """The ingredients of a row's measurement."""
 
     suite: Suite
     make_inputs: Callable[[], Inputs]
@@ -81,7 +81,7 @@ def sizes(headline: Headline) -> dict[str, Any]:
 
 
 def gate_of(shape: Mapping[str, Any], generator: torch.Generator) -> Inputs:
-    """Channel gates by task, or the weights of k experts of each row."""
+    """Return channel gates per task, or the weights of k experts per row."""
     batch, length, experts = shape["batch"], shape["length"], shape["experts"]
     if shape["gate"] == "channel":
         ids = torch.arange(batch, device=DEVICE) % TASKS if shape["tasks"] == "mixed" else torch.ones(batch).long()
@@ -92,7 +92,7 @@ def gate_of(shape: Mapping[str, Any], generator: torch.Generator) -> Inputs:
 
 
 def mixture_inputs(shape: Mapping[str, Any], names: tuple[str, str], biases: bool) -> Inputs:
-    """x, the low-rank pair (named `names`), its biases, and the gate."""
+    """Return x, the low-rank pair (named `names`), its biases, and the gate."""
     generator = seeded()
     channels, experts, rank = shape["channels"], shape["experts"], shape["rank"]
 
@@ -117,8 +117,8 @@ def dense_gate(gate: Tensor, expert_ids: Tensor, experts: int) -> Tensor:
 def low_rank_products(
     hidden: Tensor, up: Tensor, gate: Tensor, task_ids: Tensor | None, expert_ids: Tensor | None, added: Tensor
 ) -> Tensor:
-    """added + sum_e g_e up_e hidden_e by one product, from hidden [B, L, E, r] and up [E, D, r]."""
-    if task_ids is not None:  # a weight for each task: [R, D, E*r]
+    """Return added + sum_e g_e up_e hidden_e as one product, from hidden [B, L, E, r] and up [E, D, r]."""
+    if task_ids is not None:  # one weight per task: [R, D, E*r]
         weights = (gate.unsqueeze(-1) * up).transpose(1, 2).flatten(2)
         return torch.baddbmm(added, hidden.flatten(2), weights[task_ids].transpose(1, 2))
     assert expert_ids is not None
@@ -146,7 +146,7 @@ def lora_by_products(x, weight, lora_a, lora_b, gate, task_ids=None, expert_ids=
 def adapters_one_by_one(
     x, down_weight, up_weight, down_bias, up_bias, gate, residual, task_ids=None, expert_ids=None
 ) -> Tensor:
-    """The original's form, for a batch that mixes tasks."""
+    """Compute the original's form, for a batch that mixes tasks."""
     factors = gate[task_ids] if expert_ids is None else dense_gate(gate, expert_ids, len(up_weight))
     out = residual
     for e in range(len(up_weight)):
@@ -221,13 +221,13 @@ def attention(shape: dict[str, Any]) -> Case:
     q, k = meta_heads(shape)
     operators = with_ours(ATTENTION, gathered(partial(lion_kernels.multi_scale_attention, backend=BACKEND)))
     if ON_GPU:
-        operators.pop("SDPA")  # which chooses one of its backends, and they are all here
+        operators.pop("SDPA")  # it selects one of its backends, which are all listed
     suite = Suite(SUITE, operators, reference, reference, forward_only=FLEX_FORWARD)
     return Case(suite, lambda: dict(zip(("q", "k0", "v0"), heads_of(shape), strict=True)), attention_cost(q, [k]))
 
 
 def biased_attention(shape: dict[str, Any]) -> Case:
-    """The table is frozen, as LION's language model is: its gradient is not asked for."""
+    """Return the case with a frozen table, without its gradient, as in LION's frozen language model."""
     decoder = shape["stack"] == "decoder"
 
     def inputs() -> Inputs:
@@ -256,7 +256,7 @@ def norm(shape: dict[str, Any]) -> Case:
 
 
 def layer_norm(shape: dict[str, Any]) -> Case:
-    """Held to the reference without dropout, and timed with it."""
+    """Return the case, checked without dropout and timed with it."""
     p = shape["dropout"]
 
     def dropped(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def assembled(shape: dict[str, Any]) -> Case:
 
 
 def with_ours(peers: Mapping[str, Operator], ours: Operator) -> dict[str, Operator]:
-    """The peers of an operator's own suite, and of ours the one that this suite is about."""
+    """Return the peers of an operator's own suite, with only this suite's form of ours."""
     return {**{name: peer for name, peer in peers.items() if not name.startswith("lion")}, OURS: ours}
 
 
@@ -340,7 +340,7 @@ def bench(benchmark: Callable, row: Headline, direction: str, peer: str) -> None
         pytest.skip("both directions are compiled together")
     suite, make_inputs, costs = case_of(row)
     operators = {name: suite.operators[name] for name in peers(row)}
-    # Where no backward is measured none is asked for, which a peer might not have.
+    # Backward is not requested unless it is measured, because a peer might lack it.
     forward_only = frozenset(operators) if row.directions == ("forward",) else suite.forward_only
     chosen = replace(suite, operators=operators, forward_only=forward_only)
     shape = {"operator": row.operator, **sizes(row)}

@@ -1,4 +1,4 @@
-"""The mixture of adapters, forward, backward and both, beside the original's eager form.
+"""The mixture of adapters, forward, backward and both, compared with the original's eager form.
 
 `pytest benchmarks` prints the table. The base is LION-FlanT5-XL's (D 2048, rank 64, 2 adapters) with channel gates by
 task; tokens, channels, adapters and rank vary one at a time.
@@ -54,7 +54,7 @@ def make_inputs(shape: dict[str, int]) -> Inputs:
 
 
 def eager(x, down_weight, down_bias, up_weight, up_bias, gate, residual, task_ids) -> Tensor:
-    """Adapter by adapter, one task for the whole batch, as the original computes it."""
+    """Compute adapter by adapter, with one task for the whole batch, as in the original."""
     out = residual
     for e in range(len(up_weight)):
         update = F.linear(F.relu(F.linear(x, down_weight[e], down_bias[e])), up_weight[e], up_bias[e])

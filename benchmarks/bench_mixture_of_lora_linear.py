@@ -1,8 +1,8 @@
-"""The linear layer with a mixture of LoRA, forward, backward and both, beside its formula and PEFT's layer.
+"""The linear layer with a mixture of LoRA, forward, backward and both, compared with its formula and PEFT's layer.
 
-`pytest benchmarks` prints the table. The base is a 2048-wide language model with eight adapters of rank 8, its weight
-frozen; tokens, channels, adapters and rank vary one at a time. Soft routing weighs every adapter in every row; "one
-each" gives every sequence one adapter, which is what PEFT's batches of mixed adapters do (where PEFT is installed).
+`pytest benchmarks` prints the table. The base is a 2048-wide language model with eight adapters of rank 8 and a frozen
+weight; tokens, channels, adapters and rank vary one at a time. Soft routing weights every adapter in every row; "one
+each" assigns one adapter to each sequence, as in PEFT's batches of mixed adapters (measured if PEFT is installed).
 """
 
 import functools
@@ -59,7 +59,7 @@ def make_inputs(shape: dict) -> Inputs:
 def eager(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, expert_ids: Tensor | None = None
 ) -> Tensor:
-    """Adapter by adapter over all rows."""
+    """Compute adapter by adapter over all rows."""
     out = F.linear(x, weight)
     for e in range(len(lora_a)):
         factor = gate[..., e : e + 1] if expert_ids is None else (gate * (expert_ids == e)).unsqueeze(-1)
@@ -68,7 +68,7 @@ def eager(
 
 
 def with_peft(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, expert_ids: Tensor) -> Tensor:
-    """PEFT's layer on the same parameters, as its model calls it for a batch of mixed adapters."""
+    """Run PEFT's layer on the same parameters, as PEFT's model does for a batch of mixed adapters."""
     experts, rank, channels = lora_a.shape
     layer = _peft_layer(channels, experts, rank)
     names = [str(e) for e in expert_ids[:, 0].tolist()]
@@ -100,13 +100,13 @@ PEERS: dict[str, Operator] = {
 if peft is not None:
     PEERS["PEFT"] = with_peft
 SHAPES = [{"routing": "soft", **shape} for shape in mixtures(BASE)]
-# One adapter a sequence costs the same however many there are; on a CPU only the tokens vary.
+# The cost of one adapter per sequence does not depend on their number; on a CPU only the tokens vary.
 ALIKE = ("experts",) if ON_GPU else tuple(BASE)
 SHAPES += [{"routing": "one each", **shape} for shape in mixtures(BASE) if all(shape[n] == BASE[n] for n in ALIKE)]
 
 
 def peers(shape: dict) -> dict[str, Operator]:
-    left_out = {"PEFT"} if shape["routing"] == "soft" else set()  # PEFT weighs no adapters by row
+    left_out = {"PEFT"} if shape["routing"] == "soft" else set()  # PEFT has no weights per row
     left_out |= set() if compiled(shape, BASE) else {"torch.compile"}
     return {name: peer for name, peer in PEERS.items() if name not in left_out}
 

@@ -1,8 +1,8 @@
-"""The whole model with random weights, beside the original's form: its prefix, a step of training, and generation.
+"""The whole model with random weights, compared with the original's form: prefix, training step and generation.
 
 `pytest benchmarks` prints the table: on a GPU LION-FlanT5-XL's sizes in bf16 with both backends, on a CPU a small model
-in fp32 with PyTorch's. All take turns on the same weights and inputs. A form is timed only if its loss is the
-original's, and on a CPU its gradients in fp64 are. The floor is that of the matrix products and their weights alone.
+in fp32 with PyTorch's. All forms take turns on the same weights and inputs. A form is timed only if its loss matches
+the original's and, on a CPU, its gradients in fp64 do. The floor is that of the matrix products and their weights only.
 """
 
 import copy
@@ -25,11 +25,11 @@ from lion_fast.training.stages import STAGES, freeze_for_stage
 BACKENDS = ["torch", "triton"] if DEVICE.type == "cuda" else ["torch"]
 BATCH = 8 if DEVICE.type == "cuda" else 2
 NEW_TOKENS = 16
-SECONDS = 3.0  # of the turns of one job
-# Relative, of the loss and of all gradients together. In fp32 the forms' losses were seen to differ by up to 2e-6,
-# over several code paths of a CPU. The gradients of a model with random weights are ill-conditioned: in fp32 those of
-# either form are up to four per cent off fp64's, by the CPU. So they are compared in fp64, where 5e-11 was seen at the
-# most; on a GPU they need but be numbers, and what its kernels' are worth is checked in the operators' own suites.
+SECONDS = 3.0  # for the turns of one job
+# Relative bounds of the loss and of all gradients together. In fp32, the forms' losses differed by up to 2e-6 over
+# several code paths of a CPU. The gradients of a model with random weights are ill-conditioned: in fp32, those of
+# either form differ from fp64's by up to four per cent, depending on the CPU. They are therefore compared in fp64,
+# where they differed by at most 5e-11. On a GPU they only need to be finite; the operators' own suites check them.
 BOUNDS = (2e-2, math.inf) if DTYPE.itemsize < 4 else (1e-5, 1e-8)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LARGE: dict[str, Any] = {
@@ -74,7 +74,7 @@ SMALL: dict[str, Any] = {
 
 
 def build(backend: str, sizes: dict[str, Any]) -> LionForCausalLM:
-    """For joint training; the adapters' up-projections, zero in a new model, are random."""
+    """Build the model for joint training, with random up-projections of the adapters, which are zero in a new model."""
     config = LionConfig(kernel_backend=backend, **sizes)
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -83,8 +83,8 @@ def build(backend: str, sizes: dict[str, Any]) -> LionForCausalLM:
         for name, parameter in made.named_parameters():
             if "up_proj" in name:
                 parameter.normal_(std=0.02)
-        # As trained, logits of a few units; a new head's are of tens, whose probabilities are too small for the CPU to
-        # compute with at full speed.
+        # Logits of a few units, as in a trained model. A new head's are of tens, and give probabilities so small that
+        # they slow the CPU down.
         made.language_model.lm_head.weight.mul_(config.text_config.hidden_size**-0.5)
     freeze_for_stage(made, STAGES[-1])
     return made
@@ -96,7 +96,7 @@ def model(backend: str) -> LionForCausalLM:
 
 
 def make_batch() -> dict[str, Tensor]:
-    """Questions of 64 tokens and answers of 16, one task for the batch as the original has it."""
+    """Return questions of 64 tokens and answers of 16, with one task per batch as in the original."""
     generator = torch.Generator().manual_seed(0)
     size = 224 if DEVICE.type == "cuda" else 112
 
@@ -142,7 +142,7 @@ def forms() -> dict[str, LionForCausalLM]:
 
 
 def loss_and_gradients(lion: LionForCausalLM) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradients of all that is trained in one vector, on a CPU in fp64."""
+    """Return the loss, and the gradients of all trained parameters in one vector, on a CPU in fp64."""
 
     def compute(lion: LionForCausalLM, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         trained = [parameter for parameter in lion.parameters() if parameter.requires_grad]
@@ -158,7 +158,7 @@ def loss_and_gradients(lion: LionForCausalLM) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def errors() -> dict[str, tuple[float, float]]:
-    """How far each form's loss and gradients are from the original's."""
+    """Return each form's errors of loss and gradients relative to the original's."""
     expected = [value.double() for value in loss_and_gradients(forms()["original"])]
 
     def error(lion: LionForCausalLM) -> tuple[float, float]:
@@ -170,7 +170,7 @@ def errors() -> dict[str, tuple[float, float]]:
 
 @functools.cache
 def times(job: str) -> Timed:
-    """Of the forms that are right."""
+    """Return the times of the correct forms."""
     batch = make_batch()
     right = [name for name in FORMS if all(map(float.__le__, errors()[name], BOUNDS))]
     for lion in forms().values():

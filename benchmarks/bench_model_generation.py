@@ -1,10 +1,10 @@
-"""Captions: how many per second in batches, and how long one takes, from pixels to tokens, with random weights.
+"""Captions per second in batches, and the latency of one, from pixels to tokens, with random weights.
 
 `pytest benchmarks/bench_model_generation.py` prints the table: on a GPU LION-FlanT5-XL's sizes in bf16, on a CPU a
-small model in fp32 with PyTorch alone. The measure is the original's eager form, its adapters one after the other and
-its attention with a matrix of scores, under transformers' `generate`; every other way takes turns with it, and is timed
-only if its loss is that form's. Every answer has the same number of tokens. The floor is that of the original form's
-matrix products and their weights alone.
+small model in fp32 with PyTorch alone. The baseline is the original's eager form, with adapters one after the other and
+attention with a matrix of scores, under transformers' `generate`. Every other way takes turns with it, and is timed
+only if its loss matches. All answers have the same number of tokens. The floor is that of the original form's matrix
+products and their weights alone.
 """
 
 import copy
@@ -26,18 +26,18 @@ from lion_fast.check.timing import quantiles
 ON_GPU = DEVICE.type == "cuda"
 NEW_TOKENS = 20 if ON_GPU else 4
 PROMPT_TOKENS = 64  # tags and instruction
-BOUND = 2e-2 if DTYPE.itemsize < 4 else 1e-5  # of the loss, relative
-SECONDS = 60.0 if ON_GPU else 3.0  # of the turns of one job
+BOUND = 2e-2 if DTYPE.itemsize < 4 else 1e-5  # relative, of the loss
+SECONDS = 60.0 if ON_GPU else 3.0  # for the turns of one job
 MANY = 64 if ON_GPU else 4
 
 
 class Way(NamedTuple):
-    """How the model is run."""
+    """A way to run the model."""
 
     kernel_backend: str = "torch"
     original: bool = False
     folded: bool = False
-    cache: str | None = None  # transformers' `cache_implementation`; a static one's steps it compiles, with one beam
+    cache: str | None = None  # transformers' `cache_implementation`; it compiles steps with a static one and one beam
 
 
 WAYS = {
@@ -57,7 +57,7 @@ pytestmark = INTERLEAVED
 
 @functools.cache
 def model(kernel_backend: str, original: bool) -> LionForCausalLM:
-    """The adapters' up-projections, zero in a new model, are random."""
+    """Return a model with random up-projections of the adapters, which are zero in a new model."""
     config = LionConfig(kernel_backend=kernel_backend, **(LARGE if ON_GPU else SMALL))
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -73,7 +73,7 @@ def model(kernel_backend: str, original: bool) -> LionForCausalLM:
 
 @functools.cache
 def folded(kernel_backend: str, original: bool) -> LionForCausalLM:
-    """A model that shares the parameters of one that is not folded."""
+    """Return a folded model that shares the parameters of `model`."""
     source = model(kernel_backend, original)
     twin = copy.deepcopy(source, {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())})
     twin.fold_adapters()
@@ -100,7 +100,7 @@ def loss_of(lion: LionForCausalLM) -> float:
 
 @functools.cache
 def error(way: str) -> float:
-    """How far the way's loss is from the original form's."""
+    """Return the relative difference between the losses of a way and the original form."""
     expected = loss_of(model("torch", True))
     return abs(loss_of(lion_of(WAYS[way])) - expected) / abs(expected)
 
@@ -124,10 +124,10 @@ def captioning(way: Way, job: str) -> Callable[[], None]:
 
 @functools.cache
 def times(job: str) -> Timed:
-    """Of the ways that are right."""
+    """Return the times of the correct ways."""
     calls = {name: captioning(way, job) for name, way in WAYS.items() if error(name) <= BOUND}
     for call in calls.values():
-        call()  # compiles, and fills what is cached
+        call()  # compiles, and fills caches
     return timed(calls, lion_of(WAYS["original"]).parameters(), SECONDS)
 
 

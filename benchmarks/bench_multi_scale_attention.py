@@ -1,8 +1,8 @@
-"""Attention to feature maps, forward, backward and both, beside SDPA's backends, FlexAttention and flash-attn.
+"""Attention to feature maps, forward, backward and both, compared with SDPA's backends, FlexAttention and flash-attn.
 
 `pytest benchmarks` prints the table. Shapes are EVA's self-attention (257 tokens, 16 heads of 88), the vision
-aggregator's two maps, one softmax each, and the Q-Former's 32 queries (12 heads of 64). Peers that know one softmax
-run once a map.
+aggregator's two maps with one softmax each, and the Q-Former's 32 queries (12 heads of 64). Peers with a single softmax
+run once per map.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ def make_inputs(shape: dict) -> Inputs:
 
 
 def gathered(operator: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Operator:
-    """An operator on lists of maps as one on k0, v0, k1, v1 ..."""
+    """Convert an operator on lists of maps to one on k0, v0, k1, v1 ..."""
 
     def call(q: Tensor, **maps: Tensor) -> Tensor:
         number = len(maps) // 2

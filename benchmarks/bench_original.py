@@ -1,9 +1,9 @@
-"""Whole parts of LION in PyTorch beside the original's eager form: aggregator, training step, RAM tagging.
+"""Whole parts of LION in PyTorch, compared with the original's eager form: aggregator, training step, RAM tagging.
 
-`pytest benchmarks` prints the table; it is what a machine without a GPU can tell, so it runs on a CPU only. Both forms
+`pytest benchmarks` prints the table. It runs on a CPU only, for what can be measured without a GPU. Both forms
 have the same parameters, inputs and threads and take turns. The aggregator and the tagger have their published sizes,
-the training step that of a small model (`bench_model.SMALL`), with AdamW as `lion-fast train` and as the original
-configure it. Dropout is off, by which the results can be compared.
+the training step those of a small model (`bench_model.SMALL`), with AdamW as configured by `lion-fast train` and by the
+original. Dropout is off, so that the results can be compared.
 """
 
 import copy
@@ -27,9 +27,9 @@ from lion_fast.tagging.configuration_ram import RamConfig
 from lion_reference.aggregator import Aggregator
 from lion_reference.configuration import AggregatorConfig
 
-# As a share of the original's time.
+# Target times, as a share of the original's.
 AIMS = {"aggregator": 0.9, "training step": 0.85, "RAM tagging": 0.8}
-# What was tried where an aim is missed, by CPU time, which other processes change less.
+# Attempts where the target is missed, by CPU time, which depends less on other processes.
 TRIED = {
     "aggregator": "Tried: queries, keys and values in one product instead of three, which takes 3% less of these "
     "products' time, before the packing of the weights, three parameters in the checkpoints.",
@@ -43,9 +43,9 @@ pytestmark = [INTERLEAVED, pytest.mark.skipif(DEVICE.type != "cpu", reason="meas
 
 @dataclass(frozen=True)
 class Pair:
-    """What is timed of each form, and what each computes, gradients included where they are timed.
+    """The calls to time in each form, and their results, including gradients if they are timed.
 
-    They agree, or are as far from the exact result in fp64.
+    The results must agree, or have the same error relative to the exact result in fp64.
     """
 
     calls: dict[str, Callable[[], Any]]
@@ -53,7 +53,7 @@ class Pair:
 
 
 def aggregator() -> Pair:
-    """Forward and backward over the three maps of one picture."""
+    """Forward and backward over the three maps of one image."""
     torch.manual_seed(0)
     original = Aggregator(AggregatorConfig(), WIDTH).eval()
     for parameter in original.parameters():
@@ -88,7 +88,7 @@ def aggregator() -> Pair:
 
 
 def training_step() -> Pair:
-    """Loss, gradients and AdamW's update of the joint stage, one task for the batch as the original has it."""
+    """Loss, gradients and AdamW update of the joint stage, with one task per batch as in the original."""
     ours = bench_model.model("torch").train()
     original = original_lion(ours)
     batch = bench_model.make_batch()
@@ -109,7 +109,7 @@ def training_step() -> Pair:
         return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(model(**batch).loss, trained)])
 
     double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    before = {  # before a step, after which the parameters differ
+    before = {  # computed before a step changes the parameters
         "original": gradients(original, batch),
         "lion_fast": gradients(ours, batch),
         "exact": gradients(copy.deepcopy(ours).double(), double),
@@ -118,7 +118,7 @@ def training_step() -> Pair:
 
 
 def ram_tagging() -> Pair:
-    """From pixels to the logits of the 4585 tags, for one picture."""
+    """From pixels to the logits of the 4585 tags, for one image."""
     torch.manual_seed(0)
     tagger = RamTagger(RamConfig()).eval()
     original = OriginalRam(tagger).eval()
@@ -136,7 +136,7 @@ _last: dict[str, tuple[dict[str, list[float]], dict[str, dict[str, Any]], tuple[
 
 
 def spent(call: Callable[[], Any]) -> dict[str, float]:
-    """The share of a call's time in the operators that take most of it, and in the products of matrices together."""
+    """Return the shares of a call's time in its most expensive operators, and in all matrix products together."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()
     events: list[Any] = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
@@ -147,7 +147,7 @@ def spent(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def compare(part: str) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]], tuple[float, float]]:
-    """Times, what else there is to say of each form, and the error with its bound."""
+    """Return times, additional information about each form, and the error with its bound."""
     if part not in _last:
         _last.clear()
         pair = PAIRS[part]()

@@ -1,8 +1,8 @@
-"""T5's attention, forward, backward and both, beside SDPA with the bias as a mask and FlexAttention as a score_mod.
+"""T5's attention, forward, backward and both, compared with SDPA (bias as a mask) and FlexAttention (as a score_mod).
 
 `pytest benchmarks` prints the table. Shapes are LION-FlanT5-XL's (32 heads of 64, 32 buckets): an encoder over prefix
-and text (417, and 1024 with long questions and tags), and a decoding step of a few and of many sequences. flash-attn
-takes no such bias. FlexAttention has no backward on a CPU.
+and text (417, and 1024 with long questions and tags), and a decoding step with few and with many sequences. flash-attn
+does not support such a bias. FlexAttention has no backward on a CPU.
 """
 
 import functools
@@ -57,14 +57,14 @@ def make_inputs(shape: dict) -> Inputs:
 
 @functools.cache
 def distance_buckets(queries: int, keys: int, decoder: bool, device: torch.device) -> Tensor:
-    """The bucket of each pair, [L, M]; computed once, as T5 does for all its layers, and this project's kernels do."""
+    """Return the bucket of each pair, [L, M]; computed once, as in T5 for all layers and in this project's kernels."""
     positions = torch.arange(keys, device=device)
     distance = positions[None, :] - positions[keys - queries :, None]
     return relative_position_bucket(distance, num_buckets=BUCKETS, max_distance=MAX_DISTANCE, bidirectional=not decoder)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, decoder: bool) -> Tensor:
-    """A step of decoding sees every key, so nothing is masked."""
+    """Run SDPA without a causal mask, because a decoding step sees every key."""
     buckets = distance_buckets(q.shape[1], k.shape[1], decoder, q.device)
     bias = bias_table[buckets].permute(2, 0, 1)[None]
     out = F.scaled_dot_product_attention(
@@ -87,7 +87,7 @@ def flex(attention: Callable[..., Tensor]) -> Operator:
 
 
 def in_decoder(operator: Operator) -> Operator:
-    """`operator` of lion_kernels or lion_reference, by the name that the peers use."""
+    """Pass `decoder` under the argument's name in lion_kernels and lion_reference."""
     return lambda *, decoder, **inputs: operator(
         **inputs, causal=decoder, bidirectional=not decoder, max_distance=MAX_DISTANCE
     )

@@ -1,8 +1,8 @@
-"""BERT's bias, residual and norm, forward, backward and both, beside PyTorch's operators and Liger-Kernel's norm.
+"""BERT's bias, residual and norm, forward, backward and both, compared with PyTorch's operators and Liger-Kernel.
 
 `pytest benchmarks` prints the table: on a GPU in bf16 with the kernels, on a CPU in fp32 without. Shapes are the vision
-aggregator's (D 1408) and the Q-Former's (D 768), 257 tokens an image, without dropout:
-eager dropout draws another mask.
+aggregator's (D 1408) and the Q-Former's (D 768), 257 tokens per image, without dropout, because eager dropout draws
+another mask.
 """
 
 from collections.abc import Callable

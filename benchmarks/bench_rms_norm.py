@@ -1,4 +1,4 @@
-"""T5's layer norm, forward, backward and both, beside transformers' T5LayerNorm, `F.rms_norm` and Liger-Kernel's.
+"""T5's layer norm, forward, backward and both, compared with transformers' T5LayerNorm, `F.rms_norm` and Liger-Kernel.
 
 `pytest benchmarks` prints the table: on a GPU in bf16 with the kernels, on a CPU in fp32 without. The base is
 LION-FlanT5-XL's (D 2048); tokens and channels vary one at a time.
@@ -47,13 +47,13 @@ def make_inputs(shape: dict[str, int]) -> Inputs:
 
 
 def eager(x: Tensor, weight: Tensor) -> Tensor:
-    """T5LayerNorm."""
+    """Compute T5LayerNorm."""
     normed = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
     return weight * normed.to(weight.dtype)
 
 
 def fused(x: Tensor, weight: Tensor) -> Tensor:
-    """PyTorch's own, which rounds elsewhere in half precision."""
+    """Compute PyTorch's `F.rms_norm`, which rounds differently in half precision."""
     return F.rms_norm(x, weight.shape, weight, EPS)
 
 

@@ -1,15 +1,15 @@
 """A step of the joint stage: the original's eager form, `torch.compile` of it, whole or by block, and this project's.
 
-`pytest benchmarks/bench_training_step.py` prints the table: on a GPU LION-FlanT5-XL with random weights, as
-`lion-fast train` has it (frozen parts in bfloat16, the rest in float32 under autocast, dropout on), with 16 and 64
-pictures; on a CPU a small model in fp32 without `torch.compile`, to see that it runs. A step is the loss, its
-gradients and AdamW's update. `floor_seconds` is what its matrix products alone would take at the rate that this device
-reaches, so its share of the time is that of the peak arithmetic; what checkpointing computes again is not counted. Peak
-memory includes weights and optimizer.
+`pytest benchmarks/bench_training_step.py` prints the table. On a GPU it is LION-FlanT5-XL with random weights, as in
+`lion-fast train` (frozen parts in bfloat16, the rest in float32 under autocast, dropout on), with 16 and 64 images; on
+a CPU a small model in fp32 without `torch.compile`, as a functional check. A step is the loss, its gradients and
+AdamW's update. `floor_seconds` is the time of the matrix products alone at this device's measured rate, so its share of
+the time is the share of peak arithmetic; recomputation by checkpointing is not counted. Peak memory includes weights
+and optimizer.
 
-Eager keeps more of 64 pictures than one GPU holds: a peer without memory has no time and says so, and the last case
-has blocks computed again in backward for all. `LION_STEP_PICTURES=16` leaves the other cases out, and
-`LION_STEP_PEERS="original,lion_fast"` other peers. Blocks that are compiled one by one share what is compiled.
+With 64 images, eager exceeds the memory of one GPU: a peer out of memory has no time and says so, and the last case
+recomputes blocks in backward for all peers. `LION_STEP_PICTURES=16` excludes the other cases, and
+`LION_STEP_PEERS="original,lion_fast"` other peers. Blocks compiled one by one share their compilation.
 """
 
 import functools
@@ -49,7 +49,7 @@ pytestmark = INTERLEAVED
 
 @dataclass
 class Comparison:
-    """What each peer took; `problems` says why one has no time."""
+    """The measurements of each peer; `problems` states why a peer has no time."""
 
     floor: float
     problems: dict[str, Exception] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Comparison:
 
 
 def with_dropout(sizes: dict[str, Any]) -> dict[str, Any]:
-    """As published: 0.1 everywhere."""
+    """Set dropout as published: 0.1 everywhere."""
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     parts = {name: {**sizes[name], **rates} for name in ("qformer_config", "aggregator_config")}
     return {**sizes, **parts, "text_config": {**sizes["text_config"], "dropout_rate": 0.1}}
@@ -66,7 +66,7 @@ def with_dropout(sizes: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def models() -> dict[str, LionForCausalLM]:
-    """Ours and the original's forms, which share the frozen parameters."""
+    """Return ours and the original's forms, which share the frozen parameters."""
     ours = bench_model.build(BACKENDS[-1], with_dropout(LARGE if ON_GPU else SMALL))
     for parameter in ours.parameters():
         if not parameter.requires_grad:
@@ -88,7 +88,7 @@ def original_of(ours: LionForCausalLM) -> LionForCausalLM:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """In place, each repeated block by itself: those of one class share what is compiled."""
+    """Compile each repeated block separately, in place; blocks of one class share their compilation."""
     for child in module.children():
         if isinstance(child, nn.ModuleList) and len(child) > 1:
             for block in child:
@@ -102,7 +102,7 @@ def model_of(peer: str) -> LionForCausalLM:
 
 
 def batch_of(pictures: int) -> dict[str, Tensor]:
-    """One task for the batch, as the original has it."""
+    """Return a batch with one task, as in the original."""
     batch = {name: value[:1].repeat_interleave(pictures, 0) for name, value in bench_model.make_batch().items()}
     return {**batch, "pixel_values": torch.randn_like(batch["pixel_values"])}
 
@@ -113,7 +113,7 @@ def loss_of(call: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
 
 
 def make_step(peer: str, batch: dict[str, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], int]]:
-    """A step, which gives its loss, and what the peer holds between steps, in bytes."""
+    """Return a step, which returns its loss, and a function for the bytes that the peer holds between steps."""
     model = model_of(peer).train()
     call: Any = torch.compile(model) if peer == "torch.compile" else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -135,10 +135,10 @@ def make_step(peer: str, batch: dict[str, Tensor]) -> tuple[Callable[[], Tensor]
 
 @functools.cache
 def error_and_bound() -> tuple[float, float]:
-    """How far our loss is from the original's before any step, without dropout, and what is allowed.
+    """Return the difference between our loss and the original's before any step, without dropout, and its bound.
 
-    Gradients are the tests' to hold: with random weights they are chaotic. Those of the small model differ between both
-    forms by 5e-3 to 3e-2 in fp32, by the CPU. Losses differ by 2e-6 at the most.
+    Tests check the gradients, which are chaotic with random weights. In fp32, those of the small model differ between
+    both forms by 5e-3 to 3e-2, depending on the CPU. Losses differ by at most 2e-6.
     """
     batch = batch_of(min(PICTURES))
     with torch.no_grad():
@@ -148,7 +148,7 @@ def error_and_bound() -> tuple[float, float]:
 
 @functools.cache
 def flops_of_one_picture() -> int:
-    """Of the products of matrices, forward and backward."""
+    """Return the operations of all matrix products, forward and backward."""
     model = models()["original"].train()
     with FlopCounterMode(display=False) as counter:
         loss_of(model, batch_of(1)).backward()
@@ -157,7 +157,7 @@ def flops_of_one_picture() -> int:
 
 
 def together(peer: str) -> tuple[str, ...]:
-    """Those that take turns: what takes long to compile comes after the others, whose times stand where time ends."""
+    """Return the peers that take turns; slow compilers run after the others, whose times are kept if time runs out."""
     return tuple(name for name in QUICK if name in PEERS) if peer in QUICK else ("original", peer)
 
 
@@ -167,7 +167,7 @@ def compare(pictures: int, checkpointed: bool, peers: tuple[str, ...]) -> Compar
     assert error <= bound, f"wrong loss (relative error {error:.1e}, allowed {bound:.1e}), so no time"
     flops = pictures * flops_of_one_picture()
     found = Comparison(floor_seconds(Cost(0, flops), rates(), DTYPE))
-    if checkpointed:  # the last case: it stays so
+    if checkpointed:  # the last case, so it stays enabled
         for model in models().values():
             checkpoint_blocks(model)
     batch, steps = batch_of(pictures), {}
@@ -179,12 +179,12 @@ def compare(pictures: int, checkpointed: bool, peers: tuple[str, ...]) -> Compar
             found.peaks[peer] = held() + peak_bytes(step, DEVICE)
             steps[peer] = step
         except Exception as problem:
-            found.problems[peer] = problem.with_traceback(None)  # whose frames hold what was allocated
+            found.problems[peer] = problem.with_traceback(None)  # its frames hold allocations
             for model in models().values():
                 model.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
-    for peer, loss in losses.items():  # by other random numbers, so alike only
+    for peer, loss in losses.items():  # random numbers differ, so the losses are only similar
         assert loss == pytest.approx(losses.get("original", loss), rel=0.05), f"{peer} has another loss, so no time"
     found.times = interleave({peer: (None, lambda _, s=step: s()) for peer, step in steps.items()}, SECONDS)
     return found
@@ -208,7 +208,7 @@ def bench(benchmark: Callable, pictures: int, checkpointed: bool, peer: str) -> 
         peer,
         baseline="original",
         group=f"training step, {pictures} pictures{', checkpointed' if checkpointed else ''}",
-        suite=f"training_step_{pictures}",  # a file for each, as each may be measured by itself
+        suite=f"training_step_{pictures}",  # one file per suite, because each may be measured separately
         shape={"pictures": pictures, "checkpointed": checkpointed},
         dtype=str(DTYPE).removeprefix("torch."),
         floor_seconds=found.floor,

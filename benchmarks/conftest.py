@@ -1,4 +1,4 @@
-"""What every benchmark of a run leaves behind: a line of JSON in the file that `LION_BENCH_RECORDS` names, at once."""
+"""The record of every benchmark in a run: a line of JSON, written at once to the file in `LION_BENCH_RECORDS`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from lion_fast.check.timing import quantiles
 
 @pytest.fixture(autouse=True)
 def _record(request: pytest.FixtureRequest) -> Iterator[None]:
-    given = request.node.funcargs  # an interrupted test has none
+    given = request.node.funcargs  # missing for an interrupted test
     yield
     records = os.environ.get("LION_BENCH_RECORDS")
     benchmark = given.get("benchmark")

@@ -1,11 +1,11 @@
-"""What keeps the main kernels from their floor, by the GPU's own counters: DRAM, matrix units, stalls, occupancy.
+"""The main kernels' distance from their floor, explained by GPU counters: DRAM, matrix units, stalls, occupancy.
 
     ncu --profile-from-start off --csv --page raw --log-file RAW ... python -m benchmarks.counters
     python -m benchmarks.counters --read RAW --out RESULTS
 
-The first runs each of `SEGMENTS` once while ncu watches (`benchmarks/gpu.sh OUT counters` has its options), with a
-marker before each; the second writes RESULTS/DEVICE/DATE-COMMIT/ncu.json and prints a table. Without a GPU the first
-runs the same calls small, and counts nothing.
+The first command runs each of `SEGMENTS` once under ncu (`benchmarks/gpu.sh OUT counters` has its options), with a
+marker before each; the second writes RESULTS/DEVICE/DATE-COMMIT/ncu.json and prints a table. Without a GPU, the first
+runs the same calls at small sizes, and counts nothing.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from benchmarks.harness.side_by_side import DEVICE, Operator
 from lion_fast.io.atomic import write_json
 
 OPERATORS = ("mixture_of_adapters", "multi_scale_attention", "relative_bias_attention")
-MARKER = "spin_kernel"  # what torch.cuda._sleep launches
-# Of the several hundred figures of ncu's sections those by which a gap is explained.
+MARKER = "spin_kernel"  # launched by torch.cuda._sleep
+# The metrics that explain a gap, of the several hundred in ncu's sections.
 METRICS = re.compile(
     r"gpu__time_duration\.sum"
     r"|(gpu__)?dram__?(throughput|bytes)\S*\.(sum|avg\.pct_of_peak_sustained_elapsed|sum\.per_second)"
@@ -54,7 +54,7 @@ SEGMENTS = tuple(Segment(row, direction) for row in COUNTED for direction in row
 
 
 def run() -> None:
-    """Every segment once, warm, with the profiler on from before its marker to its end."""
+    """Run every segment once, warm, with the profiler on from before its marker to its end."""
     for row in COUNTED:
         calls = calls_of(row)
         for direction in row.directions:
@@ -74,7 +74,7 @@ def run() -> None:
 
 
 def calls_of(row: Headline) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """By direction, what comes before and what is counted."""
+    """Return, by direction, the preparation and the counted call."""
     case = case_of(row)
     operator: Operator = case.suite.operators[OURS]
     inputs = case.make_inputs()
@@ -92,17 +92,17 @@ def calls_of(row: Headline) -> dict[str, tuple[Callable[[], Any], Callable[[Any]
 
 
 def kernels_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Each kernel of ncu's raw CSV, in base units: operator, shape, direction, its name and metrics by ncu's names.
+    """Yield each kernel of ncu's raw CSV, in base units: operator, shape, direction, name and metrics by ncu's names.
 
     Raises:
-        ValueError: it has no table, or not as many markers as there are segments.
+        ValueError: there is no table, or the numbers of markers and segments differ.
     """
     table = list(csv.DictReader(line for line in lines if line.startswith('"')))
     if not table or "Kernel Name" not in table[0]:
         raise ValueError("expected ncu's raw page as CSV, got no table with 'Kernel Name'")
-    rows = table[1:]  # the first one under the head has the units
+    rows = table[1:]  # the first row below the header has the units
     markers = sum(MARKER in row["Kernel Name"] for row in rows)
-    if not 0 < markers <= len(SEGMENTS):  # fewer where it was cut off
+    if not 0 < markers <= len(SEGMENTS):  # fewer if it was cut off
         raise ValueError(f"expected 1 to {len(SEGMENTS)} markers ({MARKER}) among {len(rows)} kernels, got {markers}")
     segments = iter(SEGMENTS)
     segment = SEGMENTS[0]
@@ -129,7 +129,7 @@ def _is_number(text: str | None) -> bool:
 
 
 def table(kernels: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """A line for each: time, share of DRAM's and the matrix units' peak, occupancy, and the three longest stalls."""
+    """Yield a line per kernel: time, shares of DRAM's and matrix units' peak, occupancy, and three longest stalls."""
     yield f"{'kernel':<44} {'us':>8} {'DRAM':>5} {'matrix':>6} {'warps':>5}  warps stalled for each that issues"
     for kernel in kernels:
         metrics = kernel["metrics"]

@@ -1,9 +1,8 @@
 """The original's eager form of LION's parts, on the parameters of ours, so that both compute the same.
 
-The operations and their order are those that the published model runs: attention with its matrix of scores, the tags'
-embeddings projected and repeated for every picture, adapters one after the other and one task for the whole batch.
-T5, the Q-Former and the vision tower are in both forms the same modules of transformers and of `lion_fast`, here with
-eager attention.
+The operations and their order are those of the published model: attention with a matrix of scores, the tags' embeddings
+projected and repeated for every image, adapters one after the other and one task for the whole batch. T5, the Q-Former
+and the vision tower are the same modules of transformers and `lion_fast` in both forms, here with eager attention.
 """
 
 import copy
@@ -17,14 +16,14 @@ from lion_fast.model.adapters import MixtureOfAdapters
 
 
 class OriginalAdapters(nn.Module):
-    """residual + (ratio_1 * A_1(x) + ratio_2 * A_2(x)) with the ratios of the batch's one task."""
+    """residual + (ratio_1 * A_1(x) + ratio_2 * A_2(x)) with the ratios of the batch's single task."""
 
     def __init__(self, mixture: MixtureOfAdapters):
         super().__init__()
         self.mixture = mixture
 
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor) -> Tensor:
-        task = task_ids[:1]  # an index that a GPU does not wait for
+        task = task_ids[:1]  # indexing without synchronisation
         updates = []
         for number, adapter in enumerate(self.mixture.adapters, 1):
             scale, down_weight, down_bias, up_weight, up_bias = adapter()
@@ -34,7 +33,7 @@ class OriginalAdapters(nn.Module):
 
 
 def original_lion(model: LionForCausalLM) -> LionForCausalLM:
-    """A copy of `model` with parameters of its own, attention and adapters as in the original."""
+    """Return a copy of `model` with its own parameters, and attention and adapters as in the original."""
     config = copy.deepcopy(model.config)
     config.kernel_backend = "torch"
     with model.device:
@@ -48,7 +47,7 @@ def original_lion(model: LionForCausalLM) -> LionForCausalLM:
 
 
 def use_original_adapters(model: LionForCausalLM) -> None:
-    """In place, on the same parameters."""
+    """Replace the adapters in place, on the same parameters."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MixtureOfAdapters):
@@ -56,7 +55,7 @@ def use_original_adapters(model: LionForCausalLM) -> None:
 
 
 class OriginalRam(nn.Module):
-    """RAM's pixels to logits on the parameters of `tagger`, for inference."""
+    """RAM from pixels to logits on the parameters of `tagger`, for inference."""
 
     def __init__(self, tagger: RamTagger):
         super().__init__()
@@ -92,7 +91,7 @@ class OriginalRam(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """A block of Swin with one projection for queries, keys and values, and its mask kept."""
+    """A Swin block with one projection for queries, keys and values, and a stored mask."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()

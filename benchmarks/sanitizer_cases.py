@@ -1,7 +1,7 @@
-"""What `compute-sanitizer` watches: each operator's kernels on its two smallest cases, forward and backward, once.
+"""The run for `compute-sanitizer`: each operator's kernels on its two smallest cases, forward and backward, once.
 
-Half precision, as on a GPU; fp32 covers other tiles. Without a GPU they run in the interpreter. The exit status is 1
-where a result is out of bounds.
+The dtype is half precision on a GPU; fp32 covers other tiles. Without a GPU the kernels are interpreted. The exit
+status is 1 if a result is out of bounds.
 """
 
 import sys

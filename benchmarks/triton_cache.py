@@ -1,16 +1,15 @@
-"""A Triton cache for a Hopper GPU, made where there is none, so that minutes on one are not spent on compiling.
+"""Build a Triton cache for a Hopper GPU on a machine without one, to save compiling time on the GPU.
 
     python benchmarks/triton_cache.py make FILE.tar.xz        # with the GPU machine's Python and Triton
-    python benchmarks/triton_cache.py verify FILE.tar.xz      # in a folder of its own: is every launch found?
+    python benchmarks/triton_cache.py verify FILE.tar.xz      # in a separate folder: is every launch found?
     python benchmarks/triton_cache.py unpack FILE.tar.xz DIR  # on the GPU machine
     TRITON_CACHE_DIR=DIR TRITON_DISABLE_LINE_INFO=1 lion-fast check
 
-`make` runs `lion-fast check`'s cases and the benchmark's step of training on the CPU under Triton's own driver, over a
-library that stands in for libcuda.so.1 (libcuda_stand_in.c): launches are specialised, compiled for sm_90 and cached by
-the code that does so on a GPU, and compute nothing. A launch's key is made of Triton's files, ptxas' version, the
-kernel's source and line, types, constants, which arguments are multiples of 16, and options, and of no path. The C
-launchers, 0.4 seconds each, are cached likewise by their source. Line information is left out on both sides: it is part
-of the key.
+`make` runs the cases of `lion-fast check` and the benchmark's training step on the CPU with Triton's own driver and a
+stand-in for libcuda.so.1 (libcuda_stand_in.c). The usual code specialises the launches, compiles them for sm_90 and
+caches them, and they compute nothing. A launch's key covers Triton's files, ptxas' version, the kernel's source and
+line, types, constants, which arguments are multiples of 16, and options, but no path. The C launchers, 0.4 seconds
+each, are likewise cached by their source. Line information, part of the key, is disabled on both sides.
 """
 
 import argparse
@@ -38,13 +37,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 DTYPES = ("bfloat16", "float16", "float32")
 MANIFEST = "lion_fast.json"
-# Both sides set the first, which is part of the key. The second leaves intermediate languages out of the cache.
+# Both sides set the first, which is part of the key. The second excludes intermediate languages from the cache.
 SETTINGS = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_STORE_BINARY_ONLY": "1"}
-OTHER_KEYS = ("TRITON_PTXAS_PATH", "TRITON_INTERPRET", "TRITON_DEBUG")  # of the environment, which are not to be set
+OTHER_KEYS = ("TRITON_PTXAS_PATH", "TRITON_INTERPRET", "TRITON_DEBUG")  # environment variables that must not be set
 
 
 def fingerprint() -> str:
-    """Of what all keys have in common: Triton's own files, and the assembler that it brings."""
+    """Return a hash of the parts common to all keys: Triton's own files, and its assembler."""
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.runtime.cache import triton_key
 
@@ -54,8 +53,9 @@ def fingerprint() -> str:
 
 @dataclass(frozen=True)
 class What:
-    """Which launches: of these operators' cases in these dtypes, of those that the check times, in bfloat16, and of the
-    model's step of training that is benchmarked."""
+    """The launches to cache: of these operators' cases in these dtypes, of the timed cases, in bfloat16, and of the
+    model's benchmarked training step.
+    """
 
     dtypes: tuple[str, ...]
     operators: tuple[str, ...]
@@ -68,7 +68,7 @@ class What:
 
 
 def make(out: Path, what: What, processes: int) -> None:
-    """Write the cache of every launch that the check makes.
+    """Write the cache of every launch of the check.
 
     Raises:
         RuntimeError: a process has failed.
@@ -85,10 +85,10 @@ def make(out: Path, what: What, processes: int) -> None:
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Lay a cache out for this machine's processes: Triton's lists of files hold absolute paths.
+    """Extract a cache for the processes of this machine: Triton's lists of files hold absolute paths.
 
     Raises:
-        ValueError: it was made with another Triton, ptxas or Python, so that nothing would be found in it.
+        ValueError: it was made with another Triton, ptxas or Python, so that no launch would be found.
     """
     with tarfile.open(file) as archive:
         manifest = archive.extractfile(MANIFEST)
@@ -104,7 +104,7 @@ def unpack(file: Path, folder: Path) -> None:
 
 
 def verify(file: Path, processes: int) -> bool:
-    """Whether the launches that the cache was made of find all they need in it, and compile and build nothing."""
+    """Return whether all launches of the cache are found in it, so that nothing is compiled or built."""
     with tempfile.TemporaryDirectory() as folder:
         unpack(file, Path(folder))
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
@@ -121,7 +121,7 @@ def describe(counts: dict[str, int]) -> str:
 
 
 def record(folder: Path, what: What, processes: int) -> dict[str, int]:
-    """Fill or use the cache in `folder`, the cases shared out among processes; what they counted, added up."""
+    """Fill or use the cache in `folder`, with the cases divided among processes, and return their total counts."""
     with tempfile.TemporaryDirectory() as libraries:
         build_stand_in(Path(libraries))
         environment = {name: value for name, value in os.environ.items() if name not in OTHER_KEYS}
@@ -143,7 +143,7 @@ def record(folder: Path, what: What, processes: int) -> dict[str, int]:
 
 
 def build_stand_in(folder: Path) -> None:
-    """libcuda.so.1, for Triton's launchers to be linked with and for the processes that run them."""
+    """Build libcuda.so.1, to link Triton's launchers with and for the processes that run them."""
     from triton.backends.nvidia.driver import include_dirs
 
     command = [os.environ.get("CC", "cc"), str(HERE / "libcuda_stand_in.c"), "-shared", "-fPIC"]
@@ -152,7 +152,7 @@ def build_stand_in(folder: Path) -> None:
 
 
 def pack(folder: Path, out: Path, manifest: dict[str, Any]) -> int:
-    """Everything that a launch reads, without the locks; how many files that is."""
+    """Pack everything that a launch reads, without locks, and return the number of files."""
     files = [path for path in sorted(folder.glob("*/*")) if path.is_file() and path.name != "lock"]
     with tarfile.open(out, "w:xz", preset=6) as archive:
         content = json.dumps(manifest).encode()
@@ -165,7 +165,7 @@ def pack(folder: Path, out: Path, manifest: dict[str, Any]) -> int:
 
 
 def record_share(what: What, number: int, count: int) -> dict[str, int]:
-    """In a process of its own: one of `count` shares of the check's cases; what was found, compiled and built."""
+    """Run one of `count` shares of the cases in its own process; return what was found, compiled and built."""
     ctypes.CDLL(str(Path(os.environ["TRITON_LIBCUDA_PATH"]) / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     import torch
     import triton
@@ -174,7 +174,7 @@ def record_share(what: What, number: int, count: int) -> dict[str, int]:
     from lion_fast.check.compare import leaves, make_tensors, results_of
     from lion_fast.check.model_launches import benchmarked_step
 
-    # PyTorch finds the stand-in, too, and no GPU behind it.
+    # PyTorch also finds the stand-in, without a GPU.
     warnings.filterwarnings("ignore", message="CUDA initialization")
     counts: Counter[str] = Counter()
 
@@ -206,14 +206,14 @@ def record_share(what: What, number: int, count: int) -> dict[str, int]:
 
 
 def zeros(*size: int, generator: Any = None, **options: Any) -> Any:
-    """In the place of `torch.randn`, for large inputs: nothing looks at their values."""
+    """Replace `torch.randn` for large inputs, whose values do not matter."""
     import torch
 
     return torch.zeros(*size, **options)
 
 
 def as_on_a_gpu(stack: ExitStack) -> None:
-    """Let tensors on the CPU be launched on as if they were a Hopper GPU's, until the stack is left."""
+    """Make launches on CPU tensors behave as on a Hopper GPU until the stack is closed."""
     import torch
     import triton
     from triton.backends.nvidia.driver import CudaDriver

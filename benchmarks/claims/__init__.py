@@ -1,4 +1,4 @@
-"""The paper's claims, tried at small scale: `python -m benchmarks.claims`."""
+"""Small-scale experiments on the paper's claims: `python -m benchmarks.claims`."""
 
 from benchmarks.claims.arms import ARMS, Arm
 from benchmarks.claims.experiment import Settings, run

@@ -10,7 +10,7 @@ from lion_fast.extras import MissingExtraError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; input that cannot be used is a message on stderr and exit status 2."""
+    """Run the experiment; unusable input gives a message on stderr and exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.claims",
         description="Train small LIONs on generated scenes with and without what the paper claims to help, about ten "

@@ -1,7 +1,6 @@
-"""The arms of the experiment as data: what each trains, on what, from where, and with which tags.
+"""The arms of the experiment as data: what each trains, on which data, from which weights, and with which tags.
 
-Every arm is the quickstart's small LION around the same frozen stand-ins. What an arm leaves out is stated by its
-fields; all else is alike.
+Every arm is the quickstart's small LION around the same frozen stand-ins. The arms differ only in their fields.
 """
 
 from collections.abc import Sequence
@@ -19,28 +18,28 @@ from lion_fast.training.stages import STAGES, Stage
 IMAGE, REGION, JOINT = STAGES[:3]
 IMAGE_KINDS, REGION_KINDS = ("caption", "vqa"), ("rec",)
 TRAINED_WRONG, WRONG_RATES = 0.25, (0.0, 0.25, 0.5)  # shares of true tags replaced by others
-BLUR = 1.5  # of the vision features of arms that are blurred, in units of their standard deviation
+BLUR = 1.5  # noise of blurred vision features, in units of their standard deviation
 PLAIN_SENTENCE = TAG_SENTENCE.removeprefix("According to {soft_prompt}, ")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training.
+    """One training run.
 
     Args:
         name: of its result file.
         label: in tables.
-        stage: whose modules are trained, on whose kinds of instructions, at whose learning rates.
-        steps: which stages' steps it takes, summed.
-        measured: kinds of instructions that it is judged by.
-        after: arms whose weights it goes on from.
-        shares_adapter: one adapter for both tasks, as large as two, in place of the mixture.
-        routed: the routers are learnt; else both adapters serve both tasks alike, weighed 1.
-        aggregates: the aggregator is trained; else it stays at its start, where it normalises the last layer alone.
-        reads_tags: the language model is one that has been taught to read tags.
-        blurred: the vision features carry noise, as of a tower that sees less well.
-        tag_sentence: what the tags stand in, with `{tags}` and perhaps `{soft_prompt}`; None for no tags. In training
-            the share TRAINED_WRONG is wrong, and it is measured at all WRONG_RATES.
+        stage: the stage whose modules, kinds of instructions and learning rates it uses.
+        steps: stages whose numbers of steps are summed.
+        measured: kinds of instructions to evaluate.
+        after: arms whose weights it starts from.
+        shares_adapter: one adapter for both tasks, as large as two, instead of the mixture.
+        routed: whether routers are trained; otherwise both adapters serve both tasks equally, with weight 1.
+        aggregates: whether the aggregator is trained; otherwise it only normalises the last layer, as initialised.
+        reads_tags: whether the language model has been taught to read tags.
+        blurred: whether noise is added to the vision features, to model a weaker tower.
+        tag_sentence: sentence of the tags, with `{tags}` and perhaps `{soft_prompt}`; None for no tags. In training,
+            the share TRAINED_WRONG of tags is wrong; evaluation uses all WRONG_RATES.
         rates_of: stages whose learning rates are averaged; `stage` alone if empty.
     """
 
@@ -60,18 +59,18 @@ class Arm:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of instructions, whose batches come in turn."""
+        """Kinds of instructions, whose batches alternate."""
         return KINDS[self.stage.number]
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Peaks of the schedules, from those of the quickstart."""
+        """Peaks of the schedules, derived from the quickstart's."""
         numbers = self.rates_of or (self.stage.number,)
         return {name: mean(rates[n] for n in numbers) for name, rates in (("muon_lr", MUON_LR), ("adamw_lr", ADAMW_LR))}
 
 
 _EVERYTHING = (*IMAGE_KINDS, *REGION_KINDS)
-# Region-level training through the Q-Former, for want of any other way in.
+# Region-level training through the Q-Former, which is then the only visual input.
 _REGION_BY_QFORMER = replace(REGION, visual_input=IMAGE.visual_input, modules=IMAGE.modules)
 
 STAGED = (
@@ -98,7 +97,7 @@ ARMS = (*STAGED, *GROUNDING, _DOUBTFUL, *TAGGING)
 
 
 def tell_tags(scene_set: SceneSet, wrong: float, seed: Sequence[int]) -> list[str]:
-    """Every scene's tags as a tagger gives them that is always wrong about the same, as LION writes them."""
+    """Return every scene's tags in LION's format, as from a tagger that always makes the same mistakes."""
     return [
         ", ".join(replace_tags(scene.tags, wrong, np.random.default_rng([*seed, index])))
         for index, scene in enumerate(scene_set.scenes)
@@ -106,7 +105,7 @@ def tell_tags(scene_set: SceneSet, wrong: float, seed: Sequence[int]) -> list[st
 
 
 def replace_tags(tags: Sequence[str], share: float, rng: np.random.Generator) -> tuple[str, ...]:
-    """Tags of which each is replaced with probability `share` by one that is not true, in the order of `TAGS`."""
+    """Replace each tag by a false one with probability `share`; the result has the order of `TAGS`."""
     kept = [tag for tag in tags if rng.random() >= share]
     absent = [tag for tag in TAGS if tag not in tags]
     wrong = rng.choice(absent, size=len(tags) - len(kept), replace=False)
@@ -114,5 +113,5 @@ def replace_tags(tags: Sequence[str], share: float, rng: np.random.Generator) ->
 
 
 def accuracy_name(kind: str, wrong: float | None = None) -> str:
-    """What an accuracy is called in results: `caption`, or `caption, 25% of tags wrong`."""
+    """Return the name of an accuracy in the results: `caption`, or `caption, 25% of tags wrong`."""
     return kind if wrong is None else f"{kind}, {wrong:.0%} of tags wrong"

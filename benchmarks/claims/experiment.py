@@ -1,4 +1,4 @@
-"""Train and measure every arm for every seed, one result file each, so that nothing done is done again."""
+"""Training and evaluation of every arm for every seed, with one result file each, so that a rerun resumes."""
 
 import hashlib
 import json
@@ -25,14 +25,14 @@ from lion_fast.quickstart.loop import train_lion
 from lion_fast.quickstart.models import build_config
 from lion_fast.training.stages import STAGES, carry_over, copy_frozen, freeze_for_stage
 
-# Neither the quickstart's stand-ins nor its learning rates have seen these scenes.
+# Scenes used neither for the quickstart's stand-ins nor for its learning rates.
 _TRAIN_SCENES, _TEST_SCENES = 100, 101
 _ASKED = {"caption": 1, "vqa": 2, "rec": 2}  # samples of a kind per scene
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything; stages 1 and 2 take the same steps, so that mixed data can be half and half too."""
+    """The sizes of the experiment; stages 1 and 2 have equal steps, so that mixed data can be half and half."""
 
     train_scenes: int = 12000
     test_scenes: int = 400
@@ -52,19 +52,19 @@ def run(
     settings: Settings | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Train every arm for every seed, and write what came of it as `claims.json`, `claims.md` and `images/claims.png`.
+    """Train every arm for every seed, and write the results as `claims.json`, `claims.md` and `images/claims.png`.
 
-    An arm's result for a seed is a file of its own under `arms/`; those that are there are not trained again.
+    Each arm's result for a seed is a file under `arms/`; arms with a file are not trained again.
 
     Args:
-        output_dir: made if it is not there.
+        output_dir: created if missing.
         frozen_from: a checkpoint of the quickstart, whose stand-ins all arms share.
-        seeds: of initial weights, of the order of the data and of wrong tags; two or more, for there to be a spread.
+        seeds: for initial weights, data order and wrong tags; at least two, to estimate the spread.
         settings: `Settings()` if None.
-        show: print every result and where the files lie.
+        show: print every result and the paths of the files.
 
     Returns:
-        What `claims.json` holds.
+        The content of `claims.json`.
 
     Raises:
         ValueError: too few or too many seeds, a checkpoint of other sizes, or results in `output_dir` of other
@@ -72,7 +72,7 @@ def run(
         OSError: there is no checkpoint.
         MissingExtraError: matplotlib is not installed.
     """
-    require("quickstart", "matplotlib")  # which draws when all is trained
+    require("quickstart", "matplotlib")  # needed for the chart at the end
     if len(set(seeds)) != len(seeds) or not 2 <= len(seeds) <= MAX_SEEDS:
         raise ValueError(f"seeds: expected 2 to {MAX_SEEDS} different ones, got {list(seeds)}")
     output_dir, say = Path(output_dir), print if show else _silence
@@ -106,7 +106,7 @@ class Experiment:
         self.output_dir, self.settings = output_dir, settings
         self.processor = LionProcessor.from_pretrained(frozen_from)
         self.frozen: LionForCausalLM = LionForCausalLM.from_pretrained(frozen_from)
-        # In JSON's types, to compare with what was written.
+        # Converted to JSON's types, for comparison with the files.
         self.identity = json.loads(json.dumps({"settings": asdict(settings), "stand_ins": _digest(self.frozen)}))
         (output_dir / "arms").mkdir(parents=True, exist_ok=True)
         path = output_dir / "identity.json"
@@ -127,7 +127,7 @@ class Experiment:
 
     @cached_property
     def _blurred(self) -> tuple[SceneSet, SceneSet]:
-        """Both sets of scenes with blurred features of the last layer."""
+        """Return both sets of scenes with blurred features of the last layer."""
         generator = torch.Generator().manual_seed(0)
         blurred = []
         for scene_set in (self.train_set, self.test_set):
@@ -138,7 +138,7 @@ class Experiment:
         return blurred[0], blurred[1]
 
     def _sets_of(self, arm: Arm) -> tuple[SceneSet, SceneSet]:
-        """Scenes for training and for evaluation, as the arm sees them."""
+        """Return the scenes for training and evaluation as the arm sees them."""
         return self._blurred if arm.blurred else (self.train_set, self.test_set)
 
     def _with_features(self, scene_set: SceneSet) -> SceneSet:
@@ -160,14 +160,14 @@ class Experiment:
         return model
 
     def result(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """What is written of an arm and seed, trained and measured first if nothing is."""
+        """Return the arm's result for a seed; train and evaluate it first if there is no file."""
         path = self.output_dir / "arms" / f"{arm.name}-seed{seed}.json"
         if not path.is_file():
             write_json(path, self._train_and_measure(arm, seed))
         return json.loads(path.read_text(encoding="utf-8"))
 
     def build(self, arm: Arm, seed: int) -> LionForCausalLM:
-        """The arm's model before training, gradients on for what it trains."""
+        """Return the arm's model before training, with gradients enabled for the trained parts."""
         torch.manual_seed(seed)
         config = build_config(self.processor, arm.stage.visual_input)
         if arm.shares_adapter:
@@ -193,7 +193,7 @@ class Experiment:
         model = self.build(arm, seed)
         train_set, _ = self._sets_of(arm)
         steps = sum(self.settings.stage_steps[number - 1] for number in arm.steps)
-        # The same scenes and questions in the same order for every arm of a stage, whatever its tags.
+        # All arms of a stage have the same scenes and questions in the same order, with any tags.
         rng = np.random.default_rng([seed, *arm.stage.name.encode()])
         batches = training_batches(
             self._processor(arm),
@@ -223,11 +223,11 @@ class Experiment:
         return self.processor if arm.tag_sentence is None else telling(self.processor, arm.tag_sentence)
 
     def _tags(self, arm: Arm, wrong: float, seed: Sequence[int], scene_set: SceneSet) -> list[str] | None:
-        """One string per scene; None for an arm that reads no tags."""
+        """Return one string per scene; None for an arm without tags."""
         return None if arm.tag_sentence is None else tell_tags(scene_set, wrong, seed)
 
     def _accuracy(self, arm: Arm, seed: int, model: LionForCausalLM) -> dict[str, float]:
-        """Share of unseen scenes' samples that are answered as they should be, by kind and share of wrong tags."""
+        """Return the share of correct answers on unseen scenes, by kind and share of wrong tags."""
         _, test_set = self._sets_of(arm)
         processor, shares = self._processor(arm), {}
         for wrong in (0.0,) if arm.tag_sentence is None else WRONG_RATES:
@@ -241,13 +241,13 @@ class Experiment:
 
 
 def _save(model: LionForCausalLM, path: Path) -> None:
-    """Write a checkpoint that is there when it is whole."""
+    """Write a checkpoint atomically."""
     with whole_directory(path) as unfinished:
         model.save_pretrained(unfinished)
 
 
 def _digest(model: LionForCausalLM) -> str:
-    """Names the frozen parts' weights."""
+    """Return a digest of the frozen parts' weights."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not any(stage.trains(name) for stage in STAGES):

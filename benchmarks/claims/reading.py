@@ -1,7 +1,7 @@
 """A language stand-in that can read tags.
 
-Flan-T5 can make something of a list of tags in its prompt. The quickstart's language model has never read one, and what
-it is told by words after the picture only confuses it: with true tags it names less than without.
+Flan-T5 can use a list of tags in its prompt. The quickstart's language model has never read one, and words after the
+image only confuse it: with true tags it names less than without.
 """
 
 import copy
@@ -19,12 +19,12 @@ from lion_fast.quickstart.loop import Run, train
 from lion_fast.quickstart.muon import build_optimizers
 from lion_fast.quickstart.standins import Facts, linears, told_loss
 
-_NUM_FACTS = 16  # tokens that a scene is told in, as many as stage 1 shows
-_HIDDEN = (0.0, 0.8)  # share of a scene's words that it is not told, drawn per batch, so that tags are worth reading
+_NUM_FACTS = 16  # tokens that describe a scene, as many as in stage 1
+_HIDDEN = (0.0, 0.8)  # range of the share of words withheld, drawn per batch, so that tags are useful
 
 
 def telling(processor: LionProcessor, sentence: str) -> LionProcessor:
-    """A processor that puts tags into another sentence."""
+    """Return a processor that puts tags into another sentence."""
     processor = copy.copy(processor)
     processor.tag_sentence = sentence
     return processor
@@ -39,16 +39,17 @@ def teach_tags(
     batch_size: int,
     rng: np.random.Generator,
 ) -> Run:
-    """Go on training the language model on scenes that it is told of, with their true tags in every other batch.
+    """Continue to train the language model on scenes described in words, with true tags in every other batch.
 
-    Some of what a scene shows is not told, and can be made out from the tags alone. They stand in the plain sentence
-    and in LION's by turns, the soft prompt's token as any other. New adapters, which add nothing, stay as they are.
+    Parts of a scene are withheld from the description and can only be inferred from the tags. The tags alternate
+    between the plain sentence and LION's, in which the soft prompt's token is an ordinary one. New adapters, which add
+    nothing, are not trained.
     """
     language_model = model.language_model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("language_model.") and ".adapter." not in name)
     facts = Facts(scene_set.scenes, language_model.get_input_embeddings(), processor.tokenizer).requires_grad_(False)
-    facts.waves.zero_()  # what image-level instructions ask is told in words
+    facts.waves.zero_()  # the words describe what image-level instructions ask
     is_word = facts.is_word
     tags = [", ".join(scene.tags) for scene in scene_set.scenes]
 

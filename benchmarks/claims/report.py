@@ -1,4 +1,4 @@
-"""What the experiment shows: a file of numbers, a page of tables, and a chart with error bars."""
+"""The results of the experiment: a file of numbers, a page of tables, and a chart with error bars."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from lion_fast.quickstart.report import LINES, MUTED, STYLE, pyplot
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# 97.5% quantile of Student's t by degrees of freedom, one less than there are seeds.
+# 97.5% quantile of Student's t by degrees of freedom, the number of seeds minus one.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 MAX_SEEDS = max(_T) + 1
 _KINDS = {"caption": "caption, exact", "vqa": "question", "rec": "grounding, IoU 0.5"}
@@ -37,12 +37,12 @@ _BY_NAME = {arm.name: arm for arm in ARMS}
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more an arm answers right than its baseline, paired by seed, as shares between 0 and 1.
+    """The difference in accuracy between an arm and its baseline, paired by seed, as shares between 0 and 1.
 
     Args:
         mean: over the seeds.
         reach: half the width of the mean's 95% confidence interval, by Student's t.
-        ahead: seeds in which the arm answers more right.
+        ahead: number of seeds in which the arm is better.
     """
 
     mean: float
@@ -57,7 +57,7 @@ class Difference:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """Of two arms' accuracies [seeds].
+    """Return the difference between two arms' accuracies [seeds].
 
     Raises:
         ValueError: fewer than 2 seeds or more than 10.
@@ -71,7 +71,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A claim of the paper in one accuracy: the arm is to be better than the baseline."""
+    """A claim of the paper for one accuracy: the arm should be better than the baseline."""
 
     arm: str
     baseline: str
@@ -98,7 +98,7 @@ _TAGS = tuple(
 
 
 def accuracies(results: Sequence[dict[str, Any]], arm: str, accuracy: str) -> np.ndarray:
-    """[seeds], in the order of the results."""
+    """Return an accuracy per seed, in the order of the results."""
     return np.array([each["accuracy"][accuracy] for each in results if each["arm"] == arm])
 
 
@@ -107,7 +107,7 @@ def write_report(output_dir: Path, report: dict[str, Any]) -> None:
 
     Args:
         output_dir: with a directory `images`.
-        report: what `experiment.run` returns.
+        report: the return value of `experiment.run`.
     """
     (output_dir / "images").mkdir(parents=True, exist_ok=True)
     for name, content in (("claims.json", json.dumps(report, indent=1)), ("claims.md", format_page(report))):
@@ -116,7 +116,7 @@ def write_report(output_dir: Path, report: dict[str, Any]) -> None:
 
 
 def format_page(report: dict[str, Any]) -> str:
-    """The page of the documentation: what was done, the tables, and what they cannot show."""
+    """Return the page of the documentation: the method, the tables, and their limits."""
     settings, results = report["settings"], report["results"]
     seconds = sum(each["cpu_seconds"] for each in results)
     first, second, third = settings["stage_steps"]
@@ -197,7 +197,7 @@ def _points(found: Difference) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Means with standard deviations over the seeds as bars, every seed a point."""
+    """Draw means as bars with standard deviations over the seeds, and every seed as a point."""
     plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 8), dpi=120, width_ratios=(1.35, 1))
@@ -220,7 +220,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _draw_groups(axis: "Axes", results: Sequence[dict[str, Any]], arms: Sequence[str], kinds: Sequence[str]) -> None:
-    """One group of bars per kind, one bar per arm."""
+    """Draw one group of bars per kind, with one bar per arm."""
     width = 0.8 / len(arms)
     for number, (name, color) in enumerate(zip(arms, LINES, strict=False)):
         label = _CHART_LABELS[name]

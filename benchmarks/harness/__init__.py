@@ -1,1 +1,1 @@
-"""Runs the benchmarks (`python -m benchmarks.harness`), compares two runs, and reports and draws their results."""
+"""The harness of the benchmarks (`python -m benchmarks.harness`): runs, comparisons, reports and charts."""

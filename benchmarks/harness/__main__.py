@@ -1,4 +1,4 @@
-"""`python -m benchmarks.harness`: run the benchmarks, compare two runs, make their report."""
+"""`python -m benchmarks.harness`: run the benchmarks, compare two runs, or write their report."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ from lion_fast.extras import MissingExtraError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one action, whose exit status it returns; input that cannot be used is a message on stderr and status 2."""
+    """Run one action and return its exit status; unusable input gives a message on stderr and status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.harness", description="Benchmarks with peers side by side."
     )

@@ -1,4 +1,4 @@
-"""The report's charts. Times have logarithmic axes, shares begin at zero, and what is no measurement says so."""
+"""The report's charts. Times have logarithmic axes, shares start at zero, and values that are not measured say so."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -16,7 +16,7 @@ _OTHERS = ("#3a6ea5", "#c77d0a", "#7b4b94", "#4d908e", "#577590", "#9c6644", "#2
 
 
 def draw(run: Run, folder: Path, prefix: str) -> dict[str, Path]:
-    """Every chart that `run` has results for, by name, as `folder`/`prefix`NAME.png."""
+    """Draw every chart that `run` has results for, as `folder`/`prefix`NAME.png, and return them by name."""
     charts: dict[str, Callable[[Any, Run], bool]] = {
         "original": _original,
         "peers": _peers,
@@ -28,9 +28,9 @@ def draw(run: Run, folder: Path, prefix: str) -> dict[str, Path]:
 
 
 def draw_operators(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
-    """A chart of every operator with times of its peers, for all devices, by name, as `folder`/bench_NAME.png.
+    """Draw one chart per operator with the times of its peers on all devices, as `folder`/bench_NAME.png, by name.
 
-    None of the suite of all operators, each of which has times of its own size: they are the ledger's.
+    The suite of all operators has no chart; its times, one size per operator, are in the ledger.
     """
     entries = [entry for run in runs for entry in run.entries if entry.suite != SUITE]
     timed = [entry for entry in entries if entry.direction in DIRECTIONS]
@@ -43,7 +43,7 @@ def draw_operators(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
 
 
 def draw_model(folder: Path) -> Path:
-    """The cost model's curves for GPUs."""
+    """Draw the cost model's curves for GPUs."""
     file = _save(folder / "bench_model_of_gpus.png", _model_of_gpus, None)
     assert file is not None
     return file
@@ -94,13 +94,13 @@ def _original(figure: Any, run: Run) -> bool:
 
 
 def headline(entry: Entry) -> bool:
-    """Whether an entry is the mixture of adapters at LION XL's shape and the most tokens that are measured on a CPU."""
+    """Return whether an entry is the mixture of adapters at LION XL's shape and the most tokens measured on a CPU."""
     wanted = {"channels": 2048, "experts": 2, "rank": 64, "tokens": 1280}
     return entry.peer == "lion_kernels-torch" and entry.direction == "forward+backward" and entry.shape == wanted
 
 
 def aim(entry: Entry) -> float:
-    """The share of the original's time that was to be reached."""
+    """Return the target share of the original's time."""
     return entry.other.get("aim", 0.6)
 
 
@@ -109,7 +109,7 @@ def name_of(entry: Entry) -> str:
 
 
 def _row_of(entry: Entry) -> str:
-    """The row of a chart by operators: the suite of all of them has each one's name among its sizes."""
+    """Return an entry's row in a chart by operators; the suite of all operators has the operator in its shape."""
     return entry.shape["operator"] if entry.suite == SUITE else entry.suite
 
 
@@ -171,7 +171,7 @@ def _floors(figure: Any, run: Run) -> bool:
 
 
 def _operator(suite: str, figure: Any, runs: Sequence[Run]) -> bool:
-    """A row of panels a device, a panel a direction, a line a shape, a dot a peer."""
+    """Draw one row of panels per device, one panel per direction, one line per shape and one dot per peer."""
     measured = [(run, entries) for run in runs if (entries := [e for e in _of(run, suite) if e.direction])]
     shapes = [list(dict.fromkeys(entry.label for entry in entries)) for _, entries in measured]
     colors = _colors(sorted({entry.peer for _, entries in measured for entry in entries}))
@@ -284,7 +284,7 @@ def _model_of_gpus(figure: Any, _: None) -> bool:
 
 
 def _curves(entries: Iterable[Entry], axis: str) -> dict[str, list[tuple[float, float, float, float]]]:
-    """By peer, the axis' value and the time's median and quantiles in ms."""
+    """Return, by peer, the axis' value and the time's median and quantiles in ms."""
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     for entry in entries:
         median, low, high = (1e3 * seconds for seconds in entry.seconds)

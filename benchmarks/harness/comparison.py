@@ -1,21 +1,21 @@
-"""Two runs side by side: what became slower by more than both runs' own spread."""
+"""A comparison of two runs: regressions beyond both runs' spread."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.harness.results import Entry, Run
 
-# A median that moved by less is noise, however little the calls of one run spread.
+# Smaller changes of a median are noise, even if the spread within a run is smaller.
 LEAST_CHANGE = 0.03
 
 
 @dataclass(frozen=True)
 class Change:
-    """One time of ours in both runs.
+    """One time of this project in both runs.
 
     Attributes:
         before, after: in seconds, or as a share of the same baseline's time in the same run.
-        threshold: `after` beyond it is a regression.
+        threshold: above it, `after` is a regression.
     """
 
     entry: Entry
@@ -34,11 +34,11 @@ class Change:
 
 
 def compare(before: Run, after: Run) -> list[Change]:
-    """Every time of this project's own peers that both runs have, slowed most first.
+    """Return every time of this project's peers that both runs have, with the largest slowdowns first.
 
-    Where both runs have the ratio to the same baseline it is compared, which a busy machine changes less than times.
-    The threshold is the first run's median plus, of both runs, what lies between the 20 % and the 80 % quantile, and
-    at least 3 % above it.
+    If both runs have the ratio to the same baseline, the ratios are compared, because a busy machine affects them less
+    than times. The threshold is the first run's median plus the ranges between the 20 % and 80 % quantiles of both
+    runs, and at least 3 % above that median.
 
     Raises:
         ValueError: the runs are of different devices, or of different suites and shapes.
@@ -65,14 +65,14 @@ def _change(before: Entry, after: Entry) -> Change:
 
 
 def missing(before: Run, after: Run) -> list[Entry]:
-    """Times of ours that the second run's suites lack: wrong results have none."""
+    """Return our times that the second run's suites lack; wrong results have none."""
     suites = {entry.suite for entry in after.entries}
     there = {_key(entry) for entry in after.entries}
     return [entry for entry in before.entries if entry.ours and entry.suite in suites and _key(entry) not in there]
 
 
 def lines(changes: list[Change]) -> Iterator[str]:
-    """A table of what moved beyond its threshold, either way."""
+    """Yield a table of the changes beyond their threshold, in both directions."""
     for change in changes:
         faster = change.after < 2 * change.before - change.threshold
         if not (change.regressed or faster):

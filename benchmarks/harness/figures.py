@@ -1,7 +1,7 @@
 """The figures that the README, the changelog and the docs quote, generated from the results.
 
-A block between `<!-- begin: NAME -->` and `<!-- end: NAME -->` (comments that readers do not see) is the output of the
-function of that name below. `python -m benchmarks.harness report` rewrites the blocks.
+A block between `<!-- begin: NAME -->` and `<!-- end: NAME -->` (invisible comments) is the output of the function
+called NAME below. `python -m benchmarks.harness report` rewrites the blocks.
 """
 
 import re
@@ -14,14 +14,14 @@ from benchmarks.harness.headline import HEADLINES
 from benchmarks.harness.ledger import Row
 from benchmarks.harness.results import Entry, Run
 
-Devices = Mapping[str, Sequence[Run]]  # runs by device, the last one first
+Devices = Mapping[str, Sequence[Run]]  # runs by device, newest first
 _BLOCK = re.compile(
     r"^<!-- begin: (?P<name>.+) -->\n(?P<content>.*?)^<!-- end: (?P=name) -->$", re.MULTILINE | re.DOTALL
 )
 _MARKER = re.compile(r"^<!-- (?:begin|end): .*-->$", re.MULTILINE)
-ALIKE = 0.05  # times that differ by less are called alike
+ALIKE = 0.05  # smaller relative differences count as equal
 NOT_ON_A_GPU = "**GPU**: nothing has been measured yet, so we make no speed claims."
-# The rows of a CPU's ledger that are held to the original, by suite and operator, in words.
+# The rows of a CPU's ledger that are compared with the original, by suite and operator, in words.
 _ORIGINAL = {
     ("mixture_of_adapters", "mixture_of_adapters"): "adapters, forward and backward",
     ("original", "training step"): "a small training step with AdamW",
@@ -31,16 +31,16 @@ _ORIGINAL = {
 
 
 def pages(root: Path) -> list[Path]:
-    """The files of the clone at `root` that quote figures."""
+    """Return the files of the clone at `root` that quote figures."""
     candidates = [root / "README.md", root / "CHANGELOG.md", *sorted((root / "docs").rglob("*.md"))]
     return [path for path in candidates if _MARKER.search(path.read_text(encoding="utf-8"))]
 
 
 def blocks(text: str) -> list[str]:
-    """The names of the blocks in a page.
+    """Return the names of the blocks in a page.
 
     Raises:
-        ValueError: a block's beginning or end is missing.
+        ValueError: the beginning or end of a block is missing.
     """
     names = [match["name"] for match in _BLOCK.finditer(text)]
     if 2 * len(names) != len(_MARKER.findall(text)):
@@ -51,20 +51,20 @@ def blocks(text: str) -> list[str]:
 
 
 def quote(text: str, devices: Devices) -> str:
-    """A page with each of its blocks as `devices` have it.
+    """Return a page with its blocks generated from `devices`.
 
     Raises:
-        ValueError: a block has no end, or a name that no function here has.
+        ValueError: a block has no end, or its name has no function here.
     """
     blocks(text)
     return _BLOCK.sub(lambda match: _block(match["name"], devices), text)
 
 
 def write(root: Path, devices: Devices) -> list[Path]:
-    """Rewrites the blocks in the files of the clone at `root`, and returns those that it has changed.
+    """Rewrite the blocks in the files of the clone at `root`, and return the changed files.
 
     Raises:
-        ValueError: as `quote` does; the message names the file.
+        ValueError: as in `quote`; the message names the file.
     """
     changed = []
     for path in pages(root):
@@ -88,7 +88,7 @@ def _block(name: str, devices: Devices) -> str:
 
 
 def _cpu(devices: Devices, _: str) -> Iterator[str]:
-    """How far ours is from the original's eager form on a CPU, and how it stands beside each row's fastest peer."""
+    """Yield our times relative to the original's eager form on a CPU, and to each row's fastest peer."""
     for device, table in ledger.tables(devices).items():
         held: dict[str, str] = {}
         for row in table:
@@ -105,7 +105,7 @@ def _cpu(devices: Devices, _: str) -> Iterator[str]:
 
 
 def _products(ours: Entry, ratio: float) -> str:
-    """What ours cannot save, where it saves nearly nothing."""
+    """Return the share of matrix products, which both forms share, if ours saves almost nothing."""
     products = ours.other.get("spent", {}).get("products")
     return f" ({products:.0%} of it in matrix products that both share)" if products and ratio > 0.9 else ""
 
@@ -115,7 +115,7 @@ def _gpu_tables(devices: Devices) -> dict[str, list[Row]]:
 
 
 def _gpu(devices: Devices, _: str) -> Iterator[str]:
-    """The first headline of each operator and part of the model, on every GPU that has run one."""
+    """Yield the first headline of each operator and part of the model, for every GPU with results."""
     tables = _gpu_tables(devices)
     if not any(row.run for table in tables.values() for row in table):
         yield NOT_ON_A_GPU
@@ -131,7 +131,7 @@ def _gpu(devices: Devices, _: str) -> Iterator[str]:
 
 
 def _standing(table: Sequence[Row]) -> str:
-    """In how many rows of the ledger ours is ahead, and in how many not."""
+    """Return in how many rows of the ledger ours is ahead, and in how many it is not."""
     ratios = [row.ratio for row in table if row.ratio is not None]
     faster, slower = sum(ratio < 1 - ALIKE for ratio in ratios), sum(ratio > 1 + ALIKE for ratio in ratios)
     text = (
@@ -146,7 +146,7 @@ def _standing(table: Sequence[Row]) -> str:
 
 
 def _operator(devices: Devices, operator: str) -> Iterator[str]:
-    """An operator's rows of the ledger on every GPU."""
+    """Yield an operator's rows of the ledger for every GPU."""
     rows = {
         device: [row for row in table if row.headline.operator == operator]
         for device, table in _gpu_tables(devices).items()
@@ -165,7 +165,7 @@ def _operator(devices: Devices, operator: str) -> Iterator[str]:
 
 
 def _newest(devices: Devices, suite: str, gpu: bool | None = None) -> Iterator[tuple[Run, dict[str, Entry]]]:
-    """Of each device the newest run of a suite and its entries by peer."""
+    """Yield each device's newest run of a suite, with its entries by peer."""
     for runs in devices.values():
         for run in runs:
             entries = {entry.peer: entry for entry in run.entries if entry.suite == suite}
@@ -223,7 +223,7 @@ def _data(devices: Devices, _: str) -> Iterator[str]:
 
 
 def _by_workers(rates: Mapping[str, str], kind: str) -> str:
-    """`rates` has peers such as "loop-files" and "workers=2-files"."""
+    """Format `rates`, which has peers such as "loop-files" and "workers=2-files"."""
     words = []
     for peer, rate in rates.items():
         loader, _, storage = peer.partition("-")

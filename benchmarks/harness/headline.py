@@ -1,6 +1,6 @@
-"""The rows of the ledger, by which the project is judged: LION's operators at the sizes that it runs them in, and it.
+"""The rows of the ledger, by which the project is judged: LION's operators at its own sizes, and the model.
 
-`benchmarks/bench_headline.py` measures the operators' on a GPU, the ledger shows them all.
+`benchmarks/bench_headline.py` measures the operators on a GPU; the ledger shows all rows.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ Shape = Mapping[str, int | float | str]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the results of a headline are found.
+    """The origin of a headline's results.
 
     Attributes:
-        suite, shape: as its entries have them.
-        directions: those in which it measures the same as the headline.
+        suite, shape: as in its entries.
+        directions: the directions in which it measures the same as the headline.
     """
 
     suite: str
@@ -31,12 +31,12 @@ class Headline:
     """One operator, or the whole model, at one shape: a row of the ledger for each direction.
 
     Attributes:
-        operator: as `lion_kernels` names it, or what of the model is measured.
+        operator: its name in `lion_kernels`, or the measured part of the model.
         label: the shape in words.
         shape: sizes and forms by name.
-        directions: "forward", "backward", or of the whole model what its suite calls them.
-        suite: which measures it.
-        elsewhere: other suites that measure the same; what differs in anything that costs time is not the same.
+        directions: "forward", "backward", or for the whole model its suite's names.
+        suite: the suite that measures it.
+        elsewhere: other suites that measure the same, without any difference that affects the time.
     """
 
     operator: str
@@ -48,7 +48,7 @@ class Headline:
 
     @property
     def entry_shape(self) -> dict[str, int | float | str]:
-        """The shape of its entries: those of the suite of all operators say which."""
+        """The shape of its entries, which includes the operator in the suite of all operators."""
         return {"operator": self.operator, **self.shape} if self.suite == SUITE else dict(self.shape)
 
     @property
@@ -57,7 +57,7 @@ class Headline:
 
 
 def _rows_alike(operator: str, channels: int, label: str) -> Headline:
-    """Rows of 16 sequences of 1024, which the operator's own suite measures, too."""
+    """Return the headline for rows of 16 sequences of 1024, which the operator's own suite also measures."""
     shape = {"tokens": 16 * 1024, "channels": channels}
     return Headline(operator, label, shape, elsewhere=(Source(operator, shape, BOTH),))
 
@@ -75,12 +75,12 @@ def _generation(pictures: int, beams: int, tokens: int, size: str = "LION-FlanT5
     return Headline("generation", label, shape, ("generation",), "model_generation")
 
 
-# On a GPU, at the sizes of LION-FlanT5-XL; sparse gates at XXL's width.
+# On a GPU, at the sizes of LION-FlanT5-XL; sparse gates have XXL's width.
 HEADLINES: tuple[Headline, ...] = (
     Headline(
         "mixture_of_adapters",
         "16 x 1024 tokens, D 2048, E 2, r 64, channel gates, mixed tasks",
-        # mixture_of_adapters' own suite has one task in all sequences, which is less work.
+        # The suite of mixture_of_adapters has a single task for all sequences, which is less work.
         {"gate": "channel", "tasks": "mixed", "batch": 16, "length": 1024, "channels": 2048, "experts": 2, "rank": 64},
     ),
     Headline(
@@ -124,7 +124,7 @@ HEADLINES: tuple[Headline, ...] = (
         "relative_bias_attention",
         "T5's encoder: 16 x 32 heads of 64, 417 queries and keys; no gradient of the table",
         {"stack": "encoder", "batch": 16, "heads": 32, "queries": 417, "keys": 417, "head_dim": 64},
-        elsewhere=(  # backward it computes the table's gradient as well
+        elsewhere=(  # its backward also computes the table's gradient
             Source(
                 "relative_bias_attention", {"stack": "encoder", "batch": 16, "queries": 417, "keys": 417}, (FORWARD,)
             ),
@@ -150,7 +150,7 @@ HEADLINES: tuple[Headline, ...] = (
     ),
     _step(16),
     _step(64),
-    _step(64, checkpointed=True),  # eager keeps more of 64 images than one GPU holds
+    _step(64, checkpointed=True),  # with 64 images, eager exceeds the memory of one GPU
     _generation(64, 5, 20),
     _generation(1, 5, 20),
     _generation(1, 1, 20),
@@ -165,8 +165,8 @@ def _beside_the_original(part: str) -> Headline:
     return Headline(part, "against the original's eager form", {"part": part}, ("",), "original")
 
 
-# On a CPU: what the operators' own suites measure there, where all peers were measured, torch.compile included; and the
-# parts of the model that are held to the original.
+# On a CPU: the shapes of the operators' own suites for which all peers are measured, including torch.compile, and the
+# parts of the model that are compared with the original.
 CPU_HEADLINES: tuple[Headline, ...] = (
     _on_a_cpu(
         "mixture_of_adapters",

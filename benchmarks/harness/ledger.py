@@ -1,7 +1,7 @@
-"""The ledger: of every headline on each device the newest time, its floor and the best peer, or that it has none.
+"""The ledger: each headline's newest time on each device, with its floor and best peer, or a note that it has none.
 
-A row is the newest comparison at its shape among all runs of a device, so its commit and date are its own. Where that
-has no time of ours the row says so, whatever an older one had.
+A row is the newest comparison at its shape among all runs of a device, with its own commit and date. If that comparison
+has no time of ours, the row says so, even if an older one had.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ from benchmarks.harness.headline import CPU_HEADLINES, HEADLINES, SUITE, Headlin
 from benchmarks.harness.results import Entry, Run
 from benchmarks.harness.units import time_in_words
 
-EXPECTED = ("NVIDIA H100", "NVIDIA H200")  # GPUs that have a table before anything has run on one
+EXPECTED = ("NVIDIA H100", "NVIDIA H200")  # GPUs with a table even without runs
 MISSING = "not measured yet"
 STALLS = (
     "smsp__average_warps_issue_stalled_",
     "smsp__average_warp_latency_issue_stalled_",
     "smsp__pcsamp_warps_issue_stalled_",
 )
-COUNTERS = {  # what the profiler's names mean
+COUNTERS = {  # descriptions of the profiler's names
     "gpu__time_duration.sum": "time, ns",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM, % of peak",
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "DRAM, % of peak",
@@ -40,8 +40,8 @@ class Row:
 
     Attributes:
         run: the newest that measured it.
-        ours: the fastest of ours; None if none is right.
-        others: how many forms of ours there are beside it.
+        ours: our fastest form; None if none is correct.
+        others: number of our other forms.
         peer: the fastest peer; None if none has a time.
     """
 
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Our time as a share of the best peer's: round by round where it is the baseline, else of the medians."""
+        """Our time relative to the best peer's: round by round if that peer is the baseline, else by medians."""
         if self.ours is None or self.peer is None:
             return None
         if self.ours.ratio and self.ours.baseline == self.peer.peer:
@@ -70,30 +70,30 @@ class Row:
 
 
 def headlines(run: Run | None) -> tuple[Headline, ...]:
-    """Those of a run's device; None is a GPU that nothing has run on."""
+    """Return the headlines for a run's device; None is a GPU without runs."""
     return HEADLINES if run is None or run.environment["gpu"] else CPU_HEADLINES
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """The table of one device, whose runs they are, the last one first."""
+    """Return the table of one device from its runs, newest first."""
     lines = headlines(runs[0] if runs else None)
     return [_row(headline, direction, runs) for headline in lines for direction in headline.directions]
 
 
 def tables(devices: Mapping[str, Sequence[Run]]) -> dict[str, list[Row]]:
-    """Every device's rows, by its name; those that nothing has run on come last."""
+    """Return every device's rows, by name; devices without runs come last."""
     waiting = [name for name in EXPECTED if not any(device.startswith(name) for device in devices)]
     return {device: rows(runs) for device, runs in devices.items()} | {name: rows(()) for name in waiting}
 
 
 def label(entry: Entry) -> str:
-    """An entry's shape in words: a headline's, which has its operator among its sizes, in those of the ledger."""
+    """Return an entry's shape in words; a headline's shape includes its operator, and has the ledger's label."""
     known = (one for one in HEADLINES if entry.suite == SUITE and entry.shape == one.entry_shape)
     return next((f"{one.operator}, {one.label}" for one in known), entry.label)
 
 
 def write(devices: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    """The ledger in Markdown, for runs by device, the last one first."""
+    """Yield the ledger in Markdown, for runs by device, newest first."""
     for device, table in tables(devices).items():
         yield f"### {device}: ledger\n"
         yield from lines(table)
@@ -104,7 +104,7 @@ def write(devices: Mapping[str, Sequence[Run]]) -> Iterator[str]:
 
 
 def lines(table: Sequence[Row]) -> Iterator[str]:
-    """A table in Markdown."""
+    """Yield a table in Markdown."""
     yield "| operator | shape | direction | time | of floor | best peer | ours / peer | commit | date |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in table:
@@ -146,7 +146,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _counters(counted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line a kernel: what was counted, and the three reasons for which its warps waited most."""
+    """Yield one line per kernel: its counters, and the three main reasons why its warps waited."""
     names = [name for name in COUNTERS if any(name in kernel["metrics"] for kernel in counted)]
     stalled = any(name.startswith(STALLS) for kernel in counted for name in kernel["metrics"])
     heads = ["kernel", "operator", *(COUNTERS[name] for name in names)]
@@ -165,7 +165,7 @@ def _counters(counted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _reason(name: str) -> str:
-    """`smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio` is the long scoreboard."""
+    """Shorten the name of a stall: `smsp__average_warps_issue_stalled_NAME_per_issue_active.ratio` to NAME in words."""
     prefix = next(prefix for prefix in STALLS if name.startswith(prefix))
     return name.removeprefix(prefix).split(".")[0].removesuffix("_per_issue_active").replace("_", " ")
 

@@ -1,4 +1,4 @@
-"""What a call takes of memory: the most that it holds at a time, and what its forward keeps for its backward."""
+"""The memory of a call: its peak, and what its forward saves for backward."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that `call` holds of `device`'s memory at any time, beyond what was there before."""
+    """Return the peak of `device`'s memory during `call`, beyond the memory allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -30,7 +30,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(operator: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> int:
-    """What the graph of `operator(**inputs)` keeps for backward, each storage once, the inputs' own left out."""
+    """Return the bytes that `operator(**inputs)` saves for backward, each storage once and without the inputs."""
     own = {value.untyped_storage().data_ptr() for value in inputs.values()}
     kept: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md: the ledger, tables and charts of each device's newest run, and a cost model of GPUs.
+"""Generation of docs/benchmarks.md: ledger, tables and charts of each device's newest run, and a cost model of GPUs.
 
 The page lists every comparison that a peer wins.
 """
@@ -69,11 +69,11 @@ AIMS = """\
 """
 
 
-_STEP = "training_step"  # how the names of their suites begin
+_STEP = "training_step"  # prefix of these suites' names
 
 
 def write_report(results: Path, page: Path) -> list[Path]:
-    """Writes `page` and the charts (images/bench_*.png beside it; the operators' pages show theirs), returns all files.
+    """Write `page` and the charts (images/bench_*.png beside it, shown in the operators' pages), and return all files.
 
     Raises:
         ValueError: `results` holds no run.
@@ -107,7 +107,7 @@ def write_report(results: Path, page: Path) -> list[Path]:
 
 
 def summary(run: Run) -> Iterator[str]:
-    """The best of ours in every comparison: its time, its share of the baseline's, and how much of the floor it has."""
+    """Yield our best form in every comparison: its time, its share of the baseline's, and its share of the floor."""
     yield f"{'median':>10} {'of baseline':>12} {'floor':>6}  {run.title}"
     for group, entries in _groups(run).items():
         if ours := [entry for entry in entries if entry.ours]:
@@ -187,7 +187,7 @@ def _training_steps(run: Run) -> Iterator[str]:
 
 
 def _profile(entry: Entry, base: Entry) -> str:
-    """Where the time of both forms goes, and by that how far the ratio could fall if all but the products took none."""
+    """Return the time of both forms by kind, and the lowest possible ratio, if only the products took time."""
     assert entry.ratio is not None
     said = [
         f"{who} spends "
@@ -217,7 +217,7 @@ def _groups(run: Run) -> dict[str, list[Entry]]:
 
 
 def _wins(run: Run) -> Iterator[str]:
-    """Every comparison that the best of ours loses by more than the spread."""
+    """Yield every comparison that our best form loses by more than the spread."""
     lost = []
     compared = 0
     for entries in _groups(run).values():
@@ -252,7 +252,7 @@ def _growth(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
     yield "### How cost grows, measured\n"
     if "adapters" in drawn:
         yield f"![Mixture of adapters by tokens, experts, rank and channels](images/{drawn['adapters'].name})\n"
-    if "adapters" in drawn and not run.environment["gpu"]:  # of a GPU's bends nothing is known before there are some
+    if "adapters" in drawn and not run.environment["gpu"]:  # the text describes a CPU's curves
         yield (
             "With few tokens, the cost is that of the weights and the calls; it rises once the traffic of the tokens "
             "outweighs both. The PyTorch backend folds the gate into the up-projection if a sequence has more rows "

@@ -17,8 +17,8 @@ from lion_fast.check.environment import environment
 from lion_fast.io.atomic import write_json
 
 FORMAT = 1
-COUNTERS = "ncu.json"  # beside a GPU's results: what its profiler counted in single launches
-OURS = "lion"  # how the names of this project's own peers begin
+COUNTERS = "ncu.json"  # beside a GPU's results: its profiler's counters of single launches
+OURS = "lion"  # prefix of this project's peers
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Entry:
     """One peer's time in one comparison.
 
     Attributes:
-        suite: what is measured, an operator's name or a part of the model.
+        suite: an operator's name or a part of the model.
         group: the comparison; its peers had the same inputs.
         seconds: median, 20 % and 80 % quantile of one call.
-        rounds: how many calls.
-        shape: what tells the comparison from the suite's others, by name.
+        rounds: number of calls.
+        shape: sizes by name that distinguish the comparison from others of the suite.
         baseline, ratio: the peer that all took turns with, and the median, 20 % and 80 % quantile of the ratio to its
-            time, round by round; None where it was not measured so.
-        floor_seconds: no implementation is faster on this device, by the rates that it reached.
-        peak_bytes, saved_bytes: the most that a call holds at a time, and what forward keeps for backward.
-        error, bound: relative error of the result, and what was allowed.
-        other: what else a benchmark noted.
+            time, round by round; None without turns.
+        floor_seconds: lower bound of any implementation on this device, by its measured rates.
+        peak_bytes, saved_bytes: peak memory of a call, and what forward saves for backward.
+        error, bound: relative error of the result, and its bound.
+        other: additional values that the benchmark recorded.
     """
 
     suite: str
@@ -68,10 +68,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one run of the benchmarks measured on one device.
+    """All measurements of one run of the benchmarks on one device.
 
     Attributes:
-        counted: of each kernel that the GPU's profiler looked at "kernel", "operator" and "metrics" by ncu's names.
+        counted: "kernel", "operator" and "metrics" (by ncu's names) of each kernel in the GPU's profile.
     """
 
     environment: dict[str, Any]
@@ -88,7 +88,7 @@ class Run:
 
 
 def make_entry(record: dict[str, Any]) -> Entry:
-    """From a line that `benchmarks/conftest.py` wrote."""
+    """Return the entry of a line written by `benchmarks/conftest.py`."""
     names = {item.name for item in fields(Entry)} - {"other"}
     known = {name: value for name, value in record.items() if name in names}
     known["seconds"] = tuple(known["seconds"])
@@ -99,9 +99,9 @@ def make_entry(record: dict[str, Any]) -> Entry:
 
 
 def describe_machine(folder: Path) -> dict[str, Any]:
-    """What results depend on; `folder` is the clone that they are of.
+    """Return the machine, the versions and the commit; `folder` is the measured clone.
 
-    `LION_BENCH_COMMIT` names the commit of a copy without its history.
+    `LION_BENCH_COMMIT` gives the commit of a copy without its history.
     """
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     now = datetime.now(UTC)
@@ -121,7 +121,7 @@ def describe_machine(folder: Path) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The GPU's name, without one the CPU's."""
+    """Return the GPU's name, or the CPU's without a GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {os.cpu_count()} cores"
 
 
@@ -142,13 +142,15 @@ def _output(command: Sequence[str]) -> str | None:
 
 
 def run_folder(folder: Path, described: dict[str, Any]) -> Path:
-    """DEVICE/DATE-COMMIT under `folder`, of a machine that `describe_machine` gives."""
+    """Return DEVICE/DATE-COMMIT under `folder` for a result of `describe_machine`."""
     return folder / _slug(described["device"]) / f"{described['date']}-{described['commit']}"
 
 
 def save(run: Run, folder: Path) -> Path:
-    """Writes one file a suite under `folder`/DEVICE/DATE-COMMIT, which is returned; a suite measured again replaces the
-    file that it had there."""
+    """Write one file per suite to `folder`/DEVICE/DATE-COMMIT, and return that folder.
+
+    A suite that is measured again replaces its file.
+    """
     out = run_folder(folder, run.environment)
     out.mkdir(parents=True, exist_ok=True)
     for suite in dict.fromkeys(entry.suite for entry in run.entries):
@@ -159,7 +161,7 @@ def save(run: Run, folder: Path) -> Path:
 
 
 def _lean(entry: Entry) -> dict[str, Any]:
-    """Numbers with four digits, which is more than any was measured to, and nothing that is not there."""
+    """Round numbers to four digits, beyond the precision of any measurement, and omit missing values."""
     return {name: _rounded(value) for name, value in asdict(entry).items() if value not in (None, "", {})}
 
 
@@ -170,10 +172,10 @@ def _rounded(value: Any) -> Any:
 
 
 def load(folder: Path) -> Run:
-    """The run in `folder`, DEVICE/DATE-COMMIT.
+    """Load the run in `folder`, DEVICE/DATE-COMMIT.
 
     Raises:
-        ValueError: it holds no results, or some that are not of this format.
+        ValueError: there are no results, or some have another format.
     """
     files = sorted(file for file in folder.glob("*.json") if file.name != COUNTERS)
     if not files:
@@ -207,7 +209,7 @@ def _counted(file: Path) -> tuple[dict[str, Any], ...]:
 
 
 def load_all(folder: Path) -> dict[str, list[Run]]:
-    """The runs of every device under `folder`, the last one first."""
+    """Return the runs of every device under `folder`, newest first."""
     runs: dict[str, list[Run]] = {}
     for run in (load(path) for path in sorted(folder.glob("*/*")) if any(path.glob("*.json"))):
         runs.setdefault(run.device, []).append(run)

@@ -1,4 +1,4 @@
-"""Runs the clone's benchmarks in a process of their own, and keeps what it measured even if it dies."""
+"""Runs of the benchmarks in a separate process, whose measurements survive its death."""
 
 import json
 import os
@@ -15,17 +15,17 @@ FOLDER = ROOT / "benchmarks"
 
 
 def suites() -> list[str]:
-    """The names of all suites."""
+    """Return the names of all suites."""
     return sorted(file.stem.removeprefix("bench_") for file in FOLDER.glob("bench_*.py"))
 
 
 def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bool) -> tuple[Path | None, int]:
-    """Runs the suites `names`, all if empty, and writes their results.
+    """Run the suites `names`, or all if empty, and write their results.
 
     Args:
-        out: where DEVICE/DATE-COMMIT goes; benchmarks/results if None.
-        seconds: after this time no further benchmark begins.
-        quick: few calls of everything: shows that it runs, measures nothing.
+        out: parent of DEVICE/DATE-COMMIT; benchmarks/results if None.
+        seconds: time after which no further benchmark starts.
+        quick: few calls of everything, as a functional check without measurement.
 
     Returns:
         The folder with the results, None if there are none, and pytest's exit status.
@@ -40,9 +40,9 @@ def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bo
     out = (out or FOLDER / "results").resolve()
     out.mkdir(parents=True, exist_ok=True)
     recover(out)
-    records = out / f"records-{os.getpid()}.jsonl"  # stays if this process dies
+    records = out / f"records-{os.getpid()}.jsonl"  # survives if this process dies
     records.write_text(json.dumps(described) + "\n", encoding="utf-8")
-    # Within a test on several processes, whose workers a benchmark takes for its own and then does not measure.
+    # Without these, a benchmark inside a test run on several processes takes itself for a worker and does not measure.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment["LION_BENCH_RECORDS"] = str(records)
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -58,14 +58,14 @@ def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bo
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # pytest has it too, and ends with what it has
+        except KeyboardInterrupt:  # pytest receives it too, and ends with its results so far
             status = process.wait()
     written = _collect(records, out)
     return written, status if written else status or 1
 
 
 def recover(out: Path) -> list[Path]:
-    """Makes results of the records that runs which died have left in `out`, and returns the folders they went to."""
+    """Convert the records that dead runs left in `out` to results, and return their folders."""
     found = [(file, file.stem.removeprefix("records-")) for file in sorted(out.glob("records-*.jsonl"))]
     left = [file for file, process in found if process.isdigit() and not _runs(int(process))]
     return [folder for file in left if (folder := _collect(file, out))]
@@ -82,9 +82,9 @@ def _runs(pid: int) -> bool:
 
 
 def _collect(records: Path, out: Path) -> Path | None:
-    """The results of a file with the machine in its first line and a benchmark in each that follows."""
+    """Return the results of a file with the machine in its first line and a benchmark in each further line."""
     text = records.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be cut off
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last line may be incomplete
     written = save(Run(lines[0], tuple(map(make_entry, lines[1:]))), out) if len(lines) > 1 else None
     records.unlink()
     return written

@@ -1,7 +1,6 @@
-"""What a GPU could do by the cost model, where nobody measured one: curves of floors, and of many GPUs.
+"""The cost model of GPUs without measurements: curves of floors, and scaling to many GPUs.
 
-Everything here is arithmetic on `lion_kernels`' costs and on the constants below; nothing of it is a measurement of
-this project.
+Everything here is arithmetic on `lion_kernels`' costs and the constants below, and not a measurement of this project.
 """
 
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from lion_kernels.mixture_of_adapters import cost as adapters_cost
 from lion_kernels.multi_scale_attention import cost as attention_cost
 
 DTYPE = torch.bfloat16
-# Bytes a second that one GPU sends to the next in a ring, by their makers' data sheets: NVLink of the Hopper generation
-# in one direction, and one port of 400 Gbit/s a GPU between machines.
+# Bytes per second from one GPU to the next in a ring, by the vendors' data sheets: NVLink of the Hopper generation in
+# one direction, and one port of 400 Gbit/s per GPU between machines.
 NVLINK, NETWORK = 450e9, 50e9
-HOP_SECONDS = {NVLINK: 3e-6, NETWORK: 10e-6}  # before a message's first byte arrives; an assumption
+HOP_SECONDS = {NVLINK: 3e-6, NETWORK: 10e-6}  # latency of a message; an assumption
 GPUS_IN_A_MACHINE = 8
-REACHED = 0.5  # of the matrix rate by a whole training step; an assumption
-BATCH, PROMPT, ANSWER = 16, 128, 32  # pictures a GPU, and tokens of text
+REACHED = 0.5  # share of the matrix rate in a whole training step; an assumption
+BATCH, PROMPT, ANSWER = 16, 128, 32  # images per GPU, and tokens of text
 
 
 def adapters(tokens: int = 16384, channels: int = 2048, experts: int = 2, rank: int = 64) -> tuple[float, float]:
-    """Seconds of forward and backward at their floors on an H200 in bf16."""
+    """Return the seconds of forward and backward at their floors on an H200 in bf16."""
     forward, backward = (
         floor_seconds(cost, H200, DTYPE) for cost in adapters_cost(tokens, channels, experts, rank, DTYPE)
     )
@@ -34,7 +33,7 @@ def adapters(tokens: int = 16384, channels: int = 2048, experts: int = 2, rank: 
 
 
 def vision_attention(image_size: int, batch: int = 64) -> float:
-    """Seconds of one layer of EVA's attention, forward, at its floor on an H200 in bf16."""
+    """Return the seconds of one layer of EVA's attention, forward, at its floor on an H200 in bf16."""
     length = 1 + (image_size // 14) ** 2
     q = torch.empty(batch, length, 16, 88, dtype=DTYPE, device="meta")
     return floor_seconds(attention_cost(q, [q])[0], H200, DTYPE)
@@ -53,18 +52,20 @@ class Step:
 
 
 def joint_step() -> Step:
-    """Two operations a parameter and token forward, as many for the gradient of the input, and again as many for the
-    weight's where it is trained; attention's own products, a few per cent of it, are left out.
+    """Return the joint step, with two operations per parameter and token in forward and two for the input's gradient.
+
+    Trained weights have two more for their gradient. Attention's own products, a few per cent of the total, are
+    omitted.
     """
     with torch.device("meta"):
         model = LionForCausalLM(LionConfig(kernel_backend="torch"))
     freeze_for_stage(model, STAGES[-1])
     text = model.language_model
     visual = model.config.num_visual_tokens
-    flops = 2 * _count(model.vision_model) * 257  # frozen, and before it nothing is trained
+    flops = 2 * _count(model.vision_model) * 257  # frozen, with nothing trained before it
     flops += 6 * (_count(model.qformer) - _count(model.qformer.embeddings)) * (32 + 32)
     flops += 6 * (_count(model.aggregator) + _count(model.aggregator_projection)) * 257
-    flops += 4 * _count(text.encoder.block) * (visual + PROMPT)  # frozen but for the adapters: two products of three
+    flops += 4 * _count(text.encoder.block) * (visual + PROMPT)  # frozen except for the adapters: two products of three
     flops += 4 * (_count(text.decoder.block) + _count(text.lm_head)) * ANSWER
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Step(BATCH * float(flops), trained * DTYPE.itemsize)
@@ -75,7 +76,7 @@ def _count(module: torch.nn.Module) -> int:
 
 
 def exchange_seconds(gpus: int, nbytes: int) -> float:
-    """A ring all-reduce of `nbytes`: every GPU sends 2 (n - 1) / n of them, over the slowest link of the ring."""
+    """Return the time of a ring all-reduce: every GPU sends 2 (n - 1) / n of `nbytes`, over the slowest link."""
     if gpus == 1:
         return 0.0
     link = NVLINK if gpus <= GPUS_IN_A_MACHINE else NETWORK
@@ -83,8 +84,11 @@ def exchange_seconds(gpus: int, nbytes: int) -> float:
 
 
 def efficiency(gpus: int, step: Step) -> tuple[float, float]:
-    """Share of `gpus` times one GPU's speed: where the gradients' exchange waits for backward, and where it hides
-    behind it (half of the step)."""
+    """Return the share of `gpus` times one GPU's speed, without and with overlap.
+
+    Without overlap, the gradients' exchange waits for backward; with it, backward (half of the step) hides the
+    exchange.
+    """
     exchange = exchange_seconds(gpus, step.trained_bytes)
     waiting = step.seconds / (step.seconds + exchange)
     hidden = step.seconds / (step.seconds + max(0.0, exchange - step.seconds / 2))

@@ -1,7 +1,7 @@
-"""What benchmarks share: peers take turns in the same run on the same inputs, and a right result comes before a time.
+"""The common part of the benchmarks: peers take turns on the same inputs, and only correct results are timed.
 
-On a GPU in bf16 with the kernels, on a CPU in fp32 without. Beside each time stand its ratio to a baseline, turn by
-turn, the least time in which this device could do it (by its own measured rates), and the memory it takes.
+Peers run on a GPU in bf16 with the kernels, on a CPU in fp32 without. Each time comes with its ratio to a baseline,
+turn by turn, the lower bound on this device (by its own measured rates), and its memory.
 """
 
 import functools
@@ -28,16 +28,16 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 DIRECTIONS = ("forward", "backward", "forward+backward")
 FP32_BOUND = 1e-5
 FLEX_FORWARD = frozenset() if DEVICE.type == "cuda" else frozenset({"FlexAttention"})  # no backward on a CPU
-OURS = "lion"  # how the names of this project's own operators begin
-SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25"))  # of the turns of one comparison, on a CPU
+OURS = "lion"  # prefix of this project's operators
+SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25"))  # for the turns of one comparison, on a CPU
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-# Tests then compile what they would measure, side by side (pytest -n), which takes the longest where nothing is cached.
+# Tests only compile, in parallel (pytest -n): with empty caches, compilation takes the most time.
 COMPILE_ONLY = os.environ.get("LION_BENCH_COMPILE_ONLY", "0") == "1"
 Inputs = dict[str, Tensor]
 Operator = Callable[..., Tensor]
 Turn = tuple[
     Callable[[], Any] | None, Callable[[Any], Any]
-]  # what comes before a time, and what is timed with its result
+]  # preparation, and the timed call, which receives its result
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Suite:
     """An operator's peers.
 
     Attributes:
-        name: of the operator, which groups the results.
-        operators: by name; each is called with the inputs by keyword.
-        plain: the same mathematics in plain PyTorch; in half precision our result may be twice as far off as its, and
-            a peer's four times.
+        name: of the operator; it groups the results.
+        operators: by name; each is called with the inputs as keyword arguments.
+        plain: the same mathematics in plain PyTorch. In half precision, our error may be twice as large, a peer's four
+            times.
         reference: likewise, for fp64.
         baseline: the one of `operators` that the others' times are divided by.
-        forward_only: those of `operators` that have no backward on this device.
-        timed: by name what is timed in place of the one of `operators` that is held to the reference: with dropout,
-            which every peer draws otherwise.
+        forward_only: those of `operators` without backward on this device.
+        timed: by name, the function to time instead of the one of `operators` that is compared with the reference; used
+            for dropout, whose masks differ between peers.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Comparison:
     Attributes:
         problems: why a peer has no time: it is wrong (an AssertionError), or it does not run here.
         errors: by peer, the relative error of the output or gradient nearest its bound, and that bound.
-        not_graphs: on a GPU, by peer why its times are of calls, and not of CUDA graphs.
+        not_graphs: on a GPU, by peer, why its times are of calls instead of CUDA graphs.
     """
 
     suite: Suite
@@ -85,7 +85,7 @@ class Comparison:
     not_graphs: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Fills `problems`, `errors` and `memory`, with the gradients of every input that asks for one."""
+        """Fill `problems`, `errors` and `memory`, with the gradients of every input that requires one."""
         double = {name: _like_leaf(value, torch.float64) for name, value in self.inputs.items()}
         exact = results(self.suite.reference, double)
         bounds = dict.fromkeys(exact, FP32_BOUND)
@@ -93,7 +93,7 @@ class Comparison:
             rounding = torch.finfo(DTYPE).eps / 2
             for name, value in results(self.suite.plain, self.inputs).items():
                 bounds[name] = max(rounding, 2 * relative_error(value, exact[name]))
-        # A peer's rounding is not ours to choose: "products" adds up gradients of tasks in half precision.
+        # Peers may round differently: "products" adds gradients of tasks in half precision.
         of_peers = {name: 2 * bound for name, bound in bounds.items()}
         for peer, operator in self.suite.operators.items():
             allowed = bounds if peer.startswith(OURS) else of_peers
@@ -106,12 +106,12 @@ class Comparison:
                 both = self._calls(operator, "forward+backward")[1]
                 self.memory[peer] = peak_bytes(both, DEVICE), saved_bytes(operator, self.inputs)
             except Exception as error:
-                # Its frames hold what was allocated, and a graph of operations that a later capture would wait for.
+                # Its frames hold allocations, and an autograd graph that a later capture would wait for.
                 error.__context__ = error.__cause__ = None
                 self.problems[peer] = error.with_traceback(None)
 
     def seconds(self, direction: str) -> dict[str, list[float]]:
-        """The time of every right peer in each round; a round's times were taken one after the other."""
+        """Return each correct peer's time in every round; the times of a round are taken in succession."""
         if direction not in self.times:
             unable = self.suite.forward_only if direction != "forward" else ()
             left_out = {*self.problems, *unable}
@@ -160,13 +160,13 @@ def measure(
     make_inputs: Callable[[], Inputs],
     costs: Sequence[Cost],
 ) -> None:
-    """Reports the time of one peer, if its result is right. The first one asked for times all of them, taking turns.
+    """Report the time of one peer if its result is correct. The first call times all peers, in turns.
 
-    The test that calls this has the marker `INTERLEAVED`, by which pytest-benchmark's clock is the times taken here.
+    The calling test has the marker `INTERLEAVED`, with which pytest-benchmark's clock returns the times taken here.
 
     Args:
-        shape: what tells this comparison from the suite's others, for tables and curves.
-        costs: of forward and backward in the dtype that is measured.
+        shape: sizes that distinguish this comparison from the suite's others, for tables and curves.
+        costs: of forward and backward in the measured dtype.
     """
     skip_after_deadline()
     if COMPILE_ONLY:
@@ -202,8 +202,8 @@ def measure(
 
 
 def _compile(suite: Suite, peer: str, inputs: Inputs) -> None:
-    """Fills the caches of compilers on this machine's disk; what cannot run says so when it is to be measured."""
-    torch.compiler.reset()  # as before each comparison: what saw another shape is compiled for any
+    """Fill the caches of compilers on disk, without reporting failures, which the measurement reports."""
+    torch.compiler.reset()  # as before each comparison, to avoid dynamic shapes after another shape
     operators = [suite.operators[peer], *([suite.timed[peer]] if peer in suite.timed else [])]
     try:
         for operator in operators:
@@ -221,9 +221,9 @@ _last: list[tuple[Any, Comparison]] = []
 
 def _comparison(suite: Suite, key: tuple, make_inputs: Callable[[], Inputs], costs: Sequence[Cost]) -> Comparison:
     if not _last or _last[0][0] != (suite.name, key):
-        _last.clear()  # the inputs' memory is needed
+        _last.clear()  # to free the inputs' memory
         gc.collect()
-        torch.compiler.reset()  # a shape of its own for every compiled peer, and no limit on how many it may have seen
+        torch.compiler.reset()  # static shapes for every compiled peer, and no recompilation limit
         comparison = Comparison(suite, make_inputs(), costs)
         comparison.check()
         _last.append(((suite.name, key), comparison))
@@ -237,16 +237,17 @@ def interleave(
     graphs: bool = False,
     refused: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Times of each call by rounds, in which all take turns: forwards in one round, in reverse in the next.
+    """Return the times of each call by rounds, in which all calls take turns, in alternating order.
 
-    On a GPU by its own events, with a cold cache; elsewhere by the clock (one thread's own), as the caches are.
+    Times are a GPU's events, with a cold cache, or else the clock (a single thread's CPU time), with caches as they
+    are.
 
     Args:
-        calls: by name, what is not timed (None: nothing), and what is, given what that returned.
-        seconds: how long about, there are never fewer than five rounds; None is `SECONDS` on a CPU, and as many rounds
-            as there may be on a GPU.
+        calls: by name, the preparation (or None), which is not timed, and the timed call, which receives its result.
+        seconds: approximate duration, with at least five rounds; None is `SECONDS` on a CPU, and the maximum number of
+            rounds on a GPU.
         graphs: on a GPU, time CUDA graphs of the calls that can be captured.
-        refused: gets why those that cannot are timed as they are, by name.
+        refused: receives, by name, why the others are timed as calls.
     """
     if not calls:
         return {}
@@ -270,7 +271,7 @@ def interleave(
 
 
 def _by_clock(calls: Mapping[str, Turn]) -> dict[str, Callable[[], Callable[[], float]]]:
-    """One thread's own time, which leaves out when other processes had its core; of several threads what all waited."""
+    """Time a single thread by its CPU time, which excludes other processes, and several by wall time."""
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def take(prepare: Callable[[], Any] | None, call: Callable[[Any], Any]) -> Callable[[], float]:
@@ -299,7 +300,7 @@ _ticks: deque[float] = deque()
 
 
 def clock() -> float:
-    """pytest-benchmark's timer where the times were taken before: each reading is theirs."""
+    """Return the next of the times taken before, as pytest-benchmark's timer."""
     return _ticks.popleft()
 
 
@@ -309,7 +310,7 @@ INTERLEAVED = pytest.mark.benchmark(timer=clock)
 def report(
     benchmark: Any, seconds: Mapping[str, list[float]], peer: str, *, baseline: str, group: str, **info: Any
 ) -> None:
-    """Hands one peer's times to pytest-benchmark, with `info` and its ratio to `baseline`, round by round."""
+    """Pass one peer's times to pytest-benchmark, with `info` and its ratio to `baseline`, round by round."""
     benchmark.group = group
     benchmark.extra_info.update(peer=peer, **info)
     if baseline in seconds:
@@ -320,14 +321,14 @@ def report(
 
 
 def replay(benchmark: Any, seconds: Sequence[float]) -> None:
-    """Hands times that were taken before to pytest-benchmark, whose timer is `clock`."""
+    """Pass times taken before to pytest-benchmark, whose timer is `clock`."""
     _ticks.clear()
     _ticks.extend(itertools.chain.from_iterable((0.0, value) for value in seconds))
     benchmark.pedantic(lambda: None, rounds=len(seconds))
 
 
 def skip_after_deadline() -> None:
-    """A benchmark does not begin after `LION_BENCH_DEADLINE`, in seconds of `time.time()`."""
+    """Skip a benchmark that would start after `LION_BENCH_DEADLINE`, in seconds of `time.time()`."""
     deadline = os.environ.get("LION_BENCH_DEADLINE")
     if deadline is not None and time.time() > float(deadline):
         pytest.skip("the time that was given to this run is over")
@@ -335,7 +336,7 @@ def skip_after_deadline() -> None:
 
 @functools.cache
 def rates() -> Device:
-    """What this device copies and multiplies in a second, measured."""
+    """Measure this device's bytes copied and operations of matrix products per second."""
     if DEVICE.type == "cuda":
         return measure_rates(DEVICE, (DTYPE,))
     source, target = torch.ones(2**28, dtype=torch.int8), torch.ones(2**28, dtype=torch.int8)
@@ -348,7 +349,7 @@ def rates() -> Device:
 
 
 def results(operator: Operator, inputs: Inputs) -> Inputs:
-    """The output, and the gradients by input, for a gradient of the output that every dtype holds."""
+    """Return the output, and the gradients by input, for an output gradient that is exact in every dtype."""
     out = operator(**inputs)
     generator = torch.Generator(out.device).manual_seed(1)
     grad = torch.randn(out.shape, generator=generator, device=out.device).to(torch.bfloat16).to(out)
@@ -375,7 +376,7 @@ def _like_leaf(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def draw(*size: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-    """Normal values, drawn on the device by a generator of its own (`seeded`): a CPU would take long for them."""
+    """Draw normal values on the device by a generator (`seeded`); drawing on a CPU would take long."""
     return torch.randn(*size, generator=generator, device=DEVICE) * scale
 
 
@@ -384,5 +385,5 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def leaf(value: Tensor) -> Tensor:
-    """`value` on the device, in the dtype that is measured, asking for its gradient."""
+    """Return `value` on the device, in the measured dtype, requiring its gradient."""
     return value.to(DEVICE, DTYPE).requires_grad_()

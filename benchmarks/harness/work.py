@@ -1,6 +1,6 @@
-"""What calls of a whole model take, by turns, and what they have to do at least.
+"""Times of whole-model calls in turns, and their lower bounds.
 
-That is the operations of its matrix products, and reading their weights.
+The bound covers the operations of the matrix products and reading their weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from lion_kernels.core.cost import Cost, floor_seconds
 
 
 class Timed(NamedTuple):
-    """Of each call the times, in seconds by rounds, and the peak memory in bytes; and the floor in seconds."""
+    """The calls' times in seconds by rounds and peak memory in bytes, and the floor in seconds."""
 
     seconds: dict[str, list[float]]
     peaks: dict[str, int]
@@ -25,7 +25,7 @@ class Timed(NamedTuple):
 
 
 def timed(calls: Mapping[str, Callable[[], Any]], original: Iterable[Tensor], seconds: float) -> Timed:
-    """Takes `calls` by turns, for about `seconds`; the floor is that of the one named "original" with its weights."""
+    """Run `calls` in turns for about `seconds`; the floor is that of the call named "original" with its weights."""
     peaks = {name: peak_bytes(call, DEVICE) for name, call in calls.items()}
     floor = floor_seconds(work(calls["original"], original), rates(), DTYPE)
     turns = {name: (None, lambda _, call=call: call()) for name, call in calls.items()}
@@ -33,7 +33,7 @@ def timed(calls: Mapping[str, Callable[[], Any]], original: Iterable[Tensor], se
 
 
 def work(call: Callable[[], Any], weights: Iterable[Tensor]) -> Cost:
-    """The products that `call` runs in plain PyTorch; what else moves than `weights` is left out, so it is a bound."""
+    """Return the cost of `call`'s products in plain PyTorch; a lower bound, since only `weights` count as traffic."""
     counter = _Products({weight.untyped_storage().data_ptr() for weight in weights})
     with counter:
         call()
