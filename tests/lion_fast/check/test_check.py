@@ -1,4 +1,4 @@
-"""`lion-fast check`: that it finds what is wrong with an operator, and what it says of one that is right."""
+"""`lion-fast check` finds errors of an operator, and passes a correct one."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ def test_every_operator_is_checked_and_timed() -> None:
 
 
 @pytest.mark.usefixtures("_smallest_cases")
-def test_what_is_right_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_correct_operators_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "check.json"
     assert main(["check", "--dtypes", "float32", "--json", str(found)]) == 0
     out = capsys.readouterr().out
@@ -60,10 +60,10 @@ def test_what_is_right_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"{len(OPERATORS)} of {len(OPERATORS)} within bounds" in out
     saved = json.loads(found.read_text(encoding="utf-8"))
     assert saved["problems"] == []
-    assert saved["environment"]["torch"] == version("torch")  # `torch.__version__` also says for which CUDA
+    assert saved["environment"]["torch"] == version("torch")  # `torch.__version__` also names the CUDA version
     for outcome in saved["outcomes"]:
         assert outcome["kernels"], outcome
-        assert len(outcome["errors"]) >= 4  # the output with and without gradients, and two gradients at least
+        assert len(outcome["errors"]) >= 4  # the output with and without gradients, and at least two gradients
         assert all(error <= bound <= 1e-5 for error, bound in outcome["errors"].values())
 
 
@@ -106,7 +106,7 @@ def _dies(*args: Any, **options: Any) -> Tensor:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_wrong_fails_by_name(
+def test_wrong_operators_fail_with_the_reason(
     wrong: Operator,
     problem: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -126,7 +126,7 @@ def test_what_is_wrong_fails_by_name(
 
 
 @pytest.mark.usefixtures("_smallest_cases")
-def test_what_was_found_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_results_before_an_interruption_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(*args: Any, **options: Any) -> Tensor:
         raise KeyboardInterrupt
 
@@ -139,7 +139,7 @@ def test_what_was_found_before_an_interruption_is_kept(monkeypatch: pytest.Monke
     assert check["problems"] == ["1 of 2 comparisons were not made"]
 
 
-def test_half_precision_is_held_to_twice_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_may_have_twice_the_error_of_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     case = smallest("gated_gelu")
     plain = compare(case, torch.float16, DEVICE, repeats=1)
     assert not plain.problems
@@ -149,7 +149,7 @@ def test_half_precision_is_held_to_twice_the_plain_formula(monkeypatch: pytest.M
     assert re.fullmatch(r"out: error [12]\.\de-03 above its bound \d\.\de-04", problem)
 
 
-def test_a_plain_formula_that_is_far_off_allows_nothing_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inaccurate_plain_formula_does_not_loosen_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     class Rough(Case):
         def reference(self, tensors: Tensors) -> Tensor:
             out = super().reference(tensors)
@@ -163,8 +163,8 @@ def test_a_plain_formula_that_is_far_off_allows_nothing_that_is(monkeypatch: pyt
     assert re.fullmatch(r"out: error 2\.\de-02 above its bound 3\.9e-03", problem)
 
 
-def test_what_has_few_elements_is_judged_over_several_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gate's gradient that is wrong from the third backward pass on: the first comes with the output's own."""
+def test_small_gradients_are_judged_over_several_backward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate's gradient that is wrong from the third backward pass on fails; the first comes with the output's own."""
     passes = itertools.count()
 
     class WrongInTime(torch.autograd.Function):
@@ -185,7 +185,7 @@ def test_what_has_few_elements_is_judged_over_several_gradients(monkeypatch: pyt
     assert problem.startswith("gate: error")
 
 
-def test_poison_reaches_every_allocation() -> None:
+def test_every_allocation_is_poisoned() -> None:
     with poisoned_memory():
         for tensor in (torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(1).new_empty(3)):
             assert tensor.isnan().all()
@@ -217,7 +217,7 @@ def test_the_interpreter_is_chosen_before_triton_is_imported() -> None:
         (["--dtypes", "float64"], "invalid choice: 'float64'"),
     ],
 )
-def test_bad_options_are_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_name_invalid_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         status = main(["check", *options])
     except SystemExit as exit_of_argparse:
@@ -231,8 +231,8 @@ def test_quantiles() -> None:
 
 
 @pytest.mark.parametrize("case", TIMED, ids=lambda case: f"{case.operator}, {case.label}")
-def test_the_floor_of_every_timed_case(case: Case) -> None:
-    """From tensors that hold nothing, so that the model's own shapes cost no time here."""
+def test_every_timed_case_has_a_floor(case: Case) -> None:
+    """Tensors without values suffice, so the model's own shapes cost no time."""
     assert case.cost is not None
     with torch.device("meta"):
         made = case.make(None)
@@ -241,8 +241,8 @@ def test_the_floor_of_every_timed_case(case: Case) -> None:
         assert 1e-8 < floor_seconds(cost, H200, torch.bfloat16) < 1e-2
 
 
-def test_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table of a GPU on any machine, with a clock that gives ten times the floor."""
+def test_times_are_listed_with_their_floor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of a GPU is tested on any machine, with a clock that gives ten times the floor."""
 
     def measure(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], *_: Any) -> Seconds:
         call(prepare() if prepare else None)
@@ -262,7 +262,7 @@ def test_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert len(re.findall(r"10\.0 +9\.0 +20\.0 +1\.0 +10%", out)) == 2
 
 
-def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     case = replace(smallest("rms_norm"), cost=lambda _: (Cost(1, 1), Cost(1, 1)))
     monkeypatch.setattr(lion_kernels, "rms_norm", lambda *args, **options: RIGHT(*args, **options) * 2)
     check = report.Check("compiled", rates=Device("a GPU", 1e9, {"float16": 1e12}))
@@ -275,7 +275,7 @@ def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "not measured: its result is wrong" in out
 
 
-def test_cases_side_by_side_find_what_one_process_finds() -> None:
+def test_parallel_cases_have_the_same_outcomes_as_one_process() -> None:
     tasks = [Task(smallest(operator), torch.float32, repeats=2) for operator in ("rms_norm", "gated_gelu")]
     found = {outcome.operator: outcome for outcome in side_by_side(tasks, DEVICE, processes=2)}
     alone = {task.case.operator: compare(task.case, task.dtype, DEVICE, repeats=2) for task in tasks}
@@ -283,8 +283,8 @@ def test_cases_side_by_side_find_what_one_process_finds() -> None:
     assert all(outcome.kernels and not outcome.problems for outcome in found.values())
 
 
-def test_a_worker_that_dies_is_an_outcome_and_has_a_successor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As after a fault on a GPU, of which nothing in its process recovers."""
+def test_a_dead_worker_is_an_outcome_and_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After a fault on a GPU, nothing in its process recovers."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -309,7 +309,7 @@ def test_measured_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_what_waits_for_the_gpu_is_no_graph_and_timed_all_the_same() -> None:
+def test_synchronising_calls_are_timed_without_a_graph() -> None:
     x = torch.ones(1000, device=DEVICE, requires_grad=True)
     backward = captured(lambda: (x * 2).sum(), lambda out: torch.autograd.grad(out, x), DEVICE)
     assert backward.refused is None
@@ -321,8 +321,8 @@ def test_what_waits_for_the_gpu_is_no_graph_and_timed_all_the_same() -> None:
 
 
 @pytest.mark.gpu
-def test_a_capture_that_fails_leaves_the_process_as_it_was() -> None:
-    """A wait for the whole device is refused by a capture alone: PyTorch's mode that finds waits does not see it."""
+def test_a_failed_capture_leaves_no_trace() -> None:
+    """Only a capture refuses to synchronise the whole device; PyTorch's mode that finds synchronisation does not."""
     failed = captured(None, lambda _: torch.cuda.synchronize(), DEVICE)
     assert failed.refused
     assert "called a synchronizing" not in failed.refused
@@ -333,8 +333,8 @@ def test_a_capture_that_fails_leaves_the_process_as_it_was() -> None:
     assert 0 < Clock(DEVICE)(again)() < 1e-1
 
 
-def test_runs_uninstalled() -> None:
-    """With PYTHONPATH alone, as on a machine that cannot install anything."""
+def test_check_runs_without_installation() -> None:
+    """PYTHONPATH suffices, as on a machine where nothing can be installed."""
     root = Path(lion_fast.__file__).parents[1]
     folders = [str(root), str(root / "kernels"), str(root / "reference")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

@@ -1,6 +1,6 @@
-"""A double of the original LION: class names, attributes, arguments and mathematics, and none of its code.
+"""A double of the original LION: class names, attributes, arguments and mathematics, without its code.
 
-Small, without tokenizers, and as a whole what `lion_reference` computes: parameters have the same names.
+It is small, has no tokenizers, and computes the same as `lion_reference`, with the same parameter names.
 """
 
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from lion_reference.configuration import AggregatorConfig, LIONConfig, QFormerCo
 
 CONFIG = LIONConfig(
     vit=ViTConfig(image_size=28, patch_size=14, width=16, depth=3, num_heads=2, mlp_width=24),
-    # Heads of 4: the kernels take multiples of 8.
+    # Heads of 4, although the kernels support only multiples of 8.
     qformer=QFormerConfig(
         width=16, depth=2, num_heads=4, mlp_width=24, num_queries=4, num_embeddings=64, max_positions=32, dropout=0.0
     ),
@@ -102,7 +102,7 @@ class VisionTransformer(nn.Module):
 
 
 class BertSelfAttention(nn.Module):
-    """BLIP-2's always returns keys and values; that of transformers 4 where `is_decoder`, which BLIP-2's has not."""
+    """BLIP-2's always returns keys and values; that of transformers 4 only if `is_decoder`, which BLIP-2's lacks."""
 
     def __init__(self, config: Any, context_width: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """The aggregator's, transformers' own."""
+    """The aggregator's layer, as in transformers."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class T5Attention(nn.Module):
         self.gradient_checkpointing = False
 
     def compute_bias(self, query_length: int, key_length: int) -> Tensor:
-        """Bucket by bucket, as Raffel et al. (section 2.1) and their code have it: half exact, half logarithmic."""
+        """Compute buckets as in Raffel et al. (section 2.1) and their code: half exact, half logarithmic."""
         buckets, reach = self.relative_attention_num_buckets, self.relative_attention_max_distance
         distance = torch.arange(key_length)[None] - torch.arange(query_length)[:, None]
         start = torch.zeros_like(distance)
@@ -486,7 +486,7 @@ class T5ForConditionalGeneration(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs_embeds: Tensor, attention_mask: Tensor, steps: int) -> Tensor:
-        """Greedy, with keys and values kept."""
+        """Decode greedily with a cache of keys and values."""
         encoded = self.encoder(inputs_embeds, attention_mask)[0]
         tokens, past = attention_mask.new_zeros(len(encoded), 1), None
         for _ in range(steps):
@@ -593,7 +593,7 @@ class LIONT5InstructAdapter(nn.Module):
         return torch.cat([image, text], 1), mask
 
     def forward(self, samples: dict[str, Any], **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss and logits."""
+        """Return loss and logits."""
         inputs_embeds, mask = self.inputs(samples)
         set_router_idx(self.t5_model, int(samples["category"] != "region_level"))
         labels = samples["labels"]
@@ -606,7 +606,7 @@ class LIONT5InstructAdapter(nn.Module):
 
 
 def make_original(seed: int = 0, config: LIONConfig = CONFIG) -> LIONT5InstructAdapter:
-    """One whose every part has an influence."""
+    """Return a model in which every part has an influence."""
     torch.manual_seed(seed)
     model = LIONT5InstructAdapter(config)
     with torch.no_grad():
@@ -617,7 +617,7 @@ def make_original(seed: int = 0, config: LIONConfig = CONFIG) -> LIONT5InstructA
 
 
 def make_samples(category: str = "region_level", seed: int = 0) -> dict[str, Any]:
-    """Two samples, of which one has padding everywhere."""
+    """Return two samples, one with padding everywhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> Tensor:

@@ -1,5 +1,6 @@
-"""`apply_lion_kernels` on a double of the original LION and on `LionForCausalLM`, with the kernels on the CPU's
-interpreter, or compiled where there is a GPU.
+"""`apply_lion_kernels` on a double of the original LION and on `LionForCausalLM`.
+
+The kernels run in the interpreter on a CPU, or compiled on a GPU.
 """
 
 import copy
@@ -34,7 +35,7 @@ TASKS = ("region_level", "image_level")
 
 
 def results_of(model: Any, *args: Any, **kwargs: Any) -> Results:
-    """Loss, logits and gradients."""
+    """Return loss, logits and gradients."""
     model.zero_grad()
     loss, logits = model(*args, **kwargs)
     loss.backward()
@@ -52,13 +53,13 @@ def expect_same(got: Results, expected: Results) -> None:
 
 
 def expect_near(got: Tensor, expected: Tensor, share: float = 1e-5) -> None:
-    """To `share` of its norm."""
+    """Expect an error of at most `share` of the norm."""
     assert got.shape == expected.shape
     assert (got - expected).norm() <= share * expected.norm()
 
 
 def expect_all_near(got: list[Tensor], expected: list[Tensor]) -> None:
-    """An output and gradients: of a router's ratio, whose gradient is a sum that cancels, 3e-6 was seen."""
+    """Expect equal outputs and gradients; a router ratio's gradient, a cancelling sum, was off by up to 3e-6."""
     for value, wanted in zip(got, expected, strict=True):
         expect_near(value, wanted, share=3e-5)
 
@@ -72,13 +73,13 @@ def expect_same_bits(got: Results, expected: Results) -> None:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Results]:
-    """What the original computes, by task."""
+    """Return the original's results, by task."""
     return {task: results_of(make_original(), make_samples(task)) for task in TASKS}
 
 
 @pytest.fixture
 def feed_forward() -> Any:
-    """A feed-forward layer of T5 with its router, the task set."""
+    """Return a feed-forward layer of T5 with its router and a task."""
     torch.manual_seed(0)
     holder = nn.ModuleList([T5LayerFF(CONFIG.t5)])
     set_adapter_t5(holder, 32, 2, 8)
@@ -95,7 +96,7 @@ def outputs_and_gradients(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
     return [out.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
 
 
-def test_the_double_is_the_original(expected: dict[str, Results]) -> None:
+def test_the_double_computes_the_reference(expected: dict[str, Results]) -> None:
     reference, samples = LION(CONFIG).eval(), make_samples()
     state = make_original().state_dict()
     reference.load_state_dict({name: value for name, value in state.items() if "embed_tokens" not in name})
@@ -125,11 +126,11 @@ def test_every_part_is_rewired() -> None:
 
 
 @pytest.mark.parametrize(("task", "checkpointing"), [("region_level", False), ("image_level", True)])
-def test_kernels_give_what_the_original_gives(
+def test_kernels_compute_the_same_as_the_original(
     expected: dict[str, Results], launches: list[str], task: str, checkpointing: bool
 ) -> None:
-    """Loss, logits and every gradient, with padding, also where blocks are computed again in backward."""
-    model = make_original().train()  # no layer drops anything
+    """Loss, logits and every gradient agree, with padding, also with blocks recomputed in backward."""
+    model = make_original().train()  # without dropout in any layer
     apply_lion_kernels(model, backend="triton")
     for stack in (model.t5_model.encoder, model.t5_model.decoder):
         stack.gradient_checkpointing = model.visual_encoder.use_checkpoint = checkpointing
@@ -154,7 +155,7 @@ def test_pytorch_gives_the_same_bits(expected: dict[str, Results], launches: lis
     assert not launches
 
 
-def test_names_and_storage_stay_and_undo_restores(expected: dict[str, Results]) -> None:
+def test_names_and_storage_are_kept_and_undo_restores(expected: dict[str, Results]) -> None:
     model = make_original()
     had = {name: (type(m), dict(m.__dict__)) for name, m in model.named_modules()}
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
@@ -165,7 +166,7 @@ def test_names_and_storage_stay_and_undo_restores(expected: dict[str, Results]) 
         assert {name: value.data_ptr() for name, value in model.state_dict().items()} == state
         assert all(isinstance(module, had[name][0]) for name, module in model.named_modules())
         result.undo()
-    result.undo()  # twice is once
+    result.undo()  # no effect
     for name, module in model.named_modules():
         cls, attributes = had[name]
         assert type(module) is cls
@@ -174,8 +175,8 @@ def test_names_and_storage_stay_and_undo_restores(expected: dict[str, Results]) 
     expect_same_bits(results_of(model, make_samples()), expected["region_level"])
 
 
-def test_tokens_are_the_same() -> None:
-    """With keys and values kept from step to step."""
+def test_generated_tokens_are_the_same() -> None:
+    """Generation keeps keys and values from step to step."""
     model, samples = make_original(), make_samples("image_level")
     tokens = model.generate(samples, steps=3)
     apply_lion_kernels(model, backend="triton")
@@ -184,7 +185,7 @@ def test_tokens_are_the_same() -> None:
 
 @pytest.fixture
 def decoder() -> tuple[Any, tuple[Tensor, ...]]:
-    """The decoder, and its input: embeddings, their mask, the encoder's output and its mask."""
+    """Return the decoder and its input: embeddings, their mask, the encoder's output and its mask."""
     generator = torch.Generator().manual_seed(0)
     x, context = (torch.randn(2, length, 32, generator=generator) for length in (4, 6))
     mask, context_mask = torch.ones(2, 4).long(), torch.ones(2, 6).long()
@@ -195,8 +196,8 @@ def decoder() -> tuple[Any, tuple[Tensor, ...]]:
 
 
 @pytest.mark.parametrize("case", ["weights", "first head mask", "second head mask", "any mask", "any cross mask"])
-def test_what_kernels_do_not_compute_is_the_original_s(decoder: tuple[Any, tuple], case: str) -> None:
-    """Layer by layer: what one on the kernels hands on suits one that is not, and the other way round."""
+def test_unsupported_calls_use_the_original_forward(decoder: tuple[Any, tuple], case: str) -> None:
+    """Layers on the kernels and others accept each other's masks and biases."""
     stack, (x, mask, context, context_mask) = decoder
     halves = torch.full((1, 4, 1, 1), 0.5)
     options: dict[str, Any] = {
@@ -217,7 +218,7 @@ def test_what_kernels_do_not_compute_is_the_original_s(decoder: tuple[Any, tuple
         torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_is_that_of_a_seed_and_of_a_checkpoint(decoder: tuple[Any, tuple]) -> None:
+def test_dropout_follows_the_seed_and_checkpointing(decoder: tuple[Any, tuple]) -> None:
     stack, inputs = decoder
     stack.block = stack.block[:1]
     stack.train()
@@ -240,8 +241,8 @@ def test_dropout_is_that_of_a_seed_and_of_a_checkpoint(decoder: tuple[Any, tuple
     assert not torch.allclose(found[2][0], found[0][0], rtol=0.1)
 
 
-def test_autocast_keeps_the_stream_s_dtype(feed_forward: Any) -> None:
-    """A half-precision stream becomes float32 by the routers' ratios, as in the original."""
+def test_autocast_keeps_the_dtype_of_the_stream(feed_forward: Any) -> None:
+    """The routers' ratios make a half-precision stream float32, as in the original."""
     (layer,) = feed_forward
     x = torch.randn(2, 5, 32).half()
     found = []
@@ -255,7 +256,7 @@ def test_autocast_keeps_the_stream_s_dtype(feed_forward: Any) -> None:
 
 
 def test_single_adapter_and_no_task(feed_forward: Any) -> None:
-    """Outside the joint stage there is one adapter and no router; without a task the original's own assertion fails."""
+    """Outside the joint stage there is one adapter and no router; without a task, the original's assertion fails."""
     set_adapter_t5(feed_forward, 32, 1, 8)
     layer, x = feed_forward[0], torch.randn(2, 5, 32)
     nn.init.normal_(layer.adapter.adapters[0].up_proj.weight)
@@ -268,8 +269,8 @@ def test_single_adapter_and_no_task(feed_forward: Any) -> None:
         layer(x)
 
 
-def test_a_router_by_itself(feed_forward: Any) -> None:
-    """Where the layer has another forward than the original's, the router still runs on the kernels."""
+def test_a_router_alone_is_rewired(feed_forward: Any) -> None:
+    """The router runs on the kernels even if the layer has another forward than the original's."""
     (layer,) = feed_forward
     layer.forward = lambda hidden_states: layer.adapter(hidden_states)
     x = torch.randn(2, 5, 32)
@@ -279,7 +280,7 @@ def test_a_router_by_itself(feed_forward: Any) -> None:
     expect_all_near(outputs_and_gradients(layer, x), expected)
 
 
-def test_an_adapter_that_drops_is_the_original_s_in_training(feed_forward: Any) -> None:
+def test_adapters_with_dropout_use_the_original_forward_in_training(feed_forward: Any) -> None:
     (layer,) = feed_forward
     for adapter in layer.adapter.adapters:
         adapter.dropout = 0.5
@@ -334,7 +335,7 @@ def break_output(model: LIONT5InstructAdapter) -> tuple[str, str]:
 
 def break_forward(model: LIONT5InstructAdapter) -> tuple[str, str]:
     attention = model.visual_encoder.blocks[0].attn
-    attention.forward = attention.forward  # as accelerate's hooks do
+    attention.forward = attention.forward  # like accelerate's hooks
     return "Attention", "the instance has a forward of its own"
 
 
@@ -351,7 +352,7 @@ def break_forward(model: LIONT5InstructAdapter) -> tuple[str, str]:
         break_forward,
     ],
 )
-def test_what_is_not_exact_is_left_and_listed(change: Callable[[Any], tuple[str, str]]) -> None:
+def test_modules_that_would_differ_are_left_and_listed(change: Callable[[Any], tuple[str, str]]) -> None:
     model = make_original()
     class_name, reason = change(model)
     result = apply_lion_kernels(model)
@@ -364,7 +365,7 @@ def test_what_is_not_exact_is_left_and_listed(change: Callable[[Any], tuple[str,
         assert len(left) == 2
 
 
-def test_once_more_is_anew(feed_forward: Any) -> None:
+def test_a_second_call_starts_over(feed_forward: Any) -> None:
     """A second call undoes the first, and its result undoes both."""
     (layer,), x = feed_forward, torch.randn(2, 5, 32)
     expected, classes = layer(x), [type(module) for module in feed_forward.modules()]
@@ -378,7 +379,7 @@ def test_once_more_is_anew(feed_forward: Any) -> None:
     assert torch.equal(layer(x), expected)
 
 
-def test_copies_are_rewired_and_restored_by_themselves(feed_forward: Any) -> None:
+def test_copies_are_rewired_and_restored_independently(feed_forward: Any) -> None:
     (layer,), x = feed_forward, torch.randn(2, 5, 32)
     expected = layer(x)
     result = apply_lion_kernels(feed_forward, backend="triton")
@@ -393,8 +394,8 @@ def test_copies_are_rewired_and_restored_by_themselves(feed_forward: Any) -> Non
     assert torch.equal(twin[0](x), expected)
 
 
-def test_an_optimizer_goes_on(feed_forward: Any) -> None:
-    """Its state belongs to the parameters, which are the same ones."""
+def test_an_optimizer_keeps_its_state(feed_forward: Any) -> None:
+    """Its state belongs to the parameters, which stay the same."""
     found = []
     for apply in (False, True):
         torch.manual_seed(0)
@@ -446,7 +447,7 @@ def test_data_parallel_before_and_after_and_sharding_after(feed_forward: Any) ->
         apply_lion_kernels(feed_forward)
 
 
-def test_a_class_given_since_is_not_taken_away(feed_forward: Any) -> None:
+def test_undo_refuses_a_module_whose_class_changed_since(feed_forward: Any) -> None:
     result = apply_lion_kernels(feed_forward)
     router = feed_forward[0].adapter
 
@@ -478,8 +479,8 @@ def test_clear_errors(feed_forward: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("loaded", ["torch", "auto"])
-def test_lion_for_causal_lm_is_as_if_loaded_so(make_model: Any, make_batch: Any, loaded: str) -> None:
-    """Bits, operators and what is saved; another model of the same configuration keeps its own."""
+def test_lion_for_causal_lm_equals_one_loaded_with_the_backend(make_model: Any, make_batch: Any, loaded: str) -> None:
+    """Bits, operators and saved files agree; another model with the same configuration is unaffected."""
     batch = make_batch(batch=1, labels=True)
     model, other = make_model(kernel_backend=loaded), make_model(kernel_backend=loaded)
     before = model(**batch).logits
@@ -505,7 +506,7 @@ def test_lion_for_causal_lm_is_as_if_loaded_so(make_model: Any, make_batch: Any,
     assert model.config is config
 
 
-def test_an_attention_that_was_asked_for_stays(make_model: Any) -> None:
+def test_a_requested_attention_is_kept(make_model: Any) -> None:
     model: LionForCausalLM = make_model(kernel_backend="torch", attn_implementation={"vision_config": "eager"})
     result = apply_lion_kernels(model)
     assert {(module.class_name, module.reason) for module in result.left} == {

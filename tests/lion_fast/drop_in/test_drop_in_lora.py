@@ -1,6 +1,6 @@
 """`apply_lion_kernels` on models of PEFT: LoRA through one operator, and training with batches that mix adapters.
 
-The oracle of a mixed batch is the same model, as PEFT computes it, with one sample and one adapter at a time.
+The oracle of a mixed batch is the same model, computed by PEFT with one sample and one adapter at a time.
 """
 
 import copy
@@ -30,7 +30,7 @@ Results = tuple[Tensor, dict[str, Tensor]]
 def make_llama(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
-    sizes["initializer_range"] = 0.2  # or hardly anything would come through the attention
+    sizes["initializer_range"] = 0.2  # otherwise the attention has almost no influence
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **settings))
 
@@ -44,7 +44,7 @@ def make_t5() -> nn.Module:
 
 
 def make_peft(base: nn.Module | None = None, **first: Any) -> Any:
-    """Two adapters of different ranks, scalings and layers; one is rank-stabilised and has biases."""
+    """Return a model with two adapters of different ranks, scalings and layers; one is rank-stabilised with biases."""
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]} | first
     model = peft.get_peft_model(
         base or make_llama(), peft.LoraConfig(**settings, init_lora_weights=False), adapter_name="first"
@@ -58,7 +58,7 @@ def make_peft(base: nn.Module | None = None, **first: Any) -> Any:
     }
     if "target_modules" in first:
         second["target_modules"] = first["target_modules"]
-        second["lora_bias"] = "embed_tokens" not in first["target_modules"]  # PEFT has none for embeddings
+        second["lora_bias"] = "embed_tokens" not in first["target_modules"]  # PEFT has no bias for embeddings
     model.add_adapter("second", peft.LoraConfig(**second, init_lora_weights=False))
     model.set_requires_grad(["first", "second"])
     for name, parameter in model.named_parameters():
@@ -73,7 +73,7 @@ def ids() -> Tensor:
 
 
 def loss_of(model: Any, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Of every sample the same share, however many there are."""
+    """Return a loss to which every sample contributes equally, for any number of samples."""
     logits = model(input_ids=ids, **kwargs).logits
     return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).sum(), logits
 
@@ -113,7 +113,7 @@ def expect_same_bits(got: Results, expected: Results) -> None:
 
 
 @pytest.mark.parametrize("active", [["first"], ["second"], ["first", "second"]])
-def test_active_adapters_give_what_peft_gives(ids: Tensor, launches: list[str], active: list[str]) -> None:
+def test_active_adapters_compute_the_same_as_peft(ids: Tensor, launches: list[str], active: list[str]) -> None:
     model = make_peft()
     model.base_model.set_adapter(active)
     expected = results_of(model, ids)
@@ -126,7 +126,7 @@ def test_active_adapters_give_what_peft_gives(ids: Tensor, launches: list[str], 
     assert not launches
 
 
-def test_what_is_rewired() -> None:
+def test_lora_modules_are_rewired() -> None:
     result = apply_lion_kernels(make_peft())
     assert Counter((module.class_name, module.operators) for module in result.rewired) == {
         ("Linear", "mixture_of_lora_linear"): 6,
@@ -142,9 +142,7 @@ def test_what_is_rewired() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_batch_may_mix_adapters_also_in_training(
-    ids: Tensor, launches: list[str], backend: str, training: bool
-) -> None:
+def test_a_batch_may_mix_adapters_in_training(ids: Tensor, launches: list[str], backend: str, training: bool) -> None:
     expected = one_at_a_time(make_peft(), ids, NAMES)
     model = make_peft().train(training)
     if training:
@@ -160,7 +158,7 @@ def test_a_batch_may_mix_adapters_also_in_training(
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_keep_the_names_of_their_batch(ids: Tensor, backend: str, reentrant: bool) -> None:
-    """Of every forward pass its own, when several come before backward."""
+    """Each forward pass has its own names, when several precede backward."""
     model = make_peft().train()
     apply_lion_kernels(model, backend)
     expected = results_of(model, ids, adapter_names=NAMES)
@@ -175,8 +173,8 @@ def test_checkpointed_layers_keep_the_names_of_their_batch(ids: Tensor, backend:
     expect_same_gradients(got, {name: gradient + reverse[1][name] for name, gradient in expected[1].items()})
 
 
-def test_names_that_a_checkpoint_forgets_are_an_error(ids: Tensor) -> None:
-    """The base model's own checkpoint keeps no names: computing with others would be silently wrong."""
+def test_names_lost_by_a_checkpoint_raise(ids: Tensor) -> None:
+    """The base model's own checkpoint loses the names; other names would silently give wrong results."""
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -195,7 +193,7 @@ def test_names_that_a_checkpoint_forgets_are_an_error(ids: Tensor) -> None:
     model(input_ids=ids).sum().backward()
 
 
-def test_other_lora_layers_mix_as_peft_has_it(ids: Tensor) -> None:
+def test_other_lora_layers_mix_as_in_peft(ids: Tensor) -> None:
     model = make_peft(target_modules=["embed_tokens", "q_proj"])
     expected = results_of(model, ids, adapter_names=NAMES)
     result = apply_lion_kernels(model.train(), backend="triton")
@@ -203,7 +201,7 @@ def test_other_lora_layers_mix_as_peft_has_it(ids: Tensor) -> None:
     expect_same(results_of(model, ids, adapter_names=NAMES), expected)
 
 
-def test_wrong_names_are_peft_s_error_and_leave_nothing_behind(ids: Tensor) -> None:
+def test_wrong_names_raise_in_peft_and_leave_no_hooks(ids: Tensor) -> None:
     model = make_peft().train()
     apply_lion_kernels(model, backend="triton")
     expected = results_of(model, ids)
@@ -217,8 +215,8 @@ def test_wrong_names_are_peft_s_error_and_leave_nothing_behind(ids: Tensor) -> N
         expect_same_bits(results_of(model, ids), expected)
 
 
-def test_dropout_draws_what_peft_draws(ids: Tensor, launches: list[str]) -> None:
-    """With the same seed the same logits and gradients; several adapters at once are left to PEFT, and listed."""
+def test_dropout_has_the_random_numbers_of_peft(ids: Tensor, launches: list[str]) -> None:
+    """The same seed gives the same logits and gradients; several active adapters are left to PEFT, and listed."""
     model = make_peft(lora_dropout=0.5).train()
     found: list[tuple[Results, Results]] = []
     for apply in (False, True):
@@ -236,16 +234,16 @@ def test_dropout_draws_what_peft_draws(ids: Tensor, launches: list[str]) -> None
     for got, expected in zip(found[1], found[0], strict=True):
         expect_same(got, expected)
     launches.clear()
-    layer = model.base_model.model.model.layers[0].self_attn.v_proj  # which has the one adapter
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj  # has a single adapter
     layer(torch.ones(3, 5, 16))
     assert "update_kernel" in launches
     torch.manual_seed(1)
     assert not torch.equal(results_of(model, ids)[0], found[1][1][0])
 
 
-def test_a_mixed_batch_drops_each_adapter_s_inputs(ids: Tensor) -> None:
+def test_a_mixed_batch_drops_inputs_per_adapter(ids: Tensor) -> None:
     class Halves(nn.Module):
-        """A dropout without chance, so that samples one by one are the oracle."""
+        """A deterministic dropout, so that samples one by one are the oracle."""
 
         p = 0.5
 
@@ -266,7 +264,7 @@ def test_a_mixed_batch_drops_each_adapter_s_inputs(ids: Tensor) -> None:
     assert not torch.allclose(results_of(model.eval(), ids, adapter_names=NAMES)[0], expected[0])
 
 
-def test_dora_is_left(ids: Tensor) -> None:
+def test_dora_is_not_rewired(ids: Tensor) -> None:
     model = make_peft(use_dora=True)
     expected = results_of(model, ids)
     result = apply_lion_kernels(model, backend="triton")
@@ -290,8 +288,8 @@ def test_merged_and_disabled_adapters(ids: Tensor, case: str) -> None:
         model.unmerge_adapter()
 
 
-def test_half_precision_keeps_peft_s_dtypes() -> None:
-    """Under autocast the result is the base layer's; without, PEFT computes float32 adapters in float32."""
+def test_half_precision_keeps_the_dtypes_of_peft() -> None:
+    """Under autocast the result has the base layer's dtype; without it, PEFT computes float32 adapters in float32."""
     model = make_peft().half()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(3, 5, 16)
@@ -342,8 +340,8 @@ def test_saved_as_before_and_loaded_by_peft(ids: Tensor, tmp_path: Path) -> None
         assert torch.equal(loaded(input_ids=ids).logits, expected)
 
 
-def test_adapters_that_come_later(ids: Tensor) -> None:
-    """Layers that are rewired take a new adapter along; its undoing is the same."""
+def test_adapters_can_be_added_later(ids: Tensor) -> None:
+    """Rewired layers support a new adapter; undoing works as before."""
     model = make_peft()
     result = apply_lion_kernels(model, backend="triton")
     model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -363,7 +361,7 @@ def test_the_forward_pass_compiles(ids: Tensor) -> None:
 
 
 def test_t5(ids: Tensor) -> None:
-    """Its attention, norms and feed-forward too, unless another attention than sdpa was asked for; and beams."""
+    """Attention, norms and feed-forward are rewired, unless an attention other than sdpa is requested; beams work."""
     model = make_peft(make_t5(), target_modules=["q", "wo"])
     beams = {"num_beams": 2, "max_new_tokens": 2, "adapter_names": NAMES}
 
