@@ -1,5 +1,4 @@
-"""The benchmarks' own promises: no time for a wrong result, a comparison that sees what became slower, a script that
-leaves what it found."""
+"""The guarantees of the benchmarks: wrong results have no time, comparisons find slowdowns, and scripts clean up."""
 
 import importlib
 import json
@@ -37,7 +36,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
 class Recorder:
-    """Stands for pytest-benchmark's fixture, and keeps the times that it is given."""
+    """A stand-in for pytest-benchmark's fixture that keeps the times passed to it."""
 
     def __init__(self) -> None:
         self.extra_info: dict = {}
@@ -72,7 +71,7 @@ def unable(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def slowed(x: Tensor, weight: Tensor) -> Tensor:
-    until = time.process_time() + 0.004  # of this process: one thread's time has no sleep in it
+    until = time.process_time() + 0.004  # CPU time, because a single thread is timed without sleep
     while time.process_time() < until:
         pass
     return x * weight
@@ -97,7 +96,7 @@ def run(operator: Operator, name: str = "lion_kernels-x", peer: str | None = Non
 
 
 @pytest.mark.parametrize("direction", side_by_side.DIRECTIONS)
-def test_what_is_right_is_timed(direction: str) -> None:
+def test_correct_results_are_timed(direction: str) -> None:
     recorder = run(right, direction=direction)
     assert len(recorder.times) >= side_by_side.MIN_ROUNDS
     assert min(recorder.times) > 0
@@ -111,10 +110,10 @@ def test_what_is_right_is_timed(direction: str) -> None:
 @pytest.mark.parametrize(
     ("operator", "tensor"), [(wrong_output, "out"), (wrong_gradient, "weight"), (unwritten, "out")]
 )
-def test_what_is_wrong_is_not(operator: Operator, tensor: str) -> None:
+def test_wrong_results_are_not_timed(operator: Operator, tensor: str) -> None:
     with pytest.raises(AssertionError, match=rf"wrong {tensor} \(relative error .*\), so no time"):
         run(operator)
-    assert run(operator, peer="eager").times  # the right ones are timed beside it
+    assert run(operator, peer="eager").times  # correct peers are still timed
     side_by_side._last.clear()
     with pytest.raises(pytest.skip.Exception, match=rf"a peer has no time here: wrong {tensor}"):
         run(operator, "a peer")
@@ -128,7 +127,7 @@ def test_a_peer_that_does_not_run_is_skipped_and_ours_fails() -> None:
         run(unable)
 
 
-def test_a_peer_without_a_backward_is_timed_forward() -> None:
+def test_a_peer_without_backward_is_timed_forward_only() -> None:
     def forward_alone(x: Tensor, weight: Tensor) -> Tensor:
         assert not x.requires_grad, weight.requires_grad
         return x * weight
@@ -142,7 +141,7 @@ def test_a_peer_without_a_backward_is_timed_forward() -> None:
         run(wrong_output, "forward alone", direction="forward")
 
 
-def test_the_least_work_of_a_model_is_its_products() -> None:
+def test_the_floor_of_a_model_counts_its_products() -> None:
     linear = torch.nn.Linear(8, 4)
     x = torch.randn(5, 8)
     assert work(lambda: linear(x).relu(), linear.parameters()) == Cost(4 * (8 * 4 + 4), 2 * 5 * 8 * 4)
@@ -150,7 +149,7 @@ def test_the_least_work_of_a_model_is_its_products() -> None:
     assert work(lambda: x * x, [x]) == Cost(0, 0)
 
 
-def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_benchmark_starts_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LION_BENCH_DEADLINE", str(time.time() - 1))
     with pytest.raises(pytest.skip.Exception, match="time that was given"):
         run(right)
@@ -170,15 +169,15 @@ def test_peers_take_turns_in_both_orders() -> None:
 def test_memory() -> None:
     x = torch.randn(1000, 10, device=DEVICE, requires_grad=True)
     nbytes = 4 * x.numel()
-    assert saved_bytes(lambda x: (x.exp() * 2).sin(), {"x": x}) == 2 * nbytes  # of exp its result, of sin its input
+    assert saved_bytes(lambda x: (x.exp() * 2).sin(), {"x": x}) == 2 * nbytes  # the result of exp, the input of sin
     assert saved_bytes(lambda x: x * 2, {"x": x}) == 0
-    assert saved_bytes(lambda x: x.sin(), {"x": x}) == 0  # the input is there anyway
+    assert saved_bytes(lambda x: x.sin(), {"x": x}) == 0  # inputs do not count
     with torch.no_grad():
         assert nbytes * 2 <= peak_bytes(lambda: x.exp().sin(), DEVICE) <= nbytes * 2 + 4096
 
 
 def entry(operator: Operator, name: str = "lion_kernels-x") -> Entry:
-    """As `benchmarks/conftest.py` and `python -m benchmarks.harness run` make one."""
+    """Return an entry as `benchmarks/conftest.py` and `python -m benchmarks.harness run` make it."""
     recorder = run(operator, name)
     seconds = sorted(recorder.times)
     quantiles = seconds[len(seconds) // 2], seconds[len(seconds) // 5], seconds[-len(seconds) // 5]
@@ -216,32 +215,32 @@ ENTRY = Entry("product", "product, forward", "lion_kernels-x", (1.0, 0.98, 1.05)
 @pytest.mark.parametrize(
     ("seconds", "regressed"), [((1.10, 1.08, 1.15), False), ((1.2, 1.18, 1.25), True), ((0.5, 0.4, 0.6), False)]
 )
-def test_the_threshold_is_both_runs_spread(seconds: tuple[float, float, float], regressed: bool) -> None:
+def test_the_threshold_includes_the_spread_of_both_runs(seconds: tuple[float, float, float], regressed: bool) -> None:
     (change,) = comparison.compare(make_run(ENTRY), make_run(replace(ENTRY, seconds=seconds)))
     assert change.regressed is regressed
 
 
-def test_a_busier_machine_is_no_regression() -> None:
+def test_a_busier_machine_is_not_a_regression() -> None:
     before = replace(ENTRY, baseline="eager", ratio=(0.5, 0.49, 0.51))
     after = replace(before, seconds=(3.0, 2.9, 3.1))
     assert not comparison.compare(make_run(before), make_run(after))[0].regressed
     assert comparison.compare(make_run(before), make_run(replace(before, ratio=(0.6, 0.59, 0.61))))[0].regressed
 
 
-def test_a_peer_may_become_slower_and_none_of_ours_missing() -> None:
+def test_peers_may_slow_down_but_our_times_must_not_disappear() -> None:
     peer = replace(ENTRY, peer="eager")
     before, after = make_run(ENTRY, peer), make_run(ENTRY, replace(peer, seconds=(9.0, 8.9, 9.1)))
     assert [change.regressed for change in comparison.compare(before, after)] == [False]
     lost = make_run(peer, replace(ENTRY, group="another"))
     assert comparison.missing(before, lost) == [ENTRY]
-    assert not comparison.compare(before, make_run(peer))  # nothing of ours is right any more
+    assert not comparison.compare(before, make_run(peer))  # none of ours is correct any more
     with pytest.raises(ValueError, match="same suites"):
         comparison.compare(before, make_run(replace(ENTRY, suite="another")))
     with pytest.raises(ValueError, match="one device"):
         comparison.compare(before, make_run(ENTRY, device="another"))
 
 
-def test_results_come_back_as_they_were(tmp_path: Path) -> None:
+def test_results_survive_saving_and_loading(tmp_path: Path) -> None:
     full = replace(ENTRY, shape={"rows": 5}, ratio=(1.0, 0.9, 1.1), baseline="eager", peak_bytes=7, other={"aim": 0.5})
     folder = results.save(make_run(ENTRY, full, replace(ENTRY, suite="other")), tmp_path)
     assert sorted(file.name for file in folder.iterdir()) == ["other.json", "product.json"]
@@ -262,7 +261,7 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
         results.load(tmp_path)
 
 
-def test_a_suite_that_is_unknown_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_names_an_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
     assert harness.main(["run", "nothing"]) == 2
     assert "suites: expected some of assemble_inputs, " in capsys.readouterr().err
 
@@ -272,7 +271,7 @@ def test_the_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) -
     assert "report: run, compare and report are now `python -m benchmarks.harness`" in capsys.readouterr().err
 
 
-def test_bench_run_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_run_writes_its_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "clone"
     (folder / "benchmarks").mkdir(parents=True)
     (folder / "benchmarks" / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
@@ -283,15 +282,15 @@ def test_bench_run_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(runs, "FOLDER", folder / "benchmarks")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     written, status = runs.run(["thing"], tmp_path / "out", None, quick=True)
-    assert status == 1  # one failed, and the other is there all the same
+    assert status == 1  # one failed, and the other was written
     assert written is not None
     (only,) = results.load(written).entries
     assert (only.suite, only.peer, only.other) == ("thing", "test_good", {"note": 3})
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_every_operator_has_a_suite_whose_peers_are_right(operator: str) -> None:
-    """At the smallest of its shapes, where on a CPU nothing is compiled."""
+def test_every_operator_has_a_suite_with_correct_peers(operator: str) -> None:
+    """The smallest of its shapes is tested, for which nothing is compiled on a CPU."""
     suite = importlib.import_module(f"benchmarks.bench_{operator}")
     (cases,) = (mark for mark in suite.bench.pytestmark if mark.name == "parametrize")
     shapes = [case.values[0] for case in reversed(cases.args[1])]
@@ -305,14 +304,14 @@ def test_every_operator_has_a_suite_whose_peers_are_right(operator: str) -> None
     assert set(compared.memory) == set(suite.peers(shape)) - compared.suite.forward_only
 
 
-def test_the_commit_of_a_copy_without_history_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_commit_of_a_copy_without_history_can_be_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LION_BENCH_COMMIT", raising=False)
     assert results.describe_machine(tmp_path)["commit"] == "unknown"
     monkeypatch.setenv("LION_BENCH_COMMIT", "1a2b3c4")
     assert results.describe_machine(tmp_path)["commit"] == "1a2b3c4"
 
 
-def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
+def test_results_of_a_dead_run_are_recovered(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as died:
         pass
     described = results.describe_machine(ROOT)
@@ -329,7 +328,7 @@ def test_what_a_run_that_died_had_measured_is_not_lost(tmp_path: Path) -> None:
     assert running.exists()
 
 
-def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
+def test_the_report_lists_where_a_peer_wins(tmp_path: Path) -> None:
     needs("matplotlib", "quickstart")
     from benchmarks.harness.report import write_report
 
@@ -350,7 +349,7 @@ def test_the_report_says_where_a_peer_wins(tmp_path: Path) -> None:
 
 
 def test_the_report_has_training_steps() -> None:
-    """In images a second, shares of the original's time and memory and of the matrix rate; eager may lack memory."""
+    """It lists images per second and shares of time, memory and matrix rate; eager may be out of memory."""
     from benchmarks.harness.report import _training_steps
 
     settings: dict = {"suite": "training_step_16", "group": "16", "shape": {"pictures": 16}, "baseline": "original"}
@@ -373,13 +372,13 @@ def test_tuning_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="with times that are made up")
-def test_tuning_takes_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_accepts_faster_and_correct_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     case = next(case for case in CASES if case.operator == "rms_norm")
     sizes: dict[str, int] = {}
 
     def clock(call: Callable[[], object]) -> tuning.Seconds:
-        """Eight warps are fastest, and two rows better than one."""
+        """Make eight warps the fastest, and two rows better than one."""
         with_table = tuned_sizes.lookup("rms_norm_forward", "D64", dict(sizes))
         cost = abs(with_table.get("num_warps", 4) - 8) + abs(with_table.get("BT", 32) - 64) / 64 + 1
         return tuning.Seconds(cost, 0.99 * cost, 1.01 * cost)
@@ -391,16 +390,16 @@ def test_tuning_takes_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) 
     best = found["rms_norm_forward", "D64"]
     assert best.sizes == {**sizes, "num_warps": 8, "BT": 64}
     assert best.after < best.before
-    assert tuned_sizes.lookup("rms_norm_forward", "D64", sizes) == sizes  # all is as it was
+    assert tuned_sizes.lookup("rms_norm_forward", "D64", sizes) == sizes  # nothing has changed
 
-    monkeypatch.setattr(tuning, "allowed", lambda dtype: -1.0)  # so every result is wrong
+    monkeypatch.setattr(tuning, "allowed", lambda dtype: -1.0)  # makes every result wrong
     with pytest.raises(ArithmeticError, match="differs"):
         next(tuning.tune((case,), DEVICE, DTYPE, time.time() + 100, clock))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 @pytest.mark.slow
-def test_the_gpu_script_leaves_what_it_found(tmp_path: Path) -> None:
+def test_the_gpu_script_keeps_its_results(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     command = [str(SCRIPT), str(tmp_path / "out"), "environment"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -415,26 +414,26 @@ def test_the_gpu_script_leaves_what_it_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("group", ["FIRST", "SECOND"])
 def test_a_call_of_the_gpu_script_ends_within_six_minutes(group: str) -> None:
-    """Each part has a limit of its own, by which it is stopped, and the start of Python between them is quick."""
+    """Each part has its own time limit, and Python starts quickly in between."""
     text = SCRIPT.read_text(encoding="utf-8")
     (parts,) = re.findall(rf"^{group}=\((.*)\)$", text, re.MULTILINE)
     limits = {name: int(seconds) for name, seconds in re.findall(r"\[([\w-]+)\]=(\d+)", text)}
     assert len(parts.split()) >= 4
     assert sum(limits[part] for part in parts.split()) <= 350
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    for part in parts.split():  # the plan on the page is the script's
+    for part in parts.split():  # the page has the script's plan
         assert re.search(rf"^\| `{part}` \|.*\| {limits[part]} \|", page, re.MULTILINE), part
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_the_gpu_script_stops_when_it_is_interrupted(tmp_path: Path) -> None:
-    """As by a terminal, whose signal reaches the script alone; nothing has to be killed, and no further part begins."""
+    """The terminal's signal reaches only the script; no process must be killed, and no further part starts."""
     waits = "import time; print('begun', flush=True); time.sleep(100)"
     python = tmp_path / "python"
     waiting = f'{sys.executable} -c "$2" {sys.executable} -c "{waits}"'
     python.write_text(f'#!/usr/bin/env bash\ncase "$*" in *"harness run"*) exec {waiting} ;; esac\n')
     python.chmod(0o755)
-    # A shell cannot hear what was ignored when it began, as SIGINT is where these tests run in the background.
+    # A shell cannot receive signals that were ignored at its start, as SIGINT is for background processes.
     hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-c", hears, str(SCRIPT), str(tmp_path / "out"), "environment", "rows", "tuning"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
@@ -452,7 +451,7 @@ def test_the_gpu_script_stops_when_it_is_interrupted(tmp_path: Path) -> None:
     assert "tuning" not in rest
 
 
-def test_report_hands_over_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_passes_on_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     report(recorder, {"a": [2.0, 3.0], "b": [1.0, 2.0]}, "a", baseline="b", group="g", suite="s")
     assert recorder.times == [2.0, 3.0]

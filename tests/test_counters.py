@@ -1,4 +1,4 @@
-"""What `benchmarks/counters.py` makes of ncu's raw page."""
+"""`benchmarks/counters.py` reads ncu's raw page."""
 
 import json
 from pathlib import Path
@@ -32,12 +32,12 @@ def page(kernels: list[str]) -> str:
 
 
 def marked(*kernels: str) -> list[str]:
-    """`kernels` in the first segment, one in each of the others."""
+    """Return `kernels` in the first segment and one kernel in each of the others."""
     rest = [name for _ in counters.SEGMENTS[1:] for name in ("spin_kernel(long)", "some_kernel")]
     return ["void spin_kernel(long)", *kernels, *rest]
 
 
-def test_kernels_belong_to_the_call_after_whose_marker_they_ran(tmp_path: Path) -> None:
+def test_kernels_belong_to_the_call_of_the_last_marker(tmp_path: Path) -> None:
     raw = tmp_path / "raw.csv"
     raw.write_text(page(marked("hidden_kernel", "update_kernel")), encoding="utf-8")
     assert counters.main(["--read", str(raw), "--out", str(tmp_path / "results")]) == 0
@@ -54,10 +54,10 @@ def test_kernels_belong_to_the_call_after_whose_marker_they_ran(tmp_path: Path) 
     assert (third["kernel"], third["direction"]) == ("some_kernel", "backward")
     assert {kernel["operator"] for kernel in kernels} == set(counters.OPERATORS)
     assert first["metrics"]["gpu__time_duration.sum"] == 2000.0
-    assert "launch__thread_count" not in first["metrics"]  # explains no gap
+    assert "launch__thread_count" not in first["metrics"]  # does not explain a gap
 
 
-def test_a_line_says_what_limits_a_kernel() -> None:
+def test_a_line_shows_the_limit_of_a_kernel() -> None:
     kernels = list(counters.kernels_of(page(marked("hidden_kernel")).splitlines()))
     head, first, *_ = counters.table(kernels)
     assert head.split()[:4] == ["kernel", "us", "DRAM", "matrix"]
@@ -71,6 +71,6 @@ def test_a_line_says_what_limits_a_kernel() -> None:
         (page(["hidden_kernel"]), rf"expected 1 to {len(counters.SEGMENTS)} markers .* among 1 kernels, got 0"),
     ],
 )
-def test_what_is_no_such_page_is_refused(text: str, problem: str) -> None:
+def test_invalid_pages_are_refused(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         list(counters.kernels_of(text.splitlines()))

@@ -1,6 +1,6 @@
-"""What the library does where the packages of its extras are not installed.
+"""The library without the packages of its extras.
 
-In a process that finds none of them: the packages are there when the tests run in CI.
+It is tested in a process that finds none of them, because CI has them installed.
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# Modules that are made of a package of an extra, and import it at once: whoever imports them has seen to it.
+# Modules built on a package of an extra, which they import at once; their importers ensure that it is installed.
 OWN_ROOMS = {
     "lion_fast.demo.page": "gradio",
     "lion_fast.demo.server": "gradio",
@@ -68,8 +68,8 @@ print(json.dumps([len(names), failed, said]))
 
 
 def optional_packages() -> set[str]:
-    """Import names of all that the extras bring, and the core does not."""
-    names: set[str] = {"pydantic", "tensorboard", "peft"}  # the first of no extra: it must not come back unnoticed
+    """Return the import names of all packages that the extras install and the core does not."""
+    names: set[str] = {"pydantic", "tensorboard", "peft"}  # the first, of no extra, must not return unnoticed
     for extra, requirements in PYPROJECT["optional-dependencies"].items():
         if extra not in ("test", "dev", "docs"):
             names |= {re.split(r"[\[<>=; ]", requirement)[0] for requirement in requirements}
@@ -79,7 +79,7 @@ def optional_packages() -> set[str]:
 
 @pytest.fixture(scope="module")
 def without_extras(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """How many modules there are, which cannot be imported for want of what, what commands returned and said."""
+    """Return the number of modules, the failed imports with the missing package, and the results of commands."""
     out = tmp_path_factory.mktemp("nothing") / "out"
     commands = {name: arguments.format(out=out).split() for name, (_, _, arguments) in COMMANDS.items()}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "reference")])
@@ -96,7 +96,7 @@ def without_extras(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_all_extras_are_taken_away() -> None:
+def test_all_extras_are_hidden() -> None:
     packages = optional_packages()
     assert {"accelerate", "matplotlib", "flash_attn", "pyarrow", "ray", "gradio", "bitsandbytes"} <= packages
     assert not packages & {"torch", "triton", "transformers", "einops", "safetensors", "pillow"}

@@ -1,4 +1,4 @@
-"""The repository's shape: what installs, what may import what, and which names must never appear."""
+"""The repository's structure: what is installed, which imports are allowed, and which names must never appear."""
 
 import ast
 import re
@@ -15,8 +15,8 @@ PACKAGES = {
     "lion_kernels": ROOT / "kernels" / "lion_kernels",
     "lion_reference": ROOT / "reference" / "lion_reference",
 }
-# The layers: the kernels and the reference know nothing of the model or of each other, and nothing but the check, which
-# is there to compare them, needs the reference.
+# The layers: the kernels and the reference import neither the model nor each other, and only the check, which compares
+# them, imports the reference.
 ALLOWED = {
     "lion_fast": {"lion_kernels"},
     "lion_kernels": set(),
@@ -25,7 +25,7 @@ ALLOWED = {
 THIRD_PARTY = {"lion_kernels": {"torch", "triton"}, "lion_reference": {"torch", "einops"}}
 
 
-# Rooms of lion_fast from the ground up: a module imports from its own room and from those of rows below, nothing else.
+# Rooms of lion_fast from the bottom up: a module imports only from its own room and from rows below.
 LAYERS = (
     {"extras"},
     {"io"},
@@ -39,15 +39,15 @@ LAYERS = (
     {"quickstart", "demo", "drop_in", "check"},
     {"cli"},
 )
-# Who reads more of the kernels than their public names: those that measure, compile or rewire them.
+# Modules that use private names of the kernels, to measure, compile or rewire them.
 INSIDE_KERNELS = ("lion_fast.check", "lion_fast.drop_in", "lion_fast.cli.kernels")
 
 
 def imports_of_all() -> dict[str, list[tuple[str, str | None]]]:
-    """What every module of the packages and the benchmarks imports, at any depth of its code.
+    """Return the imports of every module of the packages and the benchmarks, at any depth of the code.
 
     Returns:
-        The module's name -> modules and the name that it takes from each, None for the module itself.
+        The module's name -> (module, imported name) pairs, with None for the module itself.
     """
     found = {}
     for package, folder in {**PACKAGES, "benchmarks": ROOT / "benchmarks"}.items():
@@ -68,7 +68,7 @@ IMPORTS = imports_of_all()
 
 
 def imported_modules(name: str) -> set[str]:
-    """Our modules that one imports. The packages above it, which Python runs first, are not among them."""
+    """Return our modules that a module imports, without its parent packages, which Python runs first."""
     found = set()
     for module, taken in IMPORTS[name]:
         for full in (f"{module}.{taken}", module):
@@ -79,7 +79,7 @@ def imported_modules(name: str) -> set[str]:
 
 
 def imported(package: str) -> set[str]:
-    """Top-level names that a package's modules but the check's import."""
+    """Return the top-level names imported by the modules of a package, except by the check."""
     of_package = [name for name in IMPORTS if within(name, package) and not within(name, "lion_fast.check")]
     return {module.split(".")[0] for name in of_package for module, _ in IMPORTS[name]}
 
@@ -89,8 +89,8 @@ def within(module: str, package: str) -> bool:
 
 
 @pytest.mark.parametrize("folder", ["kernels", "reference"])
-def test_no_package_shadows_another_s_name(folder: str) -> None:
-    """transformers imports a package named `kernels`; a folder of that name must not be one."""
+def test_no_package_shadows_another(folder: str) -> None:
+    """transformers imports a package named `kernels`, so no folder of that name may be a package."""
     assert not (ROOT / folder / "__init__.py").exists()
 
 
@@ -103,8 +103,8 @@ def test_layers(package: str) -> None:
 KERNELS = PACKAGES["lion_kernels"]
 FAMILIES = {"attention", "low_rank"}
 OPERATORS = {file.stem for file in KERNELS.glob("*.py")} - {"__init__", "__main__"}
-# What a room or an operator of lion_kernels may import beside itself. LoRA whose update has an input of its own is a
-# mixture of adapters.
+# Allowed imports of each room or operator of lion_kernels. LoRA whose update has its own input is a mixture of
+# adapters.
 ROOMS = {
     "core": set(),
     **{family: {"core"} for family in FAMILIES},
@@ -132,13 +132,13 @@ def test_an_operator_is_a_page(file: str) -> None:
 
 
 @pytest.mark.parametrize("package", THIRD_PARTY)
-def test_what_the_small_packages_need(package: str) -> None:
+def test_third_party_imports_of_the_small_packages(package: str) -> None:
     others = imported(package) - set(PACKAGES) - set(sys.stdlib_module_names)
     assert others <= THIRD_PARTY[package]
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "benchmarks"])
-def test_there_are_no_circles(package: str) -> None:
+def test_there_are_no_import_cycles(package: str) -> None:
     graph = {name: imported_modules(name) - {name} for name in IMPORTS if within(name, package)}
     assert sum(map(len, graph.values())) > 20
     try:

@@ -1,4 +1,4 @@
-"""The ledger, and the figures that pages quote: what was measured last, what was not, and nothing that a hand wrote."""
+"""The ledger and the quoted figures: newest results, missing measurements, and no manual edits."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def committed() -> dict[str, list[Run]]:
     return results.load_all(RESULTS)
 
 
-def test_a_headline_is_listed_once() -> None:
+def test_every_headline_is_listed_once() -> None:
     for headlines in (HEADLINES, CPU_HEADLINES):
         assert len({(one.operator, one.label) for one in headlines}) == len(headlines)
         assert len({repr(one.sources[0]) for one in headlines}) == len(headlines)
@@ -53,7 +53,7 @@ def test_a_headline_is_listed_once() -> None:
 
 
 def test_headlines_name_shapes_as_their_suites_do(committed: dict[str, list[Run]]) -> None:
-    """A name that a suite does not have would leave a row empty for ever."""
+    """A name that its suite lacks would leave a row empty forever."""
     shapes: dict[str, set] = {}
     for of_device in committed.values():
         for run in of_device:
@@ -72,7 +72,7 @@ def test_every_row_of_the_cpu_is_measured(committed: dict[str, list[Run]]) -> No
         assert [row.headline.label for row in table if row.run is None or row.ours is None or row.peer is None] == []
 
 
-def test_what_nobody_measured_says_so() -> None:
+def test_missing_measurements_are_marked() -> None:
     tables = ledger.tables({})
     assert list(tables) == ["NVIDIA H100", H200]
     for table in tables.values():
@@ -83,7 +83,7 @@ def test_what_nobody_measured_says_so() -> None:
     assert list(tables) == ["NVIDIA H100 80GB HBM3", H200]
 
 
-def test_a_row_is_the_newest_of_its_own() -> None:
+def test_a_row_has_its_newest_result() -> None:
     old = make_run(
         entry(RMS, "lion_kernels-triton", 4e-5),
         entry(RMS, "eager", 9e-5),
@@ -100,7 +100,7 @@ def test_a_row_is_the_newest_of_its_own() -> None:
     assert "not measured yet" in line(rows, MIXED)
 
 
-def test_another_suite_at_the_same_shape_counts_and_one_at_another_does_not() -> None:
+def test_other_suites_count_only_at_the_same_shape() -> None:
     (elsewhere,) = RMS.elsewhere
     theirs = replace(entry(RMS, "lion_kernels-triton", 5e-5), suite=elsewhere.suite, shape=dict(elsewhere.shape))
     headline_run = make_run(entry(RMS, "lion_kernels-triton", 2e-5), day=1)
@@ -115,23 +115,23 @@ def test_another_suite_at_the_same_shape_counts_and_one_at_another_does_not() ->
     ]
     rows = ledger.rows([make_run(*theirs)])
     assert "| 50 us |" in line(rows, biased)
-    assert "not measured yet" in line(rows, biased, "backward")  # that suite's has the table's gradient
+    assert "not measured yet" in line(rows, biased, "backward")  # that suite's backward includes the table's gradient
 
 
-def test_a_result_that_became_wrong_is_not_hidden_by_an_older_one() -> None:
+def test_an_older_result_does_not_hide_a_wrong_one() -> None:
     right = make_run(entry(RMS, "lion_kernels-triton", 2e-5))
     rows = ledger.rows([make_run(entry(RMS, "eager", 9e-5), day=2), right])
     assert line(rows, RMS).endswith("| forward | **no correct result** |  | eager, 90 us |  | commit2 | 2026-01-02 |")
 
 
-def test_a_headline_has_its_words_everywhere() -> None:
+def test_a_headline_has_the_same_label_everywhere() -> None:
     one = entry(MIXED, "eager", 1e-5)
     assert ledger.label(one) == f"mixture_of_adapters, {MIXED.label}"
     assert ledger.label(replace(one, shape={"operator": "another"})) == "operator another"
     assert ledger.label(replace(one, suite="rms_norm", shape={"tokens": 5})) == "tokens 5"
 
 
-def test_a_ratio_to_the_baseline_is_that_of_the_rounds() -> None:
+def test_ratios_to_the_baseline_are_by_round() -> None:
     eager = entry(RMS, "eager", 6e-5, baseline="eager", ratio=(1.0, 1.0, 1.0))
     ours = entry(RMS, "lion_kernels-triton", 3e-5, baseline="eager", ratio=(0.4, 0.3, 0.5))
     slower = entry(RMS, "lion_kernels-torch", 5e-5, baseline="eager", ratio=(0.9, 0.8, 1.0))
@@ -141,7 +141,7 @@ def test_a_ratio_to_the_baseline_is_that_of_the_rounds() -> None:
     assert "| F.rms_norm, 40 us | 0.75 |" in line(ledger.rows([make_run(eager, ours, fused)]), RMS)
 
 
-def test_what_limits_a_kernel_stands_below_its_gpu(tmp_path: Path) -> None:
+def test_the_limits_of_kernels_follow_the_table_of_their_gpu(tmp_path: Path) -> None:
     stalled = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
     metrics = {"dram__throughput.avg.pct_of_peak_sustained_elapsed": 71.23, "launch__registers_per_thread": 168}
     metrics |= {stalled.format(name): value for name, value in {"wait": 0.5, "math_pipe_throttle": 2.25}.items()}
@@ -151,7 +151,7 @@ def test_what_limits_a_kernel_stands_below_its_gpu(tmp_path: Path) -> None:
     counters = folder / "ncu.json"
     counters.write_text(json.dumps({"kernels": kernels}), encoding="utf-8")
     devices = results.load_all(tmp_path)
-    devices[H200].insert(0, make_run(day=2))  # has no counters, so the last that were taken stay
+    devices[H200].insert(0, make_run(day=2))  # has no counters, so the previous ones stay
     text = "\n".join(ledger.write(devices))
     after = text[text.index(f"### {H200}: ledger") :]
     assert f"**What limits the main kernels on {H200}**" in after
@@ -178,7 +178,7 @@ QUOTED = {
 }
 
 
-def test_the_pages_that_quote_are_these() -> None:
+def test_the_list_of_pages_with_figures() -> None:
     found = {
         str(path.relative_to(ROOT)): figures.blocks(path.read_text(encoding="utf-8")) for path in figures.pages(ROOT)
     }
@@ -186,8 +186,8 @@ def test_the_pages_that_quote_are_these() -> None:
 
 
 @pytest.mark.parametrize("page", QUOTED)
-def test_a_page_quotes_what_was_measured(page: str, committed: dict[str, list[Run]]) -> None:
-    """`python -m benchmarks.harness report` writes it so; a figure that a hand changes is another."""
+def test_pages_quote_the_results(page: str, committed: dict[str, list[Run]]) -> None:
+    """`python -m benchmarks.harness report` writes the figures; a manual change is detected."""
     text = (ROOT / page).read_text(encoding="utf-8")
     assert figures.quote(text, committed) == text
     for name in figures.blocks(text):
@@ -198,8 +198,8 @@ def test_a_page_quotes_what_was_measured(page: str, committed: dict[str, list[Ru
         assert figures.quote(changed, committed) == text
 
 
-def test_the_page_of_benchmarks_is_what_the_results_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without drawing its charts, whose bytes are matplotlib's."""
+def test_the_page_of_benchmarks_is_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are not drawn, because matplotlib determines their bytes."""
     figure = pytest.importorskip("matplotlib.figure")
     from benchmarks.harness.report import write_report
 
@@ -213,8 +213,8 @@ def test_the_page_of_benchmarks_is_what_the_results_give(tmp_path: Path, monkeyp
     assert tables[-1] < text.index("## How it is measured")
 
 
-def test_a_chart_has_its_peers_in_one_order() -> None:
-    """Whatever order a set of their names has in this process."""
+def test_the_peers_of_a_chart_have_a_fixed_order() -> None:
+    """The order does not depend on set iteration."""
     figure = pytest.importorskip("matplotlib.figure").Figure()
     from benchmarks.harness import charts
 
@@ -222,7 +222,7 @@ def test_a_chart_has_its_peers_in_one_order() -> None:
     made = [entry(RMS, peer, 1e-5, baseline="eager", ratio=(0.5, 0.4, 0.6)) for peer in reversed(peers)]
     assert charts._peers(figure, make_run(*made))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == peers
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["rms norm"]  # its operator, not its suite
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["rms norm"]  # the operator, not the suite
 
 
 def gpu_paragraph(*devices: Run) -> str:
@@ -231,15 +231,15 @@ def gpu_paragraph(*devices: Run) -> str:
     return " ".join(line for line in quoted.splitlines()[2:-2] if line)
 
 
-def test_a_gpu_that_nobody_had_is_not_measured_yet() -> None:
+def test_a_gpu_without_runs_is_not_measured_yet() -> None:
     cpu = make_run(device="a CPU", gpu=False)
     assert gpu_paragraph(cpu) == "**GPU**: nothing has been measured yet, so we make no speed claims."
-    assert gpu_paragraph(make_run()) == gpu_paragraph(cpu)  # it ran, and no headline
+    assert gpu_paragraph(make_run()) == gpu_paragraph(cpu)  # it has runs, but no headline
     text = "<!-- begin: operator rms_norm -->\n<!-- end: operator rms_norm -->\n"
     assert "\n\nOn a GPU: not measured yet.\n\n" in figures.quote(text, {"a CPU": [cpu]})
 
 
-def test_what_a_gpu_measured_is_quoted_with_what_it_loses_and_lacks() -> None:
+def test_figures_of_a_gpu_include_losses_and_gaps() -> None:
     run = make_run(
         *(entry(RMS, peer, seconds) for peer, seconds in (("lion_kernels-triton", 2e-5), ("eager", 4e-5))),
         *(entry(RMS, peer, seconds, "backward") for peer, seconds in (("lion_kernels-triton", 9e-5), ("eager", 3e-5))),
@@ -251,7 +251,7 @@ def test_what_a_gpu_measured_is_quoted_with_what_it_loses_and_lacks() -> None:
     assert f"within 5% in 0 and slower in 1; 1 without a correct result; {total - 3} not measured yet." in text
     assert "| rms_norm | 16,384 x 2048 | forward | 20 us | 50% | eager, 40 us | 0.50 | commit1 | 2026-01-01 |" in text
     assert "mixed tasks | forward | **no correct result** |" in text
-    assert "not measured yet |" not in text  # the ledger has those rows
+    assert "not measured yet |" not in text  # only the ledger has those rows
     assert "**NVIDIA H100**: not measured yet." in text
     page = figures.quote("<!-- begin: operator rms_norm -->\n<!-- end: operator rms_norm -->\n", {H200: [run]})
     assert "| rms_norm | 16,384 x 2048 | backward | 90 us | 11% | eager, 30 us | 3.00 | commit1 | 2026-01-01 |" in page
@@ -268,7 +268,7 @@ def test_what_a_gpu_measured_is_quoted_with_what_it_loses_and_lacks() -> None:
         ("<!-- begin: operator rms -->\n<!-- end: operator rms -->\n", "an operator with headlines, got 'rms'"),
     ],
 )
-def test_a_block_that_cannot_be_written_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_the_error_names_an_invalid_block(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("no block", encoding="utf-8")
     (tmp_path / "CHANGELOG.md").write_text(text, encoding="utf-8")
@@ -276,7 +276,7 @@ def test_a_block_that_cannot_be_written_is_named(text: str, message: str, tmp_pa
         figures.write(tmp_path, {})
 
 
-def test_the_report_writes_the_figures_of_its_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_updates_the_figures_of_its_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure")
     monkeypatch.setattr(figure.Figure, "savefig", lambda *_, **__: None)
     monkeypatch.setattr(command, "ROOT", tmp_path)
@@ -289,7 +289,7 @@ def test_the_report_writes_the_figures_of_its_clone(tmp_path: Path, monkeypatch:
     for page in ("README.md", "CHANGELOG.md"):
         (tmp_path / page).write_text(empty, encoding="utf-8")
     assert not command.main(["report", "--page", str(tmp_path / "page.md")])
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == empty  # another page alone
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == empty  # only the other page changes
     assert not command.main(["report"])
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert text.startswith("before\n\n<!-- begin: bulk -->\n\n**Bulk captions**")

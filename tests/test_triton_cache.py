@@ -1,4 +1,4 @@
-"""The Triton cache to carry: what is made in one process is found by another, in another folder."""
+"""The portable Triton cache: a cache made in one process works in another, in another folder."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_every_launch_is_found_in_another_folder(cache: Path) -> None:
     assert "8 kernels loaded, 0 of them compiled" in done.stdout, done.stdout + done.stderr
 
 
-def test_another_triton_s_cache_is_refused(cache: Path, tmp_path: Path) -> None:
+def test_the_cache_of_another_triton_is_refused(cache: Path, tmp_path: Path) -> None:
     unpacked = tmp_path / "unpacked"
     done = run("unpack", cache, unpacked)
     assert done.returncode == 0, done.stderr
@@ -56,8 +56,8 @@ def test_another_triton_s_cache_is_refused(cache: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
-def test_the_model_s_launches_are_those_of_the_benchmark() -> None:
-    """As long as its batch is, and no sample padded."""
+def test_the_launches_of_the_model_match_the_benchmark() -> None:
+    """They have the same lengths, and no sample is padded."""
     batch = bench_model.make_batch()
     assert {name for name in batch if "mask" in name} == set()
     lengths = Lengths(*(batch[name].shape[1] for name in ("input_ids", "qformer_input_ids", "labels")), padded=False)
