@@ -140,7 +140,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad)
-    return operator.asked_for(backward_op(grad, *ctx.saved_tensors, needs), needs)
+    return operator.needed_gradients(backward_op(grad, *ctx.saved_tensors, needs), needs)
 
 
 def cost(rows: int, channels: int, dtype: torch.dtype) -> tuple[Cost, Cost]:

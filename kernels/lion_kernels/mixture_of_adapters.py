@@ -115,7 +115,7 @@ def _differentiate(ctx, grad, _):
     wanted: tuple[Tensor | None, ...] = (None,) * 6
     if any(needs):
         gradients = backward_op(last_contiguous(grad), *ctx.saved_tensors, *ctx.settings, needs)
-        wanted = operator.asked_for(gradients, needs)
+        wanted = operator.needed_gradients(gradients, needs)
     return *wanted, None, residual, None, None, None
 
 

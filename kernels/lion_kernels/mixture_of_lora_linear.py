@@ -121,7 +121,7 @@ def _differentiate(ctx, grad, _):
         return (None,) * 9
     needs = list(ctx.needs_input_grad[:6])
     gradients = backward_op(last_contiguous(grad), *ctx.saved_tensors, *ctx.settings, needs)
-    return *operator.asked_for(gradients, needs), None, None, None
+    return *operator.needed_gradients(gradients, needs), None, None, None
 
 
 def cost(

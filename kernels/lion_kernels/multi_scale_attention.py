@@ -89,8 +89,8 @@ def _differentiate(ctx, grad, *_):
     dq, dkeys, dvalues, dgate = backward_op(
         grad, q, keys, values, masks, scale_gate, seed, maps, lse, ctx.scale, ctx.dropout_p, needs
     )
-    dkeys = list(operator.asked_for(dkeys, needs_keys))
-    dvalues = list(operator.asked_for(dvalues, needs_values))
+    dkeys = list(operator.needed_gradients(dkeys, needs_keys))
+    dvalues = list(operator.needed_gradients(dvalues, needs_values))
     return dq if needs_q else None, dkeys, dvalues, nothing, dgate if needs_gate else None, None, None, None
 
 

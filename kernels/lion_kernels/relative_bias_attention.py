@@ -83,7 +83,7 @@ def _differentiate(ctx, grad: Tensor | None, _: Tensor | None):
         return (None,) * 10
     needs = list(ctx.needs_input_grad[:4])
     gradients = backward_op(grad, *ctx.saved_tensors, *ctx.options, needs)
-    return *operator.asked_for(gradients, needs), None, None, None, None, None, None
+    return *operator.needed_gradients(gradients, needs), None, None, None, None, None, None
 
 
 def cost(q: Tensor, k: Tensor, *, causal: bool = False, learn_bias: bool = False) -> tuple[Cost, Cost]:

@@ -91,12 +91,12 @@ def _read(function: FunctionType, tree: ast.Module) -> Iterator[tuple[str, Any]]
         value = values.get(name)
         for attribute in attributes if isinstance(value, ModuleType) else ():
             value = getattr(value, attribute, None)
-        if value is None or isinstance(value, ModuleType) or _is_triton_s(value):
+        if value is None or isinstance(value, ModuleType) or _is_part_of_triton(value):
             continue
         yield name, value
 
 
-def _is_triton_s(value: Any) -> bool:
+def _is_part_of_triton(value: Any) -> bool:
     """Return whether `value` is part of Triton's language; our constants only have a type of Triton's."""
     module = getattr(getattr(value, "fn", value), "__module__", "")
     return module.partition(".")[0] == "triton" and not isinstance(value, triton.language.constexpr)

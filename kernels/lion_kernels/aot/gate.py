@@ -43,8 +43,8 @@ class Complaint:
 class Known(NamedTuple):
     """A complaint of `kind` about `kernel` on sm_90 in all configurations with these `constants`.
 
-    The constants include `num_warps`, `num_stages`, and `float32`: whether all values are fp32. `triton` is the only
-    version that causes it, such as "3.9", or None for all.
+    The constants include `num_warps`, `num_stages`, and `float32`: whether no pointer is to half precision. `triton` is
+    the only version that causes it, such as "3.9", or None for all.
     """
 
     kind: str

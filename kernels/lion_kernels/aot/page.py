@@ -1,4 +1,4 @@
-"""The ahead-of-time report as a page of tables, from the JSON that `lion_kernels.aot.report` writes."""
+"""The ahead-of-time report as a page of tables, from the JSON written by `lion_kernels.aot.report`."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -9,7 +9,7 @@ from lion_kernels.attention import launch as attention
 from lion_kernels.attention.bias import bucket_by_distance, launch_bias_gradient, relative_position_bucket
 from lion_kernels.attention.launch import Attention
 from lion_kernels.attention.plain import Terms, draw_keep, library_attention, plain_attention, plain_attention_backward
-from lion_kernels.core.operator import room_for
+from lion_kernels.core.operator import empty_gradient
 from lion_kernels.core.rowwise import last_contiguous
 
 
@@ -96,7 +96,7 @@ def fake_forward(call: BiasedAttention) -> tuple[Tensor, Tensor]:
 
 
 def fake_backward(grad: Tensor, call: BiasedAttention, out: Tensor, lse: Tensor, needs: list[bool]):
-    dq, dk, dv, dtable = (room_for(x, needed) for x, needed in zip(call[:4], needs, strict=True))
+    dq, dk, dv, dtable = (empty_gradient(x, needed) for x, needed in zip(call[:4], needs, strict=True))
     return dq, dk, dv, dtable
 
 

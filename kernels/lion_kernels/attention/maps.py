@@ -16,7 +16,7 @@ from lion_kernels.attention import launch as attention
 from lion_kernels.attention.launch import Attention
 from lion_kernels.attention.plain import Terms, draw_keep, library_attention, plain_attention, plain_attention_backward
 from lion_kernels.core.backend import LAUNCH, on_device, tl, triton
-from lion_kernels.core.operator import room_for
+from lion_kernels.core.operator import empty_gradient
 from lion_kernels.core.rowwise import last_contiguous
 from lion_kernels.core.specs import KernelSpec
 
@@ -112,10 +112,10 @@ def launch_backward(
     last = len(keys) - 1
     needs_q, needs_keys, needs_values, needs_gate = split_needs(needs)
     delta = torch.empty_like(lse)
-    dq = room_for(q, needs_q)
+    dq = empty_gradient(q, needs_q)
     partial = torch.empty_like(dq, dtype=torch.float32) if last else dq
-    dkeys = [room_for(k, needed) for k, needed in zip(keys, needs_keys, strict=True)]
-    dvalues = [room_for(v, needed) for v, needed in zip(values, needs_values, strict=True)]
+    dkeys = [empty_gradient(k, needed) for k, needed in zip(keys, needs_keys, strict=True)]
+    dvalues = [empty_gradient(v, needed) for v, needed in zip(values, needs_values, strict=True)]
     for s, one in enumerate(call.attentions):
         attention.launch_backward(
             one,
@@ -156,9 +156,9 @@ def fake_forward(call: Maps) -> tuple[Tensor, Tensor, Tensor]:
 def fake_backward(grad: Tensor, call: Maps, maps: Tensor, lse: Tensor, needs: Sequence[bool]):
     needs_q, needs_keys, needs_values, needs_gate = split_needs(needs)
     return (
-        room_for(call.q, needs_q),
-        [room_for(k, needed) for k, needed in zip(call.keys, needs_keys, strict=True)],
-        [room_for(v, needed) for v, needed in zip(call.values, needs_values, strict=True)],
+        empty_gradient(call.q, needs_q),
+        [empty_gradient(k, needed) for k, needed in zip(call.keys, needs_keys, strict=True)],
+        [empty_gradient(v, needed) for v, needed in zip(call.values, needs_values, strict=True)],
         torch.empty_like(call.scale_gate) if call.scale_gate is not None and needs_gate else call.q.new_empty(0),
     )
 

@@ -1,1 +1,1 @@
-"""What every operator shares: how one is defined, which backend runs it, its sizes, costs and specifications."""
+"""The basis of every operator: its definition, choice of backend, sizes, costs and kernel configurations."""

@@ -41,7 +41,7 @@ _INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() i
 _launching_on_cpu = False
 
 
-def _let_loops_run_to_numbers_of_the_call() -> None:
+def _accept_arguments_as_loop_bounds() -> None:
     """Let the interpreter accept arguments as loop bounds, which are arrays of one element there.
 
     Triton before 3.7.1 passes them to `int`, which numpy 2.4 rejects.
@@ -58,7 +58,7 @@ def _let_loops_run_to_numbers_of_the_call() -> None:
 
 
 if _INTERPRETING and tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7):
-    _let_loops_run_to_numbers_of_the_call()
+    _accept_arguments_as_loop_bounds()
 
 
 def interpreting() -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lion_kernels.core.backend import LAUNCH, on_device, refuse_uninterpretable, tl, triton
 from lion_kernels.core.dropout import keep_block, threshold_of
-from lion_kernels.core.operator import room_for
+from lion_kernels.core.operator import empty_gradient
 from lion_kernels.core.rowwise import as_rows, partial_sums, row_tile
 
 
@@ -182,8 +182,8 @@ def fake_backward(grad, x, residual, weight, x_bias, seed, statistics, dropout_p
     needs_x, needs_residual = written_gradients(x, residual, seed, needs)
     sums = (2 if x_bias is None else 3, x.shape[-1]) if needs[2] else (0,)
     return (
-        room_for(x, needs_x),
-        room_for(residual, needs_residual),
+        empty_gradient(x, needs_x),
+        empty_gradient(residual, needs_residual),
         x.new_empty(sums, dtype=torch.float32),
     )
 

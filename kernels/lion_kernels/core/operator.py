@@ -100,12 +100,12 @@ def _schema(arguments_of: Callable[..., Any], results_of: Callable[..., Any]) ->
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
-def asked_for(gradients: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
+def needed_gradients(gradients: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
     """Return the gradients for autograd: None for those not needed, which a backward op cannot return itself."""
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
-def room_for(x: Tensor, needed: bool) -> Tensor:
+def empty_gradient(x: Tensor, needed: bool) -> Tensor:
     """Allocate x's gradient, uninitialised and contiguous; empty unless `needed`."""
     return x.new_empty(x.shape if needed else (0,))
 
