@@ -33,8 +33,8 @@ PRODUCT_ROWS = {
     "hidden_gradient_kernel": "BM",
     "outer_kernel": "BN",
 }
-# Constants that follow from the others, which the names of launches omit.
-NOT_TOLD = ("K", "KP", "RP", "EP", "GP", "EG", "BI", "D1", "D2", "UNIT", "PRECISION", "GROUP", "CHOOSE", "KEEP")
+# Constants that follow from others, which the names of launches omit.
+DERIVED = ("K", "KP", "RP", "EP", "GP", "EG", "BI", "D1", "D2", "UNIT", "PRECISION", "GROUP", "CHOOSE", "KEEP")
 ROWS_OF_A_WARP_GROUP = 64  # the minimum of wgmma
 
 
@@ -178,7 +178,7 @@ def _named(launches: list[tuple[KernelSpec, tuple[str, ...]]]) -> list[KernelSpe
 def _name(spec: KernelSpec) -> str:
     said = [spec.kernel_name.removeprefix("_").removesuffix("_kernel"), _values(spec)]
     for name, value in spec.constexprs.items():
-        if name not in NOT_TOLD and value not in (None, False) and not name.startswith("stride_"):
+        if name not in DERIVED and value not in (None, False) and not name.startswith("stride_"):
             said.append(name if value is True else f"{name}={value}")
     return " ".join([*said, f"warps={spec.num_warps} stages={spec.num_stages}"])
 

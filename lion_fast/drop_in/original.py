@@ -110,7 +110,7 @@ class VisionAttentionOnKernels(OnKernels):
 
 
 class BertAttentionOnKernels(OnKernels):
-    """BERT's attention before its output projection, the Q-Former's and the aggregator's."""
+    """BERT's attention without its output projection, of the Q-Former and the aggregator."""
 
     operators = "multi_scale_attention"
     query: nn.Module

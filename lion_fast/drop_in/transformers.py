@@ -54,7 +54,7 @@ def rewire_t5_stack(rewirer: Rewirer, stack: T5Stack) -> None:
     attentions = [module for module in stack.modules() if type(module) is T5Attention]
     if stack.config._attn_implementation != "sdpa":
         for attention in attentions:
-            rewirer.leave(attention, _asked_for(stack.config))
+            rewirer.leave(attention, _requested_attention(stack.config))
         return
     for config in _give_own_configs(stack.modules()):
         if isinstance(config, T5Config):
@@ -69,10 +69,10 @@ def _list_attention(rewirer: Rewirer, attention: Any, operators: str) -> None:
     if attention.config._attn_implementation == KERNEL_ATTENTION:
         rewirer.list_rewired(attention, operators)
     else:
-        rewirer.leave(attention, _asked_for(attention.config))
+        rewirer.leave(attention, _requested_attention(attention.config))
 
 
-def _asked_for(config: PreTrainedConfig) -> str:
+def _requested_attention(config: PreTrainedConfig) -> str:
     return f"attn_implementation={config._attn_implementation!r} was asked for"
 
 
