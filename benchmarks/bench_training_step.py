@@ -147,7 +147,7 @@ def error_and_bound() -> tuple[float, float]:
 
 
 @functools.cache
-def flops_of_one_picture() -> int:
+def flops_per_image() -> int:
     """Return the operations of all matrix products, forward and backward."""
     model = models()["original"].train()
     with FlopCounterMode(display=False) as counter:
@@ -165,7 +165,7 @@ def together(peer: str) -> tuple[str, ...]:
 def compare(pictures: int, checkpointed: bool, peers: tuple[str, ...]) -> Comparison:
     error, bound = error_and_bound()
     assert error <= bound, f"wrong loss (relative error {error:.1e}, allowed {bound:.1e}), so no time"
-    flops = pictures * flops_of_one_picture()
+    flops = pictures * flops_per_image()
     found = Comparison(floor_seconds(Cost(0, flops), rates(), DTYPE))
     if checkpointed:  # the last case, so it stays enabled
         for model in models().values():

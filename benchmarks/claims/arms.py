@@ -96,7 +96,7 @@ TAGGING = (
 ARMS = (*STAGED, *GROUNDING, _DOUBTFUL, *TAGGING)
 
 
-def tell_tags(scene_set: SceneSet, wrong: float, seed: Sequence[int]) -> list[str]:
+def noisy_tags(scene_set: SceneSet, wrong: float, seed: Sequence[int]) -> list[str]:
     """Return every scene's tags in LION's format, as from a tagger that always makes the same mistakes."""
     return [
         ", ".join(replace_tags(scene.tags, wrong, np.random.default_rng([*seed, index])))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.claims.arms import ARMS, BLUR, IMAGE_KINDS, TRAINED_WRONG, WRONG_RATES, Arm, accuracy_name, tell_tags
-from benchmarks.claims.reading import teach_tags, telling
+from benchmarks.claims.arms import ARMS, BLUR, IMAGE_KINDS, TRAINED_WRONG, WRONG_RATES, Arm, accuracy_name, noisy_tags
+from benchmarks.claims.reading import teach_tags, with_tag_sentence
 from benchmarks.claims.report import MAX_SEEDS, write_report
 from lion_fast.extras import require
 from lion_fast.io.atomic import whole_directory, write_json
@@ -27,7 +27,7 @@ from lion_fast.training.stages import STAGES, carry_over, copy_frozen, freeze_fo
 
 # Scenes used neither for the quickstart's stand-ins nor for its learning rates.
 _TRAIN_SCENES, _TEST_SCENES = 100, 101
-_ASKED = {"caption": 1, "vqa": 2, "rec": 2}  # samples of a kind per scene
+_SAMPLES_PER_SCENE = {"caption": 1, "vqa": 2, "rec": 2}  # samples of a kind per scene
 
 
 @dataclass(frozen=True)
@@ -220,11 +220,11 @@ class Experiment:
         }
 
     def _processor(self, arm: Arm) -> LionProcessor:
-        return self.processor if arm.tag_sentence is None else telling(self.processor, arm.tag_sentence)
+        return self.processor if arm.tag_sentence is None else with_tag_sentence(self.processor, arm.tag_sentence)
 
     def _tags(self, arm: Arm, wrong: float, seed: Sequence[int], scene_set: SceneSet) -> list[str] | None:
         """Return one string per scene; None for an arm without tags."""
-        return None if arm.tag_sentence is None else tell_tags(scene_set, wrong, seed)
+        return None if arm.tag_sentence is None else noisy_tags(scene_set, wrong, seed)
 
     def _accuracy(self, arm: Arm, seed: int, model: LionForCausalLM) -> dict[str, float]:
         """Return the share of correct answers on unseen scenes, by kind and share of wrong tags."""
@@ -233,7 +233,7 @@ class Experiment:
         for wrong in (0.0,) if arm.tag_sentence is None else WRONG_RATES:
             tags = self._tags(arm, wrong, (seed, _TEST_SCENES), test_set)
             for kind in arm.measured:
-                asked = (kind, _ASKED[kind], np.random.default_rng(0))
+                asked = (kind, _SAMPLES_PER_SCENE[kind], np.random.default_rng(0))
                 shares[accuracy_name(kind, wrong if tags else None)] = accuracy(
                     model, processor, test_set, *asked, tags
                 )

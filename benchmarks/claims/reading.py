@@ -23,7 +23,7 @@ _NUM_FACTS = 16  # tokens that describe a scene, as many as in stage 1
 _HIDDEN = (0.0, 0.8)  # range of the share of words withheld, drawn per batch, so that tags are useful
 
 
-def telling(processor: LionProcessor, sentence: str) -> LionProcessor:
+def with_tag_sentence(processor: LionProcessor, sentence: str) -> LionProcessor:
     """Return a processor that puts tags into another sentence."""
     processor = copy.copy(processor)
     processor.tag_sentence = sentence
@@ -62,7 +62,7 @@ def teach_tags(
                     batch = (
                         encode(processor, samples)
                         if sentence is None
-                        else encode(telling(processor, sentence), samples, [tags[i] for i in scenes])
+                        else encode(with_tag_sentence(processor, sentence), samples, [tags[i] for i in scenes])
                     )
                     facts.is_word = is_word & (torch.rand(is_word.shape) >= rng.uniform(*_HIDDEN))
                     told = facts.tell(scenes, _NUM_FACTS, rng)

@@ -56,7 +56,7 @@ class Headline:
         return Source(self.suite, self.entry_shape, self.directions), *self.elsewhere
 
 
-def _rows_alike(operator: str, channels: int, label: str) -> Headline:
+def _rowwise(operator: str, channels: int, label: str) -> Headline:
     """Return the headline for rows of 16 sequences of 1024, which the operator's own suite also measures."""
     shape = {"tokens": 16 * 1024, "channels": channels}
     return Headline(operator, label, shape, elsewhere=(Source(operator, shape, BOTH),))
@@ -136,13 +136,13 @@ HEADLINES: tuple[Headline, ...] = (
         {"stack": "decoder", "batch": 16, "heads": 32, "queries": 1, "keys": 417, "head_dim": 64},
         (FORWARD,),
     ),
-    _rows_alike("rms_norm", 2048, "16,384 x 2048"),
+    _rowwise("rms_norm", 2048, "16,384 x 2048"),
     Headline(
         "residual_layer_norm",
         "64 x 257 x 1408, dropout 0.1",
         {"images": 64, "tokens": 257, "channels": 1408, "dropout": 0.1},
     ),
-    _rows_alike("gated_gelu", 5120, "16,384 x 5120"),
+    _rowwise("gated_gelu", 5120, "16,384 x 5120"),
     Headline(
         "assemble_inputs",
         "16 x (289 + 128) x 2048",

@@ -1,4 +1,4 @@
-"""A run's results as files: DEVICE/DATE-COMMIT/SUITE.json, each with the machine, the versions and the commit."""
+"""The files of a run: DEVICE/DATE-COMMIT/SUITE.json, each with the machine, the versions and the commit."""
 
 import json
 import os
