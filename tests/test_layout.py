@@ -176,8 +176,8 @@ def test_only_public_names_of_the_kernels_are_imported() -> None:
     assert seen > 5
 
 
-def test_files_of_tests_that_are_named_exist() -> None:
-    """In CI, scripts and pages: a file that has moved would otherwise be missed only where it is run."""
+def test_named_test_files_exist() -> None:
+    """CI, scripts and pages name test files; a moved file would otherwise only be noticed when they run."""
     places = [
         *(ROOT / ".ci").iterdir(),
         *(ROOT / "docs").rglob("*.md"),
