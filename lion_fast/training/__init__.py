@@ -1,4 +1,4 @@
-"""Training LION by its stages, on transformers' Trainer: `lion-fast train`."""
+"""Training LION stage by stage with transformers' Trainer: `lion-fast train`."""
 
 from lion_fast.training.data import LionCollator
 from lion_fast.training.recipe import Recipe, RecipeError, load_recipe, shipped_recipe

@@ -1,8 +1,8 @@
-"""Samples that a recipe names, and the batches that the model reads.
+"""Samples of a recipe's data, and the model's batches.
 
-A sample is a dict: `image` (anything `io.images.load_image` reads), `task`, `question`, `answer`, and optionally
-`tags` (a list of strings or None) and `place`, where it stands. Its order and its random numbers follow from the seed
-and its position in the run alone (`lion_fast.data.order`).
+A sample is a dict: `image` (anything that `io.images.load_image` reads), `task`, `question`, `answer`, and optionally
+`tags` (a list of strings or None) and `place` (its location in the source, for messages). The order of samples and
+their random numbers depend only on the seed and the position in the run (`lion_fast.data.order`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,11 @@ SAMPLE_IDS = "sample_ids"
 
 
 class LionCollator:
-    """Samples to the tensors of `LionForCausalLM`, by the processor.
+    """Collator that turns samples into the inputs of `LionForCausalLM` with the processor.
 
-    Samples that have a position (of a `TrainingData`) also make `sample_ids`, a list of strings, and `position`, that
-    of the first one: what `LionTrainer` reports and seeds by, and takes out before the model sees the batch.
+    Samples with a position (from `TrainingData`) also give `sample_ids`, a list of strings, and `position`, the
+    position of the first sample. `LionTrainer` uses the two for reports and seeds, and removes them before the model's
+    call.
     """
 
     def __init__(self, processor: LionProcessor):
@@ -52,7 +53,7 @@ class LionCollator:
 
 
 class SceneSamples(EpochDataset):
-    """`count` samples of one task, each about a generated scene of its own (`lion_fast.scenes`)."""
+    """`count` samples of one task, each from a different generated scene (`lion_fast.scenes`)."""
 
     def __init__(self, task: str, seed: int, count: int, transforms: Sequence[Transform] = ()):
         self.task = task
@@ -86,13 +87,13 @@ class SceneSamples(EpochDataset):
 
 
 class TaskSamples(EpochDataset):
-    """The samples of one task from several sources, end to end, each with its `place`: its own, or source and number.
+    """Samples of one task, concatenated from several sources.
 
-    An epoch's order draws at random which source is next, and goes through each source in that one's own order: all
-    samples once, and those of shards a few shards at a time.
+    A sample without a `place` gets one, "source:number". The order of an epoch interleaves the sources at random and
+    keeps the order of each source: every sample occurs once, and shards are read a few at a time.
 
     Raises:
-        RecipeError: a sample is of another task.
+        RecipeError: a sample has another task.
     """
 
     def __init__(self, task: str, sources: Mapping[str, Dataset]):
@@ -114,14 +115,14 @@ class TaskSamples(EpochDataset):
         order = np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(self._sizes)), self._sizes))
         for number, source in enumerate(self.sources.values()):
             own = epoch_order(source, int(np.random.SeedSequence([seed, number]).generate_state(1)[0]), epoch)
-            order[order == number] = -1 - (own + self._starts[number])  # below 0: no number of a source to come
+            order[order == number] = -1 - (own + self._starts[number])  # negative, so never equal to a later `number`
         return -1 - order
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        name, source = list(self.sources.items())[place]
-        number = index - int(self._starts[place])
+        source_index = int(np.searchsorted(self._starts, index, side="right")) - 1
+        name, source = list(self.sources.items())[source_index]
+        number = index - int(self._starts[source_index])
         sample: Any = sample_of(source, epoch, number)
         if sample["task"] != self.task:
             raise RecipeError(
@@ -131,21 +132,21 @@ class TaskSamples(EpochDataset):
 
     @property
     def left_out(self) -> tuple[int, int]:
-        """Lines that are no records, and samples whose picture could not be read so far, of all sources."""
+        """Numbers of skipped lines, and of samples whose image has been unreadable so far, over all sources."""
         sources = self.sources.values()
         return tuple(sum(getattr(s, name, 0) for s in sources) for name in ("num_bad_lines", "num_bad_images"))  # type: ignore[return-value]
 
 
 def open_training_data(data: Data, seed: int) -> dict[str, TaskSamples]:
-    """The samples that a recipe trains on, by task, augmented and tagged as it says.
+    """Open a recipe's training samples by task, with its augmentation and tagger.
 
     Args:
-        data: the recipe's.
-        seed: of the augmentation.
+        data: section of the recipe.
+        seed: seed of the augmentation.
 
     Raises:
-        RecipeError: for a source that is not a JSONL file, a directory of shards or `scenes:SEED:COUNT`.
-        DataError: for a line that is no record, unless `data.skip_bad`.
+        RecipeError: a source is not a JSONL file, a directory of shards or `scenes:SEED:COUNT`.
+        DataError: a line is not a valid record, unless `data.skip_bad`.
         CheckpointError: `data.tagger` cannot be loaded.
         OSError: a file cannot be opened.
     """
@@ -153,17 +154,22 @@ def open_training_data(data: Data, seed: int) -> dict[str, TaskSamples]:
 
 
 def open_evaluation_data(data: Data) -> dict[str, TaskSamples]:
-    """The samples that a recipe evaluates on, by task, as they are but for tags; errors as above."""
+    """Open a recipe's evaluation samples by task, with its tagger and without augmentation.
+
+    Raises:
+        RecipeError, DataError, CheckpointError, OSError: as for `open_training_data`.
+    """
     return _open_sources("evaluate", data, 0, [])
 
 
 def transforms_of(augmentation: Augmentation) -> list[Transform]:
-    """What a recipe does to region-level samples, boxes included."""
+    """Return the transforms of region-level samples; the transforms also move the boxes."""
     return [RandomHorizontalFlip(augmentation.flip), RandomCrop(augmentation.crop, augmentation.crop_min_scale)]
 
 
 def _open_sources(part: str, data: Data, seed: int, transforms: list[Transform]) -> dict[str, TaskSamples]:
-    # In the order of `Sources`, not of the model's `TASKS`: it decides which sample a step of a begun run has.
+    # The order is that of `Sources`, not of the model's `TASKS`: it determines the samples of each step, also of a run
+    # that is resumed.
     named = {task: names for task, names in vars(getattr(data, part)).items() if names}
     tagger = _load_tagger(data) if named and data.tagger else None
     opened = {}
@@ -179,7 +185,7 @@ def _open_sources(part: str, data: Data, seed: int, transforms: list[Transform])
 
 
 def _load_tagger(data: Data) -> Tagger:
-    """On the GPU where this process reads the samples itself; a worker process is to keep its hands off it."""
+    """Load the tagger, on the GPU if this process reads the samples; worker processes must not use CUDA."""
     on_gpu = torch.cuda.is_available() and data.workers == 0
     directory = Path(data.tagger or "")
     if not directory.is_dir():

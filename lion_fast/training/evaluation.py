@@ -1,4 +1,4 @@
-"""What a model in training has learnt: loss, answers, boxes, and pictures of them."""
+"""Evaluation during training: loss, answers, boxes, and drawings of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ _TILE, _MARGIN, _LINES, _COLUMNS = 320, 10, 4, 4
 
 @dataclass
 class Totals:
-    """Sums over samples; what processes have summed apart is added."""
+    """Named sums over samples, which `over_processes` adds up over all processes."""
 
     values: dict[str, float] = field(default_factory=dict)
 
@@ -57,20 +57,21 @@ def evaluate(
     collate: Callable[[Sequence[Sample]], dict[str, Any]] | None = None,
     **generation: Any,
 ) -> tuple[dict[str, float], list[tuple[Sample, str]]]:
-    """Loss and answers over some samples, shared out among processes.
+    """Compute the loss and the answers for some samples, split among the processes.
 
     Args:
-        model: what is called for the loss and has `generate`.
+        model: model with `generate`; its call returns the loss.
         indices: samples to evaluate, the same on every process.
-        batch_size: per process.
-        pictures: how many of this process's samples come back with their answers.
-        autocast: makes the context that the model runs in.
-        collate: makes the batches; `LionCollator` if None. Where it makes no labels there is no loss.
-        generation: settings of `generate`.
+        batch_size: samples per batch and process.
+        pictures: number of this process's samples to return with their answers.
+        autocast: returns the context that the model runs in.
+        collate: makes the batches; `LionCollator` if None. Batches without labels give no loss.
+        generation: arguments of `generate`.
 
     Returns:
-        The metrics: `loss`, the mean over target tokens; for answers with a box `grounding_accuracy`, the share of
-        first boxes with IoU >= 0.5, where no box is a miss; for others `exact_match`. And the first samples.
+        The metrics and the first samples with their answers. The metrics are `loss`, the mean over target tokens;
+        `grounding_accuracy` over answers with a box, the fraction of first boxes with IoU >= 0.5, where a missing box
+        is a miss; and `exact_match` over the other answers.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     own = list(indices[rank::world])
@@ -78,7 +79,7 @@ def evaluate(
     collate, totals, shown = collate or LionCollator(processor), Totals(), []
     for round_ in range(rounds):
         chosen = own[round_ * batch_size : (round_ + 1) * batch_size]
-        # Where a model is sharded all processes have to run it equally often: one that has no samples left runs any.
+        # All processes must run a sharded model equally often: a process without samples left runs any sample.
         counted = [samples[index] for index in chosen]
         batch = {name: value.to(device) for name, value in collate(counted or [samples[indices[0]]]).items()}
         with autocast():
@@ -109,16 +110,16 @@ def _judge(totals: Totals, sample: Sample, answer: str) -> None:
 
 
 def is_right(answer: str, true: str) -> bool:
-    """Whether an answer is the true one: equal, or where that has a box, its first box overlaps it with IoU >= 0.5."""
+    """Return whether an answer is correct: equal to the true one or, if that has a box, first boxes with IoU >= 0.5."""
     expected, found = parse_boxes(true), parse_boxes(answer)
     return bool(found) and iou(found[0], expected[0]) >= 0.5 if expected else answer == true.strip()
 
 
 def draw_answers(shown: Sequence[tuple[Sample, str]]) -> Image.Image:
-    """One sheet of pictures with question, true answer and the model's; boxes are drawn, both of them.
+    """Draw samples on one sheet, each with its question, true answer, the model's answer and the boxes of both.
 
     Raises:
-        ValueError: nothing is shown.
+        ValueError: `shown` is empty.
     """
     if not shown:
         raise ValueError("shown: expected one sample or more, got none")
@@ -144,14 +145,14 @@ def draw_answers(shown: Sequence[tuple[Sample, str]]) -> Image.Image:
 
 
 def _with_boxes(sample: Sample, answer: str) -> Image.Image:
-    picture = load_image(sample["image"]).resize((_TILE, _TILE))
+    image = load_image(sample["image"]).resize((_TILE, _TILE))
     boxes, labels = [], []
-    # `draw_boxes` gives the colours in order: the model's first, then the true ones.
+    # `draw_boxes` assigns the colours in order: the model's box first, then the true one.
     for label, text in (("model", answer), ("true", sample["answer"])):
-        for box in parse_boxes(text, picture.size)[:1]:
+        for box in parse_boxes(text, image.size)[:1]:
             boxes.append(box)
             labels.append(label)
-    return draw_boxes(picture, boxes, labels)
+    return draw_boxes(image, boxes, labels)
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any) -> list[str]:
@@ -166,11 +167,11 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any) -> list[str]:
 
 
 def evaluated_indices(samples: Dataset, most: int) -> list[int]:
-    """Up to `most` samples, spread evenly over all of them: always the same ones."""
+    """Return the indices of up to `most` samples, evenly spaced; the selection is deterministic."""
     count = len(samples)  # type: ignore[arg-type]
     return [number * count // min(most, count) for number in range(min(most, count))]
 
 
 def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch's tensors on a device, everything else as it is."""
+    """Move the batch's tensors to a device and keep everything else."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

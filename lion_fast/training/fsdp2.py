@@ -1,9 +1,10 @@
-"""The same training as a plain loop: FSDP2's `fully_shard`, checkpoints of `torch.distributed.checkpoint`, no Trainer.
+"""The same training as a plain loop: FSDP2's `fully_shard`, `torch.distributed.checkpoint`, no Trainer.
 
     torchrun --nproc-per-node 2 -m lion_fast.training.fsdp2 --stage 3 --config stage3.yaml
 
-Runs on GPUs (NCCL) and on CPUs (gloo). Checkpoints hold what is trained, in shards, and load on any number of
-processes: the curve of two goes on on one. Read it to see all that a stage needs, or to put LION into your own loop.
+The loop runs on GPUs (NCCL) and CPUs (gloo). Checkpoints hold the trained parameters in shards and load on any number
+of processes: a run of two processes resumes on one with the same loss curve. Use this file to see everything that a
+stage needs, or to train LION in your own loop.
 """
 
 import argparse
@@ -39,18 +40,18 @@ from lion_fast.training.stages import parameter_groups
 def train(
     recipe: Recipe, *, resume: bool = False, train_samples: Mapping[str, Dataset] | None = None
 ) -> tuple[nn.Module, list[float]]:
-    """Run one stage on all processes of the group that `torch.distributed` has been started with.
+    """Run one stage on all processes of the default group of `torch.distributed`.
 
     Args:
-        recipe: see `load_recipe`; its evaluation is left out.
-        resume: go on from the newest undamaged checkpoint, whatever number of processes wrote it.
-        train_samples: task -> data set, instead of the recipe's.
+        recipe: see `load_recipe`; its evaluation is not run.
+        resume: resume from the newest undamaged checkpoint, written by any number of processes.
+        train_samples: task -> dataset, instead of the recipe's data.
 
     Returns:
-        The sharded model, and the loss of each step since the run's beginning.
+        The sharded model, and the loss of each step from the start of the run.
 
     Raises:
-        RecipeError, CheckpointError, OSError: as `lion_fast.training.train`.
+        RecipeError, CheckpointError, OSError: as for `lion_fast.training.train`.
         ValueError: a loss or gradient is NaN or infinite.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -116,10 +117,10 @@ def take_step(
     recipe: Recipe,
     device: torch.device,
 ) -> float:
-    """One step over the global batch, weighed by target tokens; its mean loss per token.
+    """Take one optimizer step over the global batch and return its mean loss per target token.
 
     Raises:
-        ValueError: the loss or a gradient is NaN or infinite, with the samples of this process.
+        ValueError: the loss or a gradient is NaN or infinite; the message names the samples of this process.
     """
     world = dist.get_world_size()
     sample_ids = [identity for batch in micro_batches for identity in batch.pop(SAMPLE_IDS)]
@@ -129,7 +130,7 @@ def take_step(
     for number, batch in enumerate(micro_batches):
         seed_everything(recipe.seed, batch.pop(POSITION), 1)
         model.set_requires_gradient_sync(number == len(micro_batches) - 1)
-        # FSDP averages gradients over processes, where the sum over all tokens is meant.
+        # FSDP averages gradients over processes; multiplying by `world` gives the sum over all tokens.
         loss = model(**move(batch, device), num_items_in_batch=tokens).loss
         (loss * world).backward()
         total += loss.detach()
@@ -153,10 +154,10 @@ def save(
     step: int,
     losses: list[float],
 ) -> None:
-    """Write a checkpoint, each process its shards.
+    """Write a checkpoint; each process writes its shards.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the checkpoint cannot be written.
     """
     with saving.written_aside(directory, first=dist.get_rank() == 0, wait_for_all=dist.barrier) as aside:
         save_shards(_state(model, optimizer), checkpoint_id=str(aside / "shards"))
@@ -166,11 +167,11 @@ def save(
 
 
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[int, list[float]]:
-    """Read a checkpoint that any number of processes wrote; its step, and the losses up to it."""
+    """Load a checkpoint written by any number of processes; return its step and the losses up to that step."""
     shards = str(directory / "shards")
     written = FileSystemReader(shards).read_metadata().state_dict_metadata
     for name, parameter in _trained(model):
-        # What no loss has reached has no state, neither there nor here.
+        # A parameter without a gradient so far has no optimizer state, neither in the checkpoint nor here.
         if f"optimizer.{name}.step" in written:
             empty = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
             optimizer.state[parameter] = {"step": torch.zeros(()), **empty}
@@ -184,7 +185,7 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sc
 
 
 def save_whole(directory: Path, model: Any, processor: LionProcessor) -> None:
-    """Gather all parameters and write what `from_pretrained` loads."""
+    """Gather all parameters and write a directory for `from_pretrained`."""
     state = gathered_state(model)
     with saving.written_aside(directory, first=dist.get_rank() == 0, wait_for_all=dist.barrier) as aside:
         if dist.get_rank() == 0:
@@ -193,7 +194,7 @@ def save_whole(directory: Path, model: Any, processor: LionProcessor) -> None:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What a checkpoint holds, by name: the trained parameters and AdamW's state of them."""
+    """Return the content of a checkpoint by name: the trained parameters and their AdamW state."""
     state = {f"model.{name}": parameter.data for name, parameter in _trained(model)}
     for name, parameter in _trained(model):
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -1,9 +1,8 @@
-"""How much memory training takes: weights, gradients, optimizer, and what a forward pass saves for the backward pass.
+"""Estimate of training memory: weights, gradients, optimizer, and the activations saved for the backward pass.
 
-Nothing is allocated: the model runs on tensors that know their shapes alone (PyTorch's fake tensors), so the published
-sizes are estimated in seconds on any machine, and what is counted is what autograd is given to keep, operator by
-operator, the fused ones' included. Not counted are what an operator needs while it runs, gradients of activations, and
-what the allocator leaves unused.
+The model runs on PyTorch's fake tensors, which have shapes but no storage, so the published sizes are estimated in
+seconds on any machine. The estimate counts the tensors that autograd saves, including those of the fused operators. It
+does not count the temporary memory of an operator, gradients of activations, or the allocator's unused memory.
 """
 
 from collections.abc import Iterator
@@ -23,7 +22,11 @@ from lion_fast.training.stages import Stage, freeze_for_stage
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a batch on one device: samples, tokens of the language model's text, of the Q-Former's, and of the answer."""
+    """Sizes of a batch on one device: samples, and tokens of the language model's text, the question and the answer.
+
+    Args:
+        question_tokens: tokens of the Q-Former's text.
+    """
 
     batch_size: int
     text_tokens: int = 128
@@ -36,10 +39,11 @@ class Estimate:
     """Bytes on one device.
 
     Args:
-        frozen, trained: the weights.
-        gradients: of the trained ones, float32.
-        optimizer: AdamW's two moments of them, float32.
-        activations: saved for the backward pass; checkpointed, the blocks' inputs and the largest block's own.
+        frozen, trained: weights.
+        gradients: gradients of the trained weights, float32.
+        optimizer: AdamW's two moments of the trained weights, float32.
+        activations: tensors saved for the backward pass; with checkpointing, the inputs of all blocks and the
+            activations of the largest block.
     """
 
     frozen: int
@@ -55,10 +59,10 @@ class Estimate:
 
 @dataclass
 class SavedTensors:
-    """What autograd keeps, by storage, so that tensors that share one count once.
+    """Tensors saved by autograd, by storage, so that tensors with a common storage count once.
 
     Args:
-        known: storages that are not counted, as those of parameters.
+        known: storages that are not counted, such as those of parameters.
         blocks: bytes that each call of a block saved first.
     """
 
@@ -79,7 +83,7 @@ class SavedTensors:
 
 @contextmanager
 def counting_saved_tensors(model: LionForCausalLM) -> Iterator[SavedTensors]:
-    """Counts what is saved for backward inside, but for the model's own parameters and buffers."""
+    """Count the tensors saved for the backward pass in this context, except the model's parameters and buffers."""
     held = [*model.parameters(), *model.buffers()]
     saved = SavedTensors({tensor.untyped_storage()._cdata for tensor in held})
     begun: list[int] = []
@@ -107,19 +111,19 @@ def estimate(
     gradient_checkpointing: bool,
     shards: int = 1,
 ) -> Estimate:
-    """What one training process needs.
+    """Estimate the memory of one training process.
 
     Args:
-        config: of the stage's model (`lion_fast.training.run.stage_config`); `kernel_backend` "triton" is for the
-            kernels, which without a GPU needs `TRITON_INTERPRET=1`, "torch" for PyTorch.
-        stage: says what is trained.
-        shapes: of a micro-batch.
+        config: configuration of the stage's model (`lion_fast.training.run.stage_config`). `kernel_backend` "triton"
+            estimates the kernels, which need `TRITON_INTERPRET=1` without a GPU; "torch" estimates PyTorch.
+        stage: determines the trained parameters.
+        shapes: sizes of a micro-batch.
         precision: `bf16` keeps frozen parameters in 2 bytes and computes under autocast.
-        gradient_checkpointing: whether blocks are computed again in the backward pass.
-        shards: processes that FSDP2 shares parameters, gradients and optimizer out to.
+        gradient_checkpointing: whether blocks are recomputed in the backward pass.
+        shards: number of processes over which FSDP2 shards parameters, gradients and optimizer.
 
     Raises:
-        ValueError: the configuration's `visual_input` is not the stage's, or the kernels cannot be had here.
+        ValueError: the configuration's `visual_input` differs from the stage's, or the kernels are not available.
     """
     activations, blocks, model = _saved_by_forward(config, stage, shapes, precision, checkpointed=False)
     if gradient_checkpointing:
@@ -138,8 +142,8 @@ def estimate(
 def _saved_by_forward(
     config: LionConfig, stage: Stage, shapes: Shapes, precision: str, *, checkpointed: bool
 ) -> tuple[int, list[int], LionForCausalLM]:
-    """Bytes that a forward pass saves, those of each block's, and the model, which has no values."""
-    # Of bfloat16's size, and the kernels' interpreter takes it.
+    """Return the bytes saved by a forward pass, the bytes of each block, and the model on fake tensors."""
+    # float16 has the size of bfloat16, and Triton's interpreter supports it.
     half = torch.float16
     with torch.device("meta"):
         model = LionForCausalLM(config).train()
@@ -159,14 +163,14 @@ def _saved_by_forward(
 
 
 def checkpoint_blocks(model: LionForCausalLM) -> None:
-    """Compute blocks again in the backward pass."""
-    # The older name is the only one in transformers 5.17, and warns in later versions.
+    """Recompute blocks in the backward pass (gradient checkpointing)."""
+    # transformers 5.17 has only the older name, which warns in later versions.
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
 
 
 def _fake_parameters(model: nn.Module, mode: FakeTensorMode, frozen_dtype: torch.dtype) -> None:
-    """Put tensors that claim to be on the CPU in the place of all parameters and buffers; shared ones stay shared."""
+    """Replace all parameters and buffers with fake tensors on the CPU; shared tensors stay shared."""
     fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -178,7 +182,7 @@ def _fake_parameters(model: nn.Module, mode: FakeTensorMode, frozen_dtype: torch
             fakes[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         return fakes[id(tensor)]
 
-    originals = []  # kept, so that no identity is used again
+    originals = []  # kept alive, so that no id() is reused
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -205,7 +209,7 @@ def _batch(config: LionConfig, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def as_table(columns: dict[str, Estimate]) -> str:
-    """Estimates side by side."""
+    """Format estimates as a table with one column each."""
     rows = ("frozen", "trained", "gradients", "optimizer", "activations", "total")
     labels = ("frozen weights", "trained weights", "gradients", "optimizer", "activations", "total")
     width = max(12, *(len(name) + 2 for name in columns))

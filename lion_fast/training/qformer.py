@@ -1,4 +1,4 @@
-"""Starting a Q-Former from BLIP-2's first stage or from InstructBLIP, by LAVIS's files or transformers' directories."""
+"""Initialisation of the Q-Former from BLIP-2's first stage or InstructBLIP, in the format of LAVIS or transformers."""
 
 from pathlib import Path
 
@@ -14,21 +14,21 @@ _IN_TRANSFORMERS = {"vision_layernorm": "vision_model.post_layernorm", "qformer_
 
 @torch.no_grad()
 def load_qformer(model: LionForCausalLM, path: str | Path) -> list[str]:
-    """Copy queries, norm, Q-Former and, where it fits, the projection into a model that has a Q-Former.
+    """Copy queries, norm, Q-Former and, if its shape matches, the projection into a model with a Q-Former.
 
-    The projection stays as it is where the file has none, as BLIP-2's first stage, or one for another language model.
+    The projection is not changed if the file has none, such as BLIP-2's first stage, or one for another language model.
 
     Args:
-        model: its parameters keep their dtype.
-        path: a file of LAVIS (`blip2_pretrained.pth`, `instruct_blip_flanxl_trimmed.pth`: names such as
-            `Qformer.bert.*`), or a file or directory of transformers' InstructBLIP (`qformer.*`).
+        model: model to write to; its parameters keep their dtype.
+        path: file of LAVIS (`blip2_pretrained.pth`, `instruct_blip_flanxl_trimmed.pth`: names such as
+            `Qformer.bert.*`), or file or directory of transformers' InstructBLIP (`qformer.*`).
 
     Returns:
         Names of the parameters that were written.
 
     Raises:
         ValueError: the model has no Q-Former.
-        CheckpointError: what cannot be read, has no Q-Former, lacks tensors of it or has them in other shapes.
+        CheckpointError: the file cannot be read, has no Q-Former, lacks tensors of it, or has tensors of other shapes.
     """
     if model.config.visual_input == "AGGREGATOR":
         raise ValueError("model: expected one with a Q-Former, got visual_input 'AGGREGATOR'")
@@ -45,8 +45,8 @@ def load_qformer(model: LionForCausalLM, path: str | Path) -> list[str]:
     missing = [names_of(name) for name in wanted if name not in found]
     if missing:
         raise CheckpointError(
-            f"{path}: lacks {len(missing)} tensors of the Q-Former, such as {missing[0]}; BLIP-2's second stage has "
-            "left out what reads questions, take its first stage or InstructBLIP"
+            f"{path}: lacks {len(missing)} tensors of the Q-Former, such as {missing[0]}; BLIP-2's second stage lacks "
+            "the layers that read questions, use its first stage or InstructBLIP"
         )
     for name, info in found.items():
         if info.shape != tuple(parameters[name].shape):

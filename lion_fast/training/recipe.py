@@ -1,7 +1,7 @@
-"""The recipe of a training run: what a stage's YAML may say, read strictly.
+"""The recipe of a training run: the settings of a stage's YAML, read strictly.
 
-`recipes/stage1.yaml` to `stage4.yaml` hold every setting with the source of its number. A run takes its stage's recipe,
-lays the user's file over it and `section.key=value` over that.
+`recipes/stage1.yaml` to `stage4.yaml` hold every setting with the source of its value. The user's file overrides the
+stage's recipe, and `section.key=value` overrides both.
 """
 
 import re
@@ -24,15 +24,15 @@ _Count = Annotated[int, Limits(at_least=1)]
 
 @dataclass(frozen=True)
 class Model(Section):
-    """Where the weights at the start come from.
+    """Sources of the initial weights.
 
     Args:
-        frozen_from: directory of a LION model that gives its configuration and what no stage trains (vision tower,
-            language model); everything else starts at random.
-        qformer_from: a Q-Former of BLIP-2's first stage or InstructBLIP to start from (`lion_fast.training.qformer`).
-        carry_over: directories of LION models whose parameters are copied in order, by `stages.carry_over`;
-            without `frozen_from` the first gives the configuration.
-        dropout: replaces every rate of dropout of the configuration; None leaves them.
+        frozen_from: directory of a LION model that provides the configuration and the parameters that no stage trains
+            (vision tower, language model); everything else is initialised at random.
+        qformer_from: Q-Former of BLIP-2's first stage or InstructBLIP to start from (`lion_fast.training.qformer`).
+        carry_over: directories of LION models whose parameters `stages.carry_over` copies, in order; without
+            `frozen_from`, the first provides the configuration.
+        dropout: replaces every dropout rate of the configuration; None keeps them.
         kernel_backend: `LionConfig.kernel_backend`.
     """
 
@@ -45,7 +45,7 @@ class Model(Section):
 
 @dataclass(frozen=True)
 class Sources(Section):
-    """Where samples are, per task: JSONL files, directories of shards, or `scenes:SEED:COUNT` for generated ones."""
+    """Sources of samples per task: JSONL files, directories of shards, or `scenes:SEED:COUNT` for generated scenes."""
 
     image_level: list[str]
     region_level: list[str]
@@ -53,7 +53,7 @@ class Sources(Section):
 
 @dataclass(frozen=True)
 class Shares(Section):
-    """How often each task has its turn in a stage that trains several."""
+    """Relative number of turns of each task in a stage that trains several."""
 
     image_level: _Count
     region_level: _Count
@@ -61,12 +61,12 @@ class Shares(Section):
 
 @dataclass(frozen=True)
 class Augmentation(Section):
-    """What is done to region-level samples in training; their boxes, and the text of them, go with the pixels.
+    """Augmentation of region-level samples in training; boxes and their text move with the pixels.
 
     Args:
-        flip: share of the samples that are mirrored, of those whose words bear it.
-        crop: share of the samples that are cut, of those whose words bear it; boxes stay whole.
-        crop_min_scale: shortest part of each side that a cut keeps.
+        flip: probability of a horizontal flip, for samples whose words stay true.
+        crop: probability of a crop, for samples whose words stay true; no box is cut.
+        crop_min_scale: smallest fraction of each side that a crop keeps.
     """
 
     flip: _Share
@@ -76,20 +76,20 @@ class Augmentation(Section):
 
 @dataclass(frozen=True)
 class Data(Section):
-    """What is trained and evaluated on, and in which order.
+    """Data of training and evaluation, and their order.
 
     Args:
         train, evaluate: see `Sources`.
-        image_root: folder that the pictures' paths in JSONL files start from; None for the file's own folder.
-        skip_bad: whether lines and pictures that cannot be used are left out and counted, instead of being errors.
-        tagger: directory of a `RamTagger`, for pictures whose record has no tags; None for none.
+        image_root: directory that image paths in JSONL files are relative to; None for the directory of the file.
+        skip_bad: whether invalid lines and unreadable images are skipped and counted instead of raising an error.
+        tagger: directory of a `RamTagger`, for images whose record has no tags; None for no tagger.
         augmentation: see `Augmentation`.
         shares: see `Shares`.
-        mix: whether tasks take turns from sample to sample or from step to step.
-        shuffle: whether every pass over a task's samples has an order of its own.
-        group_by_length: whether batches are of samples of alike length (`lion_fast.data.TrainingOrder`).
+        mix: whether tasks alternate between samples or between steps.
+        shuffle: whether every epoch of a task is shuffled.
+        group_by_length: whether a batch has samples of similar length (`lion_fast.data.TrainingOrder`).
         workers: processes that load samples, per training process.
-        prefetch: batches that each of them is ahead.
+        prefetch: batches that each worker loads in advance.
     """
 
     train: Sources
@@ -107,16 +107,16 @@ class Data(Section):
 
     def contradictions(self) -> Iterator[str]:
         if self.group_by_length and not self.shuffle:
-            yield "group_by_length: expected false where shuffle is false, as it changes the order, got True"
+            yield "group_by_length: expected false with shuffle false, because grouping changes the order, got True"
 
 
 @dataclass(frozen=True)
 class Optimizer(Section):
-    """AdamW and its schedule: linear from `warmup_lr` to `lr`, then a cosine that ends at `min_lr`.
+    """AdamW and its schedule: linear from `warmup_lr` to `lr`, then a cosine decay to `min_lr`.
 
     Args:
         boost_lr_scale: factor on the aggregator's learning rate.
-        clip: largest norm of all gradients together; 0 does not clip.
+        clip: maximum global gradient norm; 0 disables clipping.
     """
 
     lr: Annotated[float, Limits(above=0)]
@@ -131,20 +131,20 @@ class Optimizer(Section):
 
 @dataclass(frozen=True)
 class Batch(Section):
-    """Samples per optimizer step over all processes, and how many a process takes at a time.
+    """Samples per optimizer step over all processes (`size`), and per micro-batch of a process (`per_process`).
 
-    What is left of `size` is accumulated; the loss is weighed by target tokens over the whole of it, so neither
-    `per_process` nor the number of processes changes the step, but for `per_process` what dropout drops.
+    Gradients are accumulated over micro-batches, and the loss is averaged over all target tokens of the step. Neither
+    `per_process` nor the number of processes changes the step, except that `per_process` changes the dropout masks.
     """
 
     size: _Count
     per_process: _Count
 
     def accumulation(self, processes: int) -> int:
-        """Micro-batches per step and process.
+        """Return the number of micro-batches per step and process.
 
         Raises:
-            RecipeError: `size` is no multiple of what all processes take at a time.
+            RecipeError: `size` is not a multiple of `per_process` times the number of processes.
         """
         if self.size % (self.per_process * processes):
             raise RecipeError(
@@ -156,7 +156,13 @@ class Batch(Section):
 
 @dataclass(frozen=True)
 class Evaluation(Section):
-    """Args: every: steps between evaluations; samples: how many of the data at most; pictures: how many are drawn."""
+    """Evaluation during training.
+
+    Args:
+        every: steps between evaluations.
+        samples: maximum number of samples.
+        pictures: number of samples that are drawn with their answers.
+    """
 
     every: _Count
     samples: _Count
@@ -167,7 +173,12 @@ class Evaluation(Section):
 
 @dataclass(frozen=True)
 class Checkpoints(Section):
-    """Args: every: steps between checkpoints; keep: how many of the newest stay."""
+    """Checkpoints.
+
+    Args:
+        every: steps between checkpoints.
+        keep: number of newest checkpoints that are kept.
+    """
 
     every: _Count
     keep: _Count
@@ -179,12 +190,13 @@ class Recipe(Section):
 
     Args:
         stage: 1, 2, 3 or 4 (`lion_fast.training.stages.STAGES`).
-        output_dir: checkpoints, curves, pictures and, at the end, the model in `model/`.
+        output_dir: directory of checkpoints, curves, drawn answers and, at the end, the model in `model/`.
         steps: optimizer steps.
-        seed: of random weights, order of the data and dropout.
-        precision: `bf16` keeps frozen parameters in bfloat16 and computes under autocast; trained ones stay float32.
-        on_nonfinite: what a loss or gradient that is NaN or infinite does: stop the run, or skip the step.
-        parallel: what several processes do with the model: `ddp` copies it, `fsdp` (FSDP2) shards it.
+        seed: seed of the initial weights, the data order and dropout.
+        precision: `bf16` keeps frozen parameters in bfloat16 and computes under autocast; trained parameters stay
+            float32.
+        on_nonfinite: whether a NaN or infinite loss or gradient stops the run or skips the step.
+        parallel: whether several processes replicate the model (`ddp`) or shard it (`fsdp`, FSDP2).
         log_every: steps between points of the curves.
     """
 
@@ -209,10 +221,10 @@ class Recipe(Section):
         return stage_of(self.stage)
 
     def check_sources(self) -> None:
-        """Refuse a run without a model, without data of a task that its stage trains, or with data of another.
+        """Check that a model is given, and data for exactly the tasks that the stage trains.
 
         Raises:
-            RecipeError: naming the key.
+            RecipeError: names the key otherwise.
         """
         if self.model.frozen_from is None and not self.model.carry_over:
             raise RecipeError("model: expected a directory in model.frozen_from or model.carry_over, got neither")
@@ -228,26 +240,26 @@ class Recipe(Section):
                 raise RecipeError(f"data.train.{task}: expected {expected}, got {sources}")
 
 
-# What a run may change when it goes on: none of it touches the samples of a step or the loss over them. Of dropout's
-# numbers a micro-batch has its own, so with `per_process` they are others.
+# Keys that may change when a run is resumed: none of them changes the samples of a step or the loss over them.
+# `batch.per_process` changes the dropout masks, because each micro-batch is seeded separately.
 RESUMABLE_CHANGES = ("batch.per_process", "data.workers", "data.prefetch", "evaluation", "checkpoints")
 
 
 def shipped_recipe(stage: int) -> str:
-    """The commented YAML of a stage."""
+    """Return the commented YAML of a stage."""
     return (files("lion_fast.training") / "recipes" / f"stage{stage}.yaml").read_text(encoding="utf-8")
 
 
 def load_recipe(stage: int, file: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """The stage's recipe with `file` and then `overrides` laid over it.
+    """Load the stage's recipe, overridden by `file` and then by `overrides`.
 
     Args:
         stage: 1, 2, 3 or 4.
-        file: YAML with the settings that differ.
-        overrides: `section.key=value`, the value in YAML.
+        file: YAML with the settings that differ from the stage's.
+        overrides: `section.key=value` each, with the value in YAML.
 
     Raises:
-        RecipeError: for YAML that cannot be read, unknown keys, and values of the wrong kind.
+        RecipeError: YAML cannot be read, a key is unknown, or a value has the wrong type.
         OSError: `file` cannot be opened.
     """
     settings = _parse(shipped_recipe(stage), f"stage{stage}.yaml")
@@ -256,17 +268,17 @@ def load_recipe(stage: int, file: str | Path | None = None, overrides: Sequence[
     for override in overrides:
         settings = _laid_over(settings, _renamed(_parse_override(override)))
     if settings["stage"] != stage:
-        raise RecipeError(f"stage: expected {stage} (the stage that was asked for), got {settings['stage']!r}")
+        raise RecipeError(f"stage: expected {stage} (the requested stage), got {settings['stage']!r}")
     return Recipe.read(settings)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The YAML of a recipe, every key written out."""
+    """Return the YAML of a recipe with every key."""
     return yaml.safe_dump(recipe.plain(), sort_keys=False)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the keys whose values differ."""
+    """Return the dotted names of the keys whose values differ."""
     changed = []
     for key in dict.fromkeys([*old, *new]):
         before, after, name = old.get(key), new.get(key), prefix + str(key)
@@ -278,14 +290,14 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse to go on with a run under settings that would have led elsewhere.
+    """Check that a run can be resumed with new settings.
 
     Args:
-        old: plain data of the recipe that the run began with, which may be that of an earlier version.
-        new: that of the recipe it is to go on with.
+        old: plain data of the recipe that the run started with, possibly written by an earlier version.
+        new: plain data of the recipe to resume with.
 
     Raises:
-        RecipeError: naming the keys that differ.
+        RecipeError: keys other than `RESUMABLE_CHANGES` differ; the message names them.
     """
     old = _renamed(old, warn=False)
     differing = [
@@ -296,13 +308,13 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> None:
     if differing:
         key = differing[0]
         raise RecipeError(
-            f"{key}: expected {_at(old, key)!r}, with which the run began, got {_at(new, key)!r}"
+            f"{key}: expected {_at(old, key)!r}, as at the start of the run, got {_at(new, key)!r}"
             + (f" (and {', '.join(differing[1:])})" if differing[1:] else "")
         )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: `1e-4` is one, where PyYAML follows YAML 1.1 and reads a string."""
+    """A YAML loader with the numbers of YAML 1.2: `1e-4` is a number, which PyYAML (YAML 1.1) reads as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -336,10 +348,10 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _renamed(settings: dict[str, Any], warn: bool = True) -> dict[str, Any]:
-    """The settings under today's keys: until 0.2 `data.image_to_region`, a list, may stand for `data.shares`.
+    """Rename deprecated keys: until 0.2, `data.image_to_region`, a list, may be given instead of `data.shares`.
 
     Raises:
-        RecipeError: `data.image_to_region` is no list of two, or both keys are there.
+        RecipeError: `data.image_to_region` is not a list of two, or both keys are given.
     """
     data = settings.get("data")
     if not isinstance(data, dict) or "image_to_region" not in data:
@@ -352,7 +364,7 @@ def _renamed(settings: dict[str, Any], warn: bool = True) -> dict[str, Any]:
         raise RecipeError("data.image_to_region: expected data.shares alone, got both")
     if warn:
         warnings.warn(
-            "data.image_to_region is now data.shares, {image_level: ..., region_level: ...}; the old key goes in 0.2",
+            "data.image_to_region is now data.shares, {image_level: ..., region_level: ...}; 0.2 removes the old key",
             FutureWarning,
             stacklevel=3,
         )

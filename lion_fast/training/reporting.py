@@ -1,4 +1,4 @@
-"""Curves and pictures for TensorBoard."""
+"""Curves and images for TensorBoard."""
 
 import logging
 from pathlib import Path
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 class TensorBoardCurves(TrainerCallback):
-    """Writes every logged number and the evaluation's pictures to `OUTPUT/tensorboard`.
+    """Callback that writes every logged number and the evaluation's drawn answers to `OUTPUT/tensorboard`.
 
-    transformers' own callback does not purge what a killed run wrote after the checkpoint that the next goes on from.
-    Where TensorBoard is not installed a warning says so, and the curves are in `trainer_state.json` alone.
+    When a run is resumed, transformers' own callback does not purge the points after the checkpoint. Without
+    TensorBoard, this callback logs a warning, and only `trainer_state.json` has the curves.
     """
 
     def __init__(self):
@@ -45,9 +45,9 @@ class TensorBoardCurves(TrainerCallback):
                     self._writer.add_scalar(tag, value, state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        picture = Path(args.output_dir or ".") / "pictures" / f"step-{state.global_step}.png"
-        if self._writer is not None and picture.is_file():
-            pixels = np.asarray(Image.open(picture).convert("RGB"))
+        drawing = Path(args.output_dir or ".") / "pictures" / f"step-{state.global_step}.png"
+        if self._writer is not None and drawing.is_file():
+            pixels = np.asarray(Image.open(drawing).convert("RGB"))
             self._writer.add_image("eval/answers", pixels, state.global_step, dataformats="HWC")
             self._writer.flush()
 

@@ -1,4 +1,4 @@
-"""From a recipe to a trained model: `lion-fast train` and its Python form."""
+"""Training of one stage from a recipe: `lion-fast train` and its Python function."""
 
 import os
 from collections.abc import Mapping
@@ -43,29 +43,29 @@ def train(
     data_collator: Any = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> LionTrainer:
-    """Run one stage; under `torchrun` on all its processes.
+    """Run one stage, on all processes of `torchrun`.
 
-    Written to `recipe.output_dir`: `recipe.yaml`, `checkpoint-N/`, `tensorboard/` (where TensorBoard is installed),
+    The run writes to `recipe.output_dir`: `recipe.yaml`, `checkpoint-N/`, `tensorboard/` (if TensorBoard is installed),
     `pictures/` and at the end `model/`, which `LionForCausalLM.from_pretrained` and `LionProcessor.from_pretrained`
     load.
 
     Args:
         recipe: see `load_recipe`.
-        resume: go on from the newest undamaged checkpoint in `output_dir`, or from the start if there is none.
-        train_samples: task -> data set (samples as `lion_fast.training.data` describes them), instead of the recipe's.
+        resume: resume from the newest undamaged checkpoint in `output_dir`, or start anew if there is none.
+        train_samples: task -> dataset (`lion_fast.training.data` describes the samples), instead of the recipe's data.
         eval_samples: the same for evaluation.
-        data_collator: instead of `LionCollator`.
-        callbacks: of transformers' kind, beside those for TensorBoard.
+        data_collator: collator to use instead of `LionCollator`.
+        callbacks: callbacks of transformers, in addition to TensorBoard's.
 
     Returns:
         The trainer after its last step.
 
     Raises:
-        RecipeError: for settings that do not fit together or, with `resume`, not to the run that began.
-        CheckpointError: for a model's directory that cannot be loaded.
-        DataError: for a line or picture that cannot be used, unless `data.skip_bad`.
+        RecipeError: settings contradict each other or, with `resume`, the settings that the run started with.
+        CheckpointError: a model's directory cannot be loaded.
+        DataError: a line is invalid or an image unreadable, unless `data.skip_bad`.
         NonFiniteError: a loss or gradient is NaN or infinite.
-        OSError: a file cannot be read or written, as on a full disk; the newest checkpoint is whole.
+        OSError: a file cannot be read or written, as on a full disk; the newest checkpoint stays complete.
         MissingExtraError: accelerate is not installed, which transformers' Trainer needs.
     """
     require("train", "accelerate")
@@ -94,7 +94,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=checkpoint[0])
     except DataError as error:
-        # A worker's comes wrapped in its traceback, of which the last line is the error.
+        # The message from a worker process is its whole traceback, whose last line is the error.
         message = str(error).strip().splitlines()[-1]
         raise DataError(message.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
     trainer.save_final(run_dir / "model")
@@ -103,18 +103,19 @@ def train(
 
 
 def prepare_run(recipe: Recipe, run_dir: Path, resume: bool) -> str | None:
-    """Make the run's folder, or see that a run in it can go on; for one process.
+    """Create the run's directory, or check that the run in it can be resumed; called on one process.
 
     Returns:
-        The checkpoint to go on from; None to begin.
+        The checkpoint to resume from, or None to start anew.
 
     Raises:
-        RecipeError: the folder holds checkpoints of a run that is not to be resumed, or of another recipe.
+        RecipeError: the directory holds checkpoints and `resume` is False, or checkpoints of another recipe.
     """
     begun = run_dir / RECIPE_FILE
     if saving.checkpoints(run_dir) and not resume:
         raise RecipeError(
-            f"output_dir: expected a folder without checkpoints, got {run_dir}; resume the run, or name another folder"
+            f"output_dir: expected a directory without checkpoints, got {run_dir}; resume the run, or use another "
+            "directory"
         )
     if resume and begun.is_file():
         check_resumable(yaml.safe_load(begun.read_text(encoding="utf-8")), recipe.plain())
@@ -128,15 +129,15 @@ def prepare_run(recipe: Recipe, run_dir: Path, resume: bool) -> str | None:
     for path in saving.checkpoints(run_dir):
         if path == checkpoint:
             return str(checkpoint)
-        saving.remove(path)  # damaged, and its name is that of one to come
+        saving.remove(path)  # damaged, and the resumed run will write a checkpoint with its name
     return None
 
 
 def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
-    """The stage's model at its start, frozen as the stage asks, and its processor.
+    """Build the stage's initial model, with the stage's frozen parameters, and its processor.
 
     Raises:
-        RecipeError: no directory is given, or a model has other dimensions than the first.
+        RecipeError: no directory is given, or the dimensions of a model differ from the first model's.
         CheckpointError: a directory cannot be loaded.
     """
     settings, stage = recipe.model, recipe.definition
@@ -153,10 +154,10 @@ def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
     model = LionForCausalLM(config)
     if settings.qformer_from is not None:
         load_qformer(model, settings.qformer_from)
-    for place, directory in enumerate(sources):
+    for number, directory in enumerate(sources):
         source = load_complete(Path(directory), dtype=torch.float32)
         try:
-            if place == 0 and settings.frozen_from:
+            if number == 0 and settings.frozen_from:
                 copy_frozen(source, model)
             else:
                 carry_over(source, stage_of_model(source), model, stage)
@@ -174,7 +175,7 @@ def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
 
 
 def stage_config(config: LionConfig, recipe: Recipe) -> LionConfig:
-    """The configuration of the stage's model, its dimensions those of `config`."""
+    """Return the configuration of the stage's model, with the dimensions of `config`."""
     stage = recipe.definition
     changed = LionConfig.from_dict(
         {
@@ -193,14 +194,14 @@ def stage_config(config: LionConfig, recipe: Recipe) -> LionConfig:
 
 
 def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOrder:
-    """The keys of all the run's samples.
+    """Return the keys of all samples of the run.
 
     Args:
-        recipe: its `data.shares` say how often each task has its turn.
-        samples: task -> data set with a length.
+        recipe: `data.shares` gives the relative number of turns of each task.
+        samples: task -> dataset with a length.
 
     Raises:
-        RecipeError: `data.group_by_length` with data sets that do not know their lengths; a data set without samples.
+        RecipeError: a dataset is empty, or has no `lengths` with `data.group_by_length`.
     """
     by_task = {
         task: dataset if isinstance(dataset, TaskSamples) else TaskSamples(task, {task: dataset})
@@ -222,32 +223,32 @@ def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOr
 
 
 def schedule_rates(recipe: Recipe) -> dict[str, float]:
-    """Where warm-up starts and the cosine ends, as shares of the peak, for transformers' `SCHEDULE`."""
+    """Return the first and last learning rate as fractions of the peak, for transformers' `SCHEDULE`."""
     optimizer = recipe.optimizer
     return {"min_lr_rate": optimizer.min_lr / optimizer.lr, "warmup_lr_rate": optimizer.warmup_lr / optimizer.lr}
 
 
 def training_arguments(recipe: Recipe, evaluates: bool = True) -> TrainingArguments:
-    """The recipe as transformers' Trainer takes it, on this machine.
+    """Return transformers' training arguments for the recipe on this machine.
 
     Raises:
-        RecipeError: several GPUs without `torchrun`, sharding where there is nothing to shard with, or a batch that the
-            processes cannot share.
+        RecipeError: several GPUs or `parallel: fsdp` without `torchrun`, or a batch size that is not a multiple of what
+            all processes take at a time.
     """
     optimizer, on_gpu = recipe.optimizer, torch.cuda.is_available()
     launched = "WORLD_SIZE" in os.environ
     if torch.cuda.device_count() > 1 and not launched:
         raise RecipeError(
-            f"expected a process per GPU, got one for {torch.cuda.device_count()}: start it with torchrun "
-            "--nproc-per-node N --no-python lion-fast train ..., or name one GPU in CUDA_VISIBLE_DEVICES"
+            f"expected one process per GPU, got one for {torch.cuda.device_count()} GPUs: start with torchrun "
+            "--nproc-per-node N --no-python lion-fast train ..., or select one GPU with CUDA_VISIBLE_DEVICES"
         )
     if recipe.parallel == "fsdp" and not launched:
-        raise RecipeError("parallel: expected 'ddp' in a process that torchrun has not started, got 'fsdp'")
+        raise RecipeError("parallel: expected 'ddp' without torchrun, got 'fsdp'")
     sharded: dict[str, Any] = {}
     if recipe.parallel == "fsdp":
         sharded = {
             "fsdp": True,
-            # Nothing is left to wrap: LionTrainer shards the model itself.
+            # LionTrainer shards the model itself, so accelerate must not wrap any module.
             "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "NO_WRAP"},
         }
     return TrainingArguments(
@@ -265,7 +266,7 @@ def training_arguments(recipe: Recipe, evaluates: bool = True) -> TrainingArgume
         seed=recipe.seed,
         logging_steps=recipe.log_every,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # LionTrainer's own watch sees to it
+        logging_nan_inf_filter=False,  # LionTrainer checks for non-finite values itself
         eval_strategy="steps" if evaluates else "no",
         eval_steps=recipe.evaluation.every,
         save_strategy="steps",
@@ -275,7 +276,7 @@ def training_arguments(recipe: Recipe, evaluates: bool = True) -> TrainingArgume
         dataloader_prefetch_factor=recipe.data.prefetch if recipe.data.workers else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
-        ddp_find_unused_parameters=True,  # the Q-Former's last layer has a branch for text that nothing reads
+        ddp_find_unused_parameters=True,  # the text branch of the Q-Former's last layer is unused
         use_cpu=not on_gpu,
         report_to="none",
         **sharded,

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there, whatever stops the writing of them.
+"""Atomic checkpoints: each is complete or absent, whatever interrupts the writing.
 
-A directory is written under `.aside`, sealed with a list of its files (sizes and SHA-256), brought to the disk, and
-only then renamed to its name. What a killed or failed run left aside is removed by the next. Who reads takes the newest
-checkpoint whose files are those of its list.
+A directory is written under `.aside`, sealed with a list of its files (sizes and SHA-256), synced to disk and then
+renamed. The next run removes whatever a killed or failed run left under `.aside`. Resuming uses the newest checkpoint
+whose files match its list.
 
-Several processes write into one directory on a file system that they share; the first of them seals and renames.
+Several processes write into one directory on a shared file system; the first process seals and renames it.
 """
 
 import hashlib
@@ -31,25 +31,25 @@ logger = logging.getLogger(__name__)
 def written_aside(
     target: Path, *, first: bool = True, wait_for_all: Callable[[], object] = lambda: None
 ) -> Iterator[Path]:
-    """A directory to write into, which becomes `target` when all of it is on the disk.
+    """Provide a directory to write into, which becomes `target` once it is synced to disk.
 
     Args:
-        target: replaced if it exists.
-        first: whether this process is the one that seals and renames.
-        wait_for_all: a barrier over all processes that write.
+        target: directory to create; replaced if it exists.
+        first: whether this process seals and renames the directory.
+        wait_for_all: barrier over all processes that write.
 
     Yields:
-        The directory, with the name of `target` in a folder aside.
+        The directory under `.aside`, with the name of `target`.
 
     Raises:
-        OSError: it could not be written, a full disk included; `target` is as it was.
+        OSError: the directory could not be written, for example to a full disk; `target` is unchanged.
     """
     aside = target.parent / ASIDE / target.name
     try:
         with whole_directory(target, aside=aside, finish=seal, first=first, wait_for_all=wait_for_all):
             yield aside
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        # torch.save, safetensors and distributed checkpoints say by errors of their own that a disk is full.
+        # torch.save, safetensors and distributed checkpoints raise errors of their own on a full disk.
         failures = [error]
         if isinstance(error, CheckpointException):
             failures = [cause for cause, _ in error.failures.values()]
@@ -66,14 +66,14 @@ def _is_about_files(error: BaseException) -> bool:
 
 
 def seal(directory: Path) -> None:
-    """List a directory's files, with sizes and digests, in `complete.json`."""
+    """Write a list of a directory's files with sizes and digests to `complete.json`."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SEAL)
     files = {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in paths}
     write_json(directory / SEAL, files)
 
 
 def damage(directory: Path) -> str | None:
-    """What keeps a directory from being the one that was sealed, or None."""
+    """Return the first difference between a directory and its seal, or None if it is undamaged."""
     try:
         files = json.loads((directory / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,13 +92,13 @@ def damage(directory: Path) -> str | None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The directories with the names of checkpoints, the newest first."""
+    """Return the directories named as checkpoints, newest first."""
     found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def last_complete(run_dir: Path) -> Path | None:
-    """The newest undamaged checkpoint; those that are passed over are named in the log."""
+    """Return the newest undamaged checkpoint, and log a warning for each newer, damaged one."""
     for path in checkpoints(run_dir):
         problem = damage(path)
         if problem is None:
@@ -108,18 +108,18 @@ def last_complete(run_dir: Path) -> Path | None:
 
 
 def keep_newest(run_dir: Path, count: int) -> None:
-    """Remove all checkpoints but the `count` newest."""
+    """Remove all but the `count` newest checkpoints."""
     for path in checkpoints(run_dir)[count:]:
         remove(path)
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory, if it is there; at no moment does a part of it have its name."""
+    """Remove a directory if it exists, atomically: its name never refers to a part of it."""
     remove_directory(directory, directory.parent / ASIDE / f"{directory.name}.removed")
 
 
 def clear_aside(run_dir: Path) -> None:
-    """Remove what an earlier run did not finish writing."""
+    """Remove everything that an earlier run left unfinished."""
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
 
 

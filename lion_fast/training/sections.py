@@ -1,4 +1,4 @@
-"""Sections of settings, read strictly: frozen dataclasses that refuse values of other kinds, and say which and why."""
+"""Sections of settings, read strictly: frozen dataclasses that reject values of the wrong type with a precise error."""
 
 import dataclasses
 import types
@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, g
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be followed; the message names each key, what came and what was expected."""
+    """An invalid recipe; the message names each key, the expected value and the actual one."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a number may be, in the annotation of a field: `Annotated[int, Limits(at_least=1)]`."""
+    """Limits of a number, for the annotation of a field: `Annotated[int, Limits(at_least=1)]`."""
 
     above: float | None = None
     at_least: float | None = None
@@ -21,7 +21,7 @@ class Limits:
     at_most: float | None = None
 
     def broken_by(self, value: float) -> str | None:
-        """What was expected instead of `value`, or None. A NaN breaks every limit."""
+        """Return the limit that `value` breaks, in words, or None. NaN breaks every limit."""
         if self.above is not None and not value > self.above:
             return f"greater than {self.above}"
         if self.at_least is not None and not value >= self.at_least:
@@ -37,11 +37,11 @@ class Limits:
 class Section:
     """Base of a dataclass of settings.
 
-    Fields are of `bool`, `int`, `float`, `str`, of `Literal` strings, of tuples of a fixed length or lists of these, of
-    None, or sections themselves; `Annotated` gives numbers their `Limits`. Whole numbers are also a `float`.
+    Supported field types are `bool`, `int`, `float`, `str`, `Literal` strings, tuples of a fixed length or lists of
+    these, None, and sections. `Annotated` gives numbers `Limits`. A `float` field accepts an integer.
 
     Raises:
-        RecipeError: on creation, for a value of another kind, or for settings that contradict each other.
+        RecipeError: on creation, for a value of the wrong type or contradictory settings.
     """
 
     def __post_init__(self) -> None:
@@ -53,19 +53,19 @@ class Section:
             raise RecipeError("; ".join(problems))
 
     def contradictions(self) -> Iterator[str]:
-        """What is wrong with settings that are right one by one, as `key: expected ..., got ...`; the first is said."""
+        """Yield contradictions between valid settings, as `key: expected ..., got ...`; only the first is reported."""
         return iter(())
 
     def plain(self) -> dict[str, Any]:
-        """The settings as dicts, lists and values, which `read` takes back."""
+        """Return the settings as dicts, lists and values, as `read` takes them."""
         return _plain(dataclasses.asdict(self))
 
     @classmethod
     def read(cls, settings: dict[str, Any]) -> Self:
-        """Settings of plain data, where every key has to be there and none besides.
+        """Create a section from plain data with exactly its keys.
 
         Raises:
-            RecipeError: listing every key that is missing, unknown or of the wrong kind.
+            RecipeError: lists every key that is missing, unknown or of the wrong type.
         """
         problems: list[str] = []
         section = _read(cls, settings, "", problems)
@@ -85,7 +85,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _read(section: type[Section], settings: Any, prefix: str, problems: list[str]) -> Section | None:
-    """The section, or None where `problems` have been added."""
+    """Return the section, or None after adding to `problems`."""
     if not isinstance(settings, dict):
         problems.append(f"{prefix.rstrip('.') or 'recipe'}: expected keys with values, got {settings!r}")
         return None
@@ -111,7 +111,7 @@ def _read(section: type[Section], settings: Any, prefix: str, problems: list[str
 
 
 def _of_kind(value: Any, kind: Any) -> Any:
-    """The value as its field has it: YAML has neither tuples nor a sign for numbers that only happen to be whole."""
+    """Convert a value of YAML to the type of its field: YAML has no tuples, and writes the float 1.0 also as 1."""
     kinds = _alternatives(kind)
     if isinstance(value, list):
         items = [get_args(each) for each in kinds if get_origin(each) is tuple]
@@ -120,7 +120,7 @@ def _of_kind(value: Any, kind: Any) -> Any:
 
 
 def _problems(value: Any, kind: Any, name: str) -> list[str]:
-    """What is wrong with a value that is to be of `kind`."""
+    """Return the errors of a value that should be of type `kind`."""
     if _is_section(kind):
         return [] if isinstance(value, kind) else [f"{name}: expected {kind.__name__}, got {value!r}"]
     for each in _alternatives(kind):
@@ -145,12 +145,12 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _expected(value: Any, kind: Any) -> str | None:
-    """What a value had to be to be of a kind, or None where it is."""
+    """Return a description of `kind`, or None if `value` is of that type."""
     if get_origin(kind) is Literal:
         names = [repr(choice) for choice in get_args(kind)]
         return None if value in get_args(kind) else " or ".join([", ".join(names[:-1]), names[-1]])
     if get_origin(kind) is tuple:
-        return f"a list of {len(get_args(kind))}"  # one that has them was looked at item by item
+        return f"a list of {len(get_args(kind))}"  # `_problems` checks a list of this length item by item
     texts = {bool: "true or false", int: "a valid integer", float: "a valid number", str: "a valid string"}
     if kind is type(None):
         return None if value is None else "null"

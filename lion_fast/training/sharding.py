@@ -1,4 +1,4 @@
-"""A model's parameters shared out over processes with FSDP2, and gathered again."""
+"""Sharding of a model's parameters over processes with FSDP2, and gathering them again."""
 
 from typing import Any, Literal
 
@@ -11,10 +11,10 @@ from lion_fast.modeling_lion import LionForCausalLM
 
 
 def shard(model: LionForCausalLM, precision: Literal["bf16", "fp32"]) -> LionForCausalLM:
-    """Shard every block, then what is left, over all processes, in place.
+    """Shard every block and then the remaining parameters over all processes, in place.
 
-    Under bf16 the trained parameters are gathered in bfloat16 and stay float32 in their shards; gradients are summed
-    over processes in float32.
+    With bf16, parameters are gathered in bfloat16, and the shards of trained parameters stay float32. Gradients are
+    reduced over processes in float32.
     """
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if precision == "bf16" else MixedPrecisionPolicy()
@@ -25,9 +25,10 @@ def shard(model: LionForCausalLM, precision: Literal["bf16", "fp32"]) -> LionFor
 
 
 def gathered_state(model: nn.Module) -> dict[str, Any]:
-    """All of a sharded model's state, whole and on the CPU, on the first process; on the others nothing.
+    """Return the full state dict of a sharded model on the CPU of the first process, and an empty one on the others.
 
-    What has several names, as T5's embeddings, comes under the first: the copies no longer show that they are one.
+    A parameter with several names, such as T5's embedding, has its first name only, because its gathered copies no
+    longer share storage.
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}

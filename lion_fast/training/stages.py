@@ -1,8 +1,8 @@
-"""LION's training stages as data: what each trains, on which tasks, and how parameters move on.
+"""LION's training stages: the parameters and tasks of each, and the parameters carried over between stages.
 
-Stage 1 trains the image-level path, stage 2 the region-level path, each with one adapter; stage 3 joins them with both
-adapters and routers (paper, section 3.4); stage 4, the joint training that is published, goes on from there. The vision
-tower and the language model's own weights never move.
+Stage 1 trains the image-level path and stage 2 the region-level path, each with one adapter. Stage 3 trains both paths
+jointly, with both adapters and routers (paper, section 3.4). Stage 4, the published joint training, starts from stage
+3. The vision tower and the language model's own weights are frozen in all stages.
 """
 
 from collections.abc import Iterator
@@ -23,15 +23,15 @@ _SINGLE_ADAPTER = ".adapter.adapters.0."
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """A training stage.
 
     Args:
         number: 1, 2, 3 or 4.
         name: `image_level`, `region_level`, `joint` or `joint_published`.
         visual_input: `LionConfig.visual_input` of the stage's model.
-        modules: parts of the model that are trained beside adapters, routers and soft prompt.
+        modules: parts of the model that are trained in addition to adapters, routers and soft prompt.
         tasks: names of the tasks, in equal shares.
-        adapter_in_joint: which adapter of a joint stage this stage's single adapter becomes; None in a joint stage.
+        adapter_in_joint: index that this stage's single adapter gets in a joint stage; None for a joint stage.
     """
 
     number: int
@@ -42,7 +42,7 @@ class Stage:
     adapter_in_joint: int | None = None
 
     def trains(self, parameter_name: str) -> bool:
-        """Whether the stage trains the parameter of that name in `LionForCausalLM`."""
+        """Return whether the stage trains this parameter of `LionForCausalLM`."""
         part = parameter_name.split(".", 1)[0]
         return part in self.modules or part == "soft_prompt" or _ADAPTER in parameter_name
 
@@ -56,10 +56,10 @@ STAGES = (
 
 
 def stage_of(number: int) -> Stage:
-    """The stage of that number.
+    """Return the stage with this number.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no stage has this number.
     """
     for stage in STAGES:
         if stage.number == number:
@@ -68,15 +68,15 @@ def stage_of(number: int) -> Stage:
 
 
 def stage_of_model(model: LionForCausalLM) -> Stage:
-    """The first stage whose models read the visual tokens that `model` reads."""
+    """Return the first stage whose models have the `visual_input` of `model`."""
     return next(stage for stage in STAGES if stage.visual_input == model.config.visual_input)
 
 
 def freeze_for_stage(model: LionForCausalLM, stage: Stage) -> list[str]:
-    """Leave gradients on for what `stage` trains and off for all else; the names of the trained parameters.
+    """Freeze every parameter that `stage` does not train, and return the names of the trained parameters.
 
     Raises:
-        ValueError: the model's `visual_input` is not the stage's.
+        ValueError: the model's `visual_input` differs from the stage's.
     """
     _expect_visual_input("model", model, stage)
     trained = []
@@ -89,17 +89,17 @@ def freeze_for_stage(model: LionForCausalLM, stage: Stage) -> list[str]:
 
 @torch.no_grad()
 def carry_over(source: LionForCausalLM, source_stage: Stage, target: LionForCausalLM, target_stage: Stage) -> list[str]:
-    """Copy into the model of a later stage all that it shares with `source`, frozen parts included.
+    """Copy the parameters that `source` shares with the model of a later stage, including frozen ones.
 
-    Into a joint stage the single adapters of stage 1 become adapter 1, those of stage 2 adapter 0; between joint stages
-    adapters and routers go on as they are. Into stage 1 or 2 they stay behind, unless the stage is the same: they
-    belong to other tasks. Both stages train the soft prompt; the last one copied stays.
+    In a joint stage, the single adapters of stage 1 become adapter 1 and those of stage 2 adapter 0. Between joint
+    stages, adapters and routers are copied unchanged. Stages 1 and 2 take over adapters of the same stage only, because
+    those of other stages belong to other tasks. Every stage trains the soft prompt; the last copy is kept.
 
     Returns:
         Names of the target's parameters that were written.
 
     Raises:
-        ValueError: a model's `visual_input` is not its stage's, or a parameter has another shape in the target.
+        ValueError: a model's `visual_input` differs from its stage's, or a parameter has another shape in the target.
     """
     _expect_visual_input("source", source, source_stage)
     _expect_visual_input("target", target, target_stage)
@@ -123,10 +123,10 @@ def carry_over(source: LionForCausalLM, source_stage: Stage, target: LionForCaus
 
 @torch.no_grad()
 def copy_frozen(source: LionForCausalLM, target: LionForCausalLM, prefix: str = "") -> None:
-    """Copy what no stage trains: the vision tower and the language model's own weights.
+    """Copy the parameters that no stage trains: the vision tower and the language model's own weights.
 
     Args:
-        prefix: only parameters whose names begin with it.
+        prefix: copy only parameters whose names start with it.
 
     Raises:
         ValueError: a parameter has another shape in the target.
@@ -142,16 +142,16 @@ def copy_frozen(source: LionForCausalLM, target: LionForCausalLM, prefix: str = 
 def parameter_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.05, boost_lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: no decay on vectors, biases and norms; the aggregator's learning rate scaled.
+    """Return AdamW's parameter groups: no decay on vectors, biases and norms; the aggregator's learning rate scaled.
 
     Args:
-        model: only parameters that require gradients are listed.
+        model: model whose parameters that require gradients are grouped.
         lr: learning rate.
-        weight_decay: of matrices.
+        weight_decay: weight decay of matrices.
         boost_lr_scale: factor on the aggregator's learning rate (not on its projection's, as in the original).
 
     Returns:
-        Up to four groups with keys `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
+        Up to four groups with keys `name`, `params`, `lr` and `weight_decay`; empty groups are omitted.
     """
     norms = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
     groups = {

@@ -1,8 +1,8 @@
-"""`LionTrainer`: transformers' Trainer with what neither a collator nor callbacks can do.
+"""`LionTrainer`: transformers' Trainer with the features that a collator and callbacks cannot add.
 
-Data come in `TrainingOrder`; dropout is seeded by the position of the batch; checkpoints are written aside; a loss or
-gradient that is not finite stops the run or skips the step; evaluation generates answers. Parameter groups are LION's.
-Loop, accumulation, clipping, schedule, DDP and FSDP2 are the Trainer's.
+Data follow `TrainingOrder`; dropout is seeded by the position of the batch; checkpoints are atomic; a non-finite loss
+or gradient stops the run or skips the step; evaluation generates answers; parameter groups are LION's. Loop,
+accumulation, clipping, schedule, DDP and FSDP2 are the Trainer's.
 """
 
 import json
@@ -38,17 +38,17 @@ class NonFiniteError(ValueError):
 
 
 class LionTrainer(Trainer):
-    """Trains a model that `freeze_for_stage` has prepared, by a recipe.
+    """Trainer of a model prepared by `freeze_for_stage`, with the settings of a recipe.
 
     Args:
         model: on the CPU or on this process's device.
-        args: as `lion_fast.training.run.training_arguments` makes them of the recipe.
-        recipe: settings of optimizer, evaluation, checkpoints and of what is not finite.
-        processor: makes the batches and reads the answers.
+        args: the result of `lion_fast.training.run.training_arguments` for the recipe.
+        recipe: settings of optimizer, evaluation, checkpoints and non-finite values.
+        processor: makes the batches and decodes the answers.
         order: the samples of the whole run and their keys.
-        eval_samples: data sets to evaluate on; may be empty.
+        eval_samples: datasets to evaluate on; may be empty.
         data_collator: makes batches with `sample_ids` and `position`; `LionCollator(processor)` if None.
-        callbacks: further ones.
+        callbacks: additional callbacks.
     """
 
     model: Any
@@ -85,8 +85,8 @@ class LionTrainer(Trainer):
         if self.recipe.parallel == "fsdp" and not self.is_fsdp_enabled:
             from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-            # accelerate takes FSDP up on several GPUs only. FSDP2 works over gloo, and on one process, too: without
-            # this the model would be copied, and a sharded checkpoint not be read.
+            # accelerate enables FSDP on several GPUs only, but FSDP2 also runs over gloo and on one process. Without
+            # this block, the model would be replicated and a sharded checkpoint not be read.
             state: Any = self.accelerator.state
             settings: Any = self.args.fsdp_plugin_args
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
@@ -96,10 +96,10 @@ class LionTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Trainer's own, but for FSDP2, where it would let accelerate shard.
+        """Prepare model and optimizer: with FSDP2 here, because accelerate cannot shard LION; else as Trainer does.
 
-        That gives T5's embeddings, which are one parameter under three names, to two groups, and finds an optimizer's
-        parameters again by addresses, of which empty shards have none.
+        accelerate would put T5's embedding, one parameter with three names, into two FSDP groups, and would match the
+        optimizer's parameters by address, which empty shards do not have.
         """
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -140,7 +140,7 @@ class LionTrainer(Trainer):
         seed_everything(self.recipe.seed, inputs.pop(POSITION), 1)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._watch.note(sample_ids, loss)
-        return loss.nan_to_num(0.0, 0.0, 0.0)  # what is skipped leaves no hole in the curve
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # a skipped step must not turn the logged mean into NaN
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
@@ -156,8 +156,8 @@ class LionTrainer(Trainer):
             saving.keep_newest(self.run_dir, self.recipe.checkpoints.keep)
 
     def save_final(self, directory: Path) -> None:
-        """Write the model and its processor for `from_pretrained`, whole or not at all."""
-        # Where parameters are sharded Trainer would write each process's part, which `from_pretrained` does not read.
+        """Write the model and its processor for `from_pretrained`, atomically."""
+        # Trainer would write one part per process of a sharded model, which `from_pretrained` does not read.
         state = gathered_state(self.model) if self.is_fsdp_enabled else None
         with self._written_aside(directory) as aside:
             if state is None:
@@ -166,14 +166,14 @@ class LionTrainer(Trainer):
                 self._save(str(aside), state_dict=state)
 
     def report_left_out(self) -> None:
-        """Say how many lines and pictures of the training data could not be used, where `data.skip_bad` allows it."""
+        """Print the numbers of lines and samples of the training data that `data.skip_bad` skipped."""
         own = [d.left_out for d in self.order.samples.values() if isinstance(d, TaskSamples)]
-        lines, pictures = (sum(counts) for counts in zip((0, 0), *own, strict=True))
-        # Every process has checked all lines, and seen the pictures of its own share.
-        found = self.accelerator.reduce(torch.tensor([pictures], device=self.args.device), reduction="sum")
-        pictures = int(found.item())  # type: ignore[union-attr]
-        if self.is_world_process_zero() and (lines or pictures):
-            print(f"data.train: left out {lines} lines and {pictures} samples with a picture that cannot be read")
+        lines, images = (sum(counts) for counts in zip((0, 0), *own, strict=True))
+        # Every process has checked all lines, but read only the images of its own samples.
+        total = self.accelerator.reduce(torch.tensor([images], device=self.args.device), reduction="sum")
+        images = int(total.item())  # type: ignore[union-attr]
+        if self.is_world_process_zero() and (lines or images):
+            print(f"data.train: skipped {lines} invalid lines and {images} samples with an unreadable image")
 
     @contextmanager
     def _written_aside(self, target: Path) -> Iterator[Path]:
@@ -184,7 +184,10 @@ class LionTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, exact match and grounding accuracy over the recipe's number of samples; pictures in `pictures/`."""
+        """Compute loss, exact match and grounding accuracy over the recipe's number of samples.
+
+        The first answers are drawn in `pictures/`.
+        """
         samples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         settings, model = self.recipe.evaluation, self.model
         was_training = model.training
@@ -213,19 +216,19 @@ class LionTrainer(Trainer):
 
 
 class _LogWithCheckpoints(TrainerCallback):
-    """A point of the curve ends where a checkpoint is written: half a point's sum would not outlive the process."""
+    """Callback that logs whenever a checkpoint is saved, because a checkpoint does not hold a partial sum of losses."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_log |= control.should_save
 
 
 class _FiniteWatch(TrainerCallback):
-    """Looks, before each optimizer step, whether its losses and gradients are finite on all processes."""
+    """Callback that checks before each optimizer step whether losses and gradients are finite on all processes."""
 
     def __init__(self, trainer: LionTrainer):
         self._trainer = trainer
         self._batches: list[tuple[list[str], Tensor]] = []
-        self.norm: Any = None  # of all gradients, before they are clipped, as Trainer has just computed it
+        self.norm: Any = None  # global gradient norm before clipping, set by LionTrainer._get_grad_norm
 
     def note(self, sample_ids: list[str], loss: Tensor) -> None:
         self._batches.append((sample_ids, loss.detach()))
@@ -247,11 +250,11 @@ class _FiniteWatch(TrainerCallback):
             parameter.grad = None
 
     def _report(self, step: int, batches: list[tuple[list[str], Tensor]]) -> str:
-        """Write `nonfinite/step-N.json`, and say the same in a line."""
+        """Write `nonfinite/step-N.json` and return a summary in one line."""
         from accelerate.utils import gather_object
 
         found = gather_object([{"samples": ids, "loss": loss.item()} for ids, loss in batches])
-        # DDP's losses are scaled by the number of processes over that of tokens; which are finite does not change.
+        # DDP scales the losses by a finite positive factor, which does not change whether they are finite.
         guilty = [batch for batch in found if not torch.tensor(batch["loss"]).isfinite()]
         directory = self._trainer.run_dir / "nonfinite"
         file = directory / f"step-{step}.json"

@@ -1,4 +1,4 @@
-"""A tiny model, recipes that train it, files to train it on, and processes that do."""
+"""Fixtures: a tiny model, its recipes and training data, and training processes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ PROCESS = Path(__file__).with_name("training_process.py")
 
 @pytest.fixture(scope="session")
 def tiny_lion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a joint model of a few thousand parameters that reads scenes, with dropout."""
+    """Directory of a joint model of a few thousand parameters for scenes, with dropout."""
     processor = scene_processor(20)
     text = {"d_model": PART["hidden_size"], "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.1}
     config = LionConfig(
@@ -43,7 +43,7 @@ def tiny_lion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_recipe(tiny_lion: Path, tmp_path: Path) -> MakeRecipe:
-    """A stage's recipe with the tiny model, scenes, and few small steps."""
+    """Factory of recipes with the tiny model, scenes, and a few small steps."""
 
     def make(stage: int = 3, *overrides: str, name: str = "run") -> Recipe:
         trained = {1: ["image_level"], 2: ["region_level"]}.get(stage, ["image_level", "region_level"])
@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="session")
 def tagger_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tagger of a few thousand parameters, which is sure of every tag."""
+    """Directory of a tagger of a few thousand parameters that always gives every tag."""
     torch.manual_seed(0)
     vision = {"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
     text = {"label_size": 16, "projection_size": 24, "hidden_size": 32, "intermediate_size": 48}

@@ -1,4 +1,4 @@
-"""What `test_distributed.py` runs in each process: one half of a batch through a model, wrapped, and its gradients."""
+"""Worker process of `test_distributed.py`: loss and gradients of a wrapped model on one half of a batch."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
     return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
-KEPT: list[Any] = []  # what holds the process group
+KEPT: list[Any] = []  # keeps the wrapped model alive, and with it the process group
 
 
 def main(kind: str, directory: Path) -> None:
@@ -43,7 +43,7 @@ def main(kind: str, directory: Path) -> None:
     items = (batch["labels"] != -100).sum()
     mine = {name: value.chunk(world)[rank] for name, value in batch.items()}
     loss = parallel(**mine, num_items_in_batch=items).loss
-    (world * loss).backward()  # gradients are averaged over the processes
+    (world * loss).backward()  # DDP and FSDP average gradients over the processes
     gradients = {name: gradient(p) for name, p in model.named_parameters() if p.grad is not None}
     total = loss.detach().clone()
     dist.all_reduce(total)
@@ -56,6 +56,6 @@ def main(kind: str, directory: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
-    # On a busy machine a worker was seen to hang when its model's process group was freed after the other had left: the
-    # group is destroyed above, and nothing is freed here.
+    # On a busy machine, a worker once hung while freeing its process group after the other worker had exited. The group
+    # is destroyed above, and nothing is freed here.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""What a run reads and leaves behind, and processes of one."""
+"""Helpers: data of a run, its results, and its processes."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ from lion_fast.training import saving
 from lion_fast.training.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
-PATIENCE = 300  # seconds for a process to get on with it: ends a hang, and a busy machine takes its time
+PATIENCE = 300  # seconds to wait for a process: ends a hang, and is long enough for a busy machine
 
 
 class Files(NamedTuple):
@@ -23,7 +23,7 @@ class Files(NamedTuple):
     shards: Path
 
     def overrides(self) -> tuple[str, ...]:
-        """Both files, one a task, in batches of alike length, augmented."""
+        """Return overrides that train on both, one per task, grouped by length."""
         return (
             f"data.train.image_level=['{self.jsonl}']",
             f"data.train.region_level=['{self.shards}']",

@@ -1,4 +1,4 @@
-"""What a recipe trains on: files, shards, scenes, augmented and tagged; what cannot be used."""
+"""Training data of a recipe: files, shards and scenes, augmentation and tags, and unusable records."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from lion_fast.training.data import SceneSamples, TaskSamples, open_evaluation_d
 from tests.lion_fast.training.runs import Files, MakeRecipe
 
 
-def test_a_sample_s_random_numbers_follow_from_its_position() -> None:
+def test_random_numbers_of_a_sample_depend_on_seed_and_position() -> None:
     class Draws(Dataset):
         def __len__(self) -> int:
             return 2
@@ -34,7 +34,7 @@ def test_a_sample_s_random_numbers_follow_from_its_position() -> None:
     assert len({drawn(3), drawn(4), drawn(3, seed=1)}) == 3
 
 
-def test_a_recipe_reaches_files_shards_augmentation_and_tagger(
+def test_training_data_combines_files_shards_and_scenes_with_augmentation_and_tags(
     make_recipe: MakeRecipe, files: Files, tagger_dir: Path, tmp_path: Path
 ) -> None:
     untagged = tmp_path / "untagged.jsonl"
@@ -65,7 +65,7 @@ def test_a_recipe_reaches_files_shards_augmentation_and_tagger(
             assert sample["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() == before["image"].tobytes()
     assert flipped > 0
     assert "byte" in samples[len(plain)]["place"]
-    assert samples[len(plain)]["tags"] not in (None, ["red", "blue"]), "tags that are there stay"
+    assert samples[len(plain)]["tags"] not in (None, ["red", "blue"]), "a record's own tags are kept"
     assert samples[len(samples) - 1]["place"] == "scenes:1:9:8"
     order = samples.epoch_order(0, 0)
     assert sorted(order) == list(range(len(samples)))
@@ -78,16 +78,16 @@ def test_a_recipe_reaches_files_shards_augmentation_and_tagger(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_lines_and_pictures_stop_a_run_or_are_left_out_and_counted(
+def test_bad_lines_and_images_stop_a_run_or_are_skipped_and_counted(
     make_recipe: MakeRecipe, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
-    """Missing and broken pictures, boxes outside and reversed, no answer, an unknown task, a line that is no JSON."""
+    """Missing and truncated images, boxes out of range and reversed, no answer, an unknown task, invalid JSON."""
     good = [json.loads(line) for line in files.jsonl.read_text().splitlines() if '"region_level"' in line][:4]
     cut = tmp_path / "cut.png"
     cut.write_bytes((files.jsonl.parent / good[0]["image"]).read_bytes()[:200])
     bad = [{"boxes": [[0.1, 0.1, 1.2, 0.5]]}, {"boxes": [[0.5, 0.1, 0.2, 0.5]]}, {"answer": " "}, {"task": "both"}]
-    pictures = [{"image": "missing.png"}, {"image": str(cut)}]
-    lines = [json.dumps(good[0] | change) for change in ({}, *bad, *pictures)]
+    images = [{"image": "missing.png"}, {"image": str(cut)}]
+    lines = [json.dumps(good[0] | change) for change in ({}, *bad, *images)]
     file = tmp_path / "train.jsonl"
     file.write_text("\n".join([*lines, "{", *map(json.dumps, good[1:])]) + "\n")
     root = files.jsonl.parent
@@ -95,7 +95,7 @@ def test_bad_lines_and_pictures_stop_a_run_or_are_left_out_and_counted(
     with pytest.raises(DataError, match=rf"^{file}:2: boxes\[0\]: expected shares of width and height"):
         train(make_recipe(2, *settings))
     train(make_recipe(2, *settings, "data.skip_bad=true"))
-    assert "data.train: left out 5 lines and 2 samples with a picture that cannot be read" in capsys.readouterr().out
+    assert "data.train: skipped 5 invalid lines and 2 samples with an unreadable image" in capsys.readouterr().out
     file.write_text(lines[5] + "\n")
     with pytest.raises(DataError) as caught:
         train(make_recipe(2, *settings, name="strict"))

@@ -1,4 +1,4 @@
-"""Two processes with half a batch each, on the kernels, against one process with the whole."""
+"""Two processes with half a batch each, on the kernels, against one process with the whole batch."""
 
 import os
 import subprocess
@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_give_what_one_gives(
+def test_two_processes_match_one(
     make_model: Callable[..., LionForCausalLM], make_batch: Callable[..., dict[str, Tensor]], tmp_path: Path, kind: str
 ) -> None:
-    """Loss and gradients, under `DistributedDataParallel` and under `fully_shard` (FSDP2), with gloo."""
+    """Loss and gradients agree, under `DistributedDataParallel` and under `fully_shard` (FSDP2), with gloo."""
     model, batch = make_model(kernel_backend="torch"), make_batch(batch=4, labels=True)
     batch["labels"][0, 1:] = -100
     model.save_pretrained(tmp_path)
@@ -37,7 +37,7 @@ def test_two_processes_give_what_one_gives(
     worker = Path(__file__).with_name("distributed_worker.py")
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "reference"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # gloo, on the CPU, in the interpreter, whatever the machine has
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # always gloo on the CPU and Triton's interpreter
     run = subprocess.run(
         [*command, worker, kind, tmp_path], env=environment, capture_output=True, text=True, timeout=600
     )

@@ -1,4 +1,4 @@
-"""Estimates of memory against measured runs, and what is kept for the backward pass."""
+"""Estimates of memory against measured runs, and the tensors saved for the backward pass."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,8 +44,8 @@ def batch_for(config: LionConfig) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("stage", "backend"), [(1, "torch"), (3, "torch"), (3, "triton")])
-def test_the_estimate_is_what_a_run_takes(tiny_lion: Path, stage: int, backend: str) -> None:
-    """To a thousandth, checkpointed to two hundredths; of AdamW's state, what no gradient reaches has none yet."""
+def test_the_estimate_equals_the_measured_memory(tiny_lion: Path, stage: int, backend: str) -> None:
+    """Activations agree to 0.1 %, or 2 % with checkpointing; parameters without a gradient have no AdamW state."""
     config = config_for(tiny_lion, stage, kernel_backend=backend)
     settings: Any = {"precision": "fp32"}
     kept = estimate(config, STAGES[stage - 1], SHAPES, gradient_checkpointing=False, **settings)
@@ -61,7 +61,7 @@ def test_the_estimate_is_what_a_run_takes(tiny_lion: Path, stage: int, backend: 
         optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
         optimizer.step()
         state = [value.nbytes for values in optimizer.state.values() for value in values.values()]
-        # The Q-Former's last layer has a branch that nothing reads, so its gradients never come.
+        # The text branch of the Q-Former's last layer is unused and gets no gradients.
         unreached = sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
         assert kept.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None) + unreached
         assert kept.optimizer == pytest.approx(sum(state) + 2 * unreached, rel=1e-3)
@@ -93,7 +93,7 @@ def test_frozen_parts_keep_no_activations_and_get_no_gradients(tiny_lion: Path) 
 
 
 def kept_by_frozen_projections(model: LionForCausalLM, saved: SavedTensors) -> list[int]:
-    """Bytes that each frozen linear layer will have saved, but for its weight."""
+    """Record the bytes that each frozen linear layer saves, except its weight."""
     kept: list[int] = []
 
     def before(*_: Any) -> None:
@@ -110,7 +110,7 @@ def kept_by_frozen_projections(model: LionForCausalLM, saved: SavedTensors) -> l
 
 
 def kept_by(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[int, int]:
-    """Bytes that an operator's call saves beside its inputs, and how many of its inputs it saves."""
+    """Return the bytes that an operator saves besides its inputs, and the number of inputs that it saves."""
     flat = [t for a in (*arguments, *options.values()) for t in (a if isinstance(a, list) else [a])]
     inputs = {t.untyped_storage()._cdata for t in flat if isinstance(t, Tensor)}
     saved: dict[int, Tensor] = {}
@@ -120,7 +120,7 @@ def kept_by(function: Callable[..., Any], *arguments: Any, **options: Any) -> tu
 
 
 def test_fused_operators_save_what_is_documented() -> None:
-    """Their inputs, and: hidden activations [T, E r]; an attention's output and log-sums; a norm's row statistics."""
+    """Operators save inputs and: hidden activations [T, E r]; attention's output and log-sums; a norm's statistics."""
     B, L, D, E, r, H, Dh = 2, 5, 16, 2, 4, 2, 8
 
     def leaf(*shape: int) -> Tensor:
@@ -144,7 +144,7 @@ def test_fused_operators_save_what_is_documented() -> None:
     assert kept_by(lion_kernels.assemble_inputs, x, ids, leaf(9, D), leaf(D), 5) == (0, 1)
 
 
-def test_shards_and_larger_batches_scale_as_they_should(tiny_lion: Path) -> None:
+def test_the_estimate_scales_with_shards_and_batch_size(tiny_lion: Path) -> None:
     config = config_for(tiny_lion, 3, kernel_backend="torch")
     settings: Any = {"precision": "bf16", "gradient_checkpointing": False}
     one = estimate(config, STAGES[2], SHAPES, **settings)

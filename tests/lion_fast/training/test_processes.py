@@ -1,4 +1,4 @@
-"""That nothing that happens to a process changes a run, nor how many there are."""
+"""Runs give the same results after kills and full disks, and on any number of processes."""
 
 import json
 import random
@@ -18,9 +18,9 @@ from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS
 
 
 def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files, tmp_path: Path) -> None:
-    """Twenty kills by SIGKILL: half as an operation on a file begins, half at any moment after one has begun.
+    """A run survives twenty SIGKILLs: half at the start of a file operation, half at any moment after one.
 
-    Samples come from files, augmented and grouped by length; the run that nothing happens to loads them in two workers.
+    Samples come from files, augmented and grouped by length; the undisturbed run loads them in two workers.
     """
     rng = random.Random(0)
     whole = make_recipe(3, *files.overrides(), "steps=40", "data.workers=2", name="whole")
@@ -33,7 +33,7 @@ def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any]
         operation, said = rng.randint(1, operations // 8), tmp_path / f"said-{number}"
         if number % 2:
             process = start(killed, resume=True, kill_at=operation)
-        else:  # from outside, wherever it is by then; it waits before it could end by itself
+        else:  # killed by this process at an arbitrary moment; `hold_at` keeps it from ending first
             process = start(killed, resume=True, said_at=(operation, str(said)), hold_at=operation + 5)
             wait_for(said, process)
             process.kill()
@@ -49,10 +49,10 @@ def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any]
 
 
 def wait_for(file: Path, process: Any) -> None:
-    """Until `process` has made `file`, however long that takes; its death ends the wait."""
+    """Wait until `process` has created `file`, or has ended."""
     deadline = time.monotonic() + PATIENCE
     while not file.exists():
-        assert process.is_alive(), "it has ended by itself"
+        assert process.is_alive(), "the process has ended by itself"
         assert time.monotonic() < deadline, f"no {file.name} after {PATIENCE} seconds"
         time.sleep(0.001)
 
@@ -64,7 +64,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     recipe = make_recipe(3, "steps=4")
     group: dict[str, Any] = {"engine": engine}
     group |= {"rank": 0, "port": free_port()} if engine == "fsdp2" else {}
-    finish(start(replace(recipe, output_dir=str(tmp_path / "whole"))))  # on one thread, as all of them
+    finish(start(replace(recipe, output_dir=str(tmp_path / "whole"))))  # a process of one thread, like all the others
     size = (tmp_path / "whole" / "model" / "model.safetensors").stat().st_size
     process = start(recipe, file_limit=size // 4, error_to=str(tmp_path / "error"), **group)
     process.join(timeout=PATIENCE)
@@ -78,12 +78,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         assert all(torch.equal(value, expected[name]) for name, value in weights_of(recipe.output_dir).items())
 
 
-def test_two_processes_are_one(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files) -> None:
-    """DDP and FSDP2 on two gloo processes give one process's curve; sharded checkpoints go from 2 to 1 and back to 2.
+def test_two_processes_match_one(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files) -> None:
+    """DDP and FSDP2 on two gloo processes match one process; sharded checkpoints load on 2, 1 and again 2 processes.
 
-    Dropout is on: its seeds follow the samples. 1e-5 as for accumulation: the sums over processes are in another order.
+    Dropout is on, because its seeds follow the samples. The tolerance is 1e-5, as for accumulation, because sums over
+    processes have another order.
     """
-    # Five samples in batches of two: one process runs out of them before the other.
+    # Five samples in batches of two: one process runs out of samples before the other.
     evaluation = (*files.overrides(), "data.evaluate.image_level=['scenes:1:5']", "evaluation.every=6")
     one = make_recipe(3, *evaluation, name="one")
     train(one)
@@ -103,10 +104,10 @@ def test_two_processes_are_one(make_recipe: MakeRecipe, start: Callable[..., Any
     assert_same_model(Path(sharded.output_dir), Path(one.output_dir))
 
 
-def test_trainer_shards_as_well(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files) -> None:
-    """FSDP2 by the Trainer: one process's curve to 1e-5, checkpoints from 2 processes to 1 and back, a whole model.
+def test_sharded_trainer_matches_one_process(make_recipe: MakeRecipe, start: Callable[..., Any], files: Files) -> None:
+    """Trainer with FSDP2 matches one process to 1e-5, resumes on 1 and 2 processes, and saves a complete model.
 
-    An evaluation shares five samples among two processes in batches of two.
+    The evaluation splits five samples among two processes in batches of two.
     """
     settings = (*files.overrides(), "data.evaluate.image_level=['scenes:1:5']", "evaluation.every=6")
     train(one := make_recipe(3, *settings, name="one"))
@@ -124,12 +125,12 @@ def test_trainer_shards_as_well(make_recipe: MakeRecipe, start: Callable[..., An
     assert losses_of(run_dir) == pytest.approx(losses_of(one.output_dir), rel=LOSS_TWO_WAYS)
     model = LionForCausalLM.from_pretrained(run_dir / "model", output_loading_info=True)
     assert not any(model[1].values()), "the final save has all weights and no others"
-    with pytest.raises(RecipeError, match=r"parallel: expected 'ddp' in a process that torchrun has not started"):
+    with pytest.raises(RecipeError, match=r"parallel: expected 'ddp' without torchrun"):
         train(make_recipe(3, "parallel=fsdp", name="alone"))
 
 
-def test_bf16_is_sharded_too(make_recipe: MakeRecipe, start: Callable[..., Any]) -> None:
-    """Gathered in bfloat16, norms included: losses are one process's but for bfloat16's rounding."""
+def test_sharded_bf16_matches_one_process(make_recipe: MakeRecipe, start: Callable[..., Any]) -> None:
+    """Parameters are gathered in bfloat16, including norms: losses agree to bfloat16's rounding."""
     settings = ("precision=bf16", "model.dropout=0.0", "steps=2", "checkpoints.every=2")
     train(one := make_recipe(3, *settings, name="one"))
     sharded = make_recipe(3, *settings, "parallel=fsdp", name="sharded")
@@ -142,8 +143,8 @@ def test_bf16_is_sharded_too(make_recipe: MakeRecipe, start: Callable[..., Any])
 
 
 def assert_same_model(run_dir: Path, expected_dir: Path) -> None:
-    """To what rounding makes of AdamW's steps."""
+    """Compare weights up to the effect of rounding on AdamW's steps."""
     weights = weights_of(run_dir)
-    # A step of AdamW is at most 1e-3 whatever the gradient; where that is all rounding, it is off by 1e-2 of a step.
+    # A step of AdamW is at most 1e-3 for any gradient; a gradient of pure rounding changes it by 1e-2 of a step.
     for name, value in weights_of(expected_dir).items():
         torch.testing.assert_close(weights[name], value, **TWO_WAYS, msg=name)

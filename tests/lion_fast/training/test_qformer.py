@@ -1,4 +1,4 @@
-"""Starting a Q-Former from files with the names of LAVIS and of transformers."""
+"""Initialisation of the Q-Former from files with the names of LAVIS and of transformers."""
 
 from pathlib import Path
 
@@ -19,19 +19,19 @@ PARTS = ("query_tokens", "vision_layernorm", "qformer", "qformer_projection")
 
 @pytest.fixture
 def published(make_recipe: MakeRecipe) -> dict[str, Tensor]:
-    """A Q-Former of other values, by our names."""
+    """State of a Q-Former with other values, under LION's names."""
     model, _ = build_model(make_recipe(1))
     own = {name: value for name, value in model.named_parameters() if name.split(".")[0] in PARTS}
     return {name: torch.randn(value.shape) for name, value in own.items()}
 
 
 def in_transformers(name: str) -> str:
-    """As InstructBlipForConditionalGeneration names it."""
+    """Rename a state to the names of InstructBlipForConditionalGeneration."""
     name = name.replace("vision_layernorm.", "vision_model.post_layernorm.")
     return name.replace("qformer_projection.", "language_projection.")
 
 
-def test_a_run_starts_from_a_q_former(make_recipe: MakeRecipe, published: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_run_starts_from_a_qformer(make_recipe: MakeRecipe, published: dict[str, Tensor], tmp_path: Path) -> None:
     lavis, directory = tmp_path / "blip2.pth", tmp_path / "instructblip"
     extra = {"Qformer.bert.embeddings.position_ids": torch.arange(4), "Qformer.cls.bias": torch.zeros(2)}
     torch.save({"model": {**{original_name(name): value for name, value in published.items()}, **extra}}, lavis)
@@ -49,7 +49,7 @@ def test_a_run_starts_from_a_q_former(make_recipe: MakeRecipe, published: dict[s
         assert not torch.equal(carried.query_tokens, published["query_tokens"]), "what is carried over lies over it"
 
 
-def test_a_projection_that_is_absent_or_of_another_width_is_left_out(
+def test_an_absent_or_mismatched_projection_is_not_loaded(
     make_recipe: MakeRecipe, published: dict[str, Tensor], tmp_path: Path
 ) -> None:
     file = tmp_path / "first-stage.pth"
@@ -65,9 +65,7 @@ def test_a_projection_that_is_absent_or_of_another_width_is_left_out(
         assert torch.equal(model.qformer_projection.weight, before)
 
 
-def test_files_that_do_not_fit_are_refused(
-    make_recipe: MakeRecipe, published: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_invalid_files_are_rejected(make_recipe: MakeRecipe, published: dict[str, Tensor], tmp_path: Path) -> None:
     model, _ = build_model(make_recipe(1))
     file = tmp_path / "file.pth"
     state = {original_name(name): value for name, value in published.items()}

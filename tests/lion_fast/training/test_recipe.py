@@ -1,4 +1,4 @@
-"""Recipes: what is in them, what is refused, and the schedule that they give."""
+"""Recipes: their content, their errors, and their schedule."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ from tests.lion_fast.training.runs import MakeRecipe
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_shipped_recipes_are_whole(stage: int) -> None:
+def test_shipped_recipes_are_complete(stage: int) -> None:
     recipe = load_recipe(stage)
     assert recipe.stage == stage
     assert recipe.optimizer.lr == (1e-5 if stage == 4 else 1e-4)
@@ -46,9 +46,9 @@ def test_shipped_recipes_are_whole(stage: int) -> None:
         ("data.augmentation.flip=2", "data.augmentation.flip: expected less than or equal to 1, got 2"),
         ("data.augmentation.turn=1", "data.augmentation.turn: unknown key; expected one of flip, crop, crop_min_scale"),
         ("data.prefetch=0", "data.prefetch: expected greater than or equal to 1, got 0"),
-        ("data={group_by_length: true, shuffle: false}", "group_by_length: expected false where shuffle is false"),
+        ("data={group_by_length: true, shuffle: false}", "group_by_length: expected false with shuffle false"),
         ("data.train.image_level=x", "data.train.image_level: expected a valid list, got 'x'"),
-        ("stage=2", "stage: expected 1 (the stage that was asked for), got 2"),
+        ("stage=2", "stage: expected 1 (the requested stage), got 2"),
         ("steps", "override: expected section.key=value, got 'steps'"),
     ],
 )
@@ -58,7 +58,7 @@ def test_errors_name_the_key(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_a_recipe_is_checked_where_it_is_made(make_recipe: MakeRecipe) -> None:
+def test_a_recipe_is_checked_on_creation(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     assert Recipe.read(recipe.plain()) == recipe
     assert type(make_recipe(3, "optimizer.clip=1").optimizer.clip) is float
@@ -68,7 +68,7 @@ def test_a_recipe_is_checked_where_it_is_made(make_recipe: MakeRecipe) -> None:
         (recipe.optimizer, {"betas": (0.9,)}, "betas: expected a list of 2, got (0.9,)"),
         (recipe.optimizer, {"betas": (0.9, "x")}, "betas.1: expected a valid number, got 'x'"),
         (recipe.model, {"dropout": True}, "dropout: expected a valid number or null, got True"),
-        (recipe.data, {"shuffle": False, "group_by_length": True}, "group_by_length: expected false where shuffle"),
+        (recipe.data, {"shuffle": False, "group_by_length": True}, "group_by_length: expected false with shuffle"),
         (
             recipe,
             {"data": None, "seed": -1},
@@ -84,7 +84,7 @@ def test_a_recipe_is_checked_where_it_is_made(make_recipe: MakeRecipe) -> None:
         Recipe.read(settings)
 
 
-def test_a_file_lies_over_the_stage_s_recipe(tmp_path: Path) -> None:
+def test_a_file_overrides_the_recipe_of_the_stage(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("optimizer:\n  lr: 3e-5\nsteps: 7\n")
     recipe = load_recipe(1, file, ["steps=8"])
@@ -94,8 +94,8 @@ def test_a_file_lies_over_the_stage_s_recipe(tmp_path: Path) -> None:
         load_recipe(1, file)
 
 
-def test_shares_in_the_older_form_still_load(tmp_path: Path) -> None:
-    """`data.image_to_region: [a, b]` is `data.shares`, in files, in overrides and in the recipe of a begun run."""
+def test_the_deprecated_key_of_shares_still_loads(tmp_path: Path) -> None:
+    """`data.image_to_region: [a, b]` means `data.shares` in files, in overrides and in the recipe of a resumed run."""
     file = tmp_path / "mine.yaml"
     file.write_text("data: {image_to_region: [2, 1], mix: sample}\n")
     with pytest.warns(FutureWarning, match="data.image_to_region is now data.shares"):
@@ -107,14 +107,14 @@ def test_shares_in_the_older_form_still_load(tmp_path: Path) -> None:
     began = recipe.plain()
     del began["data"]["shares"]
     check_resumable({**began, "data": {**began["data"], "image_to_region": [2, 1]}}, recipe.plain())
-    with pytest.raises(RecipeError, match=r"data.shares.image_level: expected 1, with which the run began, got 2"):
+    with pytest.raises(RecipeError, match=r"data.shares.image_level: expected 1, as at the start of the run, got 2"):
         check_resumable({**began, "data": {**began["data"], "image_to_region": [1, 1]}}, recipe.plain())
     with pytest.raises(RecipeError, match=r"data.image_to_region: expected data.shares alone, got both"):
         load_recipe(3, overrides=["data={image_to_region: [1, 1], shares: {image_level: 2}}"])
 
 
-def test_the_order_of_a_begun_run_stays(make_recipe: MakeRecipe) -> None:
-    """The keys that the first release drew for this recipe, image level first: a resumed run reads the same samples."""
+def test_the_sample_order_of_a_recipe_is_stable(make_recipe: MakeRecipe) -> None:
+    """Keys equal those of the first release, image level first, so that a resumed run reads the same samples."""
     recipe = make_recipe(3, "data.shares.image_level=2")
     keys = list(training_order(recipe, open_training_data(recipe.data, 0)))
     image_level, region_level = (
@@ -125,7 +125,7 @@ def test_the_order_of_a_begun_run_stays(make_recipe: MakeRecipe) -> None:
     assert region_level[:3] == [2, 5, 3]
 
 
-def test_data_and_model_are_asked_for_first(make_recipe: MakeRecipe) -> None:
+def test_data_and_model_are_checked_before_a_run(make_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError, match=r"data.train.region_level: expected one file or more, got \[\]"):
         make_recipe(3, "data.train.region_level=[]").check_sources()
     with pytest.raises(RecipeError, match=r"data.train.region_level: expected none in stage 1, got \['x.jsonl'\]"):
@@ -149,15 +149,15 @@ def test_data_and_model_are_asked_for_first(make_recipe: MakeRecipe) -> None:
         training_order(recipe, open_training_data(recipe.data, 0))
 
 
-def test_a_run_goes_on_only_as_it_began(make_recipe: MakeRecipe) -> None:
+def test_a_run_resumes_only_with_the_same_settings(make_recipe: MakeRecipe) -> None:
     began = make_recipe().plain()
     check_resumable(began, make_recipe(3, "batch.per_process=4", "checkpoints.keep=1").plain())
-    with pytest.raises(RecipeError, match=r"optimizer.lr: expected 0.001, with which the run began, got 0.002"):
+    with pytest.raises(RecipeError, match=r"optimizer.lr: expected 0.001, as at the start of the run, got 0.002"):
         check_resumable(began, make_recipe(3, "optimizer.lr=2e-3").plain())
 
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum(make_recipe: MakeRecipe) -> None:
-    """Stage 3's own numbers: 1e-6 -> 1e-4 in 2000 steps, 1e-5 at the end, the aggregator's scaled throughout."""
+    """Stage 3: 1e-6 -> 1e-4 in 2000 steps, 1e-5 at the end; the aggregator's rate is scaled in every step."""
     recipe = make_recipe(3, "optimizer.lr=1e-4", "optimizer.warmup_steps=2000", "optimizer.boost_lr_scale=0.2")
     model, _ = build_model(recipe)
     settings = recipe.optimizer

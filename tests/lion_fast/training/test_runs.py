@@ -1,4 +1,4 @@
-"""Runs in this process: the stages, the golden curve, exactness, losses that are not finite, damaged checkpoints."""
+"""Runs in this process: the stages, the golden curve, exactness, non-finite losses, damaged checkpoints."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ from tests.rounding import LOSS_TWO_WAYS, expect_golden_curve
 def test_the_command_trains_the_stages_and_carries_over(
     make_recipe: MakeRecipe, tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stages 1 and 2 from frozen parts, in bf16 and with checkpointing, then stage 3 from both, then stage 4."""
+    """Stages 1 and 2 start from frozen parts, stage 3 from both and stage 4 from 3, in bf16 with checkpointing."""
     config = tmp_path / "config.yaml"
     config.write_text(
         "data: {workers: 0}\nbatch: {size: 4, per_process: 2}\nsteps: 2\ngradient_checkpointing: true\n"
@@ -53,7 +53,7 @@ def test_the_command_trains_the_stages_and_carries_over(
     joint = LionForCausalLM.from_pretrained(model[4])
     name = "language_model.encoder.block.0.layer.1.adapter.adapters.{}.down_proj.weight"
     for number, single in ((1, 1), (2, 0)):
-        # A step of AdamW moves a weight by about its rate, 1e-2, and stage 3 takes two from where stage 1 or 2 ended.
+        # A step of AdamW moves a weight by about the learning rate, 1e-2; stage 3 takes two steps from stage 1 or 2.
         assert (states[3][name.format(single)] - states[number][name.format(0)]).abs().max() < 0.025
         assert (states[3][name.format(1 - single)] - states[number][name.format(0)]).abs().max() > 0.1
         assert not torch.equal(states[3][name.format(single)], states[number][name.format(0)])
@@ -61,15 +61,17 @@ def test_the_command_trains_the_stages_and_carries_over(
         assert torch.equal(states[4][frozen].float(), base[frozen].to(torch.bfloat16).float()), frozen
     assert not torch.equal(states[1]["query_tokens"], base["query_tokens"])
     assert joint.config.visual_input == "ALL"
-    pictures = Image.open(tmp_path / "stage1" / "pictures" / "step-2.png")
-    assert pictures.size[0] > 640
+    sheet = Image.open(tmp_path / "stage1" / "pictures" / "step-2.png")
+    assert sheet.size[0] > 640
     assert list((tmp_path / "stage1" / "tensorboard").iterdir())
     assert main([*argv, *start]) == 2
-    assert "output_dir: expected a folder without checkpoints" in capsys.readouterr().err
+    assert "output_dir: expected a directory without checkpoints" in capsys.readouterr().err
 
 
 @needing("tensorboard", "train")
-def test_the_command_says_what_is_wrong(tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_errors_in_one_line(
+    tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["train", "--stage", "1", f"output_dir={tmp_path}"]
     assert main([*argv, "--print-recipe"]) == 0
     assert capsys.readouterr().out == shipped_recipe(1)
@@ -84,7 +86,7 @@ def test_the_command_says_what_is_wrong(tiny_lion: Path, tmp_path: Path, capsys:
         assert len(err.strip().splitlines()) == 1
 
 
-def test_curves_are_left_out_without_tensorboard(
+def test_a_run_without_tensorboard_warns(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
@@ -96,7 +98,7 @@ def test_curves_are_left_out_without_tensorboard(
 
 
 class GoldenSamples(Dataset):
-    """The golden batch's samples, by task and number."""
+    """Placeholders of the golden batch's samples: task and index."""
 
     def __init__(self, task: str):
         self.task = task
@@ -108,10 +110,10 @@ class GoldenSamples(Dataset):
         return {"task": self.task, "index": index}
 
 
-def test_the_golden_curve_comes_out(
+def test_training_reproduces_the_golden_curve(
     golden: Any, golden_batch: Callable[[str], dict[str, Tensor]], converted: Path, make_recipe: MakeRecipe
 ) -> None:
-    """Within what rounding leaves of it (`tests/rounding.py`)."""
+    """Losses agree up to rounding (`tests/rounding.py`)."""
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         assert [sample["index"] for sample in samples] == [0, 1, 2, 3]
@@ -132,8 +134,8 @@ def test_the_golden_curve_comes_out(
     expect_golden_curve(losses, expected)
 
 
-def test_accumulated_and_checkpointed_steps_are_the_big_batch_s(make_recipe: MakeRecipe) -> None:
-    """AdamW turns a gradient's rounding, 1e-7 of it, into as much of a step; six steps add up to 1e-5 at the most."""
+def test_accumulated_and_checkpointed_steps_equal_the_whole_batch(make_recipe: MakeRecipe) -> None:
+    """A relative rounding of 1e-7 in a gradient changes a step of AdamW as much; six steps add up to at most 1e-5."""
     curves = {}
     for name, settings in {
         "whole": ("batch.per_process=4",),
@@ -149,7 +151,7 @@ def test_accumulated_and_checkpointed_steps_are_the_big_batch_s(make_recipe: Mak
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
-def test_a_loss_that_is_not_finite_is_reported(make_recipe: MakeRecipe, action: str) -> None:
+def test_a_non_finite_loss_is_reported(make_recipe: MakeRecipe, action: str) -> None:
     from lion_fast.training.data import LionCollator
 
     recipe = make_recipe(1, f"on_nonfinite={action}", "data.shuffle=false", "batch.size=2", "steps=4")
@@ -158,9 +160,9 @@ def test_a_loss_that_is_not_finite_is_reported(make_recipe: MakeRecipe, action: 
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = plain(samples)
-        for place, sample_id in enumerate(batch[SAMPLE_IDS]):
+        for index, sample_id in enumerate(batch[SAMPLE_IDS]):
             if sample_id.endswith(":2"):
-                batch["pixel_values"][place] = float("nan")
+                batch["pixel_values"][index] = float("nan")
         return batch
 
     seen: list[dict[str, Tensor]] = []
@@ -182,7 +184,7 @@ def test_a_loss_that_is_not_finite_is_reported(make_recipe: MakeRecipe, action: 
     assert json.loads(report.read_text())["batches"][0] == {"samples": ["scenes:0:7:2", "scenes:0:7:3"], "loss": "nan"}
 
 
-def test_evaluation_weighs_by_tokens_and_draws(tiny_lion: Path) -> None:
+def test_evaluation_weights_the_loss_by_tokens(tiny_lion: Path) -> None:
     model = LionForCausalLM.from_pretrained(tiny_lion).eval()
     processor = LionProcessor.from_pretrained(tiny_lion)
     samples = torch.utils.data.ConcatDataset([SceneSamples("image_level", 0, 3), SceneSamples("region_level", 0, 4)])
@@ -203,12 +205,12 @@ def test_evaluation_weighs_by_tokens_and_draws(tiny_lion: Path) -> None:
     ]
     for metrics, shown in results:
         assert len(shown) == 7
-        # fp32 sums in other orders
+        # float32 sums in different orders
         assert metrics["loss"] == pytest.approx(results[0][0]["loss"], rel=LOSS_TWO_WAYS)
         assert set(metrics) == {"loss", "exact_match", "grounding_accuracy"}
 
 
-def test_a_damaged_checkpoint_is_passed_over(make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_skipped(make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make_recipe(3, "checkpoints.keep=3")
     train(recipe)
     run_dir = Path(recipe.output_dir)

@@ -1,4 +1,4 @@
-"""Training stages, parameter by parameter: what is trained, what is frozen, and what the next stage gets."""
+"""Training stages: trained parameters, frozen parameters, and parameters carried over to the next stage."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_single_adapters_become_the_joint_models_adapters() -> None:
             assert name not in written
         elif name.startswith(IMAGE):
             expected = sources[1][name]
-        else:  # the region path, and shared parameters, of which the last copy remains
+        else:  # the region path, and parameters of both stages, whose last copy is kept
             expected = sources[2][name]
         assert torch.equal(value, expected), name
 

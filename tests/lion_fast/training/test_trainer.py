@@ -42,10 +42,10 @@ def make_trainer(tmp_path: Path, samples: Samples) -> Callable[..., Seq2SeqTrain
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen3"])
-def test_steps_are_the_big_batch_s(
+def test_accumulated_steps_equal_the_whole_batch(
     make_model: Make, make_trainer: Callable[..., Seq2SeqTrainer], samples: Samples, family: str
 ) -> None:
-    """One step of SGD by Trainer, on four samples and on twice two, is that of the mean loss over all target tokens."""
+    """One SGD step of Trainer, on four samples or twice two, equals that on the mean loss over all target tokens."""
     expected = make_model(family).train()
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     loss = expected(**batch).loss

@@ -1,7 +1,7 @@
-"""One process of a training run, for tests that kill it or run several of them.
+"""One process of a training run, for tests that kill it or run several processes.
 
-Run by `runpy.run_path` in a process that is forked from a server which has imported everything: `ARGUMENTS` are those
-of `main`.
+`runpy.run_path` runs this file in a process forked from a server that has imported everything; `ARGUMENTS` are the
+arguments of `main`.
 """
 
 import os
@@ -29,17 +29,17 @@ def main(
     stop_after: int | None = None,
     error_to: str | None = None,
 ) -> None:
-    """Train by a recipe given as plain data.
+    """Train with a recipe given as plain data.
 
     Args:
         engine: `trainer` or `fsdp2`.
-        rank, world, port: of the process group; no group if `rank` is None.
-        kill_at: SIGKILL this process as the file operation of that number begins.
-        said_at: make the file of that name as the file operation of that number begins, and go on.
-        hold_at: wait to be killed as the file operation of that number begins, so that it cannot end before.
+        rank, world, port: rank, size and port of the process group; no group if `rank` is None.
+        kill_at: number of the file operation at whose start this process gets SIGKILL.
+        said_at: number of a file operation, and the file to create at its start.
+        hold_at: number of the file operation at whose start this process waits to be killed, so that it cannot end.
         count_to: file for the number of file operations.
-        file_limit: bytes that a file may have, as if the disk were full.
-        stop_after: end the run, with `fsdp2`, when the checkpoint of this step is written.
+        file_limit: maximum size of a file in bytes, to simulate a full disk.
+        stop_after: step after whose checkpoint the run ends, with `fsdp2`.
         error_to: file for the message of the exception that ended the run.
     """
     if rank is not None:
@@ -92,10 +92,10 @@ def main(
 
 
 def watch_files(run_dir: Path, actions: Mapping[int, Callable[[], object]]) -> list[int]:
-    """Count operations on files below `run_dir`: opened, renamed, removed, folders made.
+    """Count operations on files below `run_dir`: open, rename, remove, and creation of directories.
 
     Args:
-        actions: by the number of an operation, counted from 1, what is done as it begins.
+        actions: number of an operation, counted from 1 -> function to call at its start.
     """
     operations = [0]
     names = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
