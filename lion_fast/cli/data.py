@@ -1,4 +1,4 @@
-"""`lion-fast data`: make, convert, check, tag and pack files of training data."""
+"""`lion-fast data`: generate, convert, check, tag and pack training data."""
 
 import argparse
 from pathlib import Path
@@ -57,9 +57,9 @@ def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     listing = "\n".join(f"  {name:14} {known.description}: {' '.join(known.files)}" for name, known in FORMATS.items())
     parser = actions.add_parser(
         "convert",
-        help="convert a public data set's annotations",
+        help="convert a public dataset's annotations",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Convert a public data set's annotations. Formats and their files:\n{listing}",
+        description=f"Convert a public dataset's annotations. Formats and their files:\n{listing}",
     )
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT")
     parser.add_argument("files", nargs="+", metavar="FILE", help="the format's files, in the order above")
@@ -99,7 +99,7 @@ def _convert(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     count = write_jsonl(conversion, args.out)
-    print(f"{args.out}: {count} samples; {conversion.num_bad} entries left out")
+    print(f"{args.out}: {count} samples; skipped {conversion.num_bad} invalid entries")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -112,7 +112,7 @@ def _check(args: argparse.Namespace) -> None:
     print(
         f"{args.file}: {len(dataset)} samples, "
         + ", ".join(f"{count} {name}" for name, count in zip(TASKS, counts, strict=True))
-        + f"; {dataset.num_bad_lines} bad lines, {dataset.num_bad_images} samples with a bad picture"
+        + f"; {dataset.num_bad_lines} invalid lines, {dataset.num_bad_images} samples with a bad image"
     )
 
 
@@ -123,8 +123,8 @@ def _shards(args: argparse.Namespace) -> None:
     shards = write_shards(dataset, args.out, shard_bytes=args.shard_mb << 20, seed=args.seed)
     written = len(ShardDataset(args.out))
     print(
-        f"{args.out}: {written} samples in {len(shards)} shards; {dataset.num_bad_lines} bad lines and "
-        f"{len(dataset) - written} samples with a bad picture left out"
+        f"{args.out}: {written} samples in {len(shards)} shards; skipped {dataset.num_bad_lines} invalid lines and "
+        f"{len(dataset) - written} samples with a bad image"
     )
 
 
@@ -136,7 +136,7 @@ def _tag(args: argparse.Namespace) -> None:
     tagger: Any = RamTagger.from_pretrained(args.ram)
     dataset = _open(args)
     tagged, bad = add_tags(dataset, args.out, tagger.to(args.device or default_device()), batch_size=args.batch_size)
-    print(f"{args.out}: {tagged} pictures tagged; {dataset.num_bad_lines} bad lines and {bad} bad pictures left out")
+    print(f"{args.out}: tagged {tagged} images; skipped {dataset.num_bad_lines} invalid lines and {bad} bad images")
 
 
 def _open(args: argparse.Namespace):

@@ -1,4 +1,4 @@
-"""Data to train on: one format on disk, converters to it, and everything between the files and a batch."""
+"""Training data: the format on disk, converters to it, datasets, sample order and loader."""
 
 from lion_fast.data.converters import FORMATS, Conversion
 from lion_fast.data.dataset import EpochDataset, JsonlDataset, SampleDataset

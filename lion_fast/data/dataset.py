@@ -1,4 +1,4 @@
-"""Samples on disk as torch data sets: a file of JSON lines, read by position."""
+"""Map-style datasets of samples on disk, and the one that reads a file of JSON lines."""
 
 import logging
 import os
@@ -20,9 +20,9 @@ from lion_fast.io.images import load_image
 logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 1 << 20
-"""Longest line that is read; a longer one is no sample, whatever it holds."""
+"""Maximum length of a line; a longer line is invalid."""
 
-_SHOWN = 10  # bad lines that are named one by one before they are only counted
+_SHOWN = 10  # bad lines that are logged individually; further ones are only counted
 
 Sample = dict[str, Any]
 Transform = Callable[[Sample, np.random.Generator], Sample]
@@ -30,10 +30,10 @@ Tagger = Callable[[Image.Image], Sequence[str]]
 
 
 class EpochDataset(Dataset, ABC):
-    """Samples that may change from epoch to epoch: `dataset[epoch, i]`; `dataset[i]` is sample i as epoch 0 sees it.
+    """A dataset whose samples may depend on the epoch: `dataset[epoch, i]`; `dataset[i]` is sample i of epoch 0.
 
     Attributes:
-        lengths: int [n], how long each sample's text is; None where that is not known ahead.
+        lengths: int [n], length of each sample's text; None if unknown before reading.
     """
 
     lengths: np.ndarray | None = None
@@ -45,37 +45,37 @@ class EpochDataset(Dataset, ABC):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample: ...
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """All samples in the order of an epoch, int64 [n]."""
+        """Return the indices of all samples in the order of an epoch, int64 [n]."""
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
 
 class SampleDataset(EpochDataset):
-    """Samples with a fixed number, each of which can be read by itself.
+    """Base of map-style datasets with random access.
 
-    `dataset[i]` is the sample as epoch 0 sees it, `dataset[epoch, i]` as that epoch does: transforms draw from
+    `dataset[i]` is sample i of epoch 0 and `dataset[epoch, i]` that of another epoch. Transforms draw from
     (seed, epoch, i) alone, so a sample is the same in every process, in every order, and after every resumption. A
     sample is a dict:
 
         image: PIL.Image, upright RGB
         task: "image_level" or "region_level"
         question, answer: str
-        tags: list[str], or None where the record has none and there is no tagger
+        tags: list[str], or None if the record has none and there is no tagger
         boxes: list of [x1, y1, x2, y2], 0..1 of the image's width and height; [] for none
         id: str or None
-        place: str, where the sample stands, such as "train.jsonl:17"
+        place: str, the location of the sample, such as "train.jsonl:17"
 
     Args:
-        tasks: uint8 [n], positions in `TASKS`.
+        tasks: uint8 [n], indices into `TASKS`.
         lengths: int32 [n], characters of tags, question and answer.
-        tagger: gives the tags of a picture for records that have none. It sees the picture before transforms and runs
-            where the sample is read, in a worker if there are any.
-        transforms: applied in turn, each `transform(sample, rng) -> sample`.
-        strict: whether a picture that cannot be read is an error. Otherwise the next readable sample of the same task
-            takes its place, so batches keep their size; it is logged, and counted in `num_bad_images`.
-        seed: of the transforms.
+        tagger: returns the tags of an image for records without tags. The tagger gets the image before transforms and
+            runs in the process that reads the sample, such as a worker.
+        transforms: applied in order, each `transform(sample, rng) -> sample`.
+        strict: whether an unreadable image raises an error. Otherwise the next readable sample of the same task
+            replaces the sample, so batches keep their size; the image is logged and counted in `num_bad_images`.
+        seed: seed of the transforms.
 
     Raises:
-        DataError: from `dataset[i]`, naming file and line, for a record or picture that cannot be read.
+        DataError: from `dataset[i]`, naming file and line: the record or the image cannot be read.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SampleDataset(EpochDataset):
         self.transforms = tuple(transforms or ())
         self.strict = strict
         self.seed = seed
-        # In shared memory, so that what workers find shows in every process. A flag is set twice without harm.
+        # In shared memory, so that every process sees the flags that workers set; setting a flag twice is harmless.
         self._bad = torch.zeros(len(tasks), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class SampleDataset(EpochDataset):
 
     @property
     def num_bad_images(self) -> int:
-        """Pictures, by sample, that could not be read so far, in all workers; with `strict` an error comes first."""
+        """Number of samples whose image has been unreadable so far, in all workers; always 0 with `strict`."""
         return int(self._bad.sum())
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
@@ -123,16 +123,16 @@ class SampleDataset(EpochDataset):
         )
 
     def record(self, index: int) -> Record:
-        """The sample's record; its picture is not read."""
+        """Return the sample's record without reading its image."""
         return self._read(range(len(self))[index])[0]
 
     @abstractmethod
     def place(self, index: int) -> str:
-        """Where the sample stands, for messages."""
+        """Return the location of the sample, for messages."""
 
     @abstractmethod
     def _read(self, index: int) -> tuple[Record, Path | bytes]:
-        """The sample's record and its picture's file or content."""
+        """Return the sample's record, and the path or the content of its image file."""
 
     def _candidates(self, index: int) -> Iterator[int]:
         yield index
@@ -167,23 +167,23 @@ class SampleDataset(EpochDataset):
 
 
 class JsonlDataset(SampleDataset):
-    """The samples of a file of JSON lines (`docs/data.md`).
+    """Dataset of a file of JSON lines (`docs/data.md`).
 
-    The file is read once, line by line, and every line checked; what stays in memory is 22 bytes a sample. Blank lines
-    are passed over.
+    On creation, the file is read once and every line is checked; 22 bytes per sample stay in memory. Blank lines are
+    ignored.
 
     Args:
-        path: the file.
-        image_root: what relative paths of pictures start from; the file's own folder if None.
-        task: take only the samples of this task; of both if None.
+        path: path of the file.
+        image_root: directory that image paths are relative to; the directory of the file if None.
+        task: use only the samples of this task; of both tasks if None.
         tagger, transforms, seed: see `SampleDataset`.
-        strict: whether a bad line, and later a bad picture, is an error. Otherwise bad lines are left out; the first
-            ten are logged, all are counted in `num_bad_lines`.
+        strict: whether an invalid line, and later an unreadable image, raises an error. Otherwise invalid lines are
+            skipped; the first ten are logged, all are counted in `num_bad_lines`.
 
     Raises:
-        ValueError: for an unknown task.
-        FileNotFoundError: no such file.
-        DataError: for a line that is no record, and for a file without a sample.
+        ValueError: unknown task.
+        FileNotFoundError: the file does not exist.
+        DataError: a line is not a valid record, or the file has no sample.
     """
 
     def __init__(
@@ -260,12 +260,12 @@ def check_task(task: str | None) -> None:
 
 
 def text_length(record: Record) -> int:
-    """Characters of what the model reads and says, by which batches are grouped."""
+    """Return the number of characters of question, answer and tags, by which batches are grouped."""
     return len(record.question) + len(record.answer) + sum(len(tag) + 2 for tag in record.tags or ())
 
 
 def lines_with_offsets(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Each line with its offset; None for one longer than `MAX_LINE_BYTES`, of which no more is held than that."""
+    """Yield each line with its offset; None for a line longer than `MAX_LINE_BYTES`, which is never held in memory."""
     offset = 0
     while line := file.readline(MAX_LINE_BYTES):
         size = len(line)

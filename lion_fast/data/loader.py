@@ -1,4 +1,4 @@
-"""A loader that keeps a GPU busy: pictures are decoded in workers, ahead of the model, into pinned memory."""
+"""A loader that keeps a GPU busy: workers decode images ahead of the model, into pinned memory."""
 
 import os
 import sys
@@ -22,23 +22,23 @@ def make_loader(
     num_workers: int | None = None,
     prefetch: int = 2,
 ) -> DataLoader:
-    """The batches of one process in the order of a run, read and collated in worker processes.
+    """Return a loader of one process's batches in the order of a run; worker processes read and collate them.
 
-    No number is drawn from the process's own generators, so that a training step finds them as it left them.
+    The loader does not draw from the global generators, so it does not change the random numbers of a training step.
 
     Args:
-        order: says which samples.
+        order: order of the samples.
         collate_fn: makes a batch of samples, such as `lambda samples: samples`. It runs in the workers, and is pickled
-            where workers are not forked.
-        batch_size: samples of a batch; by default this process's share of a step.
-        rank, world_size: which process this is, of how many.
-        start: step to begin at.
-        num_workers: processes; 0 reads in this one. By default one fewer than the cores that this process may use, or
-            than its share of them where torchrun started several.
-        prefetch: batches that each worker is ahead.
+            if workers are not forked.
+        batch_size: samples per batch; by default this process's part of a step.
+        rank, world_size: rank of this process and number of processes.
+        start: step to start at.
+        num_workers: number of worker processes; 0 reads in this process. The default is one fewer than this process's
+            share of the available cores.
+        prefetch: batches that each worker loads in advance.
 
     Raises:
-        ValueError: for a negative number of workers, no batch ahead, or what `ProcessBatches` refuses.
+        ValueError: negative `num_workers`, `prefetch` below 1, or arguments that `ProcessBatches` rejects.
     """
     num_workers = checked_workers(num_workers)
     if prefetch < 1:
@@ -57,10 +57,10 @@ def make_loader(
 
 
 def checked_workers(num_workers: int | None) -> int:
-    """How many processes read: by default one fewer than this process's share of the cores that it may use.
+    """Return the number of worker processes, by default one fewer than this process's share of the available cores.
 
     Raises:
-        ValueError: for a negative number.
+        ValueError: `num_workers` is negative.
     """
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -71,9 +71,10 @@ def checked_workers(num_workers: int | None) -> int:
 
 
 def start_method() -> str | None:
-    """How workers are started: on Linux forked, so that they are there at once, and end when this process is killed.
+    """Return the start method of workers: "fork" on Linux, else None for the default.
 
-    Those of a server of forks, from which Python 3.14 and newer starts them by itself, hold the end of the pipe whose
-    closing would tell that server: they and it outlive a process that is killed.
+    Forked workers start at once, and end when this process is killed. Workers of a fork server, the default of Python
+    3.14 and newer, hold the end of the pipe whose closing tells the server to end, so server and workers would outlive
+    a killed process.
     """
     return "fork" if sys.platform == "linux" else None

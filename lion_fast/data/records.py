@@ -1,6 +1,6 @@
-"""The one format of training data: a JSON object per line, checked before anything is trained on it.
+"""The format of training data: one JSON object per line, checked before training.
 
-`docs/data.md` describes the fields for those who write such files; `Record` holds one line.
+`docs/data.md` documents the fields; a `Record` holds one line.
 """
 
 import json
@@ -17,7 +17,7 @@ from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
 
 BOX_TEXT = re.compile(r"\[[01]\.\d{3}(?:,[01]\.\d{3}){3}\]")
-"""A box as `format_box` writes it."""
+"""The text of a box as `format_box` writes it."""
 
 Box = tuple[float, float, float, float]
 
@@ -26,26 +26,26 @@ _OPTIONAL = ("tags", "boxes", "id", "source")
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on; the message starts with its file and line, or its file and record."""
+    """Invalid training data; the message starts with file and line, or file and record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample: a picture, an instruction and its answer.
+    """One sample: an image, an instruction and its answer.
 
     Args:
-        image: path of the picture, absolute or relative to a root that the reader knows.
+        image: path of the image, absolute or relative to a root that the reader knows.
         task: `image_level` or `region_level`.
-        question: what the model is asked.
-        answer: what it learns to say.
-        tags: what the picture shows, for the tag sentence; None where nobody has looked.
-        boxes: [x1, y1, x2, y2] each, 0..1 of the upright picture's width and height.
-        id: whatever names the sample where it comes from.
-        source: the data set it comes from.
+        question: instruction or question for the model.
+        answer: target text.
+        tags: tags of the image, for the tag sentence; None if the image has not been tagged.
+        boxes: [x1, y1, x2, y2] each, 0..1 of the upright image's width and height.
+        id: name of the sample in its source.
+        source: name of the original dataset.
 
     Raises:
-        ValueError: for a field of another kind, blank text, an unknown task, tags that hold a comma, a box that is
-            empty, reversed or not inside 0..1, or a box in the text of which `boxes` knows nothing.
+        ValueError: a field has the wrong type, text is blank, the task is unknown, a tag contains a comma, a box is
+            empty, reversed or not inside 0..1, or the text contains a box that is not in `boxes`.
     """
 
     image: str
@@ -79,7 +79,7 @@ class Record:
                         raise ValueError(f"{name}: expected the text of one of the boxes {sorted(known)}, got {text}")
 
     def to_json(self) -> str:
-        """The record as one line, without the newline."""
+        """Return the record as one line of JSON, without the newline."""
         values = {name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}
         if not self.boxes:
             del values["boxes"]
@@ -87,17 +87,17 @@ class Record:
 
 
 def parse_record(line: str | bytes, place: str) -> Record:
-    """The record that a line holds.
+    """Parse the record of a line.
 
     Args:
         line: JSON text.
-        place: what errors start with, such as `train.jsonl:17`.
+        place: location that starts the message of an error, such as `train.jsonl:17`.
 
     Raises:
-        DataError: for anything but a JSON object with the fields of `Record` (and no others).
+        DataError: the line is not a JSON object with exactly the fields of `Record`.
     """
     try:
-        # ValueError also for bytes that are no UTF-8; RecursionError for brackets in their thousands.
+        # ValueError includes invalid UTF-8; thousands of nested brackets raise RecursionError.
         fields = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON ({' '.join(str(error).split())[:200]})") from error
@@ -105,7 +105,7 @@ def parse_record(line: str | bytes, place: str) -> Record:
 
 
 def record_from_fields(fields: Any, place: str) -> Record:
-    """`parse_record` of what `json.loads` has read already."""
+    """Create a record from fields parsed by `json.loads`; see `parse_record`."""
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"expected a JSON object, got {describe(fields)}")
@@ -123,7 +123,7 @@ def record_from_fields(fields: Any, place: str) -> Record:
 
 
 def write_jsonl(records: Iterable[Record], path: str | os.PathLike) -> int:
-    """Write records to a file, which appears under its name only when it is whole; how many there were."""
+    """Write records to a file atomically and return their number."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -135,9 +135,9 @@ def write_jsonl(records: Iterable[Record], path: str | os.PathLike) -> int:
 
 
 def rewrite_boxes(text: str, before: Sequence[Box], after: Sequence[Box]) -> str:
-    """`text` with the text of each box of `before` replaced by that of its counterpart in `after`.
+    """Replace the text of each box of `before` in `text` with the text of the corresponding box of `after`.
 
-    Where several boxes have the same text, to three decimals, the first one's counterpart stands for all.
+    If several boxes have the same text, rounded to three decimals, the first one determines the replacement.
     """
     moved: dict[str, str] = {}
     for old, new in zip(before, after, strict=True):
@@ -146,7 +146,7 @@ def rewrite_boxes(text: str, before: Sequence[Box], after: Sequence[Box]) -> str
 
 
 def describe(value: Any) -> str:
-    """A value of JSON in a few words, for messages about it."""
+    """Describe a JSON value in a few words, for messages."""
     if isinstance(value, str):
         return "text" if value.strip() else "blank text"
     names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}

@@ -1,9 +1,9 @@
-"""Samples in few large files, for disks on which a million small ones are slow.
+"""Samples in a few large files, for disks on which a million small files are slow.
 
-Shards are plain tar files in WebDataset's layout, `000000017.jpg` beside `000000017.json`, the latter a list of the
-records of that picture, so a picture with fifty records is stored once. `index.npz` beside them says where everything
-lies. So shards are read by position, like a file of JSON lines: grouped by length, shared out to any number of
-processes and resumed in the same way, while their order keeps to a few shards at a time.
+Shards are plain tar files in WebDataset's layout: `000000017.jpg` next to `000000017.json`, a list of the records of
+that image, so an image with fifty records is stored once. `index.npz` holds the offsets of all members. Shards
+therefore have random access, like a file of JSON lines, and support grouping by length, any number of processes and
+resumption in the same way. Their epoch order reads a few shards at a time.
 """
 
 import io
@@ -33,31 +33,31 @@ _SHARDS_AT_A_TIME = 8
 def write_shards(
     dataset: JsonlDataset, out: str | os.PathLike, *, shard_bytes: int = 512 << 20, seed: int = 0
 ) -> list[Path]:
-    """Write a data set's records and pictures to shards.
+    """Write a dataset's records and images to shards.
 
-    Pictures are copied as they are, in an order drawn from `seed`, so that each shard is a sample of the whole; every
-    picture is decoded once to see that it can be. The index comes last: without it, what is there is unfinished.
+    Image files are copied unchanged, in a random order drawn from `seed`, so that each shard is a random sample; every
+    image is decoded once as a check. The index is written last: a directory without an index is unfinished.
 
     Args:
-        dataset: is asked for records only: transforms and tagger do not run. Unless it is strict, a picture that cannot
-            be read is left out with its records, and logged.
-        out: directory, new or empty.
-        shard_bytes: a shard is closed before it grows past this (one larger picture makes its own shard).
-        seed: of the order.
+        dataset: dataset whose records are read; transforms and tagger do not run. Unless it is strict, an unreadable
+            image is logged and skipped with its records.
+        out: new or empty directory.
+        shard_bytes: maximum size of a shard in bytes (a larger image gets a shard of its own).
+        seed: seed of the order.
 
     Returns:
-        The shards.
+        The paths of the shards.
 
     Raises:
-        ValueError: for a directory with something in it, or a size below 1.
-        DataError: for a picture that cannot be read, naming file and line; if all of them cannot.
-        OSError: where nothing can be written.
+        ValueError: `out` is not empty, or `shard_bytes` is below 1.
+        DataError: an image cannot be read (the message names file and line), or none can.
+        OSError: the shards cannot be written.
     """
     out = Path(out)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes: expected 1 or more, got {shard_bytes}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a directory that is empty or not there yet, got {out}")
+        raise ValueError(f"out: expected an empty or new directory, got {out}")
     out.mkdir(parents=True, exist_ok=True)
     by_image: dict[str, list[int]] = {}
     for index in range(len(dataset)):
@@ -81,12 +81,13 @@ def write_shards(
             text = ("[" + ",\n".join(record.to_json() for record in records) + "]").encode()
             spans = writer.add(f"{number:09d}", {(path.suffix.lower() or ".img"): content, ".json": text})
             rows += [
-                (*spans, place, TASKS.index(record.task), text_length(record)) for place, record in enumerate(records)
+                (*spans, i_record, TASKS.index(record.task), text_length(record))
+                for i_record, record in enumerate(records)
             ]
     finally:
         writer.close()
     if not rows:
-        raise DataError(f"{dataset.path}: none of its pictures can be read")
+        raise DataError(f"{dataset.path}: none of its images can be read")
     sizes = [shard.stat().st_size for shard in writer.shards]
     names = [shard.name for shard in writer.shards]
     with whole_file(out / INDEX) as unfinished, unfinished.open("wb") as file:
@@ -95,18 +96,17 @@ def write_shards(
 
 
 class ShardDataset(SampleDataset):
-    """The samples of a directory that `write_shards` wrote.
+    """Dataset of a directory written by `write_shards`.
 
     Args:
-        directory: with shards and their index, which is held in memory, 70 bytes a sample.
-        task: take only the samples of this task; of both if None.
+        directory: directory of the shards and their index, which takes 70 bytes of memory per sample.
+        task: use only the samples of this task; of both tasks if None.
         transforms, tagger, strict, seed: see `SampleDataset`.
 
     Raises:
-        ValueError: for an unknown task.
-        FileNotFoundError: no index there.
-        DataError: for an index that cannot be read or holds no sample of the task, or a shard that is missing or of
-            another size than it was.
+        ValueError: unknown task.
+        FileNotFoundError: the directory has no index.
+        DataError: the index cannot be read or has no sample of the task, or a shard is missing or has another size.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class ShardDataset(SampleDataset):
             with np.load(path, allow_pickle=False) as index:
                 version = int(index["version"])
                 names, sizes, rows = index["names"].tolist(), index["sizes"].tolist(), index["rows"]
-        except Exception as error:  # of a damaged archive NumPy raises nearly anything
+        except Exception as error:  # NumPy raises errors of many types for a damaged archive
             raise DataError(f"{path}: not an index of shards ({error})") from error
         if version != _VERSION or rows.ndim != 2 or rows.shape[1] != 8:
             raise DataError(f"{path}: expected an index of version {_VERSION}, got version {version}")
@@ -136,7 +136,7 @@ class ShardDataset(SampleDataset):
         for shard, size in zip(self.shards, sizes, strict=True):
             found = shard.stat().st_size if shard.is_file() else 0
             if found != size:
-                raise DataError(f"{shard}: expected {size} bytes, as were written, got {found}")
+                raise DataError(f"{shard}: expected {size} bytes, as written, got {found}")
         if task is not None:
             rows = rows[rows[:, 6] == TASKS.index(task)]
         if not len(rows):
@@ -152,7 +152,7 @@ class ShardDataset(SampleDataset):
         )
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """All samples in the order of an epoch, int64 [n]: shards shuffled, and samples within each eight shards."""
+        """Return all indices in the order of an epoch, int64 [n]: shards are shuffled, and samples within 8 shards."""
         rng = np.random.default_rng([seed, epoch])
         firsts = np.searchsorted(self._rows[:, 0], np.arange(len(self.shards) + 1)).tolist()
         shards = rng.permutation(len(self.shards))
@@ -176,12 +176,12 @@ class ShardDataset(SampleDataset):
         try:
             fields = json.loads(text)[number]
         except (ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{self.place(index)}: not the records that the index promises ({error})") from error
+            raise DataError(f"{self.place(index)}: not the records that the index lists ({error})") from error
         return record_from_fields(fields, self.place(index)), image
 
 
 class _ShardWriter:
-    """Tar files of limited size, and where in them each member's content lies."""
+    """Writer of tar files of limited size that reports the offset of each member's content."""
 
     def __init__(self, directory: Path, shard_bytes: int):
         self.directory = directory
@@ -191,7 +191,7 @@ class _ShardWriter:
         self._used = 0
 
     def add(self, key: str, members: dict[str, bytes]) -> list[int]:
-        """Write one key's members, by suffix; shard, then start and size of each member."""
+        """Write the members of a key, by suffix; return the shard, then start and size of each member."""
         size = sum(tarfile.BLOCKSIZE * 2 + len(content) for content in members.values())
         if self._tar is None or self._used + size > self.shard_bytes:
             self.close()
@@ -203,7 +203,7 @@ class _ShardWriter:
         for suffix, content in members.items():
             member = tarfile.TarInfo(key + suffix)
             member.size = len(content)
-            # A USTAR header of a short name is one block.
+            # The USTAR header of a short name is one block.
             spans += [self._tar.offset + tarfile.BLOCKSIZE, len(content)]
             self._tar.addfile(member, io.BytesIO(content))
         return spans

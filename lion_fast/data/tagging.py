@@ -1,4 +1,4 @@
-"""Tags by a tagger: ahead of training, each picture once, written to a file; or picture by picture as they are read."""
+"""Tagging of training data: once per image into a file before training, or per image while samples are read."""
 
 import logging
 import os
@@ -21,30 +21,30 @@ def add_tags(
     tagger: Callable[[list[Image.Image]], Sequence[str]],
     batch_size: int = 32,
 ) -> tuple[int, int]:
-    """Write a data set's records with the tags of their pictures; tags that are there already stay.
+    """Write a dataset's records with the tags of their images; existing tags are kept.
 
-    Pictures are kept track of by their path, so one with many records is tagged once. Relative paths are written as
-    they stand.
+    Images are identified by their path, so an image with many records is tagged once. Relative paths are written
+    unchanged.
 
     Args:
-        dataset: its records are read. Unless it is strict, a picture that cannot be read is left out with its records,
-            and logged.
-        out: file to write; not the data set's own.
-        tagger: gives the tags of each of a list of pictures, joined by ", ", as a `RamTagger` does.
-        batch_size: pictures that the tagger sees at once.
+        dataset: dataset whose records are read. Unless it is strict, an unreadable image is logged and skipped with its
+            records.
+        out: file to write; must differ from the dataset's file.
+        tagger: returns the tags of each image of a list, joined by ", ", like a `RamTagger`.
+        batch_size: images per call of the tagger.
 
     Returns:
-        How many pictures were tagged, and how many left out.
+        The number of images that were tagged, and the number of images that were skipped.
 
     Raises:
-        ValueError: for `out` that is the file itself, a batch size below 1, or a tagger that gives another number of
-            results than it was given pictures.
-        DataError: for a picture that cannot be read, naming file and line.
+        ValueError: `out` is the dataset's file, `batch_size` is below 1, or the tagger does not return one result per
+            image.
+        DataError: an image cannot be read; the message names file and line.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
     if Path(out).exists() and Path(out).samefile(dataset.path):
-        raise ValueError(f"out: expected another file than {dataset.path}, which is read")
+        raise ValueError(f"out: expected a file other than the input, got {dataset.path}")
     untagged: dict[str, int] = {}
     for index in range(len(dataset)):
         record = dataset.record(index)
@@ -52,9 +52,9 @@ def add_tags(
             untagged.setdefault(record.image, index)
     tags: dict[str, tuple[str, ...]] = {}
     for batch in _batches(dataset, untagged, batch_size):
-        results = tagger([picture for _, picture in batch])
+        results = tagger([image for _, image in batch])
         if len(results) != len(batch):
-            raise ValueError(f"tagger: expected one result per picture ({len(batch)}), got {len(results)}")
+            raise ValueError(f"tagger: expected one result per image ({len(batch)}), got {len(results)}")
         for (name, _), joined in zip(batch, results, strict=True):
             tags[name] = tuple(_split(joined))
 
@@ -72,10 +72,10 @@ def add_tags(
 
 @dataclass(frozen=True)
 class PictureTagger:
-    """A tagger of lists, such as a `RamTagger`, made one of single pictures for `SampleDataset(tagger=...)`.
+    """Adapter that applies a tagger of lists, such as a `RamTagger`, to single images, for `SampleDataset(tagger=...)`.
 
     Args:
-        tagger: gives the tags of each of a list of pictures, joined by ", ".
+        tagger: returns the tags of each image of a list, joined by ", ".
     """
 
     tagger: Callable[[list[Image.Image]], Sequence[str]]
@@ -89,7 +89,7 @@ def _split(joined: str) -> list[str]:
 
 
 def _batches(dataset: JsonlDataset, images: dict[str, int], batch_size: int) -> Iterator[list[tuple[str, Image.Image]]]:
-    """Pictures that can be read, with their names."""
+    """Yield batches of readable images with their names."""
     batch = []
     for name, index in images.items():
         try:

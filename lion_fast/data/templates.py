@@ -1,8 +1,8 @@
 """Instructions for each kind of sample, and the choice among them.
 
-The first of each list is the one that LION answers to (`model.prompts`) or its nearest kin; the others say the same
-in other words, so that the model learns the task and not the sentence. None of them speaks of places, numbers or
-writing, which would keep samples from being augmented (`transforms`). Questions of VQA stand bare.
+The first of each list is the instruction of `model.prompts`; the others paraphrase it, so that the model learns the
+task and not the sentence. None of them mentions positions, numbers or writing, because such words would prevent
+augmentation (`transforms`). VQA uses the question without an instruction.
 """
 
 import hashlib
@@ -38,16 +38,16 @@ TEMPLATES = {
 
 
 def instruction(kind: str, key: str, seed: int = 0, **fields: str) -> str:
-    """One of `TEMPLATES[kind]`, filled in; which one depends on seed, kind and key alone.
+    """Choose one of `TEMPLATES[kind]` by seed, kind and key alone, and fill in its fields.
 
     Args:
-        kind: `caption`, `rec` (what an expression refers to, its box) or `reg` (a box, what it shows).
-        key: names the sample.
-        seed: gives each sample another choice.
+        kind: `caption`, `rec` (from an expression to the box of its object) or `reg` (from a box to its description).
+        key: name of the sample.
+        seed: seed of the choice.
         fields: `expression` for `rec`, `box` for `reg`.
 
     Raises:
-        KeyError: for an unknown kind or a missing field.
+        KeyError: unknown kind or missing field.
     """
     digest = hashlib.blake2b(f"{seed}\n{kind}\n{key}".encode(), digest_size=8).digest()
     templates = TEMPLATES[kind]

@@ -1,8 +1,8 @@
-"""Augmentation that keeps what is said true: boxes move with the pixels, and the text of boxes with them.
+"""Augmentation that keeps samples true: boxes and their text move with the pixels.
 
-The original crops and flips region-level pictures and leaves the boxes where they were. Here only region-level samples
-are touched, as there, and only where their words still hold afterwards: a flip turns left into right and makes writing
-unreadable, and a crop moves what is named by its place in the picture.
+The original crops and flips region-level images without moving the boxes. Here, too, only region-level samples are
+augmented, but boxes move, and samples whose words would become wrong are not augmented: a flip exchanges left and right
+and makes writing unreadable, and a crop changes the position of objects in the image.
 """
 
 import math
@@ -15,7 +15,7 @@ from PIL import Image
 
 from lion_fast.data.records import BOX_TEXT, Box, rewrite_boxes
 
-# Also as people write who describe objects in haste (RefCOCO): "lft guy", "2nd frm r".
+# The patterns include abbreviations of RefCOCO's annotators: "lft guy", "2nd frm r".
 _SIDES = (
     r"left\w*|right\w*|lft|rt|rgt|[lr]|lhs|rhs|(?:counter-?|anti-?)?clockwise|east\w*|west\w*|mirror\w*|profile|"
     r"facing|pointing"
@@ -41,12 +41,12 @@ _UNTRUE_WHEN_CROPPED = _any_of(_SIDES, _PLACES, _DIGITS)
 
 @dataclass(frozen=True)
 class RandomHorizontalFlip:
-    """Mirror region-level samples, left to right.
+    """Random horizontal flip of region-level samples.
 
-    Left alone is a sample whose question or answer, but for boxes, speaks of sides, directions, writing or numbers.
+    A sample is not flipped if its question or answer, apart from boxes, mentions sides, directions, writing or numbers.
 
     Args:
-        p: share of the others that is mirrored.
+        p: probability of a flip for all other samples.
     """
 
     p: float = 0.5
@@ -64,15 +64,15 @@ class RandomHorizontalFlip:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Cut a part out of region-level pictures that holds all their boxes whole.
+    """Random crop of region-level images that contains all boxes completely.
 
-    Left alone is a sample without boxes, and one whose question or answer, but for boxes, speaks of sides, places in
-    the picture, or order.
+    A sample is not cropped if it has no boxes, or if its question or answer, apart from boxes, mentions sides,
+    positions in the image, or order.
 
     Args:
-        p: share of the others that is cut.
-        min_scale: shortest part of each side that is kept, where the boxes leave room, above 0 to 1. Width and height
-            are drawn independently, evenly between the shortest that holds the boxes and the whole.
+        p: probability of a crop for all other samples.
+        min_scale: smallest fraction of each side that is kept, in (0, 1]; the boxes may require more. Width and height
+            are drawn independently and uniformly between the smallest allowed size and the full size.
     """
 
     p: float = 0.5
@@ -102,7 +102,7 @@ class RandomCrop:
         return _moved(sample, image, moved)
 
     def _window(self, low: float, high: float, side: int, rng: np.random.Generator) -> tuple[int, int]:
-        """First and last pixel edge of a part of a side that holds low..high, both 0..1."""
+        """Return the first and last pixel edge of a random part of a side that contains low..high, both 0..1."""
         first, last = math.floor(low * side), min(math.ceil(high * side), side)
         shortest = max(last - first, math.ceil(self.min_scale * side))
         length = int(rng.integers(shortest, side + 1))
@@ -124,5 +124,5 @@ def _moved(sample: dict[str, Any], image: Image.Image, boxes: list[list[float]])
 
 
 def _shares(*values: float) -> tuple[float, ...]:
-    """Values that rounding may have left a hair outside of 0..1."""
+    """Clamp values that rounding may have moved slightly outside 0..1."""
     return tuple(min(max(value, 0.0), 1.0) for value in values)

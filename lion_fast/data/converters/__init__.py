@@ -1,4 +1,4 @@
-"""From the formats in which people have their data to records."""
+"""Converters from the formats of public datasets to records."""
 
 import logging
 import os
@@ -46,27 +46,27 @@ FORMATS = {
 
 
 class Conversion:
-    """Records of a data set in one of `FORMATS`, made as they are iterated over.
+    """Iterable over the records of a dataset in one of `FORMATS`.
 
     Args:
-        format: its name in `FORMATS`.
-        files: the format's files, in its order.
-        images: put before each picture's name, such as the folder that holds them.
-        image_name: the name of a picture's file, for formats that give only its number: a template such as
-            `{image_id:012d}.jpg`. Each such format has one of its own.
-        splits: which splits to take, for formats that hold several in a file; all if empty.
+        format: name of the format in `FORMATS`.
+        files: files of the format, in the format's order.
+        images: prefix of each image's name, such as the directory of the images.
+        image_name: template of the image's file name, such as `{image_id:012d}.jpg`, for formats that give only the
+            number of an image. Each such format has a default.
+        splits: splits to use, for formats with several splits in a file; all if empty.
         kinds: `rec`, `reg` or both, for formats with regions; both if empty.
-        strict: whether an entry that makes no record is an error. Otherwise it is left out, the first ten are logged,
-            and all are counted in `num_bad`.
-        seed: of the choice of instructions (`lion_fast.data.templates`).
+        strict: whether an invalid entry raises an error. Otherwise invalid entries are skipped; the first ten are
+            logged, all are counted in `num_bad`.
+        seed: seed of the choice of instructions (`lion_fast.data.templates`).
 
     Attributes:
-        num_bad: entries left out so far.
+        num_bad: number of entries skipped so far.
 
     Raises:
-        ValueError: for an unknown format, another number of files, or an option that the format has no use for.
-        DataError: while iterating, naming file, entry and field; also where no record comes of it at all.
-        OSError: for a file that cannot be read.
+        ValueError: unknown format, wrong number of files, or an option that the format does not support.
+        DataError: while iterating, an entry is invalid (the message names file, entry and field) or there is no record.
+        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Conversion:
             raise ValueError(f"files: expected {' and '.join(self.format.files)} for {format}, got {len(files)} files")
         if image_name is not None and not self.format.image_template:
             raise ValueError(
-                f"image_name: expected none, as {format} gives the names of its pictures, got {image_name!r}"
+                f"image_name: expected none, because {format} contains the names of its images, got {image_name!r}"
             )
         if splits and not self.format.has_splits:
-            raise ValueError(f"splits: expected none, as {format} has a file for each, got {', '.join(splits)}")
+            raise ValueError(f"splits: expected none, because {format} has a file for each, got {', '.join(splits)}")
         if (kinds and not self.format.has_regions) or set(kinds) - {"rec", "reg"}:
-            expected = "rec, reg or both" if self.format.has_regions else f"none, as {format} has no regions"
+            expected = "rec, reg or both" if self.format.has_regions else f"none, because {format} has no regions"
             raise ValueError(f"kinds: expected {expected}, got {', '.join(kinds)}")
         self.images = images
         self.strict = strict
@@ -127,7 +127,7 @@ class Conversion:
             yield from made
         if not any_record:
             chosen = f" in {', '.join(sorted(self.options.splits))}" if self.options.splits else ""
-            raise DataError(f"{self.files[0]}: makes no record{chosen}")
+            raise DataError(f"{self.files[0]}: contains no record{chosen}")
 
     def _placed(self, record: Record) -> Record:
         return replace(record, image=os.path.join(self.images, record.image)) if self.images else record

@@ -1,4 +1,4 @@
-"""Captions: COCO's, Karpathy's splits of COCO and Flickr30k, TextCaps, and Flickr30k's own list."""
+"""Captions: COCO, Karpathy's splits of COCO and Flickr30k, TextCaps, and Flickr30k's own list."""
 
 from collections.abc import Iterable, Iterator
 

@@ -1,4 +1,4 @@
-"""JSON that knows where it stands: `captions.json: annotations[3].caption: expected text, got null`."""
+"""JSON values with their path, for messages: `captions.json: annotations[3].caption: expected text, got null`."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,13 +9,13 @@ from lion_fast.data.records import DataError, describe
 
 
 class Entry:
-    """A value of a file with its place; to ask it for what it is not is a `DataError` that says so.
+    """A JSON value with its file and path; access to a value of the wrong type raises a `DataError` that names both.
 
     Args:
-        value: what `json.loads` gives.
-        file: where it is from.
-        path: the way to it in the file, such as `annotations[3].caption`.
-        name: its own name, where it is the field of an object.
+        value: value from `json.loads`.
+        file: file of the value.
+        path: path of the value in the file, such as `annotations[3].caption`.
+        name: name of the field, for a value of an object.
     """
 
     __slots__ = ("file", "name", "path", "value")
@@ -31,11 +31,11 @@ class Entry:
         return f"{self.file}: {self.path}" if self.path else str(self.file)
 
     def __contains__(self, name: str) -> bool:
-        """Whether it is an object with that field."""
+        """Return whether the value is an object with this field."""
         return isinstance(self.value, dict) and name in self.value
 
     def __getitem__(self, name: str) -> "Entry":
-        """A field of an object."""
+        """Return a field of an object."""
         if not isinstance(self.value, dict):
             raise self.error("an object")
         if name not in self.value:
@@ -43,26 +43,26 @@ class Entry:
         return self._field(name)
 
     def fields(self) -> Iterator["Entry"]:
-        """All fields of an object."""
+        """Return an iterator over all fields of an object."""
         if not isinstance(self.value, dict):
             raise self.error("an object")
         return map(self._field, self.value)
 
     def __iter__(self) -> Iterator["Entry"]:
-        """The items of a list."""
+        """Return an iterator over the items of a list."""
         if not isinstance(self.value, list):
             raise self.error("a list")
         return (Entry(item, self.file, f"{self.path}[{i}]") for i, item in enumerate(self.value))
 
     def text(self) -> str:
-        """Text with runs of white space made one space, and none at the ends."""
+        """Return text stripped, with each run of white space replaced by one space."""
         text = " ".join(self.value.split()) if isinstance(self.value, str) else ""
         if not text:
             raise self.error("text")
         return text
 
     def integer(self) -> int:
-        """A whole number, also where it is written as text."""
+        """Return an integer, also if it is written as text."""
         number = int(self.value) if isinstance(self.value, str) and self.value.isdecimal() else self.value
         if not isinstance(number, int) or isinstance(number, bool):
             raise self.error("a whole number")
@@ -74,7 +74,7 @@ class Entry:
         return self.value
 
     def key(self) -> str:
-        """What names an entry, number or text."""
+        """Return the identifier of an entry, a number or text, as text."""
         return self.text() if isinstance(self.value, str) else str(self.integer())
 
     def error(self, expected: str, got: str | None = None) -> DataError:
@@ -86,11 +86,11 @@ class Entry:
 
 
 def load_json(path: Path) -> Entry:
-    """A JSON file, whole.
+    """Load a JSON file.
 
     Raises:
-        DataError: for a file that is not JSON.
-        OSError: for one that cannot be read.
+        DataError: the file is not JSON.
+        OSError: the file cannot be read.
     """
     try:
         return Entry(json.loads(path.read_bytes()), path)
@@ -99,11 +99,11 @@ def load_json(path: Path) -> Entry:
 
 
 def load_lines(path: Path) -> list[Entry]:
-    """The lines of a text file that are not blank.
+    """Load the non-blank lines of a text file.
 
     Raises:
-        DataError: for a file that is not UTF-8.
-        OSError: for one that cannot be read.
+        DataError: the file is not UTF-8.
+        OSError: the file cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -113,13 +113,17 @@ def load_lines(path: Path) -> list[Entry]:
 
 
 def index_by(entries: Iterable[Entry], field: str) -> dict[str, Entry]:
-    """Entries by the field that names them."""
+    """Index entries by the field that identifies them."""
     return {entry[field].key(): entry for entry in entries}
 
 
 def look_up(table: dict[str, Entry], key: Entry) -> Entry:
-    """The entry that a field refers to."""
+    """Return the entry that a field refers to.
+
+    Raises:
+        DataError: `table` has no such entry.
+    """
     name = key.key()
     if name not in table:
-        raise key.error("the name of something that the file lists", name)
+        raise key.error("the id of an entry of the file", name)
     return table[name]

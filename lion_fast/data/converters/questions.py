@@ -1,6 +1,6 @@
 """Questions with short answers: VQAv2, OK-VQA, A-OKVQA, GQA, OCR-VQA.
 
-Where ten people have answered, the answer that most of them gave is taken; of several, the one given first.
+For questions with ten answers, the most frequent answer is used; the earliest one wins a tie.
 """
 
 from collections import Counter

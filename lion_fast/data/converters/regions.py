@@ -1,6 +1,6 @@
-"""Regions with words for them: RefCOCO, RefCOCO+ and RefCOCOg in two forms, and Visual Genome's descriptions.
+"""Described regions: RefCOCO, RefCOCO+ and RefCOCOg in two formats, and Visual Genome's region descriptions.
 
-A region with an expression makes a sample that asks for the place (`rec`) and one that asks for the words (`reg`).
+A region with an expression gives one sample that asks for the box (`rec`) and one that asks for the words (`reg`).
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from lion_fast.io.boxes import format_box
 
 
 def refcoco(refs: Entry, instances: Entry, options: Options) -> Parts:
-    """The original release: refs, and COCO's instances with the boxes."""
+    """Read the original release: refs, and COCO's instances with the boxes."""
     images, annotations = index_by(instances["images"], "id"), index_by(instances["annotations"], "id")
 
     def records(ref: Entry) -> Iterator[Record]:
@@ -30,7 +30,7 @@ def refcoco(refs: Entry, instances: Entry, options: Options) -> Parts:
 
 
 def mdetr(file: Entry, options: Options) -> Parts:
-    """MDETR's release (`finetune_refcoco_train.json`): an expression is an "image" with one annotation."""
+    """Read MDETR's release (`finetune_refcoco_train.json`): each expression is an "image" with one annotation."""
     boxes: dict[str, list[Entry]] = {}
     for annotation in file["annotations"]:
         boxes.setdefault(annotation["image_id"].key(), []).append(annotation["bbox"])
@@ -47,7 +47,7 @@ def mdetr(file: Entry, options: Options) -> Parts:
 
 
 def visual_genome(regions: Entry, image_data: Entry, options: Options) -> Parts:
-    """`region_descriptions.json`, and `image_data.json` with the sizes and folders of the pictures."""
+    """Read `region_descriptions.json`, and `image_data.json` with the sizes and directories of the images."""
     images = index_by(image_data, "image_id")
 
     def described() -> Iterator[Entry]:
@@ -57,7 +57,7 @@ def visual_genome(regions: Entry, image_data: Entry, options: Options) -> Parts:
     def records(region: Entry) -> Iterator[Record]:
         image = look_up(images, region["image_id"])
         box = _box(region, [region[side].number() for side in ("x", "y", "width", "height")], image)
-        # .../VG_100K_2/1.jpg: the folder that the picture's archive unpacks to.
+        # .../VG_100K_2/1.jpg: the directory is that of the image's archive.
         name = "/".join(PurePosixPath(urlsplit(image["url"].text()).path).parts[-2:])
         yield from _region(name, box, region["phrase"], region["region_id"].key(), options)
 
@@ -72,21 +72,22 @@ def _coco_box(bbox: Entry, image: Entry) -> Box:
 
 
 def _box(entry: Entry, corner_and_size: list[float], image: Entry) -> Box:
-    """A box in pixels as shares of the picture; what reaches over its edge is cut off."""
+    """Convert a box from pixels to fractions of the image, clipped to the image."""
     x, y, box_width, box_height = corner_and_size
     width, height = image["width"].integer(), image["height"].integer()
     if min(width, height) < 1:
-        raise image.error("a picture with pixels", f"{width} x {height}")
+        raise image.error("an image with pixels", f"{width} x {height}")
     x1, x2 = (min(max(value / width, 0.0), 1.0) for value in (x, x + box_width))
     y1, y2 = (min(max(value / height, 0.0), 1.0) for value in (y, y + box_height))
     if not (x1 < x2 and y1 < y2):
-        raise entry.error(f"a box with an area in a picture of {width} x {height}", str(corner_and_size))
+        raise entry.error(f"a box with an area in an image of {width} x {height}", str(corner_and_size))
     return x1, y1, x2, y2
 
 
 def _region(image: str, box: Box, expression: Entry, key: str, options: Options) -> Iterator[Record]:
-    words, place = expression.text(), format_box(box)
+    words, box_text = expression.text(), format_box(box)
     for kind in options.kinds:
-        question = instruction(kind, key, options.seed, **({"expression": words} if kind == "rec" else {"box": place}))
-        answer = place if kind == "rec" else words
+        fields = {"expression": words} if kind == "rec" else {"box": box_text}
+        question = instruction(kind, key, options.seed, **fields)
+        answer = box_text if kind == "rec" else words
         yield Record(image, "region_level", question, answer, boxes=(box,), id=f"{key}-{kind}", source=options.source)

@@ -1,4 +1,4 @@
-"""What converters are given, and what they give."""
+"""Arguments and results of converters."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from lion_fast.data.converters.entries import Entry
 from lion_fast.data.records import Record
 
 Parts = tuple[Iterable[Entry], Callable[[Entry], Iterator[Record]]]
-"""The entries of a file, and what makes records of one: a bad entry can be left out, and the next one still read."""
+"""The entries of a file and a function from an entry to its records, so that an invalid entry can be skipped."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a format is read; see `convert`."""
+    """Options of a conversion; see `Conversion`."""
 
     source: str
     image_template: str = ""
@@ -24,10 +24,10 @@ class Options:
         return not self.splits or split in self.splits
 
     def image_name(self, **fields: str | int) -> str:
-        """The name of a picture's file.
+        """Return the name of an image's file.
 
         Raises:
-            ValueError: for a template that these fields do not fit.
+            ValueError: the template does not match these fields.
         """
         try:
             return self.image_template.format(**fields)
@@ -42,13 +42,13 @@ class Format:
     """A format that can be converted.
 
     Args:
-        description: what it is.
-        files: what its files are called, in the order in which they are given.
-        parts: reads them.
-        image_template: where the format gives only the number of a picture, the name of the picture's file.
+        description: name of the dataset.
+        files: usual names of the files, in the order of the arguments.
+        parts: function that reads the files.
+        image_template: template of the image's file name, for a format that gives only the number of an image.
         has_splits: whether a file holds several splits.
-        has_regions: whether it makes `rec` and `reg` samples.
-        is_text: whether the file is lines of text, not JSON.
+        has_regions: whether the format gives `rec` and `reg` samples.
+        is_text: whether the file consists of lines of text instead of JSON.
     """
 
     description: str

@@ -14,7 +14,7 @@ WriteLines = Callable[..., Path]
 
 @pytest.fixture
 def write_lines(tmp_path: Path) -> WriteLines:
-    """Write lines to `train.jsonl`: dicts as JSON over a valid record, text and bytes as they are."""
+    """Write lines to `train.jsonl`: dicts as changes to a valid record in JSON, text and bytes unchanged."""
 
     def write(*lines: dict[str, Any] | str | bytes, name: str = "train.jsonl") -> Path:
         valid = {"image": "a.png", "task": "image_level", "question": "What?", "answer": "a cat"}
@@ -31,8 +31,8 @@ def write_lines(tmp_path: Path) -> WriteLines:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder with `a.png` to `e.png` of different colours, and `cut.jpg`, a JPEG without its end."""
+def images(tmp_path: Path) -> Path:
+    """Directory with `a.png` to `e.png` of different colours, and a truncated JPEG, `cut.jpg`."""
     rng = np.random.default_rng(0)
     for name, color in zip("abcde", ("red", "green", "blue", "white", "black"), strict=True):
         Image.new("RGB", (20, 10), color).save(tmp_path / f"{name}.png")

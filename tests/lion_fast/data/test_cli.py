@@ -1,4 +1,4 @@
-"""`lion-fast data` where something is wrong, and tags ahead of training; `test_docs` runs what goes well."""
+"""`lion-fast data` with invalid input, and tags added before training; `test_docs` runs it with valid input."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
     return status, captured.out, captured.err
 
 
-def test_check_stops_or_counts(pictures: Path, write_lines, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_stops_or_counts(images: Path, write_lines, capsys: pytest.CaptureFixture[str]) -> None:
     region = {"task": "region_level", "answer": "[0.000,0.000,0.500,1.000]", "boxes": [[0, 0, 0.5, 1]]}
     path = write_lines({}, {"image": "cut.jpg"}, region, {"answer": ""}, {"image": "b.png"})
     status, out, err = run(capsys, "check", path)
@@ -22,13 +22,13 @@ def test_check_stops_or_counts(pictures: Path, write_lines, capsys: pytest.Captu
     assert f"{path}:4: answer: expected text" in err
     status, out, _ = run(capsys, "check", path, "--skip-bad")
     assert status == 0
-    assert out == (f"{path}: 4 samples, 1 region_level, 3 image_level; 1 bad lines, 1 samples with a bad picture\n")
+    assert out == f"{path}: 4 samples, 1 region_level, 3 image_level; 1 invalid lines, 1 samples with a bad image\n"
     status, out, _ = run(capsys, "shards", path, "--out", path.parent / "shards", "--skip-bad")
     assert status == 0
-    assert out.endswith("3 samples in 1 shards; 1 bad lines and 1 samples with a bad picture left out\n")
+    assert out.endswith("3 samples in 1 shards; skipped 1 invalid lines and 1 samples with a bad image\n")
 
 
-def test_convert_counts_and_leaves_nothing_half_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_counts_and_leaves_no_partial_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "list.token").write_text("1.jpg#0\tone\nbad\n", encoding="utf-8")
     arguments = ["convert", "flickr30k", tmp_path / "list.token", "--out", tmp_path / "out.jsonl"]
     status, _, err = run(capsys, *arguments)
@@ -36,10 +36,10 @@ def test_convert_counts_and_leaves_nothing_half_done(tmp_path: Path, capsys: pyt
     assert "list.token: line 2: expected IMAGE#NUMBER" in err
     assert [path.name for path in tmp_path.iterdir()] == ["list.token"]
     status, out, _ = run(capsys, *arguments, "--skip-bad")
-    assert (status, out) == (0, f"{tmp_path / 'out.jsonl'}: 1 samples; 1 entries left out\n")
+    assert (status, out) == (0, f"{tmp_path / 'out.jsonl'}: 1 samples; skipped 1 invalid entries\n")
 
 
-def test_tags_are_added_once_per_picture(pictures: Path, write_lines, tmp_path: Path) -> None:
+def test_tags_are_added_once_per_image(images: Path, write_lines, tmp_path: Path) -> None:
     path = write_lines({}, {"image": "b.png", "tags": ["mine"]}, {}, {"image": "c.png"}, {"image": "cut.jpg"})
     seen = []
 
@@ -55,7 +55,7 @@ def test_tags_are_added_once_per_picture(pictures: Path, write_lines, tmp_path: 
     tagged = JsonlDataset(out)
     assert [tagged.record(i).tags for i in range(4)] == [("wide", "0"), ("mine",), ("wide", "0"), ("wide", "255")]
     assert len(tagged) == 4
-    with pytest.raises(ValueError, match="out: expected another file"):
+    with pytest.raises(ValueError, match="out: expected a file other than the input"):
         add_tags(JsonlDataset(path), path, tagger)
-    with pytest.raises(ValueError, match=r"tagger: expected one result per picture \(2\), got 0"):
+    with pytest.raises(ValueError, match=r"tagger: expected one result per image \(2\), got 0"):
         add_tags(JsonlDataset(path, strict=False), out, lambda images: [])

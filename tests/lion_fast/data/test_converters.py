@@ -1,4 +1,4 @@
-"""Malformed files of every format, and options; `test_docs` has an example of each that is well-formed."""
+"""Malformed files of every format, and options; `test_docs` has a well-formed example of each format."""
 
 import copy
 import json
@@ -80,12 +80,12 @@ def write_files(tmp_path: Path):
     return write
 
 
-def test_all_formats_are_here() -> None:
+def test_every_format_is_tested() -> None:
     assert set(VALID) == set(FORMATS)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_records_name_their_source_and_are_the_same_again(format: str, write_files) -> None:
+def test_records_name_their_source_and_are_deterministic(format: str, write_files) -> None:
     conversion = Conversion(format, write_files(format))
     records = list(conversion)
     assert records == list(conversion)
@@ -99,13 +99,13 @@ def test_records_name_their_source_and_are_the_same_again(format: str, write_fil
         ("coco-captions", 0, ("annotations", 1, "caption"), "  ", r"annotations\[1\].caption: expected text, got"),
         ("coco-captions", 0, ("annotations", 1, "caption"), None, r"a.data: annotations\[1\].caption: .* got null"),
         ("coco-captions", 0, ("annotations", 1, "caption"), REMOVED, r"a.data: annotations\[1\].caption: missing"),
-        ("coco-captions", 0, ("annotations", 0, "image_id"), 9, r"annotations\[0\].image_id: .* lists, got 9"),
+        ("coco-captions", 0, ("annotations", 0, "image_id"), 9, r"annotations\[0\].image_id: .* of the file, got 9"),
         ("coco-captions", 0, ("annotations",), REMOVED, "a.data: annotations: missing"),
         ("coco-captions", 0, ("annotations",), {}, "a.data: annotations: expected a list, got an object"),
         ("coco-captions", 0, ("images", 0, "id"), 1.5, r"images\[0\].id: expected a whole number"),
         ("coco-captions", 0, (), [1], "a.data: expected an object, got a list"),
         ("coco-captions", 0, (), "{", r"a.data: not JSON \("),
-        ("coco-captions", 0, (), {"images": [], "annotations": []}, "a.data: makes no record"),
+        ("coco-captions", 0, (), {"images": [], "annotations": []}, "a.data: contains no record"),
         ("karpathy", 0, ("images", 0, "split"), REMOVED, r"images\[0\].split: missing"),
         ("karpathy", 0, ("images", 0, "sentences", 0, "raw"), 7, r"images\[0\].sentences\[0\].raw: expected text"),
         ("textcaps", 0, ("data", 0, "caption_str"), REMOVED, r"data\[0\].caption_str: missing"),
@@ -123,18 +123,18 @@ def test_records_name_their_source_and_are_the_same_again(format: str, write_fil
         ("refcoco", 1, ("annotations", 0, "bbox"), [1, 2, 3], r"b.data: annotations\[0\].bbox: expected four .* got 3"),
         ("refcoco", 1, ("annotations", 0, "bbox", 2), "w", r"annotations\[0\].bbox\[2\]: expected a number, got text"),
         ("refcoco", 1, ("annotations", 0, "bbox", 2), -3, r"b.data: annotations\[0\].bbox: expected a box with"),
-        ("refcoco", 1, ("images", 0, "width"), 0, r"b.data: images\[0\]: expected a picture with pixels, got 0 x 50"),
+        ("refcoco", 1, ("images", 0, "width"), 0, r"b.data: images\[0\]: expected an image with pixels, got 0 x 50"),
         ("mdetr", 0, ("annotations",), [], r"images\[0\].id: expected one annotation .* got 0"),
         ("visual-genome", 0, (0, "regions", 0, "width"), 0, r"a.data: \[0\].regions\[0\]: expected a box with"),
         ("visual-genome", 1, (0, "url"), REMOVED, r"b.data: \[0\].url: missing"),
     ],
 )  # fmt: skip
-def test_malformed_files_are_named_with_entry_and_field(format, number, way, value, message, write_files) -> None:
+def test_errors_name_file_entry_and_field(format, number, way, value, message, write_files) -> None:
     with pytest.raises(DataError, match=message):
         list(Conversion(format, write_files(format, number, way, value)))
 
 
-def test_an_entry_that_makes_no_record_may_be_left_out(write_files, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_entry_can_be_skipped(write_files, caplog: pytest.LogCaptureFixture) -> None:
     files = write_files("coco-captions", 0, ("annotations", 1, "image_id"), 7)
     conversion = Conversion("coco-captions", files, strict=False)
     assert [record.answer for record in conversion] == ["one", "three"]
@@ -142,7 +142,7 @@ def test_an_entry_that_makes_no_record_may_be_left_out(write_files, caplog: pyte
     assert "annotations[1].image_id" in caplog.text
 
 
-def test_boxes_are_cut_off_at_the_picture_s_edge(write_files) -> None:
+def test_boxes_are_clipped_to_the_image(write_files) -> None:
     files = write_files("visual-genome", 0, (0, "regions", 0, "x"), -10)
     rec, reg = Conversion("visual-genome", files)
     assert rec.boxes == reg.boxes == ((0.0, 0.1, 0.1, 0.3),)
@@ -150,11 +150,11 @@ def test_boxes_are_cut_off_at_the_picture_s_edge(write_files) -> None:
     assert format_box(rec.boxes[0]) in reg.question
 
 
-def test_options_choose(write_files) -> None:
+def test_options_select_splits_kinds_and_names(write_files) -> None:
     files = write_files("refcoco")
     assert [record.id for record in Conversion("refcoco", files, kinds=["reg"])] == ["0-reg"]
     assert [record.image for record in Conversion("refcoco", files, images="coco")] == ["coco/1.jpg"] * 2
-    with pytest.raises(DataError, match="makes no record in testA, val"):
+    with pytest.raises(DataError, match="contains no record in testA, val"):
         list(Conversion("refcoco", files, splits=["val", "testA"]))
     named = Conversion("vqav2", write_files("vqav2"), image_name="{image_id:012d}.jpg")
     assert [(record.image, record.answer) for record in named] == [("000000000001.jpg", "b")]
@@ -177,7 +177,7 @@ def test_options_choose(write_files) -> None:
         ("mdetr", {"kinds": ["vqa"]}, "kinds: expected rec, reg or both, got vqa"),
     ],
 )
-def test_options_without_use_are_refused(format: str, options: dict[str, Any], message: str, write_files) -> None:
+def test_unsupported_options_are_rejected(format: str, options: dict[str, Any], message: str, write_files) -> None:
     files = write_files(format) if format in VALID else []
     with pytest.raises(ValueError, match=message):
         list(Conversion(format, **{"files": files, **options}))

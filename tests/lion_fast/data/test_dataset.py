@@ -1,4 +1,4 @@
-"""A file of JSON lines as a data set: samples, malformed files strict and lenient, workers."""
+"""`JsonlDataset`: samples, malformed files with and without `strict`, workers."""
 
 import io
 import pickle
@@ -19,7 +19,7 @@ def as_they_are(samples: list) -> list:
     return samples
 
 
-def test_a_sample_is_what_its_line_says(pictures: Path, write_lines) -> None:
+def test_a_sample_has_the_fields_of_its_line(images: Path, write_lines) -> None:
     path = write_lines(
         {"tags": ["red", "wall"], "id": "17"}, "", {"image": "b.png"} | REGION, b"  ", {"image": "c.png"}
     )
@@ -47,16 +47,16 @@ def test_a_sample_is_what_its_line_says(pictures: Path, write_lines) -> None:
         dataset[3]
 
 
-def test_pictures_are_found_beside_the_file_or_under_the_root(pictures: Path, write_lines, tmp_path: Path) -> None:
+def test_image_paths_are_relative_to_the_file_or_the_root(images: Path, write_lines, tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
-    path = write_lines({}, {"image": str(pictures / "b.png")}, name="lists/train.jsonl")
+    path = write_lines({}, {"image": str(images / "b.png")}, name="lists/train.jsonl")
     with pytest.raises(DataError, match=r"train.jsonl:1: image \(.*lists/a.png\): expected an image file"):
         JsonlDataset(path)[0]
-    dataset = JsonlDataset(path, image_root=pictures)
+    dataset = JsonlDataset(path, image_root=images)
     assert [dataset[i]["image"].getpixel((0, 0)) for i in range(2)] == [(255, 0, 0), (0, 128, 0)]
 
 
-def test_one_task_may_be_taken(pictures: Path, write_lines) -> None:
+def test_one_task_can_be_selected(images: Path, write_lines) -> None:
     path = write_lines({}, {"image": "b.png"} | REGION, {"image": "c.png"})
     assert [JsonlDataset(path, task="image_level").place(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
     regions = JsonlDataset(path, task="region_level")
@@ -67,13 +67,13 @@ def test_one_task_may_be_taken(pictures: Path, write_lines) -> None:
         JsonlDataset(write_lines({}, name="images.jsonl"), task="region_level")
 
 
-def test_the_tagger_is_asked_where_a_record_has_no_tags(pictures: Path, write_lines) -> None:
+def test_the_tagger_tags_records_without_tags(images: Path, write_lines) -> None:
     path = write_lines({"tags": ["wall"]}, {"image": "b.png"}, {"image": "c.png", "tags": []})
     dataset = JsonlDataset(path, tagger=lambda image: (str(image.getpixel((0, 0))),))
     assert [dataset[i]["tags"] for i in range(3)] == [["wall"], ["(0, 128, 0)"], []]
 
 
-def test_scenes_become_files(tmp_path: Path) -> None:
+def test_scenes_are_written_to_files(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "scenes", 3, seed=5, image_size=48)
     dataset = JsonlDataset(path)
     generator = SceneGenerator(5, 48)
@@ -104,8 +104,8 @@ def test_scenes_become_files(tmp_path: Path) -> None:
         (b"x" * MAX_LINE_BYTES, "expected at most 1048576 bytes in a line"),
     ],
 )
-def test_a_bad_line_stops_or_is_left_out(
-    pictures: Path, write_lines, caplog: pytest.LogCaptureFixture, bad, message: str
+def test_a_bad_line_raises_or_is_skipped(
+    images: Path, write_lines, caplog: pytest.LogCaptureFixture, bad, message: str
 ) -> None:
     path = write_lines({}, bad, {"image": "b.png"})
     with pytest.raises(DataError, match=f"train.jsonl:2: {message}"):
@@ -118,7 +118,7 @@ def test_a_bad_line_stops_or_is_left_out(
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How much each read from files that a `Path` has opened brought in."""
+    """Record the size of each read from files opened by a `Path`."""
     sizes: list[int] = []
 
     class Counted(io.FileIO):
@@ -135,7 +135,7 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_file_of_ten_gigabytes_stops_at_the_first_bad_line(write_lines, request: pytest.FixtureRequest) -> None:
-    """Sparse on the disk: the strict reader sees the first line, and no more than a buffer."""
+    """The file is sparse; the strict reader reads the first line and no more than a buffer."""
     path = write_lines("bad")
     with path.open("r+b") as file:
         file.truncate(10 << 30)
@@ -158,8 +158,8 @@ def test_a_file_of_bad_lines_is_counted(write_lines, tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.parametrize("bad", ["missing.png", "cut.jpg", "train.jsonl"])
-def test_a_bad_picture_stops_or_gives_way_to_the_next_of_its_task(
-    pictures: Path, write_lines, caplog: pytest.LogCaptureFixture, bad: str
+def test_a_bad_image_raises_or_is_replaced_by_the_next_sample_of_its_task(
+    images: Path, write_lines, caplog: pytest.LogCaptureFixture, bad: str
 ) -> None:
     path = write_lines({}, {"image": bad}, {"image": "b.png"} | REGION, {"image": "c.png"})
     with pytest.raises(DataError, match=f"train.jsonl:2: image .*{bad}.*: expected a"):
@@ -171,13 +171,13 @@ def test_a_bad_picture_stops_or_gives_way_to_the_next_of_its_task(
     assert caplog.text.count("skipped") == 1
 
 
-def test_no_readable_picture_of_a_task_is_an_error(pictures: Path, write_lines) -> None:
+def test_a_task_without_readable_images_is_an_error(images: Path, write_lines) -> None:
     dataset = JsonlDataset(write_lines({}, {"image": "missing.png"} | REGION), strict=False)
     with pytest.raises(DataError, match=r"train.jsonl:2: neither this nor any other region_level sample is readable"):
         dataset[1]
 
 
-def test_a_line_that_changed_behind_the_index_is_noticed(pictures: Path, write_lines) -> None:
+def test_a_line_changed_after_indexing_is_an_error(images: Path, write_lines) -> None:
     path = write_lines({}, {"image": "b.png"})
     dataset = JsonlDataset(path)
     write_lines({"question": "Which?"}, {"image": "b.png"})
@@ -185,7 +185,7 @@ def test_a_line_that_changed_behind_the_index_is_noticed(pictures: Path, write_l
         dataset[1]
 
 
-def test_workers_see_the_same_and_report_what_they_skip(pictures: Path, write_lines) -> None:
+def test_workers_give_the_same_samples_and_report_bad_images(images: Path, write_lines) -> None:
     path = write_lines(*[{"image": name} for name in ("a.png", "missing.png", "b.png", "c.png", "cut.jpg", "d.png")])
     dataset = JsonlDataset(path, strict=False)
     for num_workers in (0, 2):
@@ -204,8 +204,8 @@ def test_workers_see_the_same_and_report_what_they_skip(pictures: Path, write_li
     assert np.array_equal(np.asarray(again[5]["image"]), np.asarray(dataset[5]["image"]))
 
 
-def test_16_bit_and_rotated_pictures_come_upright(tmp_path: Path, write_lines) -> None:
-    """Boxes are shares of the picture as it is seen, whatever its EXIF data says of the pixels."""
+def test_16_bit_and_rotated_images_are_read_upright(tmp_path: Path, write_lines) -> None:
+    """Boxes are fractions of the upright image, after the rotation of its EXIF data."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)

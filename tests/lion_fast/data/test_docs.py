@@ -1,4 +1,4 @@
-"""`docs/data.md` is true: its commands and code run, and every conversion gives what it shows."""
+"""`docs/data.md` is correct: its commands and code run, and every conversion gives the record shown."""
 
 import json
 import re
@@ -20,12 +20,12 @@ def run(line: str) -> None:
     assert main(shlex.split(line)[1:]) == 0
 
 
-def test_its_lines_are_records() -> None:
+def test_json_lines_are_valid_records() -> None:
     lines = BLOCK.findall(INTRODUCTION)[0][2].splitlines()
     assert [parse_record(line, "docs").task for line in lines] == ["image_level", "region_level"]
 
 
-def test_its_commands_and_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     _, (_, _, commands), (_, language, code) = BLOCK.findall(INTRODUCTION)
     for line in commands.splitlines():
@@ -42,7 +42,7 @@ def test_every_format_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=[section.splitlines()[0] for section in SECTIONS])
-def test_conversions_give_what_is_shown(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversions_give_the_record_shown(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     *files, (_, _, command), (_, _, result) = BLOCK.findall(section)
     for name, _, content in files:

@@ -1,4 +1,4 @@
-"""Order: data sets that take turns, batches of alike length, several processes, resumption."""
+"""Sample order: turns of datasets, batches of similar length, several processes, resumption."""
 
 import itertools
 import multiprocessing
@@ -18,7 +18,7 @@ REGION = {"task": "region_level"}
 
 @pytest.fixture
 def make_dataset(write_lines):
-    """Data sets of `count` records whose questions have random lengths."""
+    """Factory of datasets with `count` records whose questions have random lengths."""
 
     def make(count: int, task: str = "image_level", name: str = "train.jsonl") -> JsonlDataset:
         lengths = np.random.default_rng(count).integers(1, 100, count)
@@ -44,12 +44,12 @@ def order_of(samples: Any, shares: Any = None, **settings: Any) -> TrainingOrder
 @pytest.mark.parametrize(
     ("sizes", "shares"), [((7, 5), (1, 1)), ((3, 20), (2, 1)), ((4, 9, 6), (1, 3, 2)), ((5,), (1,))]
 )
-def test_data_sets_take_turns_and_all_samples_are_seen_equally_often(make_dataset, sizes, shares, settings) -> None:
+def test_datasets_take_turns_and_all_samples_occur_equally_often(make_dataset, sizes, shares, settings) -> None:
     samples = {f"{i}": make_dataset(size, name=f"{i}.jsonl") for i, size in enumerate(sizes)}
     order = order_of(samples, shares, **settings)
     keys = list(order)
     assert [key.position for key in keys] == list(range(70 * 6))
-    within = 32 * 6 if settings else sum(shares)  # by length, turns are kept but for 32 steps of six
+    within = 32 * 6 if settings else sum(shares)  # grouping by length changes the turns within 32 steps of six
     for begin in range(0, 2 * within, within):
         names = Counter(key.name for key in keys[begin : begin + within])
         rounds = within / sum(shares)
@@ -64,7 +64,7 @@ def test_data_sets_take_turns_and_all_samples_are_seen_equally_often(make_datase
     assert keys != list(order_of(samples, shares, seed=1, **settings))
 
 
-def test_data_sets_of_one_length_are_shuffled_apart_and_steps_may_be_of_one(make_dataset) -> None:
+def test_equal_datasets_are_shuffled_differently_and_can_alternate_by_step(make_dataset) -> None:
     images, regions = make_dataset(50), make_dataset(50, "region_level", "regions.jsonl")
     keys = list(order_of({"images": images, "regions": regions}))[:100]
     assert [key.name for key in keys[:4]] == ["images", "regions", "images", "regions"]
@@ -77,7 +77,7 @@ def test_data_sets_of_one_length_are_shuffled_apart_and_steps_may_be_of_one(make
     assert [key.index for key in plain][:51] == [*range(50), 0]
 
 
-def test_batches_are_of_samples_of_alike_length(make_dataset) -> None:
+def test_batches_have_samples_of_similar_length(make_dataset) -> None:
     dataset = make_dataset(1000)
     settings: Any = {"steps": 125, "batch_size": 8}
     batches = [
@@ -92,13 +92,13 @@ def test_batches_are_of_samples_of_alike_length(make_dataset) -> None:
 
     assert padding(batches) < 0.2 * padding(shuffled)
     mean_lengths = [dataset.lengths[batch].mean() for batch in batches]
-    # Within a group of 32, batches come in no order of length.
+    # Within a group of 32, batches are not ordered by length.
     assert abs(np.corrcoef(mean_lengths[:32], range(32))[0, 1]) < 0.6
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("mix", ["sample", "step"])
-def test_processes_share_the_steps_of_one_from_any_step_on(two_tasks, grouped: bool, mix: str) -> None:
+def test_processes_split_the_batches_of_one_process_from_any_step(two_tasks, grouped: bool, mix: str) -> None:
     order = order_of(two_tasks, (2, 1), group_by_length=grouped, mix=mix)
     alone = list(ProcessBatches(order, 6))
     assert len(alone) == len(ProcessBatches(order, 6)) == 70
@@ -110,8 +110,8 @@ def test_processes_share_the_steps_of_one_from_any_step_on(two_tasks, grouped: b
             assert together == list(order)[start * 6 :]
 
 
-def test_a_loader_goes_on_with_the_same_pictures(pictures: Path, write_lines) -> None:
-    """Transforms draw from epoch and index, so the samples are equal, and not only their order."""
+def test_a_loader_resumes_with_the_same_images(images: Path, write_lines) -> None:
+    """Transforms draw from epoch and index, so the samples are equal in addition to their order."""
 
     def noted(sample, rng):
         return sample | {"drawn": int(rng.integers(1 << 30))}
@@ -133,8 +133,8 @@ def test_a_loader_goes_on_with_the_same_pictures(pictures: Path, write_lines) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
-def test_workers_are_forked_whatever_python_s_default(pictures: Path, write_lines) -> None:
-    """It is a server of forks from Python 3.14 on, which a function that cannot be pickled would not get to."""
+def test_workers_are_forked_for_any_default_of_python(images: Path, write_lines) -> None:
+    """The default is a fork server from Python 3.14 on, to which functions must be pickled."""
     order = order_of({"a": JsonlDataset(write_lines({}, {}))}, steps=2, batch_size=1)
     default = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
@@ -144,7 +144,7 @@ def test_workers_are_forked_whatever_python_s_default(pictures: Path, write_line
         multiprocessing.set_start_method(default, force=True)
 
 
-def test_loading_leaves_the_process_s_random_numbers_alone(pictures: Path, write_lines) -> None:
+def test_loading_does_not_change_the_global_generators(images: Path, write_lines) -> None:
     order = order_of({"a": JsonlDataset(write_lines({}, {}))}, steps=2, batch_size=1)
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -153,28 +153,28 @@ def test_loading_leaves_the_process_s_random_numbers_alone(pictures: Path, write
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_what_makes_no_order_is_refused(two_tasks) -> None:
+def test_invalid_arguments_are_rejected(two_tasks) -> None:
     class Unknown(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return 3
 
     for shares in ((1,), (1, 0), (1, 0.5)):
-        with pytest.raises(ValueError, match="shares: expected 2 whole numbers of 1 or more"):
+        with pytest.raises(ValueError, match="shares: expected 2 positive integers"):
             order_of(two_tasks, shares)
-    with pytest.raises(ValueError, match="samples: expected data sets with samples, got none"):
+    with pytest.raises(ValueError, match="samples: expected datasets with samples, got none"):
         order_of({})
     with pytest.raises(ValueError, match="steps, batch_size: expected 1 or more each, got 0 and 6"):
         order_of(two_tasks, steps=0)
     with pytest.raises(ValueError, match="group_by_length: expected false without shuffle"):
         order_of(two_tasks, group_by_length=True, shuffle=False)
-    with pytest.raises(ValueError, match=r"group_by_length: expected data sets that know the lengths .* got mine"):
+    with pytest.raises(ValueError, match=r"group_by_length: expected datasets with known text lengths .* got mine"):
         order_of({"mine": Unknown()}, group_by_length=True)
     order = order_of(two_tasks)
     with pytest.raises(IndexError, match=r"position: expected 0..419, got 420"):
         order[420]
     with pytest.raises(ValueError, match="rank: expected 0 to 1"):
         ProcessBatches(order, 1, rank=2, world_size=2)
-    with pytest.raises(ValueError, match="2 processes can share a step of 6 in, got 4"):
+    with pytest.raises(ValueError, match="times 2 processes, divides the batch of 6, got 4"):
         ProcessBatches(order, 4, world_size=2)
     with pytest.raises(ValueError, match="start: expected a step of 0 to 70, got 71"):
         ProcessBatches(order, 6, start=71)

@@ -1,4 +1,4 @@
-"""Records: what is accepted, what is refused and in which words, and that writing and reading are inverse."""
+"""Records: valid and invalid fields, error messages, and round trips through a file."""
 
 import json
 from dataclasses import asdict
@@ -63,7 +63,7 @@ def test_writing_and_reading_are_inverse(question, answer, tags, found, name) ->
         (REGION | {"boxes": [[0.2, 0.1, 0.5, 1]]}, r"answer: expected the text of one of the boxes \['\[0.200,"),
     ],
 )
-def test_what_is_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_fields_are_rejected(change: dict[str, Any], message: str) -> None:
     fields = {name: value for name, value in (VALID | change).items() if value is not ...}
     with pytest.raises(DataError, match=f"^train.jsonl:7: {message}"):
         parse_record(json.dumps(fields), "train.jsonl:7")
@@ -80,20 +80,20 @@ def test_what_is_refused(change: dict[str, Any], message: str) -> None:
         ("null", "expected a JSON object, got null"),
     ],
 )
-def test_what_is_no_record_at_all(line: str | bytes, message: str) -> None:
+def test_lines_that_are_no_records_are_rejected(line: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=f"^x:1: {message}"):
         parse_record(line, "x:1")
 
 
-def test_a_region_s_record_is_accepted() -> None:
+def test_a_region_level_record_is_accepted() -> None:
     record = parse_record(json.dumps(REGION), "x:1")
     assert parse_boxes(record.answer) == [list(record.boxes[0])]
     assert asdict(record)["tags"] is None
 
 
 @given(st.lists(boxes, min_size=1, max_size=4), st.data())
-def test_text_of_boxes_is_rewritten_at_once(before, data) -> None:
-    """Two boxes that change places do not run into each other."""
+def test_the_text_of_all_boxes_is_rewritten_in_one_pass(before, data) -> None:
+    """Two boxes can exchange their positions."""
     after = data.draw(st.permutations(before))
     distinct = list({format_box(box): (box, new) for box, new in zip(before, after, strict=True)}.values())
     old, new = zip(*distinct, strict=True)
@@ -102,7 +102,7 @@ def test_text_of_boxes_is_rewritten_at_once(before, data) -> None:
     assert rewrite_boxes(sentence, old, new) == expected
 
 
-def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "train.jsonl"
     record = Record(**VALID)
     assert write_jsonl([record, record], path) == 2

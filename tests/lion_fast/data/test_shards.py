@@ -1,4 +1,4 @@
-"""Shards: the samples of the file they were made of, in WebDataset's layout, whole or refused."""
+"""Shards: the same samples as their source file, WebDataset's layout, and rejection of damaged shards."""
 
 import json
 import tarfile
@@ -45,7 +45,7 @@ def test_shards_hold_the_same_samples(scenes: JsonlDataset, shards: Path) -> Non
     assert dataset.place(0) == f"{dataset.shards[0]}:byte 512, record 0"
 
 
-def test_one_task_may_be_taken(shards: Path) -> None:
+def test_one_task_can_be_selected(shards: Path) -> None:
     both = ShardDataset(shards)
     regions = ShardDataset(shards, task="region_level")
     assert len(regions) == np.count_nonzero(both.tasks == 0) < len(both)
@@ -55,8 +55,8 @@ def test_one_task_may_be_taken(shards: Path) -> None:
         ShardDataset(shards, task="rec")
 
 
-def test_anyone_can_read_the_tar_files(scenes: JsonlDataset, shards: Path) -> None:
-    """WebDataset's convention: members of one sample are neighbours, alike up to the first dot."""
+def test_tar_files_follow_the_layout_of_webdataset(scenes: JsonlDataset, shards: Path) -> None:
+    """Members of one sample are adjacent and have the same name up to the first dot."""
     images = set()
     for shard in sorted(shards.glob("*.tar")):
         assert shard.stat().st_size <= 20_000 + tarfile.RECORDSIZE
@@ -72,14 +72,14 @@ def test_anyone_can_read_the_tar_files(scenes: JsonlDataset, shards: Path) -> No
     assert len(images) == 20
 
 
-def test_an_epoch_keeps_to_a_few_shards_at_a_time(shards: Path) -> None:
+def test_an_epoch_reads_a_few_shards_at_a_time(shards: Path) -> None:
     dataset = ShardDataset(shards)
     order = dataset.epoch_order(0, 0)
     assert sorted(order) == list(range(len(dataset)))
     assert not np.array_equal(order, dataset.epoch_order(0, 1))
     of_shard = dataset._rows[order, 0]
     first_eight = {int(shard) for shard in of_shard[:40]}
-    assert np.count_nonzero(np.diff(of_shard[:40])) > 20  # and mixes them
+    assert np.count_nonzero(np.diff(of_shard[:40])) > 20  # samples of these shards are mixed
     last_of_first = max(np.flatnonzero(np.isin(of_shard, list(first_eight))))
     assert len(first_eight) <= 8
     assert last_of_first < len(order) - 1
@@ -88,8 +88,8 @@ def test_an_epoch_keeps_to_a_few_shards_at_a_time(shards: Path) -> None:
     assert len(firsts) <= 8
 
 
-def test_a_bad_picture_stops_or_is_left_out(
-    pictures: Path, write_lines, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_bad_image_raises_or_is_skipped(
+    images: Path, write_lines, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_lines({}, {"image": "cut.jpg"}, {"image": "cut.jpg"}, {"image": "b.png"})
     with pytest.raises(DataError, match=r"train.jsonl:2: image .*cut.jpg"):
@@ -99,13 +99,13 @@ def test_a_bad_picture_stops_or_is_left_out(
     write_shards(JsonlDataset(path, strict=False), tmp_path / "lenient")
     assert len(ShardDataset(tmp_path / "lenient")) == 2
     assert f"skipped 2 records: {path}:2: " in caplog.text
-    with pytest.raises(ValueError, match="out: expected a directory that is empty"):
+    with pytest.raises(ValueError, match="out: expected an empty or new directory"):
         write_shards(JsonlDataset(path), tmp_path / "lenient")
-    with pytest.raises(DataError, match="none of its pictures can be read"):
+    with pytest.raises(DataError, match="none of its images can be read"):
         write_shards(JsonlDataset(write_lines({"image": "x.png"}), strict=False), tmp_path / "none")
 
 
-def test_damaged_shards_are_refused(pictures: Path, write_lines, tmp_path: Path) -> None:
+def test_damaged_shards_are_rejected(images: Path, write_lines, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     (shard,) = write_shards(JsonlDataset(write_lines({})), out)
     content = shard.read_bytes()

@@ -1,4 +1,4 @@
-"""Augmentation: boxes stay on what they enclose, their text says where they are, and no words become untrue."""
+"""Augmentation: boxes move with their objects, the text of boxes is updated, and words stay true."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from lion_fast.io.boxes import format_box, parse_boxes
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 
 
-def picture_with_boxes(rng: np.random.Generator) -> tuple[Image.Image, list[list[float]]]:
-    """One to three rectangles of their own colours, in columns of their own, on black."""
+def image_with_boxes(rng: np.random.Generator) -> tuple[Image.Image, list[list[float]]]:
+    """Draw one to three rectangles of different colours in separate columns on black."""
     width, height = (int(v) for v in rng.integers(30, 90, 2))
     pixels = np.zeros((height, width, 3), np.uint8)
     boxes = []
@@ -58,7 +58,7 @@ def region_sample(image: Image.Image, boxes: list[list[float]], **changes: Any) 
 @settings(max_examples=150, deadline=None)
 def test_boxes_move_with_the_pixels(seed: int, transforms) -> None:
     rng = np.random.default_rng(seed)
-    image, boxes = picture_with_boxes(rng)
+    image, boxes = image_with_boxes(rng)
     sample = region_sample(image, boxes)
     for transform in transforms or (RandomHorizontalFlip(), RandomCrop(), RandomHorizontalFlip()):
         sample = transform(sample, rng)
@@ -74,7 +74,7 @@ def test_boxes_move_with_the_pixels(seed: int, transforms) -> None:
 @settings(max_examples=100, deadline=None)
 def test_a_crop_keeps_at_least_the_scale(seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
-    image, boxes = picture_with_boxes(rng)
+    image, boxes = image_with_boxes(rng)
     cropped = RandomCrop(1.0, scale)(region_sample(image, boxes), rng)["image"]
     for side, whole in zip(cropped.size, image.size, strict=True):
         assert scale * whole <= side + 1e-9 <= whole + 1e-9
@@ -82,9 +82,9 @@ def test_a_crop_keeps_at_least_the_scale(seed: int, scale: float) -> None:
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
-def test_a_crop_keeps_boxes_whole_that_end_between_pixels(seed: int) -> None:
+def test_a_crop_contains_boxes_that_end_between_pixels(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    image = picture_with_boxes(rng)[0]
+    image = image_with_boxes(rng)[0]
     (x1, x2), (y1, y2) = np.sort(rng.random((2, 2)), axis=1).tolist()
     sample = RandomCrop(1.0, 0.1)(region_sample(image, [[x1, y1, x2, y2]]), rng)
     (box,) = sample["boxes"]
@@ -92,9 +92,9 @@ def test_a_crop_keeps_boxes_whole_that_end_between_pixels(seed: int) -> None:
     assert pixels == pytest.approx(np.multiply([x2 - x1, y2 - y1], image.size), abs=1e-9)
 
 
-def test_a_crop_does_cut_and_a_flip_does_flip() -> None:
+def test_a_crop_and_a_flip_change_the_image() -> None:
     rng = np.random.default_rng(0)
-    image, boxes = picture_with_boxes(rng)
+    image, boxes = image_with_boxes(rng)
     sizes = {RandomCrop(1.0)(region_sample(image, [[0.4, 0.4, 0.6, 0.6]]), rng)["image"].size for _ in range(20)}
     assert len(sizes) > 5
     flips = [RandomHorizontalFlip(0.5)(region_sample(image, boxes), rng)["boxes"] != boxes for _ in range(200)]
@@ -124,7 +124,7 @@ def test_a_crop_does_cut_and_a_flip_does_flip() -> None:
     ],
 )
 @pytest.mark.parametrize("field", ["question", "answer"])
-def test_words_that_would_become_untrue_keep_a_sample_as_it_is(
+def test_samples_whose_words_would_become_wrong_are_not_augmented(
     words: str, flips: bool, crops: bool, field: str
 ) -> None:
     image, boxes = Image.new("RGB", (40, 40)), [[0.125, 0.25, 0.25, 0.5]]
@@ -134,15 +134,15 @@ def test_words_that_would_become_untrue_keep_a_sample_as_it_is(
         assert any(moved) == applies
 
 
-def test_image_level_samples_are_left_alone() -> None:
-    image, boxes = picture_with_boxes(np.random.default_rng(1))
+def test_image_level_samples_are_not_augmented() -> None:
+    image, boxes = image_with_boxes(np.random.default_rng(1))
     for transform in (RandomHorizontalFlip(1.0), RandomCrop(1.0, 0.2)):
         sample = region_sample(image, boxes, task="image_level")
         assert transform(sample, np.random.default_rng(0)) is sample
 
 
 @pytest.mark.parametrize("kind", ["rec", "reg"])
-def test_no_instruction_keeps_a_sample_from_being_moved(kind: str) -> None:
+def test_no_instruction_prevents_augmentation(kind: str) -> None:
     for template in TEMPLATES[kind]:
         asked = template.format(expression="the dog", box="")
         assert not _UNTRUE_WHEN_FLIPPED.search(asked), template
@@ -160,7 +160,7 @@ def test_instructions_depend_on_seed_kind_and_key_alone() -> None:
     assert all("the dog" in text for text in chosen)
 
 
-def test_settings_out_of_range_are_refused() -> None:
+def test_settings_out_of_range_are_rejected() -> None:
     with pytest.raises(ValueError, match="p: expected a probability, got 2"):
         RandomHorizontalFlip(2)
     with pytest.raises(ValueError, match="min_scale: expected a share above 0"):

@@ -145,7 +145,7 @@ def test_data_and_model_are_checked_before_a_run(make_recipe: MakeRecipe) -> Non
     with pytest.raises(RecipeError, match=r"data.tagger: expected a directory of .* got 'absent'"):
         open_training_data(make_recipe(1, "data.tagger=absent").data, 0)
     recipe = make_recipe(1, "data.group_by_length=true")
-    with pytest.raises(RecipeError, match=r"data.group_by_length: expected data sets that know .* got .*scenes:0:7"):
+    with pytest.raises(RecipeError, match=r"data.group_by_length: expected datasets with known .* got .*scenes:0:7"):
         training_order(recipe, open_training_data(recipe.data, 0))
 
 
