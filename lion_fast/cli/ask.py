@@ -1,4 +1,4 @@
-"""`lion-fast caption`, `ask` and `locate`: one picture and one question, or as many as there are."""
+"""`lion-fast caption`, `ask` and `locate`: for one image, or for many with `--out`."""
 
 import argparse
 from pathlib import Path
@@ -65,13 +65,13 @@ def _ask(args: argparse.Namespace) -> None:
 
 def _expect_text(text: str | None, name: str) -> None:
     if text is None or not text.strip():
-        raise ValueError(f"{name}: expected one for the picture, got {'none' if text is None else repr(text)}")
+        raise ValueError(f"{name}: expected text, got {'none' if text is None else repr(text)}")
 
 
 def _locate(args: argparse.Namespace) -> None:
     if args.out is not None:
         if args.output is not None:
-            raise ValueError("--output: expected no picture to draw on beside --out, got one")
+            raise ValueError("--output: expected no image with --out, got one")
         return bulk.run_bulk(args, args.model, text=args.expression)
     _expect_text(args.expression, "EXPRESSION")
     from lion_fast.io.boxes import draw_boxes
@@ -86,13 +86,13 @@ def _locate(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace, question: str, task: str) -> "tuple[Image, LionAnswer]":
-    """The image, upright, and the model's answer."""
+    """Return the upright image and the model's answer."""
     from lion_fast.inference.pipeline import LionPipeline
     from lion_fast.io.images import load_image
 
     if not args.model.is_dir():
         raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
-    image = load_image(args.image, "images")  # before the model, which takes longer
+    image = load_image(args.image, "images")  # before the model, which takes longer to load
     limits = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     given = {name: value for name, value in limits.items() if value is not None}
     return image, LionPipeline(args.model, device=args.device)(image, question, task, args.tags, **given)

@@ -1,4 +1,4 @@
-"""Options of the commands that also do many pictures: `lion-fast caption`, `ask`, `locate` and `tag`."""
+"""Bulk options of `lion-fast caption`, `ask`, `locate` and `tag`."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) -> None:
-    """The command over all that `args.image` stands for; what went wrong with single pictures is counted."""
+    """Run the command on all images of `args.image`, and print the numbers of rows and errors."""
     from lion_fast.inference.bulk import BulkJob, run, run_on_ray
 
     columns = dict(part.partition("=")[::2] for part in args.column)
@@ -47,11 +47,11 @@ def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) 
     )
     if args.ray_workers:
         if args.device is not None or args.workers is not None:
-            raise ValueError("--ray-workers: expected neither --device nor --workers beside it, which Ray sees to")
+            raise ValueError("--ray-workers: expected neither --device nor --workers, which Ray manages")
         summary = run_on_ray(job, num_workers=args.ray_workers, batch_size=args.batch_size, strict=args.strict)
     else:
         summary = run(job, batch_size=args.batch_size, num_workers=args.workers, device=args.device, strict=args.strict)
     share = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f" by process {os.environ['RANK']}"
     rate = f", {summary.rows / summary.seconds:.1f} images a second" if summary.rows else ""
     errors = f"; {summary.errors} with an error, first {summary.first_error}" if summary.errors else ""
-    print(f"{args.out}: {summary.rows} rows written{share}, {summary.before} were there{rate}{errors}")
+    print(f"{args.out}: {summary.rows} rows written{share}, {summary.before} existed{rate}{errors}")

@@ -1,4 +1,4 @@
-"""Loading a model that has to be whole, where and in what it is to compute."""
+"""Loading of complete models, and the default device and dtype."""
 
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,26 @@ from lion_fast.modeling_lion import LionForCausalLM
 
 
 def default_device(local_rank: int = 0) -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
+    """Return this process's GPU, or the CPU without a GPU."""
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What LION computes in unless it is told otherwise: bfloat16 on a GPU, float32 on a CPU."""
+    """Return LION's default dtype: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def load_complete(directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
-    """A directory's `LionForCausalLM`, unless parameters of it would be left as random as they start.
+    """Load a directory's `LionForCausalLM` in evaluation mode, and reject incomplete checkpoints.
 
     Args:
-        settings: of its configuration, such as `kernel_backend`, that are to differ from the directory's.
+        settings: configuration values, such as `kernel_backend`, that override the directory's.
 
     Raises:
-        CheckpointError: it cannot be loaded, or lacks parameters, or has them in other shapes.
+        CheckpointError: the checkpoint cannot be loaded, or parameters are missing or have other shapes.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing is said below, in one line
+    logging.set_verbosity_error()  # the error below reports missing parameters in one line
     try:
         with naming(directory, "a checkpoint of LION that can be loaded"):
             loaded: Any = LionForCausalLM.from_pretrained(

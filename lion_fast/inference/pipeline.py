@@ -1,4 +1,4 @@
-"""From images and questions to answers in one call: batches, `generate` and decoding, as every command here does it."""
+"""Images and questions to answers in one call: batching, `generate` and decoding, shared by all commands."""
 
 import itertools
 import os
@@ -24,8 +24,8 @@ class LionAnswer(NamedTuple):
     """An answer about one image.
 
     Args:
-        text: what the model wrote.
-        boxes: the boxes in the text, [x1, y1, x2, y2] in pixels of the upright image; [] where there are none.
+        text: text of the answer.
+        boxes: boxes in the text, [x1, y1, x2, y2] in pixels of the upright image; [] for none.
     """
 
     text: str
@@ -33,7 +33,7 @@ class LionAnswer(NamedTuple):
 
 
 class LionPipeline:
-    """A model with its processor: images and questions in, answers out.
+    """A model with its processor, which maps images and questions to answers.
 
     Example:
         >>> pipe = LionPipeline("runs/quickstart/checkpoint")
@@ -44,15 +44,15 @@ class LionPipeline:
         [[43.0, 4.2, 63.1, 22.5]]
 
     Args:
-        model: a checkpoint's directory, or a model that is loaded already; it is set to evaluation mode.
-        processor: of a model that is loaded already; a directory has its own.
-        device: where a directory's model computes; a GPU if there is one.
-        dtype: in which a directory's model computes; bfloat16 on a GPU and float32 on a CPU.
-        kernel_backend: of a directory's model, see `LionConfig`; its configuration's own if None.
+        model: directory of a checkpoint, or a loaded model, which is set to evaluation mode.
+        processor: processor of a loaded model; a directory has its own.
+        device: device for a directory's model; a GPU if available by default.
+        dtype: dtype for a directory's model; bfloat16 on a GPU and float32 on a CPU by default.
+        kernel_backend: backend for a directory's model, see `LionConfig`; the configuration's value if None.
 
     Raises:
-        ValueError: no such directory, or arguments that do not go with the model's kind.
-        CheckpointError: the directory has no processor or no complete model of LION in it.
+        ValueError: the directory does not exist, or an argument is for a directory's or a loaded model only.
+        CheckpointError: the directory has no processor or no complete LION model.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class LionPipeline:
         self.model: Any
         if isinstance(model, str | os.PathLike):
             if processor is not None:
-                raise ValueError("processor: expected None beside a directory, which has its own, got one")
+                raise ValueError("processor: expected None with a directory, which has its own, got one")
             self.model, self.processor = _load(Path(model), device, dtype, kernel_backend)
             return
         for name, value in (("device", device), ("dtype", dtype), ("kernel_backend", kernel_backend)):
             if value is not None:
-                raise ValueError(f"{name}: expected None for a model that is loaded already, got {value!r}")
+                raise ValueError(f"{name}: expected None for a loaded model, got {value!r}")
         if processor is None:
-            raise ValueError("processor: expected the model's LionProcessor beside a model that is loaded, got None")
+            raise ValueError("processor: expected the LionProcessor of the loaded model, got None")
         self.model, self.processor = model.eval(), processor
 
     @overload
@@ -120,25 +120,25 @@ class LionPipeline:
         batch_size: int = 8,
         **generation: Any,
     ) -> LionAnswer | list[LionAnswer] | Iterator[LionAnswer]:
-        """Answers about images, in their order.
+        """Answer questions about images, in the order of the images.
 
         Args:
-            images: one image, anything that `load_image` reads; a sequence of them; or any other iterable, which is
+            images: one image, anything that `load_image` reads; a sequence of images; or any other iterable, which is
                 read one batch at a time.
-            text: a question or an instruction for all images, or one for each; None asks for captions.
-            task: `"image_level"` (captions, questions) or `"region_level"` (boxes), for all images or for each.
-            tags: `"dog, cart, man"` for all images; for each a string, a list of strings or None; or a tagger, see
-                `LionProcessor`. A list of strings beside a single image is that image's.
-            batch_size: images that go through the model together.
-            generation: settings of `generate`, such as `num_beams` and `max_new_tokens`; the checkpoint's if not given.
+            text: a question or an instruction for all images, or one per image; None asks for captions.
+            task: `"image_level"` (captions, questions) or `"region_level"` (boxes), for all images or one per image.
+            tags: `"dog, cart, man"` for all images; a string, a list of strings or None per image; or a tagger, see
+                `LionProcessor`. With a single image, a list of strings holds the tags of that image.
+            batch_size: images per batch.
+            generation: arguments of `generate`, such as `num_beams` and `max_new_tokens`; the checkpoint's by default.
 
         Returns:
             One answer for a single image, a list for a sequence, and an iterator for any other iterable.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: an image that cannot be read (see `load_image`).
-            ValueError, TypeError: as `LionProcessor`; texts, tasks or tags that are not one per image; a `batch_size`
-                below 1; settings that make other than one answer per image.
+            FileNotFoundError, ValueError, TypeError: an image cannot be read (see `load_image`).
+            ValueError, TypeError: as for `LionProcessor`; the number of texts, tasks or tags is not that of images;
+                `batch_size` is below 1; `generation` does not give one answer per image.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
@@ -152,15 +152,15 @@ class LionPipeline:
     def answer(
         self, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], **generation: Any
     ) -> list[LionAnswer]:
-        """Answers to one batch that the processor has made.
+        """Answer one batch prepared by the processor.
 
         Args:
-            inputs: of B images, as `LionProcessor` returns them; they are moved to the model's device.
+            inputs: output of `LionProcessor` for B images; moved to the model's device.
             sizes: (width, height) of each upright image in pixels, for the boxes.
-            generation: settings of `generate`.
+            generation: arguments of `generate`.
 
         Raises:
-            ValueError: settings that make other than one answer per image.
+            ValueError: `generation` does not give one answer per image.
         """
         on_device = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in inputs.items()}
         texts, _ = generate_texts(self.model, self.processor, on_device, **generation)
@@ -174,37 +174,37 @@ class LionPipeline:
         text = CAPTION_INSTRUCTION if text is None else text
         samples, start = _samples(images, {"text": text, "task": task, "tags": tags}), 0
         while batch := list(itertools.islice(samples, batch_size)):
-            pictures, texts, tasks, own = map(list, zip(*batch, strict=True))
+            loaded, texts, tasks, own = map(list, zip(*batch, strict=True))
             known: Any = tags if callable(tags) else own
             try:
-                inputs = self.processor(images=pictures, text=texts, tags=known, task=tasks, return_tensors="pt")
+                inputs = self.processor(images=loaded, text=texts, tags=known, task=tasks, return_tensors="pt")
             except (ValueError, TypeError) as error:
                 error.add_note(f"in the batch that starts with images[{start}]")
                 raise
-            yield from self.answer(inputs, [picture.size for picture in pictures], **generation)
+            yield from self.answer(inputs, [image.size for image in loaded], **generation)
             start += len(batch)
 
 
 def generate_texts(
     model: Any, processor: Any, inputs: Mapping[str, Any], **generation: Any
 ) -> tuple[list[str], Tensor]:
-    """What a model answers to a batch, as text without outer whitespace and as token ids.
+    """Generate the answers to a batch, as stripped text and as token ids.
 
     Args:
-        model: what has `generate`.
-        processor: what has `batch_decode`.
-        inputs: of B samples, on the model's device.
-        generation: settings of `generate`.
+        model: object with `generate`.
+        processor: object with `batch_decode`.
+        inputs: inputs of B samples, on the model's device.
+        generation: arguments of `generate`.
 
     Returns:
-        B texts, and int64 [B, L].
+        B texts, and their token ids, int64 [B, L].
 
     Raises:
-        ValueError: settings that make anything but token ids.
+        ValueError: `generate` returns anything but token ids.
     """
     ids = model.generate(**inputs, **generation)
     if not isinstance(ids, Tensor):
-        raise ValueError(f"return_dict_in_generate: expected False, got one that makes {type(ids).__name__}")
+        raise ValueError(f"return_dict_in_generate: expected False, got the output {type(ids).__name__}")
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)], ids
 
 
@@ -223,10 +223,10 @@ def _load(
 
 
 def _samples(images: Iterable[ImageLike], columns: Mapping[str, Any]) -> Iterator[tuple]:
-    """Each image, loaded, with its value of every column; a string, None or a tagger is every image's.
+    """Yield each loaded image with its value of every column; a string, None or a tagger holds for all images.
 
     Raises:
-        TypeError, ValueError: a column of another kind, or with more or fewer values than there are images.
+        TypeError, ValueError: a column has the wrong type, or its number of values is not that of images.
     """
     each = {}
     for name, values in columns.items():

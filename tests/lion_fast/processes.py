@@ -1,4 +1,4 @@
-"""Processes for a test to kill, forked from a server that has imported everything, so that they are there at once."""
+"""Processes for tests to kill, forked from a server that has imported everything, so that they start at once."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ import pytest
 
 @contextmanager
 def starting(script: Path, preload: Sequence[str]) -> Iterator[Callable[..., Any]]:
-    """A function that runs `script` in a process, with its keywords there as the dict `ARGUMENTS`.
+    """Provide a function that runs `script` in a process, with its keyword arguments as the dict `ARGUMENTS`.
 
     Args:
         preload: modules that the server imports.

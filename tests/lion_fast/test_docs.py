@@ -30,7 +30,7 @@ PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
 WANTING = {
     "convert": "eva_vit_g.pth: no such file",
     "tag ": "model: expected a directory, got lion-xl/ram",
-    "caption tags.jsonl": "input: expected a file, a folder, or a pattern of files that are there, got tags.jsonl",
+    "caption tags.jsonl": "input: expected a file, a directory, or a pattern that matches files, got tags.jsonl",
     "train --stage 1 model": "captions.jsonl",
     "train --stage 2 model": "boxes.jsonl",
     "train --stage 3": "captions.jsonl",

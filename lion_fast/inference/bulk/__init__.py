@@ -1,4 +1,4 @@
-"""Captions, answers, places and tags of very many pictures: `docs/bulk.md`."""
+"""Captions, answers, boxes and tags of many images: `docs/bulk.md`."""
 
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.ray import run_on_ray

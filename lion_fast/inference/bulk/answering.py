@@ -1,4 +1,4 @@
-"""The models that finish the rows: LION, and RAM for tags."""
+"""The models that fill in the rows: LION, and RAM for tags."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -18,14 +18,14 @@ class Answerer(ABC):
     """A model on its device.
 
     Args:
-        job: names the model's directory.
-        device: where it computes, in `dtype_of(job, device)`.
+        job: job with the model's directory.
+        device: device of the model, whose dtype is `dtype_of(job, device)`.
 
     Attributes:
-        encode: makes of pictures what the model reads; it is pickled to where that is done.
+        encode: turns images into inputs of the model; pickled to the workers.
 
     Raises:
-        ValueError: the directory holds no such model.
+        ValueError: the directory does not hold such a model.
     """
 
     encode: Encode
@@ -35,7 +35,7 @@ class Answerer(ABC):
 
     @torch.inference_mode()
     def __call__(self, prepared: Prepared) -> list[Row]:
-        """The rows of a batch, finished."""
+        """Return the completed rows of a batch."""
         if prepared.inputs is not None:
             unfinished = [row for row in prepared.rows if row["error"] is None]
             found = self._answers(prepared.inputs, prepared.sizes)
@@ -45,7 +45,7 @@ class Answerer(ABC):
 
     @abstractmethod
     def _answers(self, inputs: Inputs, sizes: list[tuple[int, int]]) -> list[Row]:
-        """The fields that the model fills, of every input without an error."""
+        """Return the model's fields for each input without an error."""
 
 
 class LionAnswerer(Answerer):
@@ -78,10 +78,10 @@ class TagAnswerer(Answerer):
 
 
 def load_answerer(job: BulkJob, device: torch.device) -> Answerer:
-    """The model that a job's command needs."""
+    """Load the model for a job's command."""
     return (TagAnswerer if job.command == "tag" else LionAnswerer)(job, device)
 
 
 def dtype_of(job: BulkJob, device: torch.device) -> torch.dtype:
-    """What a job's model computes in; the tagger in float32, as for single pictures: tags hang on thresholds."""
+    """Return the dtype of a job's model; the tagger applies thresholds, so it uses float32, as for single images."""
     return torch.float32 if job.command == "tag" else compute_dtype(device)

@@ -1,4 +1,4 @@
-"""What every kind of input of a bulk job has: items by position, their ids, and the fields that are read of them."""
+"""Base of all inputs of a bulk job: items with ids, and the fields read from them."""
 
 from abc import ABC, abstractmethod
 from array import array
@@ -18,10 +18,10 @@ class Item:
     """One input.
 
     Args:
-        image: the picture's file or its content.
-        name: of the picture as the input has it; None for content without one.
-        text: question or expression; None where one stands for all.
-        tags: one string per tag, or as LION writes them; None where there are none.
+        image: path or content of the image file.
+        name: name of the image in the input; None for content without a name.
+        text: question or expression; None if all inputs have the same.
+        tags: one string per tag, or all tags in one string; None for no tags.
     """
 
     image: Path | bytes
@@ -32,7 +32,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the fields that are read; `text` and `tags` are None where they are not."""
+    """Names of the fields to read; `text` and `tags` are None if they are not read."""
 
     image: str
     text: str | None
@@ -48,7 +48,11 @@ class Columns:
         )
 
     def text_of(self, fields: Mapping[str, Any]) -> str | None:
-        """Raises ValueError for anything but words."""
+        """Return the text of an input, or None if it is not read.
+
+        Raises:
+            ValueError: the text is missing, blank or not a string.
+        """
         if self.text is None:
             return None
         if self.text not in fields:
@@ -59,7 +63,11 @@ class Columns:
         return text
 
     def tags_of(self, fields: Mapping[str, Any]) -> str | tuple[str, ...] | None:
-        """Raises ValueError for anything but text, a list of texts or nothing."""
+        """Return the tags of an input, or None if they are not read or absent.
+
+        Raises:
+            ValueError: the tags are neither a string nor a list of strings.
+        """
         tags = None if self.tags is None else fields.get(self.tags)
         if tags is None or isinstance(tags, str):
             return tags
@@ -68,7 +76,7 @@ class Columns:
         return tuple(tags)
 
     def length(self, fields: Mapping[str, Any]) -> int:
-        """Characters of what differs by input in what LION reads; 0 for what cannot be read."""
+        """Return the number of characters of an input's own text and tags; 0 if they are invalid."""
         try:
             text, tags = self.text_of(fields), self.tags_of(fields)
         except ValueError:
@@ -77,11 +85,11 @@ class Columns:
 
 
 class Source(ABC):
-    """Inputs by position. It is pickled to wherever inputs are read.
+    """Inputs with random access. A source is pickled to the workers.
 
     Args:
-        columns: what is read of each.
-        lengths: int32 [n], characters of text, by which batches are made.
+        columns: fields to read from each input.
+        lengths: int32 [n], characters of text, by which batches are grouped.
         files: [name, bytes] of files whose change would change the ids; recorded with the job.
     """
 
@@ -95,15 +103,19 @@ class Source(ABC):
 
     @abstractmethod
     def id(self, index: int) -> str:
-        """What names the input in the output, the same in every run."""
+        """Return the id of the input in the output, the same in every run."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Item:
-        """Raises ValueError or OSError for an input that is not as it should be."""
+        """Read an input.
+
+        Raises:
+            ValueError, OSError: the input is invalid or cannot be read.
+        """
 
 
 class Positions:
-    """Where inputs lie, one row of integers each, in a few bytes."""
+    """Compact list of the positions of inputs, one row of integers each."""
 
     def __init__(self, width: int):
         self._width = width
@@ -113,7 +125,7 @@ class Positions:
         self._values.extend(values)
 
     def array(self) -> np.ndarray:
-        """int64 [n, width]."""
+        """Return the rows, int64 [n, width]."""
         return np.frombuffer(self._values, np.int64).reshape(-1, self._width)
 
 
@@ -122,5 +134,5 @@ def sized(files: Sequence[tuple[str, Path]]) -> list[list]:
 
 
 def printable(text: str) -> str:
-    """Text that UTF-8 can hold: file names may be any bytes, of which Python makes half surrogate pairs."""
+    """Escape the lone surrogates with which Python represents bytes of file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

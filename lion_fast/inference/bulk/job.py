@@ -1,4 +1,4 @@
-"""What a bulk job is asked to do: all that its rows depend on, as it is recorded beside its output."""
+"""The settings of a bulk job: everything that its rows depend on, recorded next to its output."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 @dataclass(frozen=True)
 class Command:
-    """One of the things that can be asked about every picture.
+    """A command that runs on every image.
 
     Args:
-        fields: of its rows, between `image` and `error`.
-        task: of the adapters' router; None where another model than LION answers.
-        instruction: what LION is asked; `{}` is the place of the text that differs by picture.
-        asks: the field that holds that text; None where there is none.
+        fields: fields of its rows, between `image` and `error`.
+        task: task of the adapters' router; None for a model other than LION.
+        instruction: instruction for LION; `{}` stands for the text of each image.
+        asks: name of the field with that text; None for a command without text.
     """
 
     fields: tuple[str, ...]
@@ -39,22 +39,22 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class BulkJob:
-    """A question about many pictures, and where the answers go.
+    """A command for many images, with its input and output.
 
     Args:
         command: `caption`, `ask`, `locate` or `tag`.
-        input: a picture, a folder of pictures, a `.jsonl`, `.parquet` or `.tar` file (WebDataset's shards), a folder of
-            `.tar` files, or a pattern such as `photos/**/*.jpg` that matches files of one of these kinds.
-        out: a file that ends in `.jsonl`, or a folder that ends in `.parquet`.
-        model: directory of LION's checkpoint; of a `RamTagger` for `tag`.
-        text: the question (`ask`) or expression (`locate`) for every picture; None where it is read from the input.
-        tags: of every picture, `"dog, cart, man"`; None where they are read from the input if it has any.
+        input: image, directory of images, `.jsonl`, `.parquet` or `.tar` file (WebDataset's shards), directory of
+            `.tar` files, or pattern such as `photos/**/*.jpg` that matches files of one of these kinds.
+        out: file that ends in `.jsonl`, or directory that ends in `.parquet`.
+        model: directory of LION's checkpoint, or of a `RamTagger` for `tag`.
+        text: question (`ask`) or expression (`locate`) for all images; None to read it from the input.
+        tags: tags of all images, `"dog, cart, man"`; None to read them from the input, if it has any.
         columns: names of fields of the input that differ from `image`, `question`, `expression` and `tags`.
-        image_root: what relative paths of pictures in a table start from; the table's own folder if None.
-        num_beams, max_new_tokens: the checkpoint's own if None.
+        image_root: directory that image paths in a table are relative to; the directory of the table if None.
+        num_beams, max_new_tokens: arguments of `generate`; the checkpoint's if None.
 
     Raises:
-        ValueError: for an unknown command or column, an `out` of another kind, or text that the command does not take.
+        ValueError: unknown command or column, `out` with another suffix, or text that the command does not take.
     """
 
     command: str
@@ -76,7 +76,7 @@ class BulkJob:
             expected = f"none for {self.command}" if asks is None else "words"
             raise ValueError(f"{asks or 'text'}: expected {expected}, got {self.text!r}")
         if self.command == "tag" and self.tags is not None:
-            raise ValueError(f"tags: expected none for tag, which finds them, got {self.tags!r}")
+            raise ValueError(f"tags: expected none for tag, which generates them, got {self.tags!r}")
         roles = {"image"} | ({asks} if asks else set()) | (set() if self.command == "tag" else {"tags"})
         for role in self.columns:
             if role not in roles:
@@ -89,21 +89,21 @@ class BulkJob:
         return COMMANDS[self.command]
 
     def row(self, id: str, **values: Any) -> dict[str, Any]:
-        """A row of the output: every field of the command, None where nothing is given for it."""
+        """Return a row of the output with every field of the command; fields without a value are None."""
         given = {"id": id, **values}
         return {name: given.get(name) for name in ("id", "image", *self.definition.fields, "error")}
 
 
 def record_settings(job: BulkJob, files: list[list], dtype: str, began: bool) -> None:
-    """Write the settings beside the output (`captions.jsonl.job.json`), or see that they are those written there.
+    """Write the settings next to the output (`captions.jsonl.job.json`), or compare them with the recorded ones.
 
     Args:
-        files: what was read, as far as a change of it would give other ids: [name, bytes] each.
-        dtype: that the model computes in.
-        began: whether the output holds rows already.
+        files: input files whose change would change the ids, [name, bytes] each.
+        dtype: dtype of the model.
+        began: whether the output already has rows.
 
     Raises:
-        ValueError: the output was begun with other settings, or by no job.
+        ValueError: the output was started with other settings, or not by a job.
     """
     path = Path(job.out + ".job.json")
     settings = json.loads(
@@ -115,7 +115,7 @@ def record_settings(job: BulkJob, files: list[list], dtype: str, began: bool) ->
         write_json(path, settings)
         return
     if not path.is_file():
-        raise ValueError(f"out: expected a name that is not taken, got {job.out}, which has rows but no {path.name}")
+        raise ValueError(f"out: expected an unused name, got {job.out}, which has rows but no {path.name}")
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -127,13 +127,13 @@ def record_settings(job: BulkJob, files: list[list], dtype: str, began: bool) ->
     ]
     if changes:
         raise ValueError(
-            f"out: {job.out} was begun with other settings; go on with those, or name another output: "
+            f"out: {job.out} was started with other settings; resume with those, or use another output: "
             + "; ".join(changes)
         )
 
 
 def _weights(directory: Path) -> list[list]:
-    """What tells one training's weights from another's without reading them."""
+    """Return names, sizes and times of the weight files, which identify the weights without reading them."""
     stats = [(file.name, file.stat()) for file in sorted(directory.glob("*.safetensors"))]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

@@ -1,12 +1,12 @@
-"""Where rows go: what is written stays whole through a kill at any byte, and says by itself what is left to do.
+"""Outputs of a bulk job, which survive a kill at any byte and show which inputs remain.
 
-Rows are appended to a file of JSON lines and brought to the disk batch by batch. After a kill its last line may be
-torn; it is cut off, and its input is done again. Processes of one job append to files of their own
-(`captions.jsonl.rank-00001`), whose rows are moved into the output when the job begins and when it ends. Parquet, which
-cannot be appended to, has such a file too; it is made into `part-00000.parquet` and so on, each written aside and
-renamed.
+Rows are appended to a file of JSON lines and synced to disk batch by batch. After a kill, the last line may be
+truncated; it is removed, and its input is processed again. Each of several processes appends to its own file
+(`captions.jsonl.rank-00001`), whose rows are moved into the output when the job starts and when it ends. Parquet files
+cannot be appended to, so rows for Parquet also go to such a file first, and from there to `part-00000.parquet` and so
+on, each written atomically.
 
-Every step can be killed and done again: rows are moved only where the output has no row of that id yet.
+Every step can be killed and repeated: a row is moved only if the output has no row with its id.
 """
 
 import fcntl
@@ -29,10 +29,10 @@ ROWS_PER_PART = 10_000
 
 
 class Journal:
-    """A file of JSON lines that one process appends to; opening it cuts off a torn line.
+    """A file of JSON lines that one process appends to; opening it removes a truncated last line.
 
     Raises:
-        ValueError: another process has it open.
+        ValueError: another process has the file open.
     """
 
     def __init__(self, path: Path):
@@ -40,7 +40,7 @@ class Journal:
         self.path = path
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
-            # Of this process alone: workers that it forks, which may outlive it by seconds, do not hold the lock.
+            # `lockf` locks belong to this process: forked workers, which may outlive it by seconds, do not hold them.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
@@ -49,14 +49,14 @@ class Journal:
         self._file.seek(0, os.SEEK_END)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Returns when the rows are on the disk."""
+        """Append rows and sync them to disk."""
         content = memoryview(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
         while content:
             content = content[self._file.write(content) :]
         os.fsync(self._file.fileno())
 
     def clear(self) -> None:
-        """Drop all rows."""
+        """Remove all rows."""
         self._file.truncate(0)
         self._file.seek(0)
 
@@ -65,26 +65,26 @@ class Journal:
 
 
 class Writer(Protocol):
-    """What a process writes through."""
+    """The writer of one process."""
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Returns when the rows are on the disk."""
+        """Append rows and sync them to disk."""
 
     def close(self) -> None: ...
 
 
 class Output(ABC):
-    """What the processes of a job write together.
+    """The common output of a job's processes.
 
     Args:
-        path: of the output.
+        path: path of the output.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def settle(self) -> None:
-        """Repair what a kill has left, and move the rows of all processes into the output. For one process, alone."""
+        """Repair the files after a kill, and move the rows of all processes into the output; called on one process."""
         for path in self._journals():
             Journal(path).close()
         seen: set[str] | None = None
@@ -96,28 +96,28 @@ class Output(ABC):
             path.unlink()
 
     def began(self) -> bool:
-        """Whether there are rows; to be asked when the output is settled."""
+        """Return whether the output has rows; call it after `settle`."""
         return next(iter(self.ids()), None) is not None
 
     @abstractmethod
     def _journals(self) -> list[Path]:
-        """Files of rows that are not in the output yet."""
+        """Return the files of rows that are not yet in the output."""
 
     @abstractmethod
     def _take_over(self, rows: list[Row]) -> None:
-        """Put rows on the disk as part of the output."""
+        """Add rows to the output and sync it to disk."""
 
     @abstractmethod
     def ids(self) -> Iterator[str]:
-        """Of all rows of the output."""
+        """Return the ids of all rows of the output."""
 
     @abstractmethod
     def open(self, rank: int, world_size: int) -> Writer:
-        """All processes open theirs before any of them writes."""
+        """Return the writer of one process; all processes must open theirs before any of them writes."""
 
 
 class JsonlOutput(Output):
-    """One file of JSON lines. A process that is alone appends to it, several to files beside it."""
+    """A file of JSON lines. A single process appends to it, several processes to files next to it."""
 
     def settle(self) -> None:
         if self.path.exists():
@@ -141,11 +141,11 @@ class JsonlOutput(Output):
 
 
 class ParquetOutput(Output):
-    """A folder of Parquet files, which readers of Parquet take for one table.
+    """A directory of Parquet files, which readers of Parquet treat as one table.
 
     Args:
-        fields: of the rows.
-        rows_per_part: rows that a file has; files written when a run begins or ends may have fewer.
+        fields: fields of the rows.
+        rows_per_part: rows per file; files written at the start or end of a run may have fewer.
     """
 
     def __init__(self, path: Path, fields: Sequence[str], rows_per_part: int):
@@ -189,7 +189,7 @@ class ParquetOutput(Output):
 
 
 class _PartWriter:
-    """One process's rows: in its journal until they are enough for a part."""
+    """The writer of one process, which keeps rows in a journal until they fill a part."""
 
     def __init__(self, output: ParquetOutput, path: Path, number: int, step: int):
         self.output, self.path, self.number, self.step = output, path, number, step
@@ -210,25 +210,26 @@ class _PartWriter:
 
 
 def open_output(path: Path, fields: Sequence[str], rows_per_part: int = ROWS_PER_PART) -> Output:
-    """The output that a path's ending stands for.
+    """Return the output for a path, by its suffix.
 
     Raises:
-        ValueError: something of another kind is there, or pyarrow is missing.
+        ValueError: the path is a file for Parquet or a directory for JSON lines.
+        MissingExtraError: pyarrow is not installed, for Parquet.
     """
     if path.suffix == ".parquet":
         if path.exists() and not path.is_dir():
-            raise ValueError(f"out: expected a folder for Parquet files, got the file {path}")
+            raise ValueError(f"out: expected a directory for Parquet files, got the file {path}")
         return ParquetOutput(path, fields, rows_per_part)
     if path.is_dir():
-        raise ValueError(f"out: expected a file, got the folder {path}")
+        raise ValueError(f"out: expected a file, got the directory {path}")
     return JsonlOutput(path)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file of JSON lines.
+    """Yield the rows of a file of JSON lines.
 
     Raises:
-        ValueError: for a line that is no row.
+        ValueError: a line is not a row.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -248,7 +249,7 @@ def _schema(fields: Sequence[str]) -> Any:
 
 
 def _end_of_last_line(file: Any) -> int:
-    """Bytes up to the last newline, and with it."""
+    """Return the number of bytes up to and including the last newline."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - _TAIL)

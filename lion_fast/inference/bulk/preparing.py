@@ -1,4 +1,4 @@
-"""From inputs to what a model reads; it runs where pictures are decoded, in processes or threads beside the model's."""
+"""Preparation of a model's inputs, which runs in worker processes or threads that decode images."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,16 +14,16 @@ from lion_fast.processing_lion import LionProcessor
 
 Inputs = dict[str, Any]
 Encode = Callable[[Sequence[Image.Image], Sequence[Item]], Inputs]
-"""What the model reads of some pictures; ValueError or TypeError where one of them does not fit."""
+"""Function from images and items to inputs of the model; it raises ValueError or TypeError for invalid ones."""
 
 
 class Prepared(NamedTuple):
-    """A batch.
+    """A prepared batch.
 
     Args:
-        rows: one per input, lacking what the model says; those with an error are finished.
-        inputs: what the model reads, of the inputs without an error; None if there are none.
-        sizes: (width, height) of their pictures.
+        rows: one per input, without the model's fields; rows with an error are complete.
+        inputs: tensors of the inputs without an error; None if there are none.
+        sizes: (width, height) of the images of these inputs.
     """
 
     rows: list[Row]
@@ -32,10 +32,10 @@ class Prepared(NamedTuple):
 
 
 class Preparer:
-    """Reads and encodes the inputs of a batch; what is wrong with one of them becomes the error of its row.
+    """Function that reads and encodes the inputs of a batch; the error of an input is recorded in its row.
 
     Args:
-        encode: makes the model's inputs.
+        encode: turns images and items into inputs of the model.
     """
 
     def __init__(self, job: BulkJob, source: Source, encode: Encode):
@@ -44,28 +44,28 @@ class Preparer:
     def __call__(self, positions: Sequence[int] | np.ndarray) -> Prepared:
         rows: list[Row] = []
         good: list[Row] = []
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         items: list[Item] = []
         for index in map(int, positions):
             rows.append(self.job.row(self.source.id(index)))
             try:
                 item = self.source[index]
                 self._describe(rows[-1], item)
-                picture = load_image(item.image)
+                image = load_image(item.image)
             except (ValueError, OSError) as error:
                 _fail(rows[-1], error)
                 continue
             good.append(rows[-1])
-            pictures.append(picture)
+            images.append(image)
             items.append(item)
         try:
-            inputs = self.encode(pictures, items) if items else None
+            inputs = self.encode(images, items) if items else None
         except (ValueError, TypeError):
-            fits = [self._fits(*one) for one in zip(good, pictures, items, strict=True)]
-            pictures = [picture for picture, fit in zip(pictures, fits, strict=True) if fit]
+            fits = [self._fits(*one) for one in zip(good, images, items, strict=True)]
+            images = [image for image, fit in zip(images, fits, strict=True) if fit]
             items = [item for item, fit in zip(items, fits, strict=True) if fit]
-            inputs = self.encode(pictures, items) if items else None
-        return Prepared(rows, inputs, [picture.size for picture in pictures])
+            inputs = self.encode(images, items) if items else None
+        return Prepared(rows, inputs, [image.size for image in images])
 
     def _describe(self, row: Row, item: Item) -> None:
         row["image"] = item.name
@@ -73,9 +73,9 @@ class Preparer:
         if asks is not None:
             row[asks] = printable(item.text if item.text is not None else self.job.text or "")
 
-    def _fits(self, row: Row, picture: Image.Image, item: Item) -> bool:
+    def _fits(self, row: Row, image: Image.Image, item: Item) -> bool:
         try:
-            self.encode([picture], [item])
+            self.encode([image], [item])
         except (ValueError, TypeError) as error:
             _fail(row, error)
             return False
@@ -83,17 +83,17 @@ class Preparer:
 
 
 class LionEncoder:
-    """Pictures and questions through LION's processor."""
+    """Encoder of images and questions with LION's processor."""
 
     def __init__(self, job: BulkJob, processor: LionProcessor):
         self.job, self.processor = job, processor
 
-    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
+    def __call__(self, images: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
         command = self.job.definition
         texts = [item.text if item.text is not None else self.job.text or "" for item in items]
         tags = [self.job.tags if self.job.tags is not None else item.tags for item in items]
         encoded = self.processor(
-            images=list(pictures),
+            images=list(images),
             text=[command.instruction.replace("{}", text) for text in texts],
             tags=tags,
             task=command.task or "",
@@ -103,19 +103,19 @@ class LionEncoder:
 
 
 class TaggerEncoder:
-    """Pictures squashed to the size that a tagger would squash them to: less to hand to its process.
+    """Encoder that resizes images to the tagger's input size, so that less data is sent to its process.
 
     Args:
-        image_size: of the tagger, in pixels.
+        image_size: input size of the tagger in pixels.
     """
 
     def __init__(self, image_size: int):
         self.image_size = image_size
 
-    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
+    def __call__(self, images: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
         size = (self.image_size, self.image_size)
-        squashed = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for picture in pictures]
-        return {"images": np.stack(squashed)}
+        resized = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images]
+        return {"images": np.stack(resized)}
 
 
 def _fail(row: Row, error: Exception) -> None:

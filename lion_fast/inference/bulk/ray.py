@@ -1,4 +1,4 @@
-"""The same job on Ray Data: one worker per GPU keeps its model, and this process alone writes what they send."""
+"""The same job on Ray Data: each worker holds a model on one GPU, and this process writes the rows of all workers."""
 
 import json
 import math
@@ -31,19 +31,21 @@ def run_on_ray(
     strict: bool = False,
     rows_per_part: int = ROWS_PER_PART,
 ) -> Summary:
-    """`run` on a Ray cluster: the one that this process is connected to, that `RAY_ADDRESS` names, or a new one here.
+    """Run a job like `run`, on a Ray cluster.
 
-    Input and model have to lie under the same path on every machine; the output is written here. What a kill loses is
-    what the workers have been given: at most eight batches each, and those that wait for them.
+    The cluster is the one that this process is connected to, the one that `RAY_ADDRESS` names, or a new local one.
+    Input and model must have the same path on every machine; this machine writes the output. A kill loses the batches
+    that workers have received, at most eight per worker, and those queued for them.
 
     Args:
-        num_workers: models; by default one per GPU of the cluster, or one if it has none. Each has a GPU, or a CPU.
-        batch_size: inputs that go through a model together.
-        threads: that read and decode, in each worker.
+        num_workers: number of models, each on a GPU, or on a CPU in a cluster without GPUs; by default one per GPU of
+            the cluster, or one without GPUs.
+        batch_size: inputs per batch.
+        threads: threads of each worker that read and decode.
         strict, rows_per_part: see `run`.
 
     Raises:
-        ValueError, OSError: as `run`.
+        ValueError, OSError: as for `run`.
         MissingExtraError: Ray is not installed.
     """
     require("ray", "ray", "ray.data")
@@ -55,7 +57,7 @@ def run_on_ray(
             raise ValueError(f"{name}: expected 1 or more, got {value}")
     ours = not ray.is_initialized()
     if ours:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody unless it is asked for
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports unless the user enables them
         ray.init()
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -66,7 +68,7 @@ def run_on_ray(
         writer = output.open(0, 1)
         answered: Iterable[Sequence[Row]] = ()
         if batches:
-            # Not ray.data.range, whose reading would want CPUs, which may all be the workers'.
+            # Not ray.data.range: its read tasks need CPUs, and workers may hold all of them.
             dataset: Any = ray.data.from_items(
                 list(range(len(batches))), override_num_blocks=math.ceil(len(batches) / _BATCHES_PER_TASK)
             )
@@ -90,11 +92,11 @@ def run_on_ray(
 
 
 class _Worker:
-    """A model, and threads that prepare its batches ahead of it.
+    """A model, and threads that prepare its batches in advance.
 
     Args:
-        what: a reference to the job, its source and its batches.
-        folder: what relative paths start from.
+        what: reference to the job, its source and its batches.
+        folder: directory that relative paths start from.
     """
 
     def __init__(self, what: list, threads: int, folder: str, on_gpu: bool):
@@ -107,14 +109,14 @@ class _Worker:
         self.threads = ThreadPoolExecutor(threads)
         self.ahead = threads + 1
 
-    def __call__(self, places: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
-        for prepared in self._prepared(places["item"]):
+    def __call__(self, batch_numbers: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
+        for prepared in self._prepared(batch_numbers["item"]):
             yield {"rows": [json.dumps(self.answer(prepared))]}
 
-    def _prepared(self, places: Iterable[int]) -> Iterator[Prepared]:
+    def _prepared(self, batch_numbers: Iterable[int]) -> Iterator[Prepared]:
         waiting: deque[Future[Prepared]] = deque()
-        for place in places:
-            waiting.append(self.threads.submit(self.prepare, self.batches[place]))
+        for number in batch_numbers:
+            waiting.append(self.threads.submit(self.prepare, self.batches[number]))
             if len(waiting) > self.ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -1,4 +1,4 @@
-"""Running a job: in one process, in several that `torchrun` starts, or on Ray (`lion_fast.inference.bulk.ray`)."""
+"""Running a job in one process or in several processes of `torchrun`; for Ray see `lion_fast.inference.bulk.ray`."""
 
 import os
 import sys
@@ -30,13 +30,13 @@ _BATCHES_PER_WINDOW = 32
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did; of a job on several processes, in this one.
+    """Summary of a run; with several processes, of this process.
 
     Args:
-        rows: written by this run.
-        errors: how many of them have an error; `first_error` is one of these, with its id.
-        before: rows that were there when it began.
-        seconds: from the first batch to the last.
+        rows: number of rows written by this run.
+        errors: number of these rows with an error; `first_error` is the first one, with its id.
+        before: number of rows at the start of the run.
+        seconds: time from the first batch to the last.
     """
 
     rows: int
@@ -55,20 +55,20 @@ def run(
     strict: bool = False,
     rows_per_part: int = ROWS_PER_PART,
 ) -> Summary:
-    """Do what is left of a job: all of it, or what an earlier run with the same settings has not done.
+    """Run a job, or resume it after an earlier run with the same settings.
 
-    Under `torchrun` every process takes its share, and all write to one file system.
+    Under `torchrun`, the inputs are split among the processes, which must share a file system for the output.
 
     Args:
-        batch_size: inputs that go through the model together, in each process; of alike length.
-        num_workers: processes that read and decode beside each model; 0 for none. By default one fewer than the cores.
-        device: this process's GPU if there is one.
-        strict: whether an input that cannot be used is an error. Otherwise its row holds its error.
-        rows_per_part: of a file of an output as Parquet.
+        batch_size: inputs per batch and process; a batch has inputs of similar length.
+        num_workers: processes that read and decode, per model; 0 for none. The default is one fewer than the cores.
+        device: device of the model; this process's GPU if available by default.
+        strict: whether an unusable input raises an error. Otherwise its row holds the error.
+        rows_per_part: rows per file of a Parquet output.
 
     Raises:
-        ValueError: settings that do not fit the input or what the output was begun with; with `strict`, a bad input.
-        OSError: the input or the model is not there, or the output cannot be written.
+        ValueError: the settings do not match the input or those of the existing output; with `strict`, a bad input.
+        OSError: the input or the model does not exist, or the output cannot be written.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
@@ -99,10 +99,10 @@ def run(
 
 
 def begin(job: BulkJob, source: Source, dtype: torch.dtype, rows_per_part: int) -> tuple[Output, np.ndarray]:
-    """Settle the output, record the settings or compare them, and see what is left.
+    """Settle the output, record or compare the settings, and find the inputs that are done.
 
     Returns:
-        The output, and bool [n]: the inputs that have their row.
+        The output, and bool [n]: whether the output has a row for each input.
     """
     if not Path(job.model).is_dir():
         raise ValueError(f"model: expected a directory, got {job.model}")
@@ -126,14 +126,14 @@ def begin(job: BulkJob, source: Source, dtype: torch.dtype, rows_per_part: int) 
 
 
 def plan_batches(lengths: np.ndarray, done: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Positions of what is left, in batches.
+    """Return the indices of the remaining inputs in batches.
 
-    The inputs are cut into windows of 32 batches; within a window they are sorted by length. What is done is taken out
-    of the batches afterwards, so an input is in the same company in every run with the same batch size.
+    The inputs are split into windows of 32 batches and sorted by length within a window. Inputs that are done are
+    removed from the batches afterwards, so runs with the same batch size group the inputs in the same way.
 
     Args:
-        lengths: int32 [n].
-        done: bool [n].
+        lengths: int32 [n], length of each input's text.
+        done: bool [n], whether each input is done.
     """
     batches = []
     window = batch_size * _BATCHES_PER_WINDOW
@@ -157,20 +157,20 @@ def write_all(
     strict: bool,
     show: bool = True,
 ) -> Summary:
-    """Append rows as they come, showing how far it is, and close the writer.
+    """Append rows as they arrive, show a progress bar, and close the writer.
 
     Args:
-        answered: the rows of one batch after another.
-        batches: what they are made of.
-        done: bool [n].
+        answered: rows of each batch.
+        batches: indices of each batch.
+        done: bool [n], whether each input was done before.
 
     Raises:
-        ValueError: with `strict`, for a row with an error, which is not written.
+        ValueError: with `strict`, a row has an error; this row is not written.
     """
     rows, errors, first_error = 0, 0, None
     total, before = sum(map(len, batches)), int(done.sum())
     began = time.monotonic()
-    # Where nobody watches, a line now and then is enough.
+    # Without a terminal, a line every 30 seconds is enough.
     interval = 0.5 if sys.stderr.isatty() else 30.0
     progress = tqdm(
         total=total, desc=label, unit="image", smoothing=0, mininterval=interval, maxinterval=interval, disable=not show
@@ -198,10 +198,10 @@ def rank_and_size() -> tuple[int, int]:
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """Rank and number of the processes that torchrun started, joined for as long as the context lasts."""
+    """Join the process group of torchrun in this context, and provide rank and number of processes."""
     joining = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if joining:
-        # At the end the quickest waits for the slowest, for as long as it takes.
+        # The long timeout lets the fastest process wait for the slowest at the end.
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield rank_and_size()
@@ -211,7 +211,7 @@ def process_group() -> Iterator[tuple[int, int]]:
 
 
 def _meet(word: Any) -> Any:
-    """Wait until all processes are here; what the first of them has to say."""
+    """Wait for all processes, and return the first process's `word`."""
     words = [word]
     if rank_and_size()[1] > 1:
         dist.broadcast_object_list(words)
@@ -220,7 +220,7 @@ def _meet(word: Any) -> Any:
 
 
 class _Batches(Dataset):
-    """Prepared batches, by their place in the plan."""
+    """Dataset of prepared batches, in the order of the plan."""
 
     def __init__(self, batches: Sequence[np.ndarray], prepare: Preparer):
         self.batches, self.prepare = batches, prepare
@@ -228,8 +228,8 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, place: int) -> Prepared:
-        return self.prepare(self.batches[place])
+    def __getitem__(self, index: int) -> Prepared:
+        return self.prepare(self.batches[index])
 
 
 def _as_it_is(prepared: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Pictures in tar files in WebDataset's layout: `000017.jpg`, and `000017.json` beside it for its fields."""
+"""Images in tar files in WebDataset's layout: `000017.jpg`, and `000017.json` with its fields."""
 
 import json
 import tarfile
@@ -12,24 +12,24 @@ from lion_fast.io.images import image_suffixes
 
 
 class ShardSource(Source):
-    """Every member of a tar file whose name ends like a picture's; ids are `shard.tar/000017.jpg`.
+    """Source of all members of tar files with the suffix of an image; ids are `shard.tar/000017.jpg`.
 
-    Question, expression and tags are read from the member of the same key that ends in `.json`, if it holds an object.
-    Members are found once by their headers, and read by position afterwards.
+    Question, expression and tags are read from the `.json` member with the same key, if it holds an object. The headers
+    are scanned once; members are then read by offset.
 
     Raises:
-        ValueError: for a file that is no plain tar file, or is cut off, or in which a name stands twice; or no picture
-            has a field that is needed.
+        ValueError: a file is not an uncompressed tar file, is truncated or contains a name twice; or no image has a
+            required field.
     """
 
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]]):
         self._names: list[str] = []
         positions, lengths = Positions(5), []
         has_text = False
-        for place, (name, path) in enumerate(files):
-            pictures, texts = _members(path)
+        for file_index, (name, path) in enumerate(files):
+            images, texts = _members(path)
             with path.open("rb") as file:
-                for member, (start, size) in pictures.items():
+                for member, (start, size) in images.items():
                     text_start, text_size = texts.get(_key(member), (0, 0))
                     fields: dict[str, Any] = {}
                     if text_size and (columns.text or columns.tags):
@@ -40,13 +40,13 @@ class ShardSource(Source):
                             fields = {}
                     has_text |= columns.text in fields
                     self._names.append(printable(f"{name}/{member}"))
-                    positions.add(place, start, size, text_start, text_size)
+                    positions.add(file_index, start, size, text_start, text_size)
                     lengths.append(columns.length(fields))
         if not self._names:
-            raise ValueError(f"input: expected pictures in {files[0][1]}, found none")
+            raise ValueError(f"input: expected images in {files[0][1]}, found none")
         if columns.text is not None and not has_text:
             raise ValueError(
-                f"{columns.text}: expected one for all pictures, or a .json beside each with a field of that name, "
+                f"{columns.text}: expected one for all images, or a .json with a field of that name for each, "
                 "got neither"
             )
         super().__init__(columns, lengths, sized(files))
@@ -56,8 +56,8 @@ class ShardSource(Source):
         return self._names[index]
 
     def __getitem__(self, index: int) -> Item:
-        place, start, size, text_start, text_size = map(int, self._positions[index])
-        with self._shards[place][1].open("rb") as file:
+        file_index, start, size, text_start, text_size = map(int, self._positions[index])
+        with self._shards[file_index][1].open("rb") as file:
             file.seek(start)
             image = file.read(size)
             fields: dict[str, Any] = {}
@@ -68,9 +68,9 @@ class ShardSource(Source):
 
 
 def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-    """Start and size of pictures, by name, and of JSON, by key."""
+    """Return start and size of the images by name, and of the JSON members by key."""
     suffixes = image_suffixes()
-    pictures: dict[str, tuple[int, int]] = {}
+    images: dict[str, tuple[int, int]] = {}
     texts: dict[str, tuple[int, int]] = {}
     try:
         tar: Any
@@ -81,35 +81,39 @@ def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[in
                 if not member.isreg():
                     continue
                 if span[0] + span[1] > path.stat().st_size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
+                    raise tarfile.ReadError(f"{member.name} is truncated")
                 if suffix in suffixes:
-                    if member.name in pictures:
+                    if member.name in images:
                         raise ValueError(f"{path}: expected every name once, got {member.name} twice")
-                    pictures[member.name] = span
+                    images[member.name] = span
                 elif suffix == ".json":
                     texts[_key(member.name)] = span
-                tar.members = []  # what the loop has seen is not needed again
+                tar.members = []  # frees the headers that the loop has seen
     except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a whole, uncompressed tar file ({error})") from error
-    return pictures, texts
+        raise ValueError(f"{path}: not a complete, uncompressed tar file ({error})") from error
+    return images, texts
 
 
 def _key(member: str) -> str:
-    """A member's path up to the first dot of its name, as WebDataset has it."""
+    """Return a member's path up to the first dot of its name, WebDataset's key."""
     path = PurePosixPath(member)
     return str(path.with_name(path.name.split(".")[0] or path.name))
 
 
 def _fields(content: bytes) -> dict[str, Any]:
-    """Raises ValueError for what is no JSON. A list, of records of one picture, holds no fields of the picture."""
+    """Parse the fields of an image's JSON member; a list (the records of an image) has none.
+
+    Raises:
+        ValueError: the content is not JSON, or neither an object nor a list.
+    """
     if not content:
         return {}
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the .json beside it is not JSON ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(f"the .json of the image is not JSON ({' '.join(str(error).split())[:200]})") from error
     if isinstance(fields, list):
         return {}
     if not isinstance(fields, dict):
-        raise ValueError(f"the .json beside it: expected an object, got {describe(fields)}")
+        raise ValueError(f"the .json of the image: expected an object, got {describe(fields)}")
     return fields

@@ -1,4 +1,4 @@
-"""Files of JSON lines and Parquet files with a picture, or its path, in every row."""
+"""Files of JSON lines and Parquet files with an image, or its path, in every row."""
 
 import json
 from collections import OrderedDict
@@ -17,21 +17,23 @@ _CACHED_BYTES = 256 << 20
 
 
 class JsonlSource(Source):
-    """Lines, each a JSON object with the path of a picture; ids are `file.jsonl:17`. Blank lines are no inputs.
+    """Source of JSON lines, each an object with the path of an image; ids are `file.jsonl:17`.
+
+    Blank lines are ignored.
 
     Raises:
-        ValueError: no line has a field that is needed.
+        ValueError: no line has a required field.
     """
 
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]], image_root: Path | None):
         positions, lengths = Positions(3), []
         seen: set[str] = set()
-        for place, (_, path) in enumerate(files):
+        for file_index, (_, path) in enumerate(files):
             with path.open("rb") as file:
                 for number, (offset, line) in enumerate(lines_with_offsets(file), 1):
                     if line is not None and not line.strip():
                         continue
-                    positions.add(place, offset, number)
+                    positions.add(file_index, offset, number)
                     try:
                         fields = _parse(line)
                     except ValueError:
@@ -42,18 +44,18 @@ class JsonlSource(Source):
             if needed is not None and needed not in seen:
                 raise ValueError(
                     f"columns: expected lines with {needed!r}, got none in {files[0][0]}; "
-                    f"there are {', '.join(sorted(seen)) or 'no fields'}"
+                    f"the lines have {', '.join(sorted(seen)) or 'no fields'}"
                 )
         super().__init__(columns, lengths, sized(files))
         self._tables, self._image_root, self._positions = files, image_root, positions.array()
 
     def id(self, index: int) -> str:
-        place, _, number = self._positions[index]
-        return f"{printable(self._tables[place][0])}:{number}"
+        file_index, _, number = self._positions[index]
+        return f"{printable(self._tables[file_index][0])}:{number}"
 
     def __getitem__(self, index: int) -> Item:
-        place, offset, _ = self._positions[index]
-        path = self._tables[place][1]
+        file_index, offset, _ = self._positions[index]
+        path = self._tables[file_index][1]
         with path.open("rb") as file:
             file.seek(offset)
             line = file.readline(MAX_LINE_BYTES)
@@ -62,10 +64,10 @@ class JsonlSource(Source):
 
 
 class ParquetSource(Source):
-    """Rows of Parquet files; ids are `file.parquet:17`, counted from 0.
+    """Source of the rows of Parquet files; ids are `file.parquet:17`, counted from 0.
 
-    The column of pictures holds paths, the content of image files, or structs of `bytes` and `path` as in Hugging
-    Face's data sets. Row groups are read whole; those read last are kept, up to 256 MiB of them in each process.
+    The image column holds paths, the content of image files, or structs of `bytes` and `path` as in Hugging Face's
+    datasets. Row groups are read completely; each process caches the most recent ones, up to 256 MiB.
 
     Raises:
         ValueError: a file cannot be read, or lacks a column.
@@ -78,7 +80,7 @@ class ParquetSource(Source):
         from pyarrow import ArrowException
 
         groups, lengths, start = Positions(4), [np.zeros(0, np.int32)], 0
-        for place, (_, path) in enumerate(files):
+        for file_index, (_, path) in enumerate(files):
             file_start = start
             try:
                 with pq.ParquetFile(path) as file:
@@ -89,7 +91,7 @@ class ParquetSource(Source):
                     texts = [name for name in (columns.text, columns.tags) if name is not None and name in names]
                     for group in range(file.num_row_groups):
                         lengths.append(_lengths(file, group, texts, columns))
-                        groups.add(place, group, start, file_start)
+                        groups.add(file_index, group, start, file_start)
                         start += len(lengths[-1])
             except ArrowException as error:
                 raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
@@ -101,14 +103,14 @@ class ParquetSource(Source):
         return {**self.__dict__, "_cache": OrderedDict()}
 
     def id(self, index: int) -> str:
-        place, _, _, file_start = self._groups[self._group_of(index)]
-        return f"{printable(self._tables[place][0])}:{index - file_start}"
+        file_index, _, _, file_start = self._groups[self._group_of(index)]
+        return f"{printable(self._tables[file_index][0])}:{index - file_start}"
 
     def __getitem__(self, index: int) -> Item:
         group = self._group_of(index)
-        place, _, start, _ = self._groups[group]
+        file_index, _, start, _ = self._groups[group]
         fields = self._read(group).slice(index - start, 1).to_pylist()[0]
-        return item_of(fields, self.columns, self._image_root or self._tables[place][1].parent)
+        return item_of(fields, self.columns, self._image_root or self._tables[file_index][1].parent)
 
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self._groups[:, 2], index, side="right")) - 1
@@ -117,8 +119,8 @@ class ParquetSource(Source):
         if group not in self._cache:
             import pyarrow.parquet as pq
 
-            place, number, _, _ = self._groups[group]
-            with pq.ParquetFile(self._tables[place][1]) as file:
+            file_index, number, _, _ = self._groups[group]
+            with pq.ParquetFile(self._tables[file_index][1]) as file:
                 names = {self.columns.image, self.columns.text, self.columns.tags} & set(file.schema_arrow.names)
                 self._cache[group] = file.read_row_group(int(number), columns=sorted(names))
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > _CACHED_BYTES:
@@ -128,13 +130,13 @@ class ParquetSource(Source):
 
 
 def item_of(fields: Mapping[str, Any], columns: Columns, root: Path) -> Item:
-    """The input that a row of a table holds.
+    """Return the input of a table's row.
 
     Args:
-        root: what a relative path starts from.
+        root: directory that relative paths start from.
 
     Raises:
-        ValueError: for a row without a picture, or with text or tags of another kind.
+        ValueError: the row has no image, or its text or tags have the wrong type.
     """
     image = fields.get(columns.image)
     path = image
@@ -142,7 +144,7 @@ def item_of(fields: Mapping[str, Any], columns: Columns, root: Path) -> Item:
         path = image.get("path")
         image = path if image.get("bytes") is None else image["bytes"]
     if not isinstance(image, str | bytes) or not image:
-        raise ValueError(f"{columns.image}: expected a picture, got {'nothing' if not image else describe(image)}")
+        raise ValueError(f"{columns.image}: expected an image, got {'nothing' if not image else describe(image)}")
     name = printable(path) if isinstance(path, str) else None
     content = image if isinstance(image, bytes) else root / image
     return Item(content, name, columns.text_of(fields), columns.tags_of(fields))

@@ -1,4 +1,4 @@
-"""One call: its answers are those of the processor and `generate`, whatever form images and questions come in."""
+"""`LionPipeline`: answers equal those of the processor and `generate` for every form of images and questions."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,13 +36,13 @@ def pipe(answerer: Answerer) -> LionPipeline:
 
 
 def generated(pipe: LionPipeline, images: Any, text: Any, task: Any, tags: Any = None, **generation: Any) -> list[str]:
-    """The same by hand, all in one batch."""
+    """Generate the answers without the pipeline, in one batch."""
     batch = pipe.processor(images=images, text=text, task=task, tags=tags, return_tensors="pt")
     ids = pipe.model.generate(**batch, **generation)
     return [text.strip() for text in pipe.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def test_a_single_image_has_a_single_answer(pipe: LionPipeline) -> None:
+def test_a_single_image_gives_a_single_answer(pipe: LionPipeline) -> None:
     answer = pipe(IMAGES[0], QUESTIONS[1], "region_level", ["star", "red"], num_beams=2, max_new_tokens=5)
     assert isinstance(answer, LionAnswer)
     expected = generated(pipe, IMAGES[0], QUESTIONS[1], "region_level", "star, red", num_beams=2, max_new_tokens=5)
@@ -50,7 +50,7 @@ def test_a_single_image_has_a_single_answer(pipe: LionPipeline) -> None:
     assert answer.text
 
 
-def test_a_list_is_answered_in_its_order(pipe: LionPipeline) -> None:
+def test_a_list_is_answered_in_order(pipe: LionPipeline) -> None:
     expected = generated(pipe, IMAGES, QUESTIONS, TASKS, TAGS)
     assert len(set(expected)) > 1
     for batch_size in (1, 2, 5, 8):
@@ -66,7 +66,7 @@ def test_without_text_images_are_captioned(pipe: LionPipeline) -> None:
     assert pipe(IMAGES[0]).text == captions[0]
 
 
-def test_one_string_is_every_image_s(pipe: LionPipeline) -> None:
+def test_one_string_holds_for_all_images(pipe: LionPipeline) -> None:
     answers = pipe(IMAGES[:3], "What is red?", "region_level", "red, sign")
     expected = generated(pipe, IMAGES[:3], ["What is red?"] * 3, "region_level", ["red, sign"] * 3)
     assert [answer.text for answer in answers] == expected
@@ -89,7 +89,7 @@ def test_an_iterator_is_read_batch_by_batch(pipe: LionPipeline) -> None:
     assert [first.text, *(answer.text for answer in answers)] == expected
 
 
-def test_images_are_what_load_image_reads(pipe: LionPipeline, tmp_path: Path) -> None:
+def test_images_can_be_anything_that_load_image_reads(pipe: LionPipeline, tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     IMAGES[0].save(path)
     pixels = np.asarray(IMAGES[0])
@@ -100,7 +100,7 @@ def test_images_are_what_load_image_reads(pipe: LionPipeline, tmp_path: Path) ->
 
 
 def test_boxes_are_in_pixels_of_each_image(pipe: LionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a model that answers with a box, whatever it is asked."""
+    """The model answers every question with a box."""
     texts = ["[0.100,0.200,0.500,1.000]", "a star"]
     ids = pipe.processor.tokenizer(texts, padding=True, return_tensors="pt").input_ids
     monkeypatch.setattr(LionForCausalLM, "generate", lambda self, **inputs: ids)
@@ -111,7 +111,7 @@ def test_boxes_are_in_pixels_of_each_image(pipe: LionPipeline, monkeypatch: pyte
     assert described == LionAnswer("a star", [])
 
 
-def test_a_tagger_is_asked_per_batch(pipe: LionPipeline) -> None:
+def test_a_tagger_is_called_once_per_batch(pipe: LionPipeline) -> None:
     seen = []
 
     def tagger(images: list[Image.Image]) -> list[str]:
@@ -124,7 +124,7 @@ def test_a_tagger_is_asked_per_batch(pipe: LionPipeline) -> None:
     assert pipe(IMAGES[0], "What is red?", tags=tagger) == answers[0]
 
 
-def test_a_directory_is_loaded_as_it_is_asked_for(answerer: Answerer, pipe: LionPipeline, tmp_path: Path) -> None:
+def test_a_directory_is_loaded_with_the_arguments(answerer: Answerer, pipe: LionPipeline, tmp_path: Path) -> None:
     answerer.model.save_pretrained(tmp_path)
     answerer.processor.save_pretrained(tmp_path)
     loaded = LionPipeline(tmp_path, device="cpu")
@@ -140,7 +140,7 @@ def test_a_directory_is_loaded_as_it_is_asked_for(answerer: Answerer, pipe: Lion
         LionPipeline(tmp_path)
 
 
-def test_a_loaded_model_is_set_to_evaluation(answerer: Answerer) -> None:
+def test_a_loaded_model_is_set_to_evaluation_mode(answerer: Answerer) -> None:
     answerer.model.train()
     assert not LionPipeline(answerer.model, answerer.processor).model.training
 
@@ -150,14 +150,14 @@ def test_a_loaded_model_is_set_to_evaluation(answerer: Answerer) -> None:
     [
         ({"model": "absent"}, "model: expected a checkpoint's directory, got absent"),
         ({"model": ".", "kernel_backend": "cuda"}, "kernel_backend: expected one of auto, triton, torch, got 'cuda'"),
-        ({"model": ".", "processor": object()}, "processor: expected None beside a directory"),
-        ({}, "processor: expected the model's LionProcessor beside a model that is loaded, got None"),
-        ({"device": "cpu"}, "device: expected None for a model that is loaded already, got 'cpu'"),
+        ({"model": ".", "processor": object()}, "processor: expected None with a directory"),
+        ({}, "processor: expected the LionProcessor of the loaded model, got None"),
+        ({"device": "cpu"}, "device: expected None for a loaded model, got 'cpu'"),
         ({"dtype": torch.float32}, "dtype: expected None"),
         ({"kernel_backend": "torch"}, "kernel_backend: expected None"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(answerer: Answerer, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_models_are_rejected(answerer: Answerer, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LionPipeline(**{"model": answerer.model, **arguments})
 
@@ -181,20 +181,20 @@ def test_what_cannot_be_loaded_is_said(answerer: Answerer, arguments: dict[str, 
         ({"return_dict_in_generate": True}, ValueError, "return_dict_in_generate: expected False"),
     ],
 )
-def test_what_cannot_be_asked_names_the_argument(
+def test_errors_name_the_argument(
     pipe: LionPipeline, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         pipe(**{"images": IMAGES, **arguments})
 
 
-def test_an_error_in_a_later_batch_says_where_that_starts(pipe: LionPipeline) -> None:
+def test_an_error_in_a_later_batch_names_its_first_image(pipe: LionPipeline) -> None:
     with pytest.raises(ValueError, match=r"text\[1\]: expected a question") as caught:
         pipe(IMAGES, [*QUESTIONS[:3], " ", "?"], batch_size=2)
     assert caught.value.__notes__ == ["in the batch that starts with images[2]"]
 
 
-def test_the_processor_of_a_directory_is_lion_s(answerer: Answerer, tmp_path: Path) -> None:
+def test_a_directory_needs_a_lion_processor(answerer: Answerer, tmp_path: Path) -> None:
     answerer.model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="not a directory with LION's processor"):
         LionPipeline(tmp_path)
@@ -203,7 +203,7 @@ def test_the_processor_of_a_directory_is_lion_s(answerer: Answerer, tmp_path: Pa
 
 
 def test_transformers_pipeline_gives_the_same_answers(pipe: LionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single and in lists, from a generator in batches, with LION's task and tags, by the checkpoint's settings."""
+    """Inputs are single, in lists and from a generator in batches, with task and tags and the checkpoint's settings."""
     monkeypatch.setattr(pipe.model.generation_config, "num_beams", 3)
     theirs: Any = transformers.pipeline("image-text-to-text", model=pipe.model, processor=pipe.processor)
 

@@ -1,7 +1,7 @@
-"""One process of a bulk job, for tests that kill it or run several of them.
+"""One process of a bulk job, for tests that kill it or run several processes.
 
-Run by `runpy.run_path` in a process that is forked from a server which has imported everything: `ARGUMENTS` are those
-of `main`.
+`runpy.run_path` runs this file in a process forked from a server that has imported everything; `ARGUMENTS` are the
+arguments of `main`.
 """
 
 import os
@@ -13,11 +13,11 @@ from typing import Any
 def main(
     job: dict[str, Any], *, rank: int = 0, world: int = 1, port: int = 0, hold_at: int | None = None, **options: Any
 ) -> None:
-    """Run a job given as plain data, as one of the processes that torchrun would start if there are several.
+    """Run a job given as plain data, with the environment of torchrun for several processes.
 
     Args:
-        port: of the store where they meet, which their parent has.
-        hold_at: write so many rows, or a batch more, and then wait to be killed, so that it cannot end before.
+        port: port of the parent's store, for the process group.
+        hold_at: number of rows (rounded up to a batch) after which to wait to be killed, so that the job cannot end.
     """
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}

@@ -1,4 +1,4 @@
-"""A checkpoint of a few thousand parameters, pictures to ask it about, and processes that can be killed."""
+"""Fixtures: a checkpoint of a few thousand parameters, images for it, and processes that can be killed."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ PROCESS = Path(__file__).with_name("bulk_process.py")
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model around T5 whose answers depend on what it sees and reads."""
+    """Directory of a random model with T5 whose answers depend on image and text."""
     path = tmp_path_factory.mktemp("bulk") / "checkpoint"
     processor = scene_processor(20)
     strong = {"initializer_range": 0.5}
@@ -44,8 +44,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `pictures`, 120 of them, two of which are none, and `table.jsonl` with a question about each."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with 120 files in `pictures`, two of them corrupt, and `table.jsonl` with a question about each."""
     root = tmp_path_factory.mktemp("pictures")
     (root / "pictures" / "sub").mkdir(parents=True)
     scenes = SceneGenerator(seed=3, image_size=32)
@@ -64,12 +64,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_job(checkpoint: Path, pictures: Path, tmp_path: Path) -> Callable[..., BulkJob]:
-    """Jobs over all of `pictures`, writing to the test's own folder."""
+def make_job(checkpoint: Path, images: Path, tmp_path: Path) -> Callable[..., BulkJob]:
+    """Factory of jobs over all images, with output in the test's directory."""
 
     def make(command: str = "caption", out: str = "rows.jsonl", **overrides: Any) -> BulkJob:
         table = command in ("ask", "locate")
-        given = {"input": str(pictures / ("table.jsonl" if table else "pictures")), "model": str(checkpoint)}
+        given = {"input": str(images / ("table.jsonl" if table else "pictures")), "model": str(checkpoint)}
         return BulkJob(command, out=str(tmp_path / out), **{**given, **overrides})
 
     return make

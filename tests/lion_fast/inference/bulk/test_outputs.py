@@ -1,4 +1,4 @@
-"""Rows on the disk: whatever a kill leaves, every row is there once and whole."""
+"""Rows on disk: after any kill, every row exists once and is complete."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def by_id(found: list[dict]) -> list[dict]:
     return sorted(found, key=lambda row: int(row["id"][1:]))
 
 
-def test_a_line_torn_at_any_byte_is_cut_off(tmp_path: Path) -> None:
+def test_a_line_truncated_at_any_byte_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     Journal(path).append(rows(0, 3))
     whole = path.read_bytes()
@@ -48,7 +48,7 @@ def test_a_line_torn_at_any_byte_is_cut_off(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_a_long_torn_line_is_cut_off(tmp_path: Path) -> None:
+def test_a_long_truncated_line_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     Journal(path).append(rows(0, 1))
     size = path.stat().st_size
@@ -59,7 +59,7 @@ def test_a_long_torn_line_is_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_several_processes_wrote_becomes_one(tmp_path: Path, name: str) -> None:
+def test_rows_of_several_processes_are_merged(tmp_path: Path, name: str) -> None:
     output = open_rows(tmp_path / name)
     output.settle()
     writers = [output.open(rank, 2) for rank in range(2)]
@@ -72,14 +72,14 @@ def test_what_several_processes_wrote_becomes_one(tmp_path: Path, name: str) -> 
     assert by_id(content(output.path)) == expected
     assert sorted(output.ids()) == sorted(row["id"] for row in expected)
     found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    # Of each process the rows of whole parts, and what was left of them in parts made at the end.
+    # Each process wrote full parts; the remaining rows are in parts written at the end.
     parts = [f"part-{n:05d}.parquet" for n in range(6)]
     assert found == (parts if name == "rows.parquet" else [name])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_that_were_moved_are_not_moved_again(tmp_path: Path, name: str) -> None:
-    """A kill between the moving of a journal's rows and its removal."""
+def test_moved_rows_are_not_moved_again(tmp_path: Path, name: str) -> None:
+    """The kill comes after a journal's rows are moved and before the journal is removed."""
     output = open_rows(tmp_path / name)
     output.settle()
     writer = output.open(1, 2)
@@ -95,7 +95,7 @@ def test_rows_that_were_moved_are_not_moved_again(tmp_path: Path, name: str) -> 
 
 
 @NEEDS_PYARROW
-def test_a_part_that_was_not_finished_is_removed(tmp_path: Path) -> None:
+def test_an_unfinished_part_is_removed(tmp_path: Path) -> None:
     output = open_rows(tmp_path / "rows.parquet")
     writer = output.open(0, 1)
     writer.append(rows(0, 2))
@@ -105,7 +105,7 @@ def test_a_part_that_was_not_finished_is_removed(tmp_path: Path) -> None:
     assert content(output.path) == rows(0, 2)
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
+def test_only_one_process_can_open_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
         "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
@@ -123,13 +123,13 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     open_rows(path).settle()
 
 
-def test_what_is_no_output_is_refused(tmp_path: Path) -> None:
+def test_invalid_outputs_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "notes.jsonl").write_text('{"id": "a"}\n[1]\n')
     with pytest.raises(ValueError, match=r"notes.jsonl:2: not a row of a bulk job"):
         list(open_rows(tmp_path / "notes.jsonl").ids())
     (tmp_path / "file.parquet").write_text("")
-    with pytest.raises(ValueError, match="expected a folder for Parquet files"):
+    with pytest.raises(ValueError, match="expected a directory for Parquet files"):
         open_rows(tmp_path / "file.parquet")
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(ValueError, match="expected a file, got the folder"):
+    with pytest.raises(ValueError, match="expected a file, got the directory"):
         open_rows(tmp_path / "folder.jsonl")

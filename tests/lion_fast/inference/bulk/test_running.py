@@ -1,4 +1,4 @@
-"""Whole jobs: every row exactly once and what a single call gives, however often and on however many processes."""
+"""Whole jobs: every row occurs once and equals a single call's, after any kills and on any number of processes."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from tests.rounding import between
 MakeJob = Callable[..., BulkJob]
 Start = Callable[..., Any]
 NEEDS_PYARROW = needing("pyarrow", "parquet")
-PATIENCE = 300  # seconds for a process to get on with it, on machines that do other work too
+PATIENCE = 300  # seconds to wait for a process, also on a busy machine
 
 
 def rows_of(job: BulkJob) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def by_id(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def ask_singly(checkpoint: Path) -> Callable[..., str]:
-    """One question about one picture by the model's own methods."""
+    """Answer one question about one image with the model's own methods."""
     model = LionForCausalLM.from_pretrained(checkpoint).eval()
     processor = LionProcessor.from_pretrained(checkpoint)
 
@@ -60,11 +60,11 @@ def ask_singly(checkpoint: Path) -> Callable[..., str]:
     return ask
 
 
-def test_rows_are_what_single_calls_give(make_job: MakeJob, pictures: Path, ask_singly: Callable[..., str]) -> None:
-    """Questions of different lengths, with and without tags, in batches of alike length and with beams."""
+def test_answers_equal_single_calls(make_job: MakeJob, images: Path, ask_singly: Callable[..., str]) -> None:
+    """Questions have different lengths, with and without tags; batches are grouped by length and use beams."""
     job = make_job("ask", num_beams=2, max_new_tokens=5)
     summary = run(job, batch_size=7, num_workers=1)
-    table = [json.loads(line) for line in (pictures / "table.jsonl").open()]
+    table = [json.loads(line) for line in (images / "table.jsonl").open()]
     rows = rows_of(job)
     assert (summary.rows, summary.errors, summary.before) == (COUNT, len(CORRUPT), 0)
     assert Counter(row["id"] for row in rows) == Counter(f"table.jsonl:{n}" for n in range(1, COUNT + 1))
@@ -76,13 +76,13 @@ def test_rows_are_what_single_calls_give(make_job: MakeJob, pictures: Path, ask_
             assert "expected an image file" in row["error"]
             continue
         limits = {"num_beams": 2, "max_new_tokens": 5}
-        assert row["answer"] == ask_singly(pictures / row["image"], row["question"], fields["tags"], **limits)
+        assert row["answer"] == ask_singly(images / row["image"], row["question"], fields["tags"], **limits)
         assert row["error"] is None
     assert len({row["answer"] for row in rows}) > 20, "answers that hardly differ would show nothing"
 
 
-def test_places_are_what_single_calls_give(make_job: MakeJob, pictures: Path, ask_singly: Callable[..., str]) -> None:
-    job = make_job("locate", text="the red circle", tags="a, b", input=str(pictures / "pictures" / "0000*.png"))
+def test_boxes_equal_single_calls(make_job: MakeJob, images: Path, ask_singly: Callable[..., str]) -> None:
+    job = make_job("locate", text="the red circle", tags="a, b", input=str(images / "pictures" / "0000*.png"))
     assert run(job, batch_size=4, num_workers=0).rows == 5
     for row in rows_of(job):
         question = LOCATE_INSTRUCTION.format(expression="the red circle")
@@ -92,8 +92,8 @@ def test_places_are_what_single_calls_give(make_job: MakeJob, pictures: Path, as
 
 
 @NEEDS_PYARROW
-def test_boxes_are_in_pixels(make_job: MakeJob, pictures: Path, checkpoint: Path, monkeypatch) -> None:
-    """With a model that answers with a box, whatever it is asked."""
+def test_boxes_are_in_pixels(make_job: MakeJob, images: Path, checkpoint: Path, monkeypatch) -> None:
+    """The model answers every question with a box."""
     tokenizer = LionProcessor.from_pretrained(checkpoint).tokenizer
     answer = tokenizer(["[0.250,0.000,0.500,1.000]"], return_tensors="pt").input_ids
     monkeypatch.setattr(LionForCausalLM, "generate", lambda self, **inputs: answer.expand(len(inputs["input_ids"]), -1))
@@ -105,10 +105,10 @@ def test_boxes_are_in_pixels(make_job: MakeJob, pictures: Path, checkpoint: Path
 
 
 @pytest.fixture(scope="module")
-def captions(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The output of a run that nothing happens to."""
+def captions(checkpoint: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Output of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "rows.jsonl"
-    run(BulkJob("caption", str(pictures / "pictures"), str(out), str(checkpoint)), batch_size=5, num_workers=0)
+    run(BulkJob("caption", str(images / "pictures"), str(out), str(checkpoint)), batch_size=5, num_workers=0)
     return out.read_bytes()
 
 
@@ -118,7 +118,7 @@ def parsed(captions: bytes) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("out", ["rows.jsonl", pytest.param("rows.parquet", marks=NEEDS_PYARROW)])
 def test_kills_change_nothing(make_job: MakeJob, start: Start, captions: bytes, out: str) -> None:
-    """Three kills by SIGKILL at any moment, after one of which the disk holds but a part of the last row."""
+    """A job survives three SIGKILLs at any moment, and a truncated last row after one of them."""
     rng = random.Random(out)
     job, options = make_job(out=out), {"batch_size": 5, "num_workers": 1, "rows_per_part": 30}
     workers: list[str] = []
@@ -127,7 +127,7 @@ def test_kills_change_nothing(make_job: MakeJob, start: Start, captions: bytes, 
         process = start(job, hold_at=share * (kill + 1) - there, **options)
         workers += kill_at(job, [process], share * kill + rng.randrange(6, share - 5))
         if kill == 1:
-            # None where it was killed with the rows moved to a part and its own journal not open yet.
+            # There is no journal if the kill came after the rows were moved to a part and before it was opened.
             for journal in [path for path in written(job) if path.suffix == ".jsonl"]:
                 os.truncate(journal, max(0, journal.stat().st_size - rng.randrange(1, 30)))
     process = start(job, **options)
@@ -145,14 +145,14 @@ def test_kills_change_nothing(make_job: MakeJob, start: Start, captions: bytes, 
 
 
 def written(job: BulkJob) -> list[Path]:
-    """The files that hold rows."""
+    """Return the files that hold rows."""
     out = Path(job.out)
     files = list(out.glob("*[0-9]*")) if out.suffix == ".parquet" else [out, *out.parent.glob(f"{out.name}.rank-*")]
     return [path for path in files if path.exists() and path.suffix != ".unfinished"]
 
 
 def ids_of(job: BulkJob) -> set[str]:
-    """Of the rows that are whole on the disk, while a process may be writing others."""
+    """Return the ids of the complete rows on disk; other processes may be writing."""
     found: set[str] = set()
     for path in written(job):
         try:
@@ -178,14 +178,14 @@ def is_alive(pid: str) -> bool:
 
 
 def kill_at(job: BulkJob, processes: list[Any], count: int) -> list[str]:
-    """Kill when so many rows are on the disk.
+    """Kill processes when `count` rows are on disk.
 
     Returns:
-        The processes that those killed had started, where `/proc` tells.
+        The child processes of the killed ones, if `/proc` lists them.
     """
     deadline = time.monotonic() + PATIENCE
     while len(ids_of(job)) < count:
-        assert all(process.is_alive() for process in processes), "it has ended by itself"
+        assert all(process.is_alive() for process in processes), "a process has ended by itself"
         assert time.monotonic() < deadline, f"no {count} rows after {PATIENCE} seconds"
         time.sleep(0.002)
     started = [child for process in processes for child in children_of(process.pid)]
@@ -198,7 +198,7 @@ def kill_at(job: BulkJob, processes: list[Any], count: int) -> list[str]:
 
 @pytest.fixture
 def start_two(start: Start) -> Callable[..., list[Any]]:
-    """As torchrun starts them: it keeps the store where they meet, and so no port is given away between them."""
+    """Start two processes like torchrun, whose own store keeps their port from being taken."""
     stores = []
 
     def begin(job: BulkJob, **options: Any) -> list[Any]:
@@ -210,7 +210,7 @@ def start_two(start: Start) -> Callable[..., list[Any]]:
 
 
 def test_two_processes_share_the_work(make_job: MakeJob, start_two: Callable[..., list[Any]], captions: bytes) -> None:
-    """With gloo: killed, gone on with by two, killed again and finished by one."""
+    """With gloo, two processes are killed, two others resume and are killed, and one finishes the job."""
     job = make_job()
     kill_at(job, start_two(job, hold_at=20), 30)
     assert len([path for path in written(job) if ".rank-" in path.name]) == 2
@@ -234,7 +234,7 @@ def test_two_processes_finish(make_job: MakeJob, start_two: Callable[..., list[A
 
 @pytest.mark.slow
 def test_ray_gives_the_same_rows(make_job: MakeJob, captions: bytes) -> None:
-    """Two workers on a cluster of this machine alone; the second run finds half of the rows there."""
+    """Two workers run on a local cluster; the second run starts with half of the rows."""
     needs("ray", "ray")
     job = make_job()
     lines = captions.splitlines(keepends=True)
@@ -257,19 +257,19 @@ def test_ray_gives_the_same_rows(make_job: MakeJob, captions: bytes) -> None:
             timeout=600,
         )
         assert done.returncode == 0, done.stderr
-        assert f"{COUNT - already} rows written, {already} were there" in done.stdout
+        assert f"{COUNT - already} rows written, {already} existed" in done.stdout
         assert by_id(rows_of(job)) == by_id(parsed(captions))
 
 
-def test_other_settings_are_refused(make_job: MakeJob, pictures: Path, tmp_path: Path) -> None:
+def test_other_settings_are_rejected(make_job: MakeJob, images: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
-    table.write_text("".join((pictures / "table.jsonl").read_text().splitlines(keepends=True)[:6]))
-    settings = {"input": str(table), "image_root": str(pictures)}
+    table.write_text("".join((images / "table.jsonl").read_text().splitlines(keepends=True)[:6]))
+    settings = {"input": str(table), "image_root": str(images)}
     job = make_job("ask", **settings)
     run(job, num_workers=0)
     before = Path(job.out).read_bytes()
     with pytest.raises(
-        ValueError, match=r"begun with other settings.*: num_beams was null, is 3; text was null, is \"W"
+        ValueError, match=r"started with other settings.*: num_beams was null, is 3; text was null, is \"W"
     ):
         run(make_job("ask", **settings, num_beams=3, text="Why?"))
     with table.open("a") as file:
@@ -282,7 +282,7 @@ def test_other_settings_are_refused(make_job: MakeJob, pictures: Path, tmp_path:
         run(job)
 
 
-def test_strict_stops_and_can_go_on(make_job: MakeJob, captions: bytes) -> None:
+def test_strict_stops_and_can_be_resumed(make_job: MakeJob, captions: bytes) -> None:
     job = make_job()
     with pytest.raises(ValueError, match=r"^(00017|sub/00090).png: image .*expected an image file"):
         run(job, batch_size=5, num_workers=0, strict=True)
@@ -292,21 +292,21 @@ def test_strict_stops_and_can_go_on(make_job: MakeJob, captions: bytes) -> None:
     assert by_id(rows_of(job)) == by_id(parsed(captions))
 
 
-def test_new_pictures_are_added(make_job: MakeJob, pictures: Path, tmp_path: Path) -> None:
+def test_new_images_are_added(make_job: MakeJob, images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("b.png", "c.png"):
-        (folder / name).write_bytes((pictures / "pictures" / "00001.png").read_bytes())
+        (folder / name).write_bytes((images / "pictures" / "00001.png").read_bytes())
     job = make_job(input=str(folder))
     run(job, num_workers=0)
-    (folder / "a.png").write_bytes((pictures / "pictures" / "00003.png").read_bytes())
+    (folder / "a.png").write_bytes((images / "pictures" / "00003.png").read_bytes())
     summary = run(job, num_workers=0)
     assert (summary.rows, summary.before) == (1, 2)
     assert [row["id"] for row in rows_of(job)] == ["b.png", "c.png", "a.png"]
 
 
-def test_tags(make_job: MakeJob, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Equal to the tagger's own, and read by a job that captions with them."""
+def test_tags(make_job: MakeJob, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tags equal the tagger's own, and a captioning job reads them."""
     torch.manual_seed(0)
     config = RamConfig(
         vision_config={"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4},
@@ -318,7 +318,7 @@ def test_tags(make_job: MakeJob, pictures: Path, tmp_path: Path, capsys: pytest.
         projection_size=20,
     )
     tagger = RamTagger(config, list("abcdef"), [0.5] * 6).eval()
-    folder = pictures / "pictures" / "sub"
+    folder = images / "pictures" / "sub"
     files = sorted(folder.glob("0009*.png"))
     with torch.no_grad():
         good = [file for file in files if f"pictures/sub/{file.name}" not in CORRUPT]
@@ -327,7 +327,7 @@ def test_tags(make_job: MakeJob, pictures: Path, tmp_path: Path, capsys: pytest.
     tagged = tmp_path / "tagged.jsonl"
     arguments = ["--ram", str(tmp_path / "ram"), "--out", str(tagged), "--workers", "0"]
     assert main(["tag", str(folder / "0009*.png"), *arguments]) == 0
-    assert "5 rows written, 0 were there" in (out := capsys.readouterr().out)
+    assert "5 rows written, 0 existed" in (out := capsys.readouterr().out)
     assert "1 with an error, first" in out
     rows = list(read_rows(tagged))
     found = {row["id"]: row["tags"] for row in rows if row["error"] is None}
@@ -340,7 +340,7 @@ def test_tags(make_job: MakeJob, pictures: Path, tmp_path: Path, capsys: pytest.
     assert (summary.rows, summary.errors) == (5, 1)
 
 
-def test_the_command_line_is_the_same_job(
+def test_the_command_line_runs_the_same_job(
     make_job: MakeJob, captions: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job()
@@ -348,7 +348,7 @@ def test_the_command_line_is_the_same_job(
     assert main(["caption", job.input, *arguments]) == 0
     printed = capsys.readouterr()
     assert Path(job.out).read_bytes() == captions
-    assert f"{COUNT} rows written, 0 were there" in printed.out
+    assert f"{COUNT} rows written, 0 existed" in printed.out
     assert "2 with an error, first 00017.png: image (" in printed.out
     assert f"{COUNT}/{COUNT}" in printed.err
     assert "image/s" in printed.err
@@ -357,35 +357,35 @@ def test_the_command_line_is_the_same_job(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ask", "{pictures}"], "QUESTION: expected one for the picture, got none"),
-        (["locate", "{pictures}"], "EXPRESSION: expected one for the picture, got none"),
-        (["locate", "{pictures}", "--out", "a.jsonl", "--output", "a.png"], "--output: expected no picture to draw on"),
-        (["caption", "{pictures}", "--out", "a.jsonl", "--column", "image"], "--column: expected ROLE=NAME, got image"),
+        (["ask", "{images}"], "QUESTION: expected text, got none"),
+        (["locate", "{images}"], "EXPRESSION: expected text, got none"),
+        (["locate", "{images}", "--out", "a.jsonl", "--output", "a.png"], "--output: expected no image with --out"),
+        (["caption", "{images}", "--out", "a.jsonl", "--column", "image"], "--column: expected ROLE=NAME, got image"),
         (
-            ["caption", "{pictures}", "--out", "a.txt"],
+            ["caption", "{images}", "--out", "a.txt"],
             "out: expected a name that ends in .jsonl or .parquet, got a.txt",
         ),
-        (["caption", "{pictures}", "--out", "a.jsonl", "--model", "no"], "model: expected a directory, got no"),
-        (["caption", "{pictures}", "--out", "a.jsonl", "--ray-workers", "1", "--workers", "1"], "--ray-workers: "),
+        (["caption", "{images}", "--out", "a.jsonl", "--model", "no"], "model: expected a directory, got no"),
+        (["caption", "{images}", "--out", "a.jsonl", "--ray-workers", "1", "--workers", "1"], "--ray-workers: "),
     ],
 )
-def test_bad_arguments_are_a_line(
-    pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path, arguments: list[str], message: str
+def test_bad_arguments_are_reported_in_one_line(
+    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([argument.format(pictures=pictures / "pictures") for argument in arguments]) == 2
+    assert main([argument.format(images=images / "pictures") for argument in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_batches_hold_alike_lengths_and_keep_their_company() -> None:
+def test_batches_have_similar_lengths_and_stay_the_same_on_resumption() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 300, 1000)
     whole = plan_batches(lengths, np.zeros(1000, bool), 8)
     assert np.sort(np.concatenate(whole)).tolist() == list(range(1000))
     assert [len(batch) for batch in whole] == [8] * 125
     spread = [np.ptp(lengths[batch]) for batch in whole]
-    assert np.mean(spread) < 15, "of 300, by chance 233"
+    assert np.mean(spread) < 15, "lengths are up to 300; random batches have a spread of 233"
     for number, batch in enumerate(whole):
         assert np.ptp(batch) < 8 * 32, number
     done = rng.random(1000) < 0.5
@@ -394,10 +394,10 @@ def test_batches_hold_alike_lengths_and_keep_their_company() -> None:
     assert plan_batches(lengths, np.ones(1000, bool), 8) == []
 
 
-def test_captions_are_the_captions(captions: bytes, pictures: Path, ask_singly: Callable[..., str]) -> None:
-    """Of a tenth of the pictures, by single calls."""
+def test_captions_equal_single_calls(captions: bytes, images: Path, ask_singly: Callable[..., str]) -> None:
+    """Compare every tenth caption with a single call."""
     rows = parsed(captions)
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
     assert sum(row["error"] is not None for row in rows) == len(CORRUPT)
     for row in rows[::10]:
-        assert row["caption"] == ask_singly(pictures / "pictures" / row["id"], CAPTION_INSTRUCTION)
+        assert row["caption"] == ask_singly(images / "pictures" / row["id"], CAPTION_INSTRUCTION)

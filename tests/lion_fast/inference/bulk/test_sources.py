@@ -1,4 +1,4 @@
-"""The inputs: one per picture, line, row or member, with an id that stays, whatever holds them."""
+"""The inputs: one per image file, line, row or tar member, with a stable id."""
 
 import io
 import json
@@ -27,7 +27,7 @@ Open = Callable[..., Source]
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`a.png` to `e.png` below `photos`, in two folders."""
+    """Write `a.png` to `e.png` below `photos`, in two directories."""
     monkeypatch.chdir(tmp_path)
     Path("photos/more").mkdir(parents=True)
     for name, color in zip("abcde", COLORS, strict=True):
@@ -46,7 +46,7 @@ def open_job(input: str, command: str = "caption", **settings: Any) -> Source:
 
 
 def colors(source: Source) -> list[tuple]:
-    source = pickle.loads(pickle.dumps(source))  # as it gets to the workers
+    source = pickle.loads(pickle.dumps(source))  # as for the workers
     return [load_image(source[index].image).getpixel((0, 0)) for index in range(len(source))]
 
 
@@ -66,7 +66,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_pictures() -> None:
+def test_image_files() -> None:
     folder = open_job("photos")
     assert ids(folder) == names()
     assert colors(folder) == EXPECTED
@@ -78,7 +78,7 @@ def test_pictures() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_a_name_that_is_no_text_has_a_printable_id() -> None:
+def test_a_file_name_that_is_not_utf8_has_a_printable_id() -> None:
     os.rename(b"photos/a.png", b"photos/\xff.png")
     source = open_job("photos")
     assert ids(source)[-1] == r"\udcff.png"
@@ -106,7 +106,7 @@ def test_lines(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_bad_lines_are_inputs_with_an_error() -> None:
+def test_invalid_lines_are_inputs_with_an_error() -> None:
     lines = [
         {"image": "photos/a.png", "question": "What?"},
         "{",
@@ -122,7 +122,7 @@ def test_bad_lines_are_inputs_with_an_error() -> None:
     Path("t.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
     job = BulkJob("ask", "t.jsonl", "out.jsonl", "model")
 
-    def encode(pictures: list, items: list[Item]) -> dict:
+    def encode(images: list, items: list[Item]) -> dict:
         for item in items:
             if item.text == "Fails?":
                 raise ValueError("does not fit")
@@ -134,7 +134,7 @@ def test_bad_lines_are_inputs_with_an_error() -> None:
     assert errors[0] is None
     assert errors[1].startswith("not JSON")
     assert errors[2] == "expected a JSON object, got a list"
-    assert errors[3] == "image: expected a picture, got nothing"
+    assert errors[3] == "image: expected an image, got nothing"
     assert errors[4] == "question: expected text, got blank text"
     assert errors[5] == "tags: expected text or a list of texts, got a list"
     assert "absent.png" in errors[6]
@@ -181,15 +181,15 @@ def test_shards() -> None:
     assert colors(open_job("shards", tags="x")) == EXPECTED
     asked = open_job("shards/0.tar", "ask")
     assert (asked[0].text, asked.lengths.tolist()) == ("Why?", [4, 0, 0])
-    with pytest.raises(ValueError, match=r"the .json beside it is not JSON"):
+    with pytest.raises(ValueError, match=r"the .json of the image is not JSON"):
         asked[1]
     with pytest.raises(ValueError, match="question: missing"):
         asked[2]
-    with pytest.raises(ValueError, match=r"question: expected one for all pictures, or a .json beside each"):
+    with pytest.raises(ValueError, match=r"question: expected one for all images, or a .json with a field"):
         open_job("shards/1.tar", "ask")
     whole = Path("shards/0.tar").read_bytes()
     Path("shards/0.tar").write_bytes(whole[: 512 + len(contents["a.png"]) // 2])
-    with pytest.raises(ValueError, match=r"0.tar: not a whole, uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"0.tar: not a complete, uncompressed tar file"):
         open_job("shards")
     write_tar(Path("shards/0.tar"), {"a.png": contents["a.png"]})
     with tarfile.open("shards/0.tar", "a") as tar:
@@ -199,7 +199,7 @@ def test_shards() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_our_own_shards() -> None:
+def test_shards_of_training_data() -> None:
     record = {"task": "image_level", "question": "What?", "answer": "a"}
     Path("t.jsonl").write_text("".join(json.dumps({"image": f"photos/{name}", **record}) + "\n" for name in names()))
     write_shards(JsonlDataset("t.jsonl"), "shards")
@@ -209,20 +209,24 @@ def test_our_own_shards() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_what_cannot_be_read_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"input: expected a file, a folder, or a pattern .* got absent/\*.png"):
+def test_errors_name_the_input() -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"input: expected a file, a directory, or a pattern .* got absent/\*.png"
+    ):
         find_files("absent/*.png")
     Path("empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"expected pictures \(or .tar files\) in the folder empty, found none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected images \(or .tar files\) in the directory empty, found none"
+    ):
         find_files("empty")
     Path("photos/t.jsonl").write_text('{"picture": "a.png"}\n')
-    with pytest.raises(ValueError, match=r"expected files of one kind, got .jsonl, pictures"):
+    with pytest.raises(ValueError, match=r"expected files of one kind, got .jsonl, images"):
         open_job("photos/[at].*")
     with pytest.raises(
-        ValueError, match=r"columns: expected lines with 'image', got none in t.jsonl; there are picture"
+        ValueError, match=r"columns: expected lines with 'image', got none in t.jsonl; the lines have picture"
     ):
         open_job("photos/t.jsonl")
-    with pytest.raises(ValueError, match="question: expected one for all pictures"):
+    with pytest.raises(ValueError, match="question: expected one for all images"):
         open_job("photos", "ask")
 
 
@@ -233,10 +237,10 @@ def test_what_cannot_be_read_is_named() -> None:
         ({"out": "rows.csv"}, "out: expected a name that ends in .jsonl or .parquet, got rows.csv"),
         ({"text": "What?"}, "text: expected none for caption, got 'What?'"),
         ({"command": "ask", "text": " "}, "question: expected words, got ' '"),
-        ({"command": "tag", "tags": "dog"}, "tags: expected none for tag, which finds them, got 'dog'"),
+        ({"command": "tag", "tags": "dog"}, "tags: expected none for tag, which generates them, got 'dog'"),
         ({"columns": {"question": "q"}}, "columns: expected names for image, tags, got one for 'question'"),
     ],
 )
-def test_jobs_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_jobs_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         BulkJob(**{"command": "caption", "input": "photos", "out": "rows.jsonl", "model": "model", **settings})
