@@ -81,8 +81,8 @@ def write_shards(
             text = ("[" + ",\n".join(record.to_json() for record in records) + "]").encode()
             spans = writer.add(f"{number:09d}", {(path.suffix.lower() or ".img"): content, ".json": text})
             rows += [
-                (*spans, i_record, TASKS.index(record.task), text_length(record))
-                for i_record, record in enumerate(records)
+                (*spans, record_number, TASKS.index(record.task), text_length(record))
+                for record_number, record in enumerate(records)
             ]
     finally:
         writer.close()
