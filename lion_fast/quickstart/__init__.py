@@ -1,4 +1,4 @@
-"""LION's main job, end to end, on a laptop: `lion-fast quickstart`."""
+"""LION's training and evaluation on a laptop: `lion-fast quickstart`."""
 
 from lion_fast.quickstart.data import SceneSet, render
 from lion_fast.quickstart.evaluation import Metrics, evaluate

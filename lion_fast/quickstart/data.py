@@ -19,15 +19,15 @@ from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.models import IMAGE_SIZE
 from lion_fast.scenes import Sample, Scene, SceneGenerator, corrupt_tags
 
-_CHUNK = 64  # scenes that a worker hands over at once
+_CHUNK = 64  # scenes per item of a worker
 
 
 @dataclass
 class SceneSet:
-    """Scenes as the vision tower sees them, and its features once they are known."""
+    """Scenes with the processor's normalisation, and the cached vision features after `compute_features`."""
 
     scenes: list[Scene]
-    mean: Tensor  # [3, 1, 1], of the processor's normalisation
+    mean: Tensor  # [3, 1, 1], mean and std of the processor's normalisation
     std: Tensor
     features: Tensor | None = None  # float16 [n, S, N, vision hidden size]
 
@@ -35,9 +35,9 @@ class SceneSet:
         return len(self.scenes)
 
     def pixel_values(self, indices: Iterable[int]) -> Tensor:
-        """float32 [len(indices), 3, H, W], as the processor makes them of pictures that have its size already."""
-        pictures = np.stack([np.asarray(self.scenes[i].image) for i in indices])
-        return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+        """Return float32 [len(indices), 3, H, W], equal to the processor's output for images of its size."""
+        images = np.stack([np.asarray(self.scenes[i].image) for i in indices])
+        return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
 
     @cached_property
     def _samples(self) -> list[dict[str, list[Sample]]]:
@@ -52,23 +52,23 @@ class SceneSet:
 
 
 def easy_scenes(seed: int, image_size: int = IMAGE_SIZE, text_rate: float = 0.1) -> SceneGenerator:
-    """Scenes that a model of a few hundred thousand parameters can learn in minutes: one or two objects, few signs.
+    """Return scenes that a model of a few hundred thousand parameters learns in minutes: 1 or 2 objects, few signs.
 
-    Training shows more signs than evaluation, so that six words are learnt from fewer scenes.
+    Training uses more signs than evaluation, so that the six words are learnt from fewer scenes.
     """
     return SceneGenerator(seed, image_size, num_objects=(1, 2), text_rate=text_rate)
 
 
 def render(generator: SceneGenerator, count: int, processor: LionProcessor, label: str) -> SceneSet:
-    """The first `count` scenes of a generator, drawn on all cores.
+    """Draw the first `count` scenes of a generator on all cores.
 
     Raises:
-        ValueError: the generator draws another size than the processor reads.
+        ValueError: the generator's image size differs from the processor's.
     """
     image_processor: Any = processor.image_processor
     if generator.image_size != image_processor.size["height"]:
         raise ValueError(
-            f"generator: expected pictures of {image_processor.size['height']} pixels (from processor), "
+            f"generator: expected images of {image_processor.size['height']} pixels (from processor), "
             f"got {generator.image_size}"
         )
     subset: Any = Subset(generator, range(count))  # type: ignore[arg-type]
@@ -90,13 +90,13 @@ def render(generator: SceneGenerator, count: int, processor: LionProcessor, labe
 
 @torch.no_grad()
 def compute_features(model: LionForCausalLM, scene_set: SceneSet, batch_size: int = 128) -> None:
-    """Fill in `features`: the vision tower is frozen, so every picture passes through it once."""
+    """Compute `features` once for every image, because the vision tower is frozen."""
     batches = (range(len(scene_set))[start : start + batch_size] for start in range(0, len(scene_set), batch_size))
     scene_set.features = torch.cat([model.get_vision_features(scene_set.pixel_values(b)).half() for b in batches])
 
 
 def encode(processor: LionProcessor, samples: Sequence[Sample], tags: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """What the processor makes of samples, for images that are features already."""
+    """Encode samples with the processor, without images; their features are cached."""
     return processor(
         images=None,
         text=[sample.text for sample in samples],
@@ -107,7 +107,7 @@ def encode(processor: LionProcessor, samples: Sequence[Sample], tags: Sequence[s
 
 
 def scenes_with_a_choice(scene_set: SceneSet) -> np.ndarray:
-    """Indices of scenes with several objects: with one, its place is found without reading the expression."""
+    """Return the indices of scenes with several objects; a single object is located without reading the expression."""
     return np.array([i for i, scene in enumerate(scene_set.scenes) if len(scene.objects) > 1])
 
 
@@ -124,10 +124,10 @@ def training_batches(
     tag_rate: float = 0.2,
     tags: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless batches of one kind of instruction each, `kinds` in turn, so that lengths within a batch are alike.
+    """Yield batches forever, each with one kind of instruction, in turn, so that a batch has similar lengths.
 
-    Places are asked for where there is a choice (see `scenes_with_a_choice`). A share `tag_rate` of the batches carries
-    tags: those given, one string per scene, or an imperfect tagger's (see `scenes.corrupt_tags`).
+    Grounding uses scenes with several objects only (see `scenes_with_a_choice`). A fraction `tag_rate` of the batches
+    has tags: `tags`, one string per scene, or those of an imperfect tagger (see `scenes.corrupt_tags`).
     """
     everything, choices = np.arange(len(scene_set)), scenes_with_a_choice(scene_set)
     while True:

@@ -1,4 +1,4 @@
-"""Captions, answers and boxes on scenes that no training has seen."""
+"""Evaluation of captions, answers and boxes on unseen scenes."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,11 +20,11 @@ _BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class Metrics:
-    """Shares between 0 and 1."""
+    """Metrics between 0 and 1."""
 
     caption_exact_match: float
     question_accuracy: float
-    grounding_accuracy: float  # boxes with IoU >= 0.5; what is no box counts as wrong
+    grounding_accuracy: float  # fraction of boxes with IoU >= 0.5; an answer without a box is wrong
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -38,9 +38,10 @@ def answer(
     samples: Sequence[Sample],
     tags: Sequence[str] | None = None,
 ) -> tuple[list[str], dict[str, float]]:
-    """The model's greedy answers to `samples`, each about the scene of its index, and their metrics.
+    """Return the model's greedy answers to `samples` and their metrics.
 
     Args:
+        indices: index of each sample's scene.
         tags: one string per scene.
     """
 
@@ -48,10 +49,10 @@ def answer(
         chosen: list[int] = [each["scene"] for each in asked]
         told = None if tags is None else [tags[i] for i in chosen]
         batch = encode(processor, [each["sample"] for each in asked], told)
-        del batch["labels"]  # a loss takes as long as the answers, and is not shown
+        del batch["labels"]  # the loss would take as long as the answers, and is not shown
         if scene_set.features is None:
             return {**batch, "pixel_values": scene_set.pixel_values(chosen)}
-        # A model that reads the last layer alone takes it out of all.
+        # The cache holds all layers; a model without the aggregator reads only the first one, the last layer.
         return {**batch, "vision_features": scene_set.features[chosen, : len(model.config.feature_layers)].float()}
 
     pairs = zip(indices, samples, strict=True)
@@ -80,7 +81,11 @@ def accuracy(
     rng: np.random.Generator,
     tags: Sequence[str] | None = None,
 ) -> float:
-    """Share of right answers to up to `per_scene` samples of a kind of every scene; `tags` as of `answer`."""
+    """Return the fraction of correct answers to up to `per_scene` samples of one kind per scene.
+
+    Args:
+        tags: one string per scene.
+    """
     indices, samples = [], []
     for index in range(len(scene_set)):
         pool = scene_set.samples(index, kind)
@@ -92,7 +97,7 @@ def accuracy(
 
 
 def evaluate(model: LionForCausalLM, processor: LionProcessor, scene_set: SceneSet) -> Metrics:
-    """Measure any checkpoint on scenes: per scene its caption, two of its questions and two of its expressions."""
+    """Evaluate any checkpoint on scenes: the caption, two questions and two expressions of each scene."""
     rng = np.random.default_rng(0)
     asked = (("caption", 1), ("vqa", 2), ("rec", 2))
     return Metrics(*(accuracy(model, processor, scene_set, *each, rng) for each in asked))

@@ -1,4 +1,4 @@
-"""One training loop for the stand-ins and the stages."""
+"""The training loop of the stand-ins and the stages."""
 
 import math
 import time
@@ -15,7 +15,7 @@ from lion_fast.quickstart.muon import build_optimizers, matrices_of
 
 @dataclass
 class Run:
-    """What a piece of training left behind; the loss of step i is that of the kind `kinds[i % len(kinds)]`."""
+    """Record of one part of the training; the loss of step i belongs to the kind `kinds[i % len(kinds)]`."""
 
     name: str
     kinds: tuple[str, ...]
@@ -31,7 +31,7 @@ def train(
     steps: int,
     max_norm: float = 1.0,
 ) -> Run:
-    """Take `steps` steps down the losses, with warm-up, cosine decay to zero, clipped gradients and a progress bar."""
+    """Minimise the losses in `steps` steps, with warm-up, cosine decay to zero, gradient clipping and progress bar."""
     run, start = Run(name, kinds), time.perf_counter()
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -67,10 +67,10 @@ def train_lion(
     muon_lr: float,
     adamw_lr: float,
 ) -> Run:
-    """Train what requires gradients of a model, on batches that carry all layers' vision features."""
+    """Train a model's parameters that require gradients, on batches with the vision features of all layers."""
     model.train()
     optimizers = build_optimizers([model], matrices_of(model), muon_lr=muon_lr, adamw_lr=adamw_lr)
-    # A model that reads the last layer alone takes it out of all.
+    # The batches hold all layers; a model without the aggregator reads only the first one, the last layer.
     layers = len(model.config.feature_layers)
     losses = (model(**{**batch, "vision_features": batch["vision_features"][:, :layers]}).loss for batch in batches)
     return train(name, kinds, losses, optimizers, steps)

@@ -1,4 +1,4 @@
-"""The whole of LION's training on two CPU cores in minutes, with nothing downloaded."""
+"""LION's whole training on two CPU cores in minutes, without downloads."""
 
 import json
 import time
@@ -30,7 +30,7 @@ _SHOWN, _SHOWN_SIZE = 8, 384
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything; the defaults take under ten minutes on two cores."""
+    """Sizes and steps of a quickstart; the defaults take under ten minutes on two cores."""
 
     train_scenes: int = 24000
     test_scenes: int = 500
@@ -42,7 +42,7 @@ class Settings:
     batch_size: int = 64
 
     def scaled(self, factor: float) -> "Settings":
-        """The same with `factor` times the steps."""
+        """Return the settings with `factor` times the steps."""
 
         def steps(count: int) -> int:
             return max(1, round(count * factor))
@@ -71,26 +71,26 @@ SMOKE = Settings(
 def run(
     output_dir: str | Path, *, seed: int = 0, scale: float = 1.0, smoke: bool = False, show: bool = True
 ) -> dict[str, Any]:
-    """Train LION's three stages on scenes and show what each has brought.
+    """Train LION's three stages on scenes and report the metrics after each stage.
 
-    Written to `output_dir`: `checkpoint/` (loads with `LionForCausalLM.from_pretrained` and
+    The run writes to `output_dir`: `checkpoint/` (loads with `LionForCausalLM.from_pretrained` and
     `LionProcessor.from_pretrained`), `predictions.png`, `losses.png`, `table.txt` and `metrics.json`.
 
     Args:
-        output_dir: made if it is not there; files of an earlier run are overwritten.
-        seed: names the scenes and the weights at the start.
-        scale: factor on the number of steps everywhere.
-        smoke: every step in seconds, without learning anything.
-        show: print the progress, the table and where the files lie.
+        output_dir: created if it does not exist; files of an earlier run are overwritten.
+        seed: seed of the scenes and the initial weights.
+        scale: factor on all numbers of steps.
+        smoke: run every part in seconds, without learning anything.
+        show: print the progress, the table and the paths of the files.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
 
     Raises:
-        ValueError: for a `scale` that is not positive.
+        ValueError: `scale` is not positive.
         MissingExtraError: matplotlib is not installed.
     """
-    require("quickstart", "matplotlib")  # which draws when all is trained
+    require("quickstart", "matplotlib")  # fail before the training, although drawing comes last
     if scale <= 0:
         raise ValueError(f"scale: expected a positive factor, got {scale}")
     settings = SMOKE if smoke else Settings().scaled(scale)
@@ -104,7 +104,7 @@ def run(
     train_set = render(easy_scenes(2 * seed, text_rate=0.25), settings.train_scenes, processor, "training scenes")
     test_set = render(easy_scenes(2 * seed + 1), settings.test_scenes, processor, "unseen scenes")
 
-    say("Step 0: stand-ins for EVA and Flan-T5, frozen from here on")
+    say("Step 0: stand-ins for EVA and Flan-T5, frozen in all stages")
     torch.manual_seed(seed)
     models = [LionForCausalLM(build_config(processor, stage.visual_input)) for stage in STAGES[:3]]
     joint = models[-1]
@@ -116,7 +116,7 @@ def run(
         compute_features(joint, scene_set)
 
     rows = {"before stage 1": evaluate(joint, processor, test_set)}
-    say("Stages 1 and 2, side by side: the image level, and the region level")
+    say("Stages 1 and 2: image level and region level")
 
     def train_and_evaluate(number: int) -> tuple[dict[str, Tensor], Run, Metrics]:
         model, stage = models[number - 1], STAGES[number - 1]
@@ -129,7 +129,7 @@ def run(
         runs.append(run)
         rows[f"after stage {stage.number}"] = metrics
         carry_over(model, stage, joint, STAGES[2])
-    say("Stage 3: both")
+    say("Stage 3: both levels")
     rows["before stage 3"] = evaluate(joint, processor, test_set)
     runs.append(_train_stage(joint, STAGES[2], processor, train_set, settings, seed))
     rows["after stage 3"] = evaluate(joint, processor, test_set)
@@ -177,7 +177,7 @@ def _train_standins(
 
 
 def _seeded(seed: int, name: str) -> np.random.Generator:
-    """A generator for one piece of training, torch's own seeded alike: what runs beside it makes no difference."""
+    """Return a generator for one part of the training, and seed torch's, independently of parts in parallel."""
     rng = np.random.default_rng([seed, *name.encode()])
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -213,10 +213,10 @@ def _write(
     processor.save_pretrained(output_dir / "checkpoint")
     indices = range(min(_SHOWN, len(test_set)))
     captions = [test_set.samples(i, "caption")[0] for i in indices]
-    places = [test_set.samples(i, "rec")[-1 - i % 2] for i in indices]
+    expressions = [test_set.samples(i, "rec")[-1 - i % 2] for i in indices]
     told, _ = answer(model, processor, test_set, indices, captions)
-    located, _ = answer(model, processor, test_set, indices, places)
-    pieces = [Showpiece(large[i], told[i], places[i], located[i]) for i in indices]
+    located, _ = answer(model, processor, test_set, indices, expressions)
+    pieces = [Showpiece(large[i], told[i], expressions[i], located[i]) for i in indices]
     draw_grid(pieces, output_dir / "predictions.png")
     draw_curves(runs, output_dir / "losses.png")
     (output_dir / "table.txt").write_text(format_table(rows) + "\n")

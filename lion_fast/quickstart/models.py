@@ -1,4 +1,4 @@
-"""The small LION of the quickstart: the published model's parts and ways at a thousandth of its size."""
+"""The quickstart's small LION: the architecture of the published model at a thousandth of its size."""
 
 from transformers import BlipImageProcessorPil
 
@@ -6,7 +6,7 @@ from lion_fast.configuration_lion import LionConfig
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
 
-# 100 pixels: every edge of a box is a whole number of hundredths, one token of the vocabulary.
+# 100 pixels: every coordinate of a box is a multiple of 0.01, which is one token of the vocabulary.
 IMAGE_SIZE, PATCH_SIZE = 100, 20
 
 

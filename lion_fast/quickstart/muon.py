@@ -1,4 +1,4 @@
-"""Muon, the quickstart's optimizer: a small transformer from scratch needs a third of AdamW's steps with it."""
+"""Muon, the quickstart's optimizer: it trains a small transformer from scratch in a third of AdamW's steps."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates for the matrices of a transformer (Jordan et al., 2024), in float32.
 
-    `torch.optim.Muon` orthogonalises in bfloat16, which a CPU without bfloat16 arithmetic does ten times slower.
+    `torch.optim.Muon` orthogonalises in bfloat16, which is ten times slower on a CPU without bfloat16 arithmetic.
 
     Args:
         parameters: matrices only.
-        lr: length of an update: every one has singular values of about 1, times sqrt(max(1, rows / columns)).
-        momentum: of the running mean of gradients; Nesterov's form.
-        weight_decay: decoupled.
-        iterations: of the orthogonalisation.
+        lr: factor on an update, whose singular values are about sqrt(max(1, rows / columns)).
+        momentum: Nesterov momentum, a running mean of gradients.
+        weight_decay: decoupled weight decay.
+        iterations: iterations of the orthogonalisation.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ def build_optimizers(
     adamw_lr: float = 3e-3,
     iterations: int = 3,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for `matrices` and AdamW for every other parameter of `modules` that is trained.
+    """Return Muon for `matrices` and AdamW for all other trained parameters of `modules`.
 
-    With three iterations instead of five an update's singular values are less even, a step takes a seventh less time,
-    and the language stand-in and the stages learn as much from it; the vision stand-in learns less.
+    With three iterations instead of five, singular values of an update are less uniform and a step takes a seventh less
+    time. The language stand-in and the stages learn equally well; the vision stand-in learns less.
     """
     taken = {id(p) for p in matrices}
     rest = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in taken]
@@ -73,7 +73,7 @@ def build_optimizers(
 
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
-    """Trained matrices that map vectors to vectors, Muon's part; embeddings and the routers' tables do not."""
+    """Return the trained matrices for Muon: linear maps, but not embeddings or the routers' tables."""
     return [
         parameter
         for name, parameter in model.named_parameters()
@@ -82,7 +82,7 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Matrices [..., M, N] with the same singular vectors and singular values near 1 (Newton-Schulz iteration)."""
+    """Map singular values of matrices [..., M, N] to about 1 and keep singular vectors (Newton-Schulz iteration)."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -1,4 +1,4 @@
-"""Two pieces of training side by side, each on its half of the cores."""
+"""Two parts of the training in parallel, each on half of the cores."""
 
 import io
 import multiprocessing
@@ -12,17 +12,18 @@ import torch
 
 
 def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """The results of both functions; `second` runs in a forked process, where there are two cores to share.
+    """Run two functions in parallel, `second` in a forked process, and return both results.
 
-    Small models gain little from a second thread, so the cores are better spent on two of them at a time. Where
-    processes cannot be forked, they run one after the other.
+    Small models gain little from a second thread, so two models at a time use the cores better. With one core or
+    without `fork`, the functions run one after the other.
 
     Args:
-        first: runs in this process.
-        second: what it changes in memory stays in its own process; it returns what `torch.save` can write.
+        first: function to run in this process.
+        second: function to run in the other process, which does not change this process's memory; its result must be
+            writable by `torch.save`.
 
     Raises:
-        RuntimeError: `second` failed, with its traceback.
+        RuntimeError: `second` failed; the message has its traceback.
     """
     cores = os.cpu_count() or 1
     if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():

@@ -1,4 +1,4 @@
-"""What the quickstart shows: a table, a grid of pictures with boxes, and loss curves."""
+"""The quickstart's report: a table, a grid of images with boxes, and loss curves."""
 
 import textwrap
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ STYLE: Any = {
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, which draws into files.
+    """Return matplotlib's pyplot with the backend for files.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -59,7 +59,7 @@ class Showpiece:
 
 
 def format_table(rows: dict[str, Metrics]) -> str:
-    """The metrics, one row per moment of training."""
+    """Format the metrics as a table with one row per evaluation."""
     width = max(map(len, rows))
     lines = [
         f"{'unseen scenes':<{width}}   caption  question  grounding",
@@ -73,7 +73,7 @@ def format_table(rows: dict[str, Metrics]) -> str:
 
 
 def draw_grid(pieces: Sequence[Showpiece], path: Path, columns: int = 4) -> None:
-    """Pictures with the predicted box over the true one, the expression above and the predicted caption below."""
+    """Draw images with the predicted and the true box, the expression above and the predicted caption below."""
     plt = pyplot()
     from matplotlib.lines import Line2D
 
@@ -130,7 +130,7 @@ def _draw_box(axis: "Axes", box: Sequence[float], size: int, color: str, width: 
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Loss by step for every piece of training, one line per kind of instruction."""
+    """Draw the loss by step for every part of the training, one line per kind of instruction."""
     plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(runs), figsize=(3.3 * len(runs), 3.1), dpi=110, squeeze=False)
@@ -153,6 +153,6 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a twentieth of the run, shorter at its ends."""
+    """Return the moving average over a twentieth of the run, with a shorter window at both ends."""
     reach = max(1, len(values) // 40)
     return np.array([values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))])

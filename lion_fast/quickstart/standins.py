@@ -1,8 +1,8 @@
 """Stand-ins for EVA and Flan-T5: a small vision tower and a small language model, trained from scratch on scenes.
 
-The vision tower learns to tell what every patch of a picture shows. The language model learns, from text alone, to talk
-about scenes that it is told of: one input token per object, the sum of the embeddings of the words that describe it.
-What is frozen can see and can talk, and the way from the one to the other is left to LION.
+The vision tower learns to classify the content of every patch of an image. The language model learns, from text alone,
+to talk about scenes described by one input token per object, the sum of the embeddings of the object's words. Both are
+then frozen, and LION learns the connection between them.
 """
 
 import math
@@ -24,18 +24,18 @@ from lion_fast.quickstart.muon import build_optimizers
 from lion_fast.quickstart.vocabulary import coordinate_tokens
 from lion_fast.scenes import BACKGROUNDS, COLORS, SHAPES, SIGN, SIZES, WORDS, Sample, Scene
 
-_TRAITS = {  # name: values; "" stands for none
+_TRAITS = {  # name: values; "" means none
     "kind": (*BACKGROUNDS, *SHAPES, SIGN),
     "color": ("", *COLORS),
     "size": ("", *SIZES),
     "text": ("", *WORDS),
     "place": ("", 1, 2, 3),  # counted from the left
 }
-_EDGE_PERIODS = (2.0, 1.0, 0.5, 0.25)  # of the waves that an edge's place is given by, in units of the image side
-_OWN_SHARE = 0.12  # of a patch's pixels that an object covers for the patch to be its own
+_EDGE_PERIODS = (2.0, 1.0, 0.5, 0.25)  # periods of the waves that encode an edge's position, in image sides
+_OWN_SHARE = 0.12  # fraction of a patch's pixels above which the patch belongs to an object
 _LANGUAGE_KINDS = ("caption", "rec", "vqa", "rec")
-_LOOKUPS = ("What color", "What shape", "How large", "What does")  # questions that ask for a trait of one object
-_NUM_FACTS = (4, 8, 26)  # tokens that a scene is told in; stages show 16 and 26
+_LOOKUPS = ("What color", "What shape", "How large", "What does")  # beginnings of questions about a single object
+_NUM_FACTS = (4, 8, 26)  # numbers of tokens per scene; the stages use 16 and 26 visual tokens
 _FACT_NOISE = (0.3, 1.2)  # standard deviation, drawn per scene; a fact's root mean square is 1
 _FACT_SCALE = (1.0, 5.0)
 
@@ -43,7 +43,7 @@ _FACT_SCALE = (1.0, 5.0)
 def train_vision(
     model: LionVisionModel, scene_set: SceneSet, *, steps: int, batch_size: int, rng: np.random.Generator
 ) -> Run:
-    """Train the vision tower to name what each patch shows, and where the edges of that object are."""
+    """Train the vision tower to predict the traits of each patch's object and the positions of the object's edges."""
     _init_vision(model, scene_set.pixel_values(range(min(256, len(scene_set)))))
     width = model.config.hidden_size
     sizes = [*(len(values) for values in _TRAITS.values()), 4 * 2 * len(_EDGE_PERIODS)]
@@ -71,7 +71,7 @@ def train_language(
     batch_size: int,
     rng: np.random.Generator,
 ) -> Run:
-    """Train the language model, without its adapters, to caption, answer and locate in scenes that it is told of."""
+    """Train the language model, without its adapters, to caption, answer and locate from `Facts` about scenes."""
     language_model = model.language_model
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_(".adapter." not in name)
@@ -91,11 +91,11 @@ def train_language(
 
 
 def told_loss(language_model: Any, told: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The loss of answers about scenes that the language model is told of before it reads the question.
+    """Return the loss of answers about scenes whose facts precede the question.
 
     Args:
-        told: [B, N, hidden size], from `Facts.tell`.
-        batch: of text alone, from `encode`.
+        told: facts [B, N, hidden size], from `Facts.tell`.
+        batch: text inputs, from `encode`.
     """
     return language_model(
         inputs_embeds=torch.cat([told, language_model.get_input_embeddings()(batch["input_ids"])], dim=1),
@@ -108,7 +108,7 @@ def told_loss(language_model: Any, told: Tensor, batch: dict[str, Tensor]) -> Te
 def _language_samples(
     scene_set: SceneSet, batch_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, list[Sample]]]:
-    """Endless batches: indices of scenes and a sample of each, questions that single out an object counting twice."""
+    """Yield indices of scenes and a sample of each, forever; questions about a single object have double weight."""
     everything, choices = np.arange(len(scene_set)), scenes_with_a_choice(scene_set)
     while True:
         for kind in _LANGUAGE_KINDS:
@@ -120,15 +120,15 @@ def _language_samples(
 
 
 class Facts(nn.Module):
-    """Scenes in words: a token for the background and one per object, each the sum of its words' embeddings.
+    """Scenes as word embeddings: one token for the background and one per object, the sum of its words' embeddings.
 
-    An object's words are its size, colour, kind and text, and "leftmost" or "rightmost"; its box is told by waves of
-    its four edges (see `_waves`) in directions of their own, which are learnt. After training it is thrown away.
+    An object's words are its size, colour, kind and text, and "leftmost" or "rightmost". Its box is encoded by waves of
+    the four edges (see `_waves`) in separate, learnt directions. The module is not used after the training.
     """
 
     def __init__(self, scenes: Sequence[Scene], embedding: nn.Embedding, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        self._embedding = [embedding]  # in a list: trained with the language model, not as a part of this module
+        self._embedding = [embedding]  # in a list, so that it is not a submodule: the language model owns it
         none = len(tokenizer)
         most = 1 + max(len(scene.objects) for scene in scenes)
         words = torch.full((len(scenes), most, 5), none)
@@ -146,10 +146,10 @@ class Facts(nn.Module):
         self.directions = nn.Parameter(torch.linalg.qr(torch.randn(width, width)).Q[:size] * (width / size) ** 0.5)
 
     def tell(self, scenes: np.ndarray, length: int, rng: np.random.Generator) -> Tensor:
-        """float32 [B, length, width]: every fact once, some again, the background most, in random order, with noise.
+        """Return noisy facts in random order, float32 [B, length, width]: each one once, some again, mostly background.
 
-        So visual tokens will come: many about the same object, in any order, none exact, and several times as long as
-        a word's embedding.
+        Visual tokens are similar: many of them describe the same object, in any order, inexactly, and with several
+        times the norm of a word's embedding.
         """
         counts, most = self.counts[scenes].unsqueeze(1), self.words.shape[1]
         chosen = (torch.from_numpy(rng.random((len(scenes), length)) ** rng.uniform(1, 3)) * counts).long()
@@ -166,14 +166,14 @@ class Facts(nn.Module):
 
 
 def _words(scene: Scene, number: int) -> list[str]:
-    """What is said about one object."""
+    """Return the words of one object."""
     o = scene.objects[number]
-    place = "leftmost" if number == 0 else "rightmost" if number == len(scene.objects) - 1 else None
-    return [word for word in (o.kind, o.color, o.size, o.text, place) if word]
+    position = "leftmost" if number == 0 else "rightmost" if number == len(scene.objects) - 1 else None
+    return [word for word in (o.kind, o.color, o.size, o.text, position) if word]
 
 
 def linears(language_model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear maps of a language model's blocks."""
+    """Yield names and modules of the linear layers in a language model's blocks."""
     for name, module in language_model.named_modules():
         if isinstance(module, nn.Linear) and ".block." in name:
             yield name, module
@@ -181,9 +181,9 @@ def linears(language_model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 @torch.no_grad()
 def _init_vision(model: Any, pixels: Tensor) -> None:
-    """Start from whitened principal components of patches, sinusoidal positions, and attention to what is alike.
+    """Initialise with whitened principal components of patches, sinusoidal positions, and attention to similar tokens.
 
-    From LION's own initialisation the same tower needs several times the steps.
+    With LION's own initialisation, the same tower needs several times the steps.
     """
     width, patch = model.config.hidden_size, model.config.patch_size
     patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1)
@@ -205,10 +205,10 @@ def _init_vision(model: Any, pixels: Tensor) -> None:
 
 @torch.no_grad()
 def _init_language(model: Any) -> None:
-    """Start with attention to what is alike, and with copying what is attended to into the output.
+    """Initialise with attention to similar tokens, and output projections that copy the attended values.
 
-    In the encoder a token is not the first to attend to itself. The decoder's first block looks at everything alike, so
-    that the second, which looks for what is like that, prefers the object that the question speaks of.
+    In the encoder, a bias keeps tokens from attending mostly to themselves. The decoder's first cross-attention is
+    nearly uniform, so that the second block, which attends to similar tokens, prefers the question's object.
     """
     for name, module in linears(model):
         attention: Any = model.get_submodule(name.rpartition(".")[0])
@@ -220,7 +220,7 @@ def _init_language(model: Any) -> None:
             rotation = torch.linalg.qr(torch.randn(module.in_features, module.in_features)).Q
             attention.v.weight.copy_(rotation)
             attention.o.weight.copy_(0.5 * rotation.T)
-    model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight[0] = -5.0  # of distance 0
+    model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight[0] = -5.0  # distance 0
     model.decoder.block[0].layer[1].EncDecAttention.q.weight.mul_(0.1)
     embeddings = model.get_input_embeddings().weight
     model.get_output_embeddings().weight.copy_(embeddings / math.sqrt(embeddings.shape[1]))
@@ -228,9 +228,10 @@ def _init_language(model: Any) -> None:
 
 @torch.no_grad()
 def _init_coordinates(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give coordinates' tokens embeddings that say how near they are: waves of the number, as edges are told by.
+    """Initialise the embeddings of coordinate tokens with the waves that encode edges: close numbers become similar.
 
-    From random embeddings, a hundred unrelated classes per edge, boxes are not learnt in the quickstart's time.
+    With random embeddings, which make an edge a hundred unrelated classes, boxes are not learnt in the quickstart's
+    time.
     """
     waves = _waves(torch.arange(101) / 100)  # [101, 2 * periods]
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -239,25 +240,25 @@ def _init_coordinates(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     for number, before in enumerate(("▁[", ",")):
         ids = tokenizer.convert_tokens_to_ids(coordinate_tokens(before))
         head[ids] = waves @ directions[:count]
-        sign = directions[count + number]  # tells "[0.440" from ",0.440"
+        sign = directions[count + number]  # distinguishes "[0.440" from ",0.440"
         embeddings[ids] = waves @ directions[:count] * (width / count) ** 0.5 + 0.5 * width**0.5 * sign
 
 
 def _waves(edges: Tensor) -> Tensor:
-    """[..., 2 * periods]: sines and cosines of numbers between 0 and 1."""
+    """Return sines and cosines of numbers between 0 and 1, [..., 2 * periods]."""
     angles = edges.unsqueeze(-1) * (2 * math.pi / torch.tensor(_EDGE_PERIODS))
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def _sinusoids(side: int, width: int) -> Tensor:
-    """[side * side, width]: sines and cosines of the row, then of the column."""
+    """Return sines and cosines of the row, then of the column, [side * side, width]."""
     angles = torch.outer(torch.arange(side), 1.5 * 20 ** -(torch.arange(width // 4) / (width // 4)))
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], dim=1)
 
 
 def _patch_targets(scenes: Sequence[Scene], patch: int) -> tuple[Tensor, Tensor]:
-    """Traits that each patch shows, int64 [n, P, 5], and its object's edges as waves, float32 [n, P, 4 * 2 * 4]."""
+    """Return the traits of each patch, int64 [n, P, 5], and its object's edges as waves, float32 [n, P, 4 * 2 * 4]."""
     traits, edges = [], []
     side = scenes[0].mask.shape[0] // patch
     for scene in scenes:
@@ -265,7 +266,7 @@ def _patch_targets(scenes: Sequence[Scene], patch: int) -> tuple[Tensor, Tensor]
         shares = np.stack([(pixels == k + 1).mean(1) for k in range(len(scene.objects))], axis=1)
         owner = np.where(shares.max(1) > _OWN_SHARE, shares.argmax(1) + 1, 0)
         rows = [[scene.background, "", "", "", ""]]
-        rows += [[o.kind, o.color, o.size or "", o.text or "", place] for place, o in enumerate(scene.objects, 1)]
+        rows += [[o.kind, o.color, o.size or "", o.text or "", number] for number, o in enumerate(scene.objects, 1)]
         numbers = [[values.index(v) for values, v in zip(_TRAITS.values(), row, strict=True)] for row in rows]
         traits.append(np.array(numbers)[owner])
         edges.append(np.array([(0.0,) * 4, *(o.box for o in scene.objects)])[owner])
@@ -273,7 +274,7 @@ def _patch_targets(scenes: Sequence[Scene], patch: int) -> tuple[Tensor, Tensor]
 
 
 def _patch_loss(outputs: Sequence[Tensor], traits: Tensor, edges: Tensor) -> Tensor:
-    """Cross-entropy of traits, background weighing 1, shapes 4 and the rare signs with their words 12, and edges."""
+    """Return the loss of edges plus the cross-entropy of traits, weighted: background 1, shapes 4, rare signs 12."""
     is_object, is_sign = (traits[..., 1] > 0).float(), (traits[..., 3] > 0).float()
     weight = 1 + 3 * is_object + 8 * is_sign
     weight = weight / weight.sum()

@@ -1,4 +1,4 @@
-"""Small tokenizers in the manner of T5's and BERT's, built from the words that scenes are described with."""
+"""Small tokenizers like those of T5 and BERT, built from the words of the scenes' descriptions."""
 
 import itertools
 import re
@@ -19,11 +19,11 @@ PHRASES = (
     CAPTION_INSTRUCTION,
     REGION_INSTRUCTION.split(" {box}")[0],
 )
-_WORD_SCORE, _CHARACTER_SCORE = -1.0, -10.0  # a known word is never spelt out
+_WORD_SCORE, _CHARACTER_SCORE = -1.0, -10.0  # scores for which a known word is never split into characters
 
 
 def scene_texts(num_scenes: int = 200) -> list[str]:
-    """Instructions, answers and tags of some scenes; enough of them hold every word."""
+    """Return instructions, answers and tags of enough scenes to contain every word."""
     scenes = itertools.islice(SceneGenerator(seed=0, image_size=32), num_scenes)
     texts = [text for scene in scenes for sample in scene.samples() for text in (sample.text, sample.answer)]
     tag_lists = [TAG_SENTENCE.format(soft_prompt="", tags=f"{tag}, {tag}") for tag in TAGS]
@@ -31,10 +31,10 @@ def scene_texts(num_scenes: int = 200) -> list[str]:
 
 
 def build_text_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A T5-like tokenizer: pad 0, EOS 1, words, and whole phrases and coordinates where `texts` repeat them.
+    """Build a T5-like tokenizer: pad 0, EOS 1, words, and tokens for whole instruction phrases and coordinates.
 
-    A coordinate of two significant decimals is one token with the bracket or comma before it (`[0.440`, `,0.060`), so
-    a box is five. What the vocabulary does not hold is spelt in characters; decoding gives back any printable ASCII
+    A coordinate with two significant decimals is one token together with the bracket or comma before it (`[0.440`,
+    `,0.060`), so a box has five tokens. Unknown words are split into characters; decoding restores any printable ASCII
     text exactly.
     """
     phrases = [re.escape("▁" + phrase.replace(" ", "▁")) for phrase in PHRASES]
@@ -66,12 +66,12 @@ def build_text_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def coordinate_tokens(before: str) -> list[str]:
-    """The tokens of 0.00, 0.01, ..., 1.00 behind a bracket or a comma."""
+    """Return the tokens of 0.00, 0.01, ..., 1.00 after a bracket or a comma."""
     return [f"{before}{number / 100:.3f}" for number in range(101)]
 
 
 def build_qformer_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A BERT-like tokenizer: lower case, WordPiece, `[DEC]` as BOS."""
+    """Build a BERT-like tokenizer: lower case, WordPiece, `[DEC]` as BOS."""
     normalizer, split = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     words = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(normalizer.normalize_str(text))})
     characters = [c for c in _PRINTABLE if not c.isupper()]

@@ -1,4 +1,4 @@
-"""The quickstart: every step runs, what is frozen stays, and what is written loads and answers the same."""
+"""The quickstart: every step runs, frozen parts stay unchanged, and the written checkpoint gives the same answers."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ from lion_fast.training.evaluation import is_right
 from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
 from tests.rounding import relative_error
 
-SEED = 5  # of conftest's quickstart_dir
+SEED = 5  # seed of conftest's quickstart_dir
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def output_dir(quickstart_dir: Path) -> Path:
     return quickstart_dir
 
 
-def test_everything_that_was_promised_is_written(output_dir: Path) -> None:
+def test_all_files_are_written(output_dir: Path) -> None:
     report = json.loads((output_dir / "metrics.json").read_text())
     rows = ["before stage 1", "after stage 1", "after stage 2", "before stage 3", "after stage 3"]
     assert list(report["metrics"]) == rows
@@ -52,11 +52,11 @@ def test_everything_that_was_promised_is_written(output_dir: Path) -> None:
     assert report["seconds"]["total"] == max(report["seconds"].values())
     assert all(row in (output_dir / "table.txt").read_text() for row in rows)
     for name in ("predictions.png", "losses.png"):
-        with Image.open(output_dir / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(output_dir / name) as image:
+            assert min(image.size) > 200
 
 
-def test_the_checkpoint_answers_pictures_as_it_answered_cached_features(output_dir: Path) -> None:
+def test_the_checkpoint_gives_equal_answers_for_images_and_cached_features(output_dir: Path) -> None:
     model = LionForCausalLM.from_pretrained(output_dir / "checkpoint").eval()
     processor = LionProcessor.from_pretrained(output_dir / "checkpoint")
     scenes = render(SceneGenerator(2 * SEED + 1, IMAGE_SIZE), 4, processor, "scenes")
@@ -67,8 +67,8 @@ def test_the_checkpoint_answers_pictures_as_it_answered_cached_features(output_d
         task=[sample.task for sample in samples],
         return_tensors="pt",
     )
-    from_pictures = processor.batch_decode(model.generate(**batch), skip_special_tokens=True)
-    assert answer(model, processor, scenes, range(4), samples)[0] == from_pictures
+    from_images = processor.batch_decode(model.generate(**batch), skip_special_tokens=True)
+    assert answer(model, processor, scenes, range(4), samples)[0] == from_images
     with torch.no_grad():
         whole = model(**batch, labels=torch.ones(4, 1, dtype=torch.long)).logits
         compute_features(model, scenes)
@@ -77,7 +77,7 @@ def test_the_checkpoint_answers_pictures_as_it_answered_cached_features(output_d
         cached = model(
             **batch, vision_features=scenes.features.float(), labels=torch.ones(4, 1, dtype=torch.long)
         ).logits
-    # Features are kept in float16: eps 2^-11 on each, through a few layers.
+    # Features are cached in float16: a relative error of 2^-11 each, through a few layers.
     assert relative_error(cached, whole) < 20 * 2**-11
 
 
@@ -88,7 +88,7 @@ def test_evaluate_measures_a_loaded_checkpoint(output_dir: Path) -> None:
     assert set(metrics.as_dict()) == {"caption_exact_match", "question_accuracy", "grounding_accuracy"}
 
 
-def test_training_does_not_touch_the_stand_ins(processor: LionProcessor) -> None:
+def test_training_does_not_change_the_stand_ins(processor: LionProcessor) -> None:
     torch.manual_seed(0)
     scenes = render(SceneGenerator(0, IMAGE_SIZE), 6, processor, "scenes")
     for stage in STAGES[:3]:
@@ -105,15 +105,15 @@ def test_training_does_not_touch_the_stand_ins(processor: LionProcessor) -> None
         assert "soft_prompt" in moved
 
 
-def test_pixels_are_the_processor_s(processor: LionProcessor) -> None:
+def test_pixel_values_equal_those_of_the_processor(processor: LionProcessor) -> None:
     scenes = render(SceneGenerator(4, IMAGE_SIZE), 3, processor, "scenes")
     expected = processor.image_processor([scene.image for scene in scenes.scenes], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(scenes.pixel_values([2, 0]), expected[[2, 0]], rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="generator: expected pictures of 100 pixels"):
+    with pytest.raises(ValueError, match="generator: expected images of 100 pixels"):
         render(SceneGenerator(4, 64), 1, processor, "scenes")
 
 
-def test_facts_tell_every_object_in_its_words(processor: LionProcessor) -> None:
+def test_facts_contain_the_words_of_every_object(processor: LionProcessor) -> None:
     scenes = [next(s for s in SceneGenerator(seed, 32) if len(s.objects) == 2) for seed in range(3)]
     tokenizer = processor.tokenizer
     embedding = torch.nn.Embedding(len(tokenizer), 128)
@@ -126,19 +126,19 @@ def test_facts_tell_every_object_in_its_words(processor: LionProcessor) -> None:
         ]
         first, second = scene.objects
         assert told[0] == {f"▁{scene.background}"}
-        for o, place, row in ((first, "leftmost", told[1]), (second, "rightmost", told[2])):
-            assert row == {f"▁{word}" for word in (o.kind, o.color, o.size, o.text, place) if word}
-    # With no embeddings only the waves of the boxes are left: zero for the background, and the objects' own.
+        for o, position, row in ((first, "leftmost", told[1]), (second, "rightmost", told[2])):
+            assert row == {f"▁{word}" for word in (o.kind, o.color, o.size, o.text, position) if word}
+    # With zero embeddings, only the waves of the boxes remain: zero for the background, and those of the objects.
     told = facts.tell(np.array([0, 1, 2]), 8, np.random.default_rng(0))
     assert told.shape == (3, 8, 128)
     exact = facts.waves @ facts.directions
     exact = exact / exact[:, 1:].square().mean(-1).sqrt().mean()
     for b in range(3):
         similarity = torch.nn.functional.cosine_similarity(told[b, :, None], exact[b, None, 1:], dim=-1)
-        assert (similarity.amax(0) > 0.7).all()  # each object is told at least once, through the noise
+        assert (similarity.amax(0) > 0.7).all()  # each object occurs at least once, with noise
 
 
-def test_side_by_side_runs_both_and_hands_on_failures() -> None:
+def test_side_by_side_runs_both_functions_and_reports_failures() -> None:
     threads = torch.get_num_threads()
     ours, theirs = side_by_side(lambda: torch.ones(2), lambda: {"process": os.getpid(), "tensor": torch.zeros(3)})
     assert torch.equal(ours, torch.ones(2))
@@ -156,10 +156,10 @@ def test_side_by_side_runs_both_and_hands_on_failures() -> None:
 
 @settings(deadline=None)  # the first example builds the tokenizer
 @given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1))
-def test_text_comes_back_from_the_tokenizer(word: str) -> None:
+def test_the_tokenizer_restores_any_text(word: str) -> None:
     tokenizer = text_tokenizer()
     if "<" in word:
-        return  # may spell a special token, which decoding leaves out
+        return  # the word may be a special token, which decoding skips
     text = f"a {word} on a plain background"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
@@ -169,7 +169,7 @@ def text_tokenizer() -> PreTrainedTokenizerBase:
     return build_processor().tokenizer
 
 
-def test_tokenizers_read_words_coordinates_and_the_soft_prompt(processor: LionProcessor) -> None:
+def test_tokenizers_know_words_coordinates_and_the_soft_prompt(processor: LionProcessor) -> None:
     tokenizer = processor.tokenizer
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
     scene = next(s for s in SceneGenerator(9, 32) if any(o.text for o in s.objects))
@@ -185,7 +185,7 @@ def test_tokenizers_read_words_coordinates_and_the_soft_prompt(processor: LionPr
     assert processor.qformer_tokenizer.unk_token_id not in question.input_ids
 
 
-def test_orthogonalise_keeps_singular_vectors_and_evens_out_values() -> None:
+def test_orthogonalise_keeps_singular_vectors_and_equalises_values() -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in ((3, 24, 8), (3, 8, 24), (1, 16, 16)):
         u, s, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
@@ -198,7 +198,7 @@ def test_orthogonalise_keeps_singular_vectors_and_evens_out_values() -> None:
         assert values.max() < 1.5
 
 
-def test_only_a_box_that_overlaps_by_half_counts() -> None:
+def test_a_box_is_correct_from_an_iou_of_one_half() -> None:
     true = "[0.200,0.200,0.600,0.600]"
     assert is_right("Answer: [0.200,0.200,0.600,0.600]", true)
     assert is_right("[0.200,0.200,0.600,0.410]", true)
@@ -208,8 +208,8 @@ def test_only_a_box_that_overlaps_by_half_counts() -> None:
     assert not is_right("a circle", "a red circle")
 
 
-def test_the_text_of_a_scene_s_box_is_the_box() -> None:
-    """What grounding is judged by: at this size of image the three decimals lose nothing."""
+def test_the_text_of_a_box_is_exact() -> None:
+    """At this image size, the three decimals of a box's text lose nothing."""
     scenes = SceneGenerator(3, IMAGE_SIZE)
     samples = [sample for index in range(20) for sample in scenes[index].samples() if sample.kind == "rec"]
     assert samples
@@ -218,7 +218,7 @@ def test_the_text_of_a_scene_s_box_is_the_box() -> None:
         assert parse_boxes(sample.answer) == [list(sample.box)]
 
 
-def test_table_shows_percentages() -> None:
+def test_the_table_shows_percentages() -> None:
     table = format_table({"before": Metrics(0.0, 0.125, 1.0)})
     assert table.splitlines()[-1].split() == ["before", "0.0%", "12.5%", "100.0%"]
 
