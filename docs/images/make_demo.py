@@ -1,4 +1,4 @@
-"""Makes docs/images/demo.png: the page with the quickstart's checkpoint (`make quickstart`), asked for a place."""
+"""Generates docs/images/demo.png: the page with the quickstart's checkpoint (`make quickstart`), asked for a box."""
 
 import io
 import shutil
@@ -23,7 +23,7 @@ def main() -> None:
         page.goto(address)
         page.locator("#picture input[type=file]").set_input_files(HERE / "scene.png")
         page.locator("#picture img").wait_for()
-        page.get_by_role("radio", name="A place").check()
+        page.get_by_role("radio", name="A box").check()
         page.get_by_label("What to find").fill("the rightmost object")
         page.get_by_role("button", name="Ask LION").click()
         page.locator("#boxed img").wait_for()
@@ -32,7 +32,7 @@ def main() -> None:
         page.wait_for_timeout(1000)  # until Gradio's transitions have ended
         shot = page.screenshot(full_page=True)
         browser.close()
-    # A palette halves the file, and no eye sees it.
+    # A palette halves the file without a visible difference.
     Image.open(io.BytesIO(shot)).convert("RGB").quantize(256).save(HERE / "demo.png", optimize=True)
 
 

@@ -1,1 +1,1 @@
-"""A page to try LION on: `lion-fast demo`."""
+"""A web page to try LION: `lion-fast demo`."""

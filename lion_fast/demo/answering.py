@@ -1,4 +1,4 @@
-"""A picture and a wish in, an answer and what was used for it out. It knows nothing of any page."""
+"""Answers to the requests of the page, with the insight into each; this module does not depend on the page."""
 
 import re
 import threading
@@ -23,23 +23,23 @@ Want = Literal["caption", "answer", "place"]
 WANTS: tuple[Want, ...] = ("caption", "answer", "place")
 
 MAX_TEXT, MAX_TAGS = 500, 2000
-"""Characters of a question and of all tags: the whole prompt is read, however long, and its memory grows as its square.
+"""Maximum characters of a question and of all tags: the prompt is never truncated, and its memory grows quadratically.
 """
 
-_ASKS_FOR_A_PLACE = re.compile(r"\b(locate|coordinates?|bounding box(es)?|which region)\b", re.IGNORECASE)
+_ASKS_FOR_A_BOX = re.compile(r"\b(locate|coordinates?|bounding box(es)?|which region)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said of a picture.
+    """The model's answer about an image.
 
     Args:
-        text: the answer as it stands.
-        boxes: those in the text, [x1, y1, x2, y2] in pixels of the upright picture.
-        instruction: what the model was asked.
-        task: what the adapters' routers went by.
-        seconds: that the answer took, without what came to be known of it afterwards.
-        insight: what was used for it.
+        text: text of the answer.
+        boxes: boxes in the text, [x1, y1, x2, y2] in pixels of the upright image.
+        instruction: instruction that the model was given.
+        task: task that selected the adapters' routers.
+        seconds: time of the answer, without that of the insight.
+        insight: attention behind the answer.
     """
 
     text: str
@@ -51,14 +51,14 @@ class Answer:
 
 
 def instruction_for(want: str, text: str) -> str:
-    """The model's instruction for a wish.
+    """Return the model's instruction for a request.
 
     Args:
         want: one of `WANTS`.
-        text: a question for an answer, an expression for a place; a caption needs none.
+        text: the question for "answer", the expression for "place"; not used for "caption".
 
     Raises:
-        ValueError: for another wish, or a text that is missing or longer than `MAX_TEXT`.
+        ValueError: unknown `want`, or a text that is missing or longer than `MAX_TEXT`.
     """
     if want not in WANTS:
         raise ValueError(f"want: expected one of {', '.join(WANTS)}, got {want!r}")
@@ -68,33 +68,33 @@ def instruction_for(want: str, text: str) -> str:
     if not text:
         raise ValueError("Write a question first." if want == "answer" else "Write what to find first.")
     if len(text) > MAX_TEXT:
-        raise ValueError(f"The text has {len(text)} characters; at most {MAX_TEXT} are read.")
+        raise ValueError(f"The text has {len(text)} characters; at most {MAX_TEXT} are allowed.")
     return text if want == "answer" else LOCATE_INSTRUCTION.format(expression=text)
 
 
 def automatic_task(instruction: str) -> str:
-    """`region_level` for an instruction that asks for a place or names a box, `image_level` for any other.
+    """Return `region_level` for an instruction that asks for a box or contains one, and `image_level` otherwise.
 
-    One asks for a place if it speaks of locating, of coordinates, of a bounding box or of "which region", as all
-    instructions do that grounding is trained on here; "where is" alone may well want words ("in the kitchen").
+    An instruction asks for a box if it contains "locate", "coordinate(s)", "bounding box(es)" or "which region", as all
+    grounding instructions of the training data do. "Where is" alone may ask for words ("in the kitchen").
     """
-    is_of_a_place = _ASKS_FOR_A_PLACE.search(instruction) is not None or parse_boxes(instruction)
-    return "region_level" if is_of_a_place else "image_level"
+    is_about_a_box = _ASKS_FOR_A_BOX.search(instruction) is not None or parse_boxes(instruction)
+    return "region_level" if is_about_a_box else "image_level"
 
 
 def tidy_tags(tags: str) -> str:
-    """Tags from commas or lines between them to LION's `"dog, cart, man"`.
+    """Convert tags separated by commas or lines to LION's format, `"dog, cart, man"`.
 
     Raises:
-        ValueError: more than `MAX_TAGS` characters.
+        ValueError: `tags` has more than `MAX_TAGS` characters.
     """
     if len(tags) > MAX_TAGS:
-        raise ValueError(f"The tags have {len(tags)} characters; at most {MAX_TAGS} are read.")
+        raise ValueError(f"The tags have {len(tags)} characters; at most {MAX_TAGS} are allowed.")
     return ", ".join(filter(None, (tag.strip() for tag in re.split(r"[,\n]", tags))))
 
 
 class Answerer:
-    """A model with its processor and, where its checkpoint has one, its tagger. Calls from threads take turns."""
+    """A model with its processor and, if its checkpoint has one, its tagger. A lock serialises calls from threads."""
 
     def __init__(self, model: LionForCausalLM, processor: LionProcessor, tagger: RamTagger | None = None):
         self.model = model
@@ -104,10 +104,10 @@ class Answerer:
 
     @classmethod
     def from_pretrained(cls, directory: Path, device: torch.device) -> "Answerer":
-        """Load a checkpoint's directory, and the tagger in its folder `ram` if it has that.
+        """Load a checkpoint's directory, and the tagger in its subdirectory `ram` if it exists.
 
         Raises:
-            CheckpointError: the directory has no processor or no whole model of LION in it, or a broken tagger.
+            CheckpointError: the directory has no processor or no complete LION model, or its tagger cannot be loaded.
         """
         pipeline = LionPipeline(directory, device=device)
         tagger: Any = None
@@ -122,22 +122,22 @@ class Answerer:
         return self.processor.soft_prompt_token_id is not None
 
     def tags_of(self, image: Image.Image) -> str:
-        """The tagger's tags, `"dog, cart, man"`; "" without a tagger."""
+        """Return the tagger's tags, `"dog, cart, man"`, or "" without a tagger."""
         if self.tagger is None:
             return ""
         with self._turn:
             return self.tagger([image])[0]
 
     def answer(self, image: Image.Image, want: str, text: str = "", tags: str = "", task: str | None = None) -> Answer:
-        """What the model says.
+        """Answer a request about an image.
 
         Args:
             want, text: see `instruction_for`.
-            tags: separated by commas or lines; "" for none.
+            tags: tags separated by commas or lines; "" for none.
             task: `"image_level"` or `"region_level"`; None for `automatic_task`.
 
         Raises:
-            ValueError: as `instruction_for` and `tidy_tags`, and for an unknown task.
+            ValueError: as for `instruction_for` and `tidy_tags`, or unknown task.
         """
         instruction = instruction_for(want, text)
         task = automatic_task(instruction) if task is None else task

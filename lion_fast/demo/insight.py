@@ -1,7 +1,7 @@
-"""What a model used for an answer: where its parts attended, and how its routers weigh the adapters.
+"""Insight into an answer: the attention of the model's parts, and the routers' gates of the adapters.
 
-Attention is computed from what the projections of queries and keys gave, so it is there whatever implementation of
-attention computed the answer, the kernels among them.
+Attention weights are computed from the outputs of the query and key projections, so they are available for every
+implementation of attention, including the kernels.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,12 +20,12 @@ from lion_fast.modeling_lion import LionForCausalLM
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """How much each patch of the picture was attended to, averaged over heads and over whatever attended.
+    """Attention to each patch of the image, averaged over heads, queries and layers.
 
     Args:
-        reader: what attended, and to what.
-        patches: [grid, grid], rows from top to bottom; with `class_token` they sum to 1.
-        class_token: the share of the token that stands for no patch.
+        reader: description of the queries and keys.
+        patches: [grid, grid], rows from top to bottom; patches and `class_token` sum to 1.
+        class_token: attention to the class token.
     """
 
     reader: str
@@ -35,12 +35,12 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class Insight:
-    """What one answer used.
+    """Attention behind one answer.
 
     Args:
-        shares: of the attention that the answer's tokens paid to the language model's input, averaged over layers and
-            heads, by part of the input; they sum to 1. Empty for a decoder-only language model.
-        maps: where on the picture.
+        shares: attention of the answer's tokens to each part of the language model's input, averaged over layers and
+            heads; the shares sum to 1. Empty for a decoder-only language model.
+        maps: attention to the image.
     """
 
     shares: dict[str, float]
@@ -49,13 +49,13 @@ class Insight:
 
 @dataclass(frozen=True)
 class Gates:
-    """What the routers multiply each adapter's output by, its learned scale included (LION, section 3.3).
+    """Factors on each adapter's output: router times learned scale (LION, section 3.3).
 
     Args:
-        layers: names, in the order in which they run.
-        adapters: names.
-        mean, low, high: [layers, tasks, adapters], over the channels: their mean, 10th and 90th percentile. Rows of
-            tasks are in the order of `TASKS`.
+        layers: names of the layers, in execution order.
+        adapters: names of the adapters.
+        mean, low, high: [layers, tasks, adapters], mean, 10th and 90th percentile over the channels. Tasks are in the
+            order of `TASKS`.
     """
 
     layers: tuple[str, ...]
@@ -74,19 +74,19 @@ class _Attention(NamedTuple):
 
 @torch.no_grad()
 def look_inside(model: LionForCausalLM, batch: dict[str, Tensor], answer_ids: Tensor) -> Insight:
-    """Run the model once more, on an answer that it gave, and see where it attends.
+    """Run the model again on its own answer and return its attention.
+
+    The function registers hooks on the model while it runs, so only one call is allowed at a time.
 
     Args:
-        batch: of one sample, as `model.generate` takes it, with `vision_features` instead of `pixel_values`.
-        answer_ids: int64 [1, La], what `generate` returned.
-
-    Hooks are on the model while this runs: one call at a time.
+        batch: inputs of `model.generate` for one sample, with `vision_features` instead of `pixel_values`.
+        answer_ids: int64 [1, La], output of `generate`.
     """
     aggregator, qformer, decoder = _aggregator_attention(model), _qformer_attention(model), _decoder_attention(model)
     readers = [*aggregator.values(), *qformer, *decoder]
     with _outputs_of([module for reader in readers for module in (reader.query, reader.key)]) as outputs:
         if decoder:
-            model(**batch, decoder_input_ids=answer_ids[:, :-1], use_cache=False)  # the last token reads nothing
+            model(**batch, decoder_input_ids=answer_ids[:, :-1], use_cache=False)  # the last token is not an input
         else:
             image_features = model.encode_images(vision_features=batch["vision_features"])
             question = ("qformer_input_ids", "qformer_attention_mask")
@@ -113,7 +113,7 @@ def look_inside(model: LionForCausalLM, batch: dict[str, Tensor], answer_ids: Te
 
 
 def adapter_gates(model: LionForCausalLM) -> Gates:
-    """The gates of every layer that has adapters. Without a router an adapter's gate is its scale, in every task."""
+    """Return the gates of every layer with adapters. Without a router, an adapter's gate is its scale for all tasks."""
     layers, values = [], []
     for name, module in model.language_model.named_modules():
         if not isinstance(module, MixtureOfAdapters):
@@ -121,7 +121,7 @@ def adapter_gates(model: LionForCausalLM) -> Gates:
         gate = module.gate(torch.cat([adapter()[0] for adapter in module.adapters])).detach().float().cpu()
         if not module.has_router:
             gate = gate.expand(len(TASKS), -1).unsqueeze(-1)
-        stack, number = _place(name)
+        stack, number = _layer_of(name)
         layers.append(f"{stack} {number}".strip())
         values.append(gate.numpy())  # [tasks, adapters, channels]
     gates = np.stack(values)
@@ -131,16 +131,18 @@ def adapter_gates(model: LionForCausalLM) -> Gates:
     return Gates(tuple(layers), adapters, gates.mean(-1), low, high)
 
 
-def _place(module_name: str) -> tuple[str, int]:
-    """The stack ("encoder", "decoder", or "" where there is but one) and the number of the layer of a module."""
+def _layer_of(module_name: str) -> tuple[str, int]:
+    """Return a module's stack ("encoder", "decoder", or "" for a single stack) and layer number."""
     parts = module_name.split(".")
     stack = parts[0] if parts[0] in ("encoder", "decoder") else ""
     return stack, int(next(part for part in parts if part.isdecimal()))
 
 
 def _aggregator_attention(model: LionForCausalLM) -> dict[int, _Attention]:
-    """By layer of the vision tower, what reads it: the first is where the hidden states start, so they attend to
-    themselves; each following one is a block's cross-attention.
+    """Return the attention that reads each layer of the vision tower.
+
+    The first layer is the initial hidden states, read by self-attention; each other one is read by a block's
+    cross-attention.
     """
     if model.config.visual_input == "QFORMER":
         return {}
@@ -162,7 +164,7 @@ def _qformer_attention(model: LionForCausalLM) -> list[_Attention]:
 
 
 def _decoder_attention(model: LionForCausalLM) -> list[_Attention]:
-    """The cross-attention of an encoder-decoder, which is T5's: not scaled, and without positions."""
+    """Return the cross-attention of an encoder-decoder, which is T5's: not scaled, without position biases."""
     if not model.config.is_encoder_decoder:
         return []
     attentions = [block.layer[1].EncDecAttention for block in model.language_model.decoder.block]
@@ -185,7 +187,7 @@ def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor
 
 
 def _mean_weights(attentions: Iterable[_Attention], outputs: dict[nn.Module, Tensor]) -> np.ndarray:
-    """[Lk], the weights that keys get, averaged over attentions, heads and queries."""
+    """Return the weights of the keys [Lk], averaged over attentions, heads and queries."""
     means = []
     for attention in attentions:
         query, key = (

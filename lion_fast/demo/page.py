@@ -1,4 +1,4 @@
-"""The page, in Gradio. Whatever a browser sends is checked here; what a picture's file holds, `load_image` judges."""
+"""The page, in Gradio. This module checks everything that a browser sends; `load_image` checks image files."""
 
 import html
 import os
@@ -19,19 +19,19 @@ from lion_fast.io.boxes import draw_boxes
 from lion_fast.io.images import load_image
 
 MAX_FILE_BYTES = 20 * 2**20
-_WISHES = (("A caption", "caption"), ("An answer", "answer"), ("A place", "place"))
+_REQUESTS = (("A caption", "caption"), ("An answer", "answer"), ("A box", "place"))
 _TEXT_FIELD = {
     "caption": {"visible": False},
     "answer": {"visible": True, "label": "Question", "placeholder": "What is the background like?"},
     "place": {"visible": True, "label": "What to find", "placeholder": "the rightmost object"},
 }
 _TASK_CHOICES = ("automatic", *TASKS)
-_KEEP_SECONDS = 3600  # for uploads and drawn pictures
+_KEEP_SECONDS = 3600  # for uploads and drawn images
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture's file with something to ask of it; fields as of the page."""
+    """An image file with a request; the fields are those of the page."""
 
     label: str
     image: Path
@@ -41,32 +41,32 @@ class Example:
 
 
 class Refused(ValueError):
-    """What a user is told instead of getting an answer."""
+    """A request that cannot be answered; the message is shown to the user."""
 
 
 def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) -> gr.Blocks:
-    """The page. It keeps nothing of a user: each request brings all that it is about, and gets its own results.
+    """Build the page. The server keeps no state per user: each request is complete and gets its own results.
 
     Args:
-        name: of the model, as the page shows it.
-        examples: offered beneath the picture.
+        name: name of the model, shown on the page.
+        examples: examples offered below the image.
     """
     gates = adapter_gates(answerer.model)
 
     def receive(upload: dict | None) -> tuple[Any, Any, str]:
-        """Picture, tags and problem after an upload."""
+        """Return image, tags and error message after an upload."""
         try:
             image = _uploaded(upload)
         except Refused as error:
-            return None, gr.skip(), _problem(f"That file was not taken. {error}")
+            return None, gr.skip(), _problem(f"The file was not accepted. {error}")
         return gr.skip(), answerer.tags_of(image), ""
 
     def ask(upload: dict | None, tags: str, want: str, text: str, task: str) -> tuple[str, Any, str, str]:
-        """Answer, picture with boxes, insight, and no problem with the picture any more."""
+        """Return the answer, the image with boxes, the insight, and an empty error message."""
         try:
             image = _uploaded(upload)
-            if want not in WANTS or task not in _TASK_CHOICES:  # no browser showing the page sends such
-                raise Refused(f"Expected a wish and a task that the page offers, got {want!r} and {task!r}.")
+            if want not in WANTS or task not in _TASK_CHOICES:  # the page itself never sends such values
+                raise Refused(f"Expected a request and a task that the page offers, got {want!r} and {task!r}.")
             answer = answerer.answer(image, want, text or "", tags or "", None if task == "automatic" else task)
         except ValueError as error:
             return _problem(str(error)), gr.update(visible=False, value=None), "", ""
@@ -81,49 +81,49 @@ def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) 
 
     with gr.Blocks(title="LION", analytics_enabled=False, delete_cache=(_KEEP_SECONDS, _KEEP_SECONDS)) as page:
         gr.HTML(
-            "<h1>LION: ask a picture</h1><p>Upload a picture, then ask for a caption, an answer, or a place. Model: "
-            f"<code>{html.escape(name)}</code></p>",
+            "<h1>LION: ask about an image</h1><p>Upload an image, then ask for a caption, an answer, or a box. "
+            f"Model: <code>{html.escape(name)}</code></p>",
             elem_classes="lion-header",
         )
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
-                picture = gr.Image(
-                    label="Picture",
+                image = gr.Image(
+                    label="Image",
                     type="filepath",
                     sources=["upload", "clipboard"],
                     height=330,
                     buttons=["fullscreen"],
-                    alt_text="The picture that is asked about",
-                    placeholder=f"Drop a picture here\nor click to choose one, up to {MAX_FILE_BYTES // 2**20} MB",
+                    alt_text="The uploaded image",
+                    placeholder=f"Drop an image here\nor click to choose one, up to {MAX_FILE_BYTES // 2**20} MB",
                     elem_id="picture",
                 )
-                _take_uploads_only(picture)
+                _take_uploads_only(image)
                 refused = gr.HTML(elem_id="refused")
                 chosen = gr.Column()
                 tags = gr.Textbox(
                     label="Tags",
-                    info="What the picture may show, separated by commas. The model may use them or not."
+                    info="What the image may show, separated by commas. The model may use them or not."
                     + (" The tagger fills them in." if answerer.tagger else ""),
                     max_length=MAX_TAGS,
                     visible=answerer.takes_tags,
                     elem_id="tags",
                 )
-                want = gr.Radio(list(_WISHES), value="caption", label="What do you want?", elem_id="want")
+                want = gr.Radio(list(_REQUESTS), value="caption", label="What do you want?", elem_id="want")
                 question = gr.Textbox(max_length=MAX_TEXT, elem_id="question", **_TEXT_FIELD["caption"])
                 task = gr.Radio(
                     list(_TASK_CHOICES),
                     value="automatic",
                     label="Task",
-                    info="What the adapters' routers go by: region_level where a place is asked for or a box is named, "
-                    "image_level for all else. Automatic follows that rule.",
+                    info="Selects the adapters' routers: region_level for questions that ask for a box or contain one, "
+                    "image_level for all others. Automatic follows this rule.",
                     elem_id="task",
                 )
                 go = gr.Button("Ask LION", variant="primary", elem_id="go")
             with gr.Column(scale=6, min_width=320):
                 answered = gr.HTML(
                     _answer_block(
-                        "<p>The answer comes here, with its box drawn on the picture. Below it the page shows which "
-                        "parts of the picture and which adapters the model used.</p>"
+                        "<p>The answer appears here, with its box drawn on the image. Below it, the page shows which "
+                        "parts of the image and which adapters the model used.</p>"
                     ),
                     elem_id="answer",
                 )
@@ -134,7 +134,7 @@ def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) 
                     format="png",
                     height=430,
                     buttons=["download", "fullscreen"],
-                    alt_text="The picture with the answer's boxes drawn on it",
+                    alt_text="The image with the answer's boxes drawn on it",
                     elem_id="boxed",
                 )
         used = gr.HTML(elem_id="insight")
@@ -142,20 +142,22 @@ def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) 
             with chosen:
                 gr.Examples(
                     [[str(example.image), example.tags, example.want, example.text] for example in examples],
-                    [picture, tags, want, question],
+                    [image, tags, want, question],
                     label="Or try a scene",
                     example_labels=[example.label for example in examples],
                     api_visibility="private",
                 )
-        # Several uploads may be read at a time. The model answers one question at a time; others wait in line.
-        picture.upload(
-            receive, picture, [picture, tags, refused], preprocess=False, concurrency_limit=4, api_visibility="private"
+        # Up to four uploads are read at a time. The model answers one question at a time; others are queued.
+        image.upload(
+            receive, image, [image, tags, refused], preprocess=False, concurrency_limit=4, api_visibility="private"
         )
-        want.change(lambda wish: gr.update(**_TEXT_FIELD[wish]), want, question, queue=False, api_visibility="private")
+        want.change(
+            lambda value: gr.update(**_TEXT_FIELD[value]), want, question, queue=False, api_visibility="private"
+        )
         for event in (go.click, question.submit):
             event(
                 ask,
-                [picture, tags, want, question, task],
+                [image, tags, want, question, task],
                 [answered, boxed, used, refused],
                 preprocess=False,
                 concurrency_id="model",
@@ -168,30 +170,30 @@ def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) 
 
 
 def _uploaded(upload: dict | None) -> Image.Image:
-    """The picture of an upload, whose path Gradio has found to lie among the uploads.
+    """Load the image of an upload; Gradio has checked that its path is that of an upload.
 
     Raises:
-        Refused: there is none, or `load_image` refuses it.
+        Refused: there is no upload, or `load_image` rejects the file.
     """
     path = (upload or {}).get("path")
     if not path:
-        raise Refused("Choose a picture first.")
+        raise Refused("Choose an image first.")
     try:
-        return load_image(path, "picture")
+        return load_image(path, "image")
     except (ValueError, OSError) as error:
         raise Refused(str(error).replace(str(Path(path).parent) + os.sep, "")) from error
 
 
-def _take_uploads_only(picture: gr.Image) -> None:
-    """Gradio fetches a picture whose path is a URL, and this page is to fetch nothing."""
-    move_to_cache = picture.async_move_resource_to_block_cache
+def _take_uploads_only(image: gr.Image) -> None:
+    """Reject URLs as images, which Gradio would fetch; this page must not fetch anything."""
+    move_to_cache = image.async_move_resource_to_block_cache
 
     async def move_upload(url_or_file_path: str | Path | None) -> str | None:
         if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
-            raise gr.Error("Expected an uploaded picture, got a URL.", print_exception=False)
+            raise gr.Error("Expected an uploaded image, got a URL.", print_exception=False)
         return await move_to_cache(url_or_file_path)
 
-    picture.async_move_resource_to_block_cache = move_upload
+    image.async_move_resource_to_block_cache = move_upload
 
 
 def _problem(message: str) -> str:
@@ -200,10 +202,10 @@ def _problem(message: str) -> str:
 
 def _answer_html(answer: Answer, want: str, *, automatic: bool) -> str:
     lines = [f"Asked: {answer.instruction}"]
-    lines.append(f"Task: {answer.task}, {'chosen automatically' if automatic else 'chosen by hand'}")
+    lines.append(f"Task: {answer.task}, {'chosen automatically' if automatic else 'chosen manually'}")
     lines += [f"Box in pixels: {[round(side) for side in box]}" for box in answer.boxes]
     if want == "place" and not answer.boxes:
-        lines.append("The answer holds no box.")
+        lines.append("The answer contains no box.")
     lines.append(f"{answer.seconds:.1f} seconds")
     details = "".join(f'<p class="lion-detail">{html.escape(line)}</p>' for line in lines)
     return _answer_block(f'<p class="lion-text">{html.escape(answer.text) or "(no words)"}</p>{details}')

@@ -1,4 +1,4 @@
-"""Pictures for people of what `insight` found: attention laid over the picture, and gates by layer."""
+"""Visualisation of `insight`: attention maps over the image, and charts of the gates by layer."""
 
 import base64
 import html
@@ -12,21 +12,22 @@ from lion_fast.demo.insight import AttentionMap, Gates, Insight
 from lion_fast.io.boxes import PALETTE
 
 _MAP_SIDE = 360  # pixels of the longer side
-_SHORT, _LONG = 480, 1280  # pixels that the longer side of a picture is shown with
+_SHORT, _LONG = 480, 1280  # minimum and maximum of the longer side of a displayed image, in pixels
 
 
 def for_display(image: Image.Image) -> tuple[Image.Image, float]:
-    """The picture at a size fit for a screen, and what boxes in its pixels are to be multiplied by."""
+    """Return the image at a size for a screen, and the scale factor for boxes in its pixels."""
     longer = max(image.size)
     scale = min(max(longer, _SHORT), _LONG) / longer
     return (image if scale == 1 else _scaled(image, scale)), scale
 
 
 def heat_map(image: Image.Image, patches: np.ndarray) -> Image.Image:
-    """The picture in grey beneath the weights in colour, from dark (none) to bright (the most that a patch got).
+    """Draw the weights in colour over the grey image, from dark (zero) to bright (the largest weight).
 
     Args:
-        patches: [grid, grid], not negative. Patches are drawn as squares, for nothing is known between them.
+        patches: weights [grid, grid], not negative. Patches are drawn as squares, without interpolation, because each
+            has a single weight.
     """
     from matplotlib import colormaps
 
@@ -38,22 +39,22 @@ def heat_map(image: Image.Image, patches: np.ndarray) -> Image.Image:
 
 
 def gate_chart(gates: Gates, task: str) -> str:
-    """An SVG: the gates of `task` by layer, each adapter's mean over channels as a line, their spread as a band."""
+    """Return an SVG of the gates of `task` by layer: lines are means over channels, bands 10th to 90th percentiles."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
-    places, row = np.arange(len(gates.layers)), TASKS.index(task)
+    positions, row = np.arange(len(gates.layers)), TASKS.index(task)
     for adapter, name in enumerate(gates.adapters):
         color = np.array(PALETTE[adapter]) / 255
-        axes.fill_between(places, gates.low[:, row, adapter], gates.high[:, row, adapter], color=color, alpha=0.25)
-        axes.plot(places, gates.mean[:, row, adapter], marker="so^v"[adapter % 4], color=color, label=name)
+        axes.fill_between(positions, gates.low[:, row, adapter], gates.high[:, row, adapter], color=color, alpha=0.25)
+        axes.plot(positions, gates.mean[:, row, adapter], marker="so^v"[adapter % 4], color=color, label=name)
     first_decoder = next((i for i, layer in enumerate(gates.layers) if layer.startswith("decoder")), 0)
     if first_decoder:
         axes.axvline(first_decoder - 0.5, color="0.6", linestyle=":")
-    step = 1 + (len(places) - 1) // 12
-    axes.set_xticks(places[::step], [layer.replace(" ", "\n") for layer in gates.layers[::step]])
-    axes.set_xlim(-0.5, len(places) - 0.5)
+    step = 1 + (len(positions) - 1) // 12
+    axes.set_xticks(positions[::step], [layer.replace(" ", "\n") for layer in gates.layers[::step]])
+    axes.set_xlim(-0.5, len(positions) - 0.5)
     axes.set_ylabel(f"gate for {task}")
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -64,21 +65,20 @@ def gate_chart(gates: Gates, task: str) -> str:
 
 
 def insight_html(image: Image.Image, insight: Insight, gates: Gates, task: str) -> str:
-    """Everything of one answer, as figures that say in words what they show."""
+    """Return the insight into one answer as figures with captions in words."""
     parts = ["<h2>What was used for this answer</h2>"]
     if insight.shares:
         words = ", ".join(f"{share:.0%} to the {name}" for name, share in insight.shares.items())
         parts.append(f"<p>Attention of its words: {words}.</p>")
         parts.append(_share_bar(insight.shares))
     parts.append(
-        "<h3>Which patches were looked at</h3><p>Bright patches got most of the attention, black ones none. Each "
-        "picture has a scale of its own; one square is one patch of the vision tower.</p>"
+        "<h3>Which patches were attended to</h3><p>Bright patches got most of the attention, black ones none. Each "
+        "map has its own scale; one square is one patch of the vision tower.</p>"
     )
     parts.append(f'<div class="lion-maps">{"".join(_map_figure(image, shown) for shown in insight.maps)}</div>')
     parts.append(
-        "<h3>Which adapters were used</h3><p>The routers multiply what each adapter adds to a layer by these gates, "
-        "one for each channel; they depend on the task and on nothing else. Line: mean of the channels; band: 10th to "
-        "90th percentile.</p>"
+        "<h3>Which adapters were used</h3><p>The routers multiply each adapter's output in a layer by these gates, one "
+        "per channel; they depend on the task only. Line: mean of the channels; band: 10th to 90th percentile.</p>"
     )
     means = gates.mean[:, TASKS.index(task)].mean(0)
     summary = ", ".join(
@@ -97,7 +97,7 @@ def _share_bar(shares: dict[str, float]) -> str:
         f'<span style="flex:{share:.4f} 1 0;background:{color}">{html.escape(name) if share > 0.2 else ""}</span>'
         for (name, share), color in zip(shares.items(), colors, strict=False)
     )
-    return f'<div class="lion-shares" aria-hidden="true">{spans}</div>'  # the words before it say the same
+    return f'<div class="lion-shares" aria-hidden="true">{spans}</div>'  # the text before it has the same content
 
 
 def _map_figure(image: Image.Image, shown: AttentionMap) -> str:

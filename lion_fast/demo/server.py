@@ -1,4 +1,4 @@
-"""The page as a server that keeps to this machine: nothing is fetched, and nothing is left behind."""
+"""The server of the page, which is local: it fetches nothing and leaves no files."""
 
 import os
 import tempfile
@@ -15,12 +15,12 @@ from lion_fast.demo.answering import Answerer
 from lion_fast.demo.page import MAX_FILE_BYTES, Example, build_page
 from lion_fast.scenes import SceneGenerator
 
-_FONT = ("system-ui", "sans-serif")  # the reader's own: Gradio's themes would ask a font service
-_EXAMPLE_SEED = 2026  # of scenes that the quickstart's training has not seen
+_FONT = ("system-ui", "sans-serif")  # local fonts: Gradio's themes would load fonts from a service
+_EXAMPLE_SEED = 2026  # seed of scenes that the quickstart's training has not seen
 
 
 class FetchNothing:
-    """Refuses `file=http://...`, for which Gradio would fetch any public address and hand it on."""
+    """Middleware that rejects `file=http://...`, for which Gradio would fetch and return any public address."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -37,12 +37,13 @@ class FetchNothing:
 def serving(answerer: Answerer, name: str, *, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """Serve the page of a model until the context ends.
 
-    Uploads lie in a temporary directory of this process, readable by its user alone, which goes with the context.
+    Uploads are stored in a temporary directory that only this process's user can read, and that is removed when the
+    context ends.
 
     Args:
-        name: of the model, for the page.
-        host: address to listen on; `"0.0.0.0"` lets everybody in who can reach this machine.
-        port: None for the first free one from 7860.
+        name: name of the model, shown on the page.
+        host: address to listen on; `"0.0.0.0"` lets in everyone who can reach this machine.
+        port: port to listen on; None for the first free one from 7860.
 
     Yields:
         The page's address.
@@ -64,7 +65,7 @@ def serving(answerer: Answerer, name: str, *, host: str = "127.0.0.1", port: int
                 inbrowser=False,
                 quiet=True,
                 prevent_thread_lock=True,
-                show_error=True,  # what nobody foresaw is shown too
+                show_error=True,  # also shows unexpected errors
                 max_file_size=MAX_FILE_BYTES,
                 app_kwargs={"middleware": [Middleware(FetchNothing)]},
                 ssr_mode=False,
@@ -79,7 +80,7 @@ def serving(answerer: Answerer, name: str, *, host: str = "127.0.0.1", port: int
 
 
 def draw_examples(folder: Path, answerer: Answerer) -> list[Example]:
-    """Scenes with something to ask of each, drawn into `folder`; with the tagger's tags or, without one, the true."""
+    """Draw scenes into `folder`, each with a request and with the tagger's tags or, without a tagger, the true tags."""
     folder.mkdir(parents=True)
     generator = SceneGenerator(_EXAMPLE_SEED, image_size=384, num_objects=(2, 2))
     scenes = [generator[index] for index in range(3)]
@@ -99,7 +100,7 @@ def draw_examples(folder: Path, answerer: Answerer) -> list[Example]:
 
 
 def _theme() -> Base:
-    """Colours with enough contrast to be read, light and dark: Gradio's own subdued text and orange buttons lack it."""
+    """Return a theme with enough contrast, light and dark: Gradio's subdued text and orange buttons lack it."""
     theme = Base(primary_hue="orange", neutral_hue="stone", font=_FONT, font_mono="monospace")
     return theme.set(
         body_text_color_subdued="*neutral_600",

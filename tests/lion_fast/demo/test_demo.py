@@ -1,7 +1,7 @@
-"""The page, used as people use it, by mouse and keyboard in Chromium, and attacked as some would.
+"""The page in Chromium, used with mouse and keyboard, and under attack.
 
-The model is a small LION with random weights, whose `generate` is scripted: answers depend on what was asked in a way
-that a test can tell. Everything else, from the upload to the attention maps, is real.
+The model is a small LION with random weights, whose `generate` is scripted, so that a test can tell which question an
+answer belongs to. Everything else, from the upload to the attention maps, is real.
 """
 
 import io
@@ -39,8 +39,8 @@ from lion_fast.demo.server import serving  # noqa: E402
 
 BLUE, GREEN = (20, 40, 200), (30, 160, 60)
 BOX = "[0.250,0.500,0.750,1.000]"
-both_asked = threading.Event()  # an answer that is asked for "slowly" waits for it
-TIMEOUT = 60_000  # milliseconds, for machines that do other work too
+both_asked = threading.Event()  # answers to questions with "slowly" wait for it
+TIMEOUT = 60_000  # milliseconds, also for a busy machine
 
 
 def image_file(color: tuple[int, int, int] = BLUE, kind: str = "PNG", size: tuple[int, int] = (200, 100)) -> bytes:
@@ -50,7 +50,7 @@ def image_file(color: tuple[int, int, int] = BLUE, kind: str = "PNG", size: tupl
 
 
 def png(width: int, height: int, pixels: bytes) -> bytes:
-    """A PNG of one bit per pixel, whatever the pixels are."""
+    """Return a PNG of one bit per pixel, with any content."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -62,7 +62,7 @@ def png(width: int, height: int, pixels: bytes) -> bytes:
 
 
 def script(answerer: Answerer) -> Callable[..., Tensor]:
-    """A `generate` that answers with a box if it is asked for a place, and otherwise with all that it was asked."""
+    """Return a `generate` that answers with a box if the prompt asks for one, and otherwise with the prompt."""
     tokenizer: Any = answerer.processor.tokenizer
 
     def generate(input_ids: Tensor, task_ids: Tensor, **inputs: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def script(answerer: Answerer) -> Callable[..., Tensor]:
         if "break" in prompt:
             raise RuntimeError("the model is broken")
         if "slowly" in prompt:
-            assert both_asked.wait(TIMEOUT / 1000), "nobody else has asked"
+            assert both_asked.wait(TIMEOUT / 1000), "no other user has asked"
         answer = BOX if "can you locate" in prompt else f"task {task_ids.item()}: {prompt}"
         return torch.tensor([[0, *tokenizer(answer).input_ids]])
 
@@ -83,7 +83,7 @@ def tag(images: list[Image.Image]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def looked_up() -> Iterator[set[str]]:
-    """Every host whose address this process asked for while the page was served."""
+    """Return every host that this process resolved while the page was served."""
     hosts: set[str] = set()
     real = socket.getaddrinfo
 
@@ -91,7 +91,7 @@ def looked_up() -> Iterator[set[str]]:
         hosts.add(host.decode() if isinstance(host, bytes) else str(host))
         return real(host, *args, **kwargs)
 
-    async def validate_url(host: str) -> str:  # by it Gradio's fetches begin; it asks name servers of its own
+    async def validate_url(host: str) -> str:  # called by Gradio before a fetch; it uses its own name servers
         hosts.add(host)
         raise ValueError("no network")
 
@@ -123,7 +123,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
-    """Opens the page for one more user; that it asks no other host for anything is checked at the end."""
+    """Open the page for a further user; the end of the test checks that the page requests nothing from other hosts."""
     contexts, requests = [], []
 
     def open_one(width: int = 1280, height: int = 900) -> Page:
@@ -141,12 +141,12 @@ def open_page(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
     assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
 
 
-def upload(page: Page, content: bytes, name: str = "picture.png", mime_type: str = "image/png") -> None:
+def upload(page: Page, content: bytes, name: str = "image.png", mime_type: str = "image/png") -> None:
     files = {"name": name, "mimeType": mime_type, "buffer": content}
     page.locator("#picture input[type=file]").set_input_files(files)
 
 
-def upload_picture(page: Page, color: tuple[int, int, int] = BLUE) -> None:
+def upload_image(page: Page, color: tuple[int, int, int] = BLUE) -> None:
     upload(page, image_file(color))
     expected = "blue, sea" if color == BLUE else "green, grass"
     expect(page.get_by_label("Tags")).to_have_value(expected, timeout=TIMEOUT)
@@ -163,76 +163,76 @@ def expect_answer(page: Page, text: str) -> None:
     expect(page.locator("#answer")).to_contain_text(text, timeout=TIMEOUT)
 
 
-def boxed_picture(page: Page) -> Image.Image:
-    drawn = page.get_by_alt_text("The picture with the answer's boxes drawn on it")
+def boxed_image(page: Page) -> Image.Image:
+    drawn = page.get_by_alt_text("The image with the answer's boxes drawn on it")
     drawn.wait_for()
     return Image.open(io.BytesIO(page.request.get(drawn.get_attribute("src") or "").body())).convert("RGB")
 
 
-def test_a_place_is_drawn_on_the_picture(open_page: Callable[..., Page]) -> None:
+def test_a_box_is_drawn_on_the_image(open_page: Callable[..., Page]) -> None:
     page = open_page()
-    upload_picture(page)
-    page.get_by_role("radio", name="A place").check()
+    upload_image(page)
+    page.get_by_role("radio", name="A box").check()
     page.get_by_label("What to find").fill("the left star")
     page.get_by_label("What to find").press("Enter")
     expect_answer(page, BOX)
     expect_answer(page, "Task: region_level, chosen automatically")
     expect_answer(page, "Box in pixels: [50, 50, 150, 100]")
-    picture = boxed_picture(page)
-    assert picture.size == (480, 240)  # enlarged 2.4 times, the box too
+    image = boxed_image(page)
+    assert image.size == (480, 240)  # enlarged 2.4 times, the box too
     for inside_stroke in ((120, 180), (240, 121), (359, 180), (240, 239)):
-        assert picture.getpixel(inside_stroke) == PALETTE[0]
+        assert image.getpixel(inside_stroke) == PALETTE[0]
     for elsewhere in ((240, 180), (60, 200), (420, 60)):
-        assert picture.getpixel(elsewhere) == BLUE
-    # What was used: the answer, the Q-Former and three scales over the picture, and the gates, each said in words too.
+        assert image.getpixel(elsewhere) == BLUE
+    # The insight has maps of the answer, the Q-Former and three vision layers, and the gates, each also in words.
     figures = page.locator("#insight figure")
     expect(figures).to_have_count(6)
     assert all(figures.nth(i).locator("img").get_attribute("alt") for i in range(6))
     for words in ("aggregator's tokens", "vision layer 2", "vision layer 1", "vision layer 0", "region adapter 1.00"):
         expect(page.locator("#insight")).to_contain_text(words)
-    # A caption has no box: the one before goes.
+    # A caption has no box, so the previous box disappears.
     ask(page, "A caption")
     expect_answer(page, "task 1: According to")
     expect(page.locator("#boxed img")).to_have_count(0)
 
 
-def test_tags_are_filled_in_and_may_be_edited(open_page: Callable[..., Page]) -> None:
+def test_tags_are_filled_in_and_can_be_edited(open_page: Callable[..., Page]) -> None:
     page = open_page()
-    upload_picture(page)
+    upload_image(page)
     page.get_by_label("Tags").fill("a red door,\nwall")
     ask(page, "An answer", "What is <b>here</b>?")
-    expect_answer(page, "[a red door, wall]. What is <b>here</b>?")  # as text: what is asked is no HTML of the page
+    expect_answer(page, "[a red door, wall]. What is <b>here</b>?")  # as text: questions are not interpreted as HTML
 
 
-def test_the_task_may_be_chosen_by_hand(open_page: Callable[..., Page]) -> None:
+def test_the_task_can_be_chosen_manually(open_page: Callable[..., Page]) -> None:
     page = open_page()
-    upload_picture(page)
+    upload_image(page)
     ask(page, "An answer", "What is here?")
     expect_answer(page, "task 1:")
     expect_answer(page, "Task: image_level, chosen automatically")
     page.get_by_role("radio", name="region_level").check()
     ask(page, "An answer", "What is here?")
     expect_answer(page, "task 0:")
-    expect_answer(page, "Task: region_level, chosen by hand")
+    expect_answer(page, "Task: region_level, chosen manually")
     expect(page.locator("#insight")).to_contain_text("region adapter 1.00, image adapter 0.00")
 
 
-def test_a_scene_is_offered_to_those_without_a_picture(open_page: Callable[..., Page]) -> None:
+def test_example_scenes_are_offered(open_page: Callable[..., Page]) -> None:
     page = open_page(width=390, height=844)
     ask(page, "A caption")
-    expect_answer(page, "Choose a picture first.")
+    expect_answer(page, "Choose an image first.")
     page.get_by_role("button", name="Find ").click()
     expect(page.get_by_label("What to find")).not_to_have_value("", timeout=TIMEOUT)
     page.locator("#picture img").wait_for()
     page.get_by_role("button", name="Ask LION").click()
     expect_answer(page, BOX)
-    assert boxed_picture(page).size == (480, 480)
-    assert page.evaluate("document.documentElement.scrollWidth") == 390  # nothing sticks out of a phone's screen
+    assert boxed_image(page).size == (480, 480)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390  # nothing overflows a phone's screen
 
 
-def test_the_page_is_reached_by_keyboard(open_page: Callable[..., Page]) -> None:
+def test_the_page_can_be_used_by_keyboard(open_page: Callable[..., Page]) -> None:
     page = open_page()
-    upload_picture(page)
+    upload_image(page)
     reached = set()
     for _ in range(30):
         page.keyboard.press("Tab")
@@ -246,43 +246,43 @@ def test_the_page_is_reached_by_keyboard(open_page: Callable[..., Page]) -> None
 
 SCRIPT = b'<script>document.title = "owned"</script>'
 NOT_PICTURES = {
-    "words.png": (b"not a picture at all", "image/png", "picture (words.png): expected an image file"),
-    "page.png": (b"<!doctype html>" + SCRIPT, "image/png", "picture (page.png): expected an image file"),
+    "words.png": (b"not an image at all", "image/png", "image (words.png): expected an image file"),
+    "page.png": (b"<!doctype html>" + SCRIPT, "image/png", "image (page.png): expected an image file"),
     "drawing.svg": (
         b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">' + SCRIPT + b"</svg>",
         "image/svg+xml",
-        "picture (drawing.svg): expected an image file",
+        "image (drawing.svg): expected an image file",
     ),
-    "empty.png": (b"", "image/png", "picture (empty.png): expected an image file"),
-    "cut.png": (image_file()[:-40], "image/png", "picture (cut.png): expected a whole image"),
+    "empty.png": (b"", "image/png", "image (empty.png): expected an image file"),
+    "cut.png": (image_file()[:-40], "image/png", "image (cut.png): expected a whole image"),
     "cut.jpg": (image_file(kind="JPEG", size=(640, 640))[:2000], "image/jpeg", "(cut.jpg): expected a whole image"),
-    "declared.png": (png(60_000, 60_000, b"\0"), "image/png", "picture (declared.png): expected at most"),
+    "declared.png": (png(60_000, 60_000, b"\0"), "image/png", "image (declared.png): expected at most"),
     "bomb.png": (png(10_000, 10_000, bytes(1251 * 10_000)), "image/png", "got 10000 x 10000"),  # a file of 12 kB
     "huge.bmp": (b"BM" + bytes(MAX_FILE_BYTES), "image/bmp", "exceed the maximum allowed size"),
     "page.html": (b"<!doctype html>" + SCRIPT, "text/html", "Invalid file type"),
-    "../../../escape.png": (b"?", "image/png", "picture (escape.png): expected an image file"),
+    "../../../escape.png": (b"?", "image/png", "image (escape.png): expected an image file"),
 }
 
 
-def test_what_is_no_picture_is_refused_with_a_message(open_page: Callable[..., Page]) -> None:
+def test_files_that_are_no_images_are_rejected_with_a_message(open_page: Callable[..., Page]) -> None:
     page = open_page()
     for name, (content, mime_type, message) in NOT_PICTURES.items():
         upload(page, content, name, mime_type)
         expect(page.get_by_text(message), name).to_be_visible(timeout=TIMEOUT)
         expect(page.locator("#picture img"), name).to_have_count(0, timeout=TIMEOUT)
     ask(page, "A caption")
-    expect_answer(page, "Choose a picture first.")
+    expect_answer(page, "Choose an image first.")
     expect(page.locator("#refused")).not_to_be_visible()
     assert page.title() == "LION"
-    # The page goes on, and judges by content, not by name.
+    # The page keeps working, and checks the content instead of the name.
     upload(page, image_file(kind="JPEG"), "a jpeg.png")
     ask(page, "A caption")
     expect_answer(page, "task 1:")
 
 
-def test_an_error_of_the_model_is_shown_and_the_page_goes_on(open_page: Callable[..., Page]) -> None:
+def test_an_error_of_the_model_is_shown_and_the_page_keeps_working(open_page: Callable[..., Page]) -> None:
     page = open_page()
-    upload_picture(page)
+    upload_image(page)
     ask(page, "An answer", "Will you break?")
     expect(page.get_by_text("the model is broken")).to_be_visible(timeout=TIMEOUT)
     ask(page, "An answer", " ")
@@ -295,23 +295,23 @@ def test_an_error_of_the_model_is_shown_and_the_page_goes_on(open_page: Callable
     expect_answer(page, "task 1: And now?")
 
 
-def test_two_users_at_once_get_their_own_answers(open_page: Callable[..., Page]) -> None:
+def test_two_simultaneous_users_get_their_own_answers(open_page: Callable[..., Page]) -> None:
     pages = {BLUE: open_page(), GREEN: open_page()}
     for color, page in pages.items():
-        upload_picture(page, color)
-        page.get_by_role("radio", name="A place").check()
+        upload_image(page, color)
+        page.get_by_role("radio", name="A box").check()
         page.get_by_label("What to find").fill(f"slowly, {color[0]}")
     for page in pages.values():
         page.get_by_role("button", name="Ask LION").click()
     both_asked.set()
     for color, page in pages.items():
         expect_answer(page, f"can you locate slowly, {color[0]} and")
-        assert boxed_picture(page).getpixel((10, 200)) == color
+        assert boxed_image(page).getpixel((10, 200)) == color
         expect(page.get_by_label("Tags")).to_have_value("blue, sea" if color == BLUE else "green, grass")
 
 
 def send(address: str, function: str, data: list) -> dict:
-    """What the page's queue answers to a request that no browser would make."""
+    """Return the answer of the page's queue to a request that the page itself never sends."""
     functions = httpx.get(f"{address}config").json()["dependencies"]
     number = next(f["id"] for f in functions if f["api_name"] == function)
     call = {"data": data, "fn_index": number, "session_hash": f"test{time.monotonic_ns()}"}
@@ -327,10 +327,10 @@ def file_data(path: str, **fields: Any) -> dict:
     return {"path": path, "meta": {"_type": "gradio.FileData"}, **fields}
 
 
-def test_paths_lead_nowhere_but_to_uploads(address: str, looked_up: set[str], tmp_path: Path) -> None:
+def test_only_paths_of_uploads_are_read(address: str, looked_up: set[str], tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(image_file())
-    for path in (str(secret), "/etc/passwd", "../../etc/passwd", "http://example.org/picture.png"):
+    for path in (str(secret), "/etc/passwd", "../../etc/passwd", "http://example.org/image.png"):
         done = send(address, "receive", [file_data(path)])
         assert not done["success"], path
         assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404)
@@ -345,23 +345,23 @@ def test_paths_lead_nowhere_but_to_uploads(address: str, looked_up: set[str], tm
     assert httpx.post(upload, files={"files": ("big.png", bytes(MAX_FILE_BYTES + 1))}).status_code == 413
 
 
-def test_what_the_page_does_not_offer_is_refused(address: str) -> None:
+def test_requests_that_the_page_does_not_offer_are_rejected(address: str) -> None:
     (stored,) = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", image_file())}).json()
     for want, text, task in (("poem", "", "automatic"), ("caption", "", "level"), ("answer", "x" * 501, "automatic")):
         done = send(address, "ask", [file_data(stored), "", want, text, task])
         assert 'role="alert"' in done["output"]["data"][0]
 
 
-def test_html_among_the_uploads_is_not_served_as_a_page(address: str) -> None:
+def test_uploaded_html_is_not_served_as_a_page(address: str) -> None:
     content = b"<script>alert(1)</script>"
     for name in ("page.html", "drawing.svg", "page.png"):
         (stored,) = httpx.post(f"{address}gradio_api/upload", files={"files": (name, content)}).json()
         reply = httpx.get(f"{address}gradio_api/file={stored}")
-        shown_as_picture = reply.headers["content-type"] == "image/png"
-        assert shown_as_picture or reply.headers["content-disposition"].startswith("attachment"), name
+        shown_as_image = reply.headers["content-type"] == "image/png"
+        assert shown_as_image or reply.headers["content-disposition"].startswith("attachment"), name
 
 
-def test_nobody_else_is_asked_for_anything(address: str, looked_up: set[str]) -> None:
+def test_no_other_host_is_contacted(address: str, looked_up: set[str]) -> None:
     config = httpx.get(f"{address}config").json()
     assert config["analytics_enabled"] is False
     page = httpx.get(address).text
@@ -369,7 +369,7 @@ def test_nobody_else_is_asked_for_anything(address: str, looked_up: set[str]) ->
     assert looked_up <= {"127.0.0.1", "localhost", "None"}
 
 
-def test_the_command_serves_this_machine_alone_and_leaves_nothing(
+def test_the_command_serves_this_machine_only_and_leaves_no_files(
     make_answerer: Callable[..., Answerer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""What is behind the page: answers are the model's own, and what is shown of its inside is what happened there."""
+"""Behind the page: answers equal those of `generate`, and the insight shows the model's real attention and gates."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ BOX = "[0.100,0.200,0.300,0.400]"
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_the_automatic_task_is_that_of_every_training_instruction(kind: str) -> None:
+def test_the_automatic_task_is_correct_for_every_training_instruction(kind: str) -> None:
     task = "image_level" if kind == "caption" else "region_level"
     for template in TEMPLATES[kind]:
         assert automatic_task(template.format(expression="the red sign", box=BOX)) == task, template
@@ -43,7 +43,7 @@ def test_plain_questions_are_image_level(question: str) -> None:
     assert automatic_task(question) == "image_level"
 
 
-def test_instructions_of_wishes() -> None:
+def test_instructions_of_requests() -> None:
     assert instruction_for("caption", "ignored") == CAPTION_INSTRUCTION
     assert instruction_for("answer", " Why {x}? ") == "Why {x}?"
     assert instruction_for("place", "the {dog}") == LOCATE_INSTRUCTION.replace("{expression}", "the {dog}")
@@ -58,7 +58,7 @@ def test_instructions_of_wishes() -> None:
         ("poem", "x", "want: expected one of caption, answer, place, got 'poem'"),
     ],
 )
-def test_what_cannot_be_asked_is_said(want: str, text: str, message: str) -> None:
+def test_invalid_requests_are_rejected(want: str, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         instruction_for(want, text)
 
@@ -72,7 +72,7 @@ def test_tags_are_tidied() -> None:
 
 @pytest.mark.parametrize("text", ["t5", "llama"])
 @pytest.mark.parametrize("task", [None, "image_level", "region_level"])
-def test_an_answer_is_what_generate_gives(make_answerer: Callable[..., Answerer], text: str, task: str | None) -> None:
+def test_an_answer_equals_that_of_generate(make_answerer: Callable[..., Answerer], text: str, task: str | None) -> None:
     answerer = make_answerer(text)
     answer = answerer.answer(PICTURE, "place", "the star", "star,red", task)
     assert answer.task == (task or "region_level")
@@ -82,7 +82,7 @@ def test_an_answer_is_what_generate_gives(make_answerer: Callable[..., Answerer]
     assert answer.text == answerer.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 
-def test_callers_in_threads_get_what_they_would_get_alone(make_answerer: Callable[..., Answerer]) -> None:
+def test_calls_from_threads_give_the_same_answers(make_answerer: Callable[..., Answerer]) -> None:
     answerer = make_answerer()
     questions = [f"What is {word}?" for word in ("here", "red", "the star", "left")]
     alone = [answerer.answer(PICTURE, "answer", question) for question in questions]
@@ -94,7 +94,7 @@ def test_callers_in_threads_get_what_they_would_get_alone(make_answerer: Callabl
     assert alone[0].insight.shares != pytest.approx(alone[1].insight.shares)
 
 
-def test_the_tagger_s_tags_are_used_as_they_are(make_answerer: Callable[..., Answerer]) -> None:
+def test_the_tags_of_the_tagger_are_returned_unchanged(make_answerer: Callable[..., Answerer]) -> None:
     answerer = make_answerer()
     assert answerer.tags_of(PICTURE) == ""
     seen = []
@@ -121,7 +121,7 @@ def test_a_checkpoint_is_loaded_with_its_tagger(make_answerer: Callable[..., Ans
 
 
 def inside(answerer: Answerer):
-    """The batch and answer of one question, and what was seen inside."""
+    """Return the batch, the answer and the insight of one question."""
     model = answerer.model
     batch = dict(answerer.processor(images=PICTURE, text="What is here?", tags="red", task="image_level"))
     batch["vision_features"] = model.get_vision_features(batch.pop("pixel_values")).detach()
@@ -129,11 +129,11 @@ def inside(answerer: Answerer):
     return batch, ids, look_inside(model, batch, ids)
 
 
-def test_shares_and_map_are_transformers_own_cross_attention(make_answerer: Callable[..., Answerer]) -> None:
+def test_shares_and_map_equal_the_cross_attention_of_transformers(make_answerer: Callable[..., Answerer]) -> None:
     answerer = make_answerer()
     batch, ids, insight = inside(answerer)
     for stack in (answerer.model.language_model.encoder, answerer.model.language_model.decoder):
-        stack.set_attn_implementation("eager")  # in transformers 5.17 the whole model's does not reach them
+        stack.set_attn_implementation("eager")  # transformers 5.17 does not pass the setting of the whole model on
     outputs = answerer.model(**batch, decoder_input_ids=ids[:, :-1], output_attentions=True)
     weights = torch.stack(outputs.language_model_outputs.cross_attentions).mean((0, 1, 2, 3)).detach()
     queries, patches = answerer.model.config.num_query_tokens, 5
@@ -145,7 +145,7 @@ def test_shares_and_map_are_transformers_own_cross_attention(make_answerer: Call
     assert insight.maps[0].class_token == pytest.approx(float(expected[0]), rel=1e-5)
 
 
-def test_the_aggregator_s_maps_are_the_weights_it_used(
+def test_maps_equal_the_attention_of_the_aggregator(
     make_answerer: Callable[..., Answerer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answerer = make_answerer()
@@ -176,7 +176,7 @@ def test_the_aggregator_s_maps_are_the_weights_it_used(
         ("qwen3", "ALL", 0, ["Q-Former", "aggregator", "aggregator", "aggregator"]),
     ],
 )
-def test_every_kind_of_model_shows_what_it_has(
+def test_every_kind_of_model_has_its_insight(
     make_answerer: Callable[..., Answerer], text: str, visual_input: str, parts: int, readers: list[str]
 ) -> None:
     answerer = make_answerer(text, visual_input=visual_input)
@@ -189,7 +189,7 @@ def test_every_kind_of_model_shows_what_it_has(
     assert not any(module._forward_hooks for module in answerer.model.modules())
 
 
-def test_no_hook_stays_when_the_model_fails(make_answerer: Callable[..., Answerer]) -> None:
+def test_hooks_are_removed_when_the_model_fails(make_answerer: Callable[..., Answerer]) -> None:
     answerer = make_answerer()
     batch, ids, _ = inside(answerer)
     with pytest.raises(ValueError, match="task_ids"):
@@ -206,7 +206,7 @@ def test_gates_are_routers_times_scales(make_model: Callable) -> None:
         np.testing.assert_array_equal(values, np.broadcast_to(np.eye(2), (4, 2, 2)))
     mixture = model.language_model.decoder.block[0].layer[-1].adapter
     with torch.no_grad():
-        mixture.router_ratio2[0] = torch.linspace(0, 1, 32)  # the image adapter's, for region_level
+        mixture.router_ratio2[0] = torch.linspace(0, 1, 32)  # router of the image adapter for region_level
         mixture.adapters[1].scale.fill_(3)
     gates = adapter_gates(model)
     assert [float(v[2, 0, 1]) for v in (gates.low, gates.mean, gates.high)] == pytest.approx([0.3, 1.5, 2.7])
@@ -222,10 +222,10 @@ def test_without_a_router_the_gate_is_the_scale(make_model: Callable) -> None:
 
 def test_a_heat_map_is_bright_where_the_weights_are() -> None:
     patches = np.array([[0.0, 0.9], [0.1, 0.0]])
-    picture = heat_map(PICTURE, patches).convert("L")
-    width, height = picture.size
+    drawn = heat_map(PICTURE, patches).convert("L")
+    width, height = drawn.size
     assert width / height == pytest.approx(60 / 40)
-    quarters = np.asarray(picture).reshape(2, height // 2, 2, width // 2).mean((1, 3))
+    quarters = np.asarray(drawn).reshape(2, height // 2, 2, width // 2).mean((1, 3))
     assert quarters.ravel().argmax() == 1
     assert quarters[1, 0] > quarters[0, 0]
 
@@ -233,10 +233,10 @@ def test_a_heat_map_is_bright_where_the_weights_are() -> None:
 def test_a_chart_names_the_task_and_all_adapters(make_model: Callable) -> None:
     chart = gate_chart(adapter_gates(make_model()), "region_level")
     for words in ("gate for region_level", "region adapter", "image adapter"):
-        assert f"<!-- {words} -->" in chart  # matplotlib's note beside the glyphs
+        assert f"<!-- {words} -->" in chart  # matplotlib's comment before the glyphs
 
 
-def test_pictures_are_shown_at_a_size_for_screens() -> None:
+def test_images_are_scaled_for_screens() -> None:
     for size, shown, scale in (((96, 48), (480, 240), 5), ((600, 500), (600, 500), 1), ((5120, 10), (1280, 2), 0.25)):
-        picture, factor = for_display(Image.new("RGB", size))
-        assert (picture.size, factor) == (shown, scale)
+        image, factor = for_display(Image.new("RGB", size))
+        assert (image.size, factor) == (shown, scale)
