@@ -11,11 +11,10 @@ _COMMANDS = (quickstart, convert, data, train, memory, ask, tag, demo, check, ke
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, whose exit status is 0 unless it returns another; input that cannot be used is a message on
-    stderr and exit status 2.
+    """Run one command and return its exit status: 0 by default, 2 for unusable input, with a message on stderr.
 
-    The rest of the library says what is wrong with its input by ValueError and OSError, and by MissingExtraError what
-    is not installed. Anything else is a bug of ours and shows as such, with its traceback.
+    The library raises ValueError and OSError for unusable input, and MissingExtraError for a package that is not
+    installed. Any other exception is a bug and propagates with its traceback.
     """
     parser = argparse.ArgumentParser(prog="lion-fast", description="LION: caption, answer, locate, and train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""Types of arguments: what cannot be used is refused before anything is loaded."""
+"""Types of arguments, which reject unusable values before anything is loaded."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ def positive_int(text: str) -> int:
 
 
 def device(text: str) -> "torch.device":
-    """A device that works on this machine."""
+    """Return the device of this name, which must work on this machine."""
     import torch
 
     try:

@@ -7,8 +7,8 @@ from lion_fast.cli.arguments import device, positive_int
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERPRETED = """\
-The kernels run in Triton's interpreter, on the CPU. What they compute is checked; times there mean nothing, so none are
-printed. bfloat16 is not run: the interpreter computes something else with it."""
+The kernels run in Triton's interpreter, on the CPU. Their results are checked; times are not printed, because the
+interpreter's times mean nothing. bfloat16 is not run, because the interpreter does not compute it correctly."""
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--device: expected cpu or cuda, got {device}")
     interpret = device.type == "cpu"
     if interpret and "bfloat16" in (args.dtypes or ()):
-        raise ValueError("--dtypes: bfloat16 needs a GPU, Triton's interpreter computes something else with it")
+        raise ValueError("--dtypes: bfloat16 needs a GPU, because Triton's interpreter does not compute it correctly")
     if interpret != interpreting():
         return run_again(args, interpret=interpret)
 

@@ -1,4 +1,4 @@
-"""`lion-fast convert`: original checkpoints to a directory that `from_pretrained` loads."""
+"""`lion-fast convert`: convert the original checkpoints to a directory for `from_pretrained`."""
 
 import argparse
 

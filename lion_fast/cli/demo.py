@@ -1,4 +1,4 @@
-"""`lion-fast demo`: a page in the browser to try a model on."""
+"""`lion-fast demo`: serve a web page to try a model."""
 
 import argparse
 import threading
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> None:
     with serving(answerer, str(args.model), host=args.host, port=args.port) as address:
         print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
         if args.host not in _LOOPBACK:
-            print("Everybody who can reach this machine can use it.", flush=True)
+            print("Everyone who can reach this machine can use it.", flush=True)
         _wait()
 
 

@@ -1,4 +1,4 @@
-"""`lion-fast kernels`: what the compiler makes of the kernels, on GPUs that need not be here."""
+"""`lion-fast kernels`: compile the kernels ahead of time, for GPUs that need not be present."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _recorded(args: argparse.Namespace) -> "list[KernelSpec]":
-    """What is launched on sm_90, where that target and all modules are asked for."""
+    """Return the launches recorded for sm_90, if that target and all modules are selected."""
     from lion_kernels.aot.report import one_each_on
 
     if args.without_launches or args.modules or "sm_90" in one_each_on(args) or "sm_90" not in args.targets:

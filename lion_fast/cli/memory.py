@@ -1,4 +1,4 @@
-"""`lion-fast memory`: what a stage of training takes on a device, before anything is allocated."""
+"""`lion-fast memory`: estimate the memory of a training stage without allocating it."""
 
 import argparse
 from dataclasses import replace
@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace) -> int:
     from lion_fast.cli.processes import run_again
     from lion_kernels import HAS_TRITON, interpreting
 
-    if HAS_TRITON and not interpreting():  # on tensors that say they are on the CPU
+    if HAS_TRITON and not interpreting():  # the fake tensors are on the CPU
         return run_again(args, interpret=True)
 
     from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
@@ -72,5 +72,5 @@ def _run(args: argparse.Namespace) -> int:
         f"{shapes.text_tokens} tokens of text, {shapes.answer_tokens} of answers"
     )
     print(as_table(columns))
-    print("not counted: what operators need while they run, gradients of activations, what the allocator leaves unused")
+    print("not counted: temporary memory of operators, gradients of activations, unused memory of the allocator")
     return 0

@@ -1,4 +1,4 @@
-"""A command in a process of its own, where it matters how the kernels were imported."""
+"""Running a command again in a new process, with another mode of the kernels."""
 
 import argparse
 import os
@@ -7,9 +7,9 @@ import sys
 
 
 def run_again(args: argparse.Namespace, *, interpret: bool) -> int:
-    """The exit status of the same command line, its kernels interpreted or compiled.
+    """Run the same command line with interpreted or compiled kernels, and return its exit status.
 
-    That is settled when triton is imported, which the command line has done by the time it knows.
+    The mode is fixed when triton is imported, which has already happened in this process.
     """
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
     command = [sys.executable, "-m", "lion_fast", *args.argv]

@@ -1,4 +1,4 @@
-"""`lion-fast quickstart`: train a small LION through its three stages, and see what it has learnt."""
+"""`lion-fast quickstart`: train a small LION in three stages, and show the results."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`lion-fast tag`: what a picture shows, in RAM's words."""
+"""`lion-fast tag`: list RAM's tags of an image."""
 
 import argparse
 from pathlib import Path

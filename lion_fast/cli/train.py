@@ -1,4 +1,4 @@
-"""`lion-fast train`: one stage of LION's training, by a recipe."""
+"""`lion-fast train`: train one stage of LION with a recipe."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command line as a person uses it."""
+"""The command line: output, errors and exit status."""
 
 import json
 import shutil
@@ -15,8 +15,8 @@ from lion_fast.model.prompts import CAPTION_INSTRUCTION
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
     Image.new("RGB", (97, 61), "red").save(path)
     return path
 
@@ -40,7 +40,7 @@ def test_convert_prints_its_report(golden, tmp_path: Path, capsys: pytest.Captur
     assert "out: expected a directory that is empty" in err
 
 
-def test_convert_names_what_it_cannot_read(golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_names_an_unreadable_file(golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sources = golden.directory
     (tmp_path / "cut.pth").write_bytes((sources / "LION-tiny.pth").read_bytes()[:1000])
     arguments = ["--vit", sources / "eva_vit_tiny.pth", "--llm", sources / "flan-t5-tiny"]
@@ -51,12 +51,10 @@ def test_convert_names_what_it_cannot_read(golden, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out").exists()
 
 
-def test_caption_and_ask_print_the_model_s_words(
-    converted: Path, picture: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_caption_and_ask_print_the_answer(converted: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, processor = LionForCausalLM.from_pretrained(converted).eval(), LionProcessor.from_pretrained(converted)
-    for question, command in ((CAPTION_INSTRUCTION, ["caption", picture]), ("What?", ["ask", picture, "What?"])):
-        batch = processor(images=picture, text=question, tags="red, wall", task="image_level")
+    for question, command in ((CAPTION_INSTRUCTION, ["caption", image]), ("What?", ["ask", image, "What?"])):
+        batch = processor(images=image, text=question, tags="red, wall", task="image_level")
         ids = model.generate(**batch, num_beams=2, max_new_tokens=7)
         expected = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
         options = ["--model", converted, "--tags", "red, wall", "--num-beams", 2, "--max-new-tokens", 7]
@@ -65,26 +63,26 @@ def test_caption_and_ask_print_the_model_s_words(
 
 
 def test_locate_draws_the_box(
-    converted: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    converted: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a model that answers with a box, whatever it is asked."""
+    """The model answers every question with a box."""
     processor = LionProcessor.from_pretrained(converted)
     answer = processor.tokenizer(["[0.440,0.060,0.650,0.367]"], return_tensors="pt").input_ids
     monkeypatch.setattr(LionForCausalLM, "generate", lambda self, **inputs: answer)
     output = tmp_path / "box.png"
-    status, out, _ = run(capsys, "locate", picture, "the plant", "--model", converted, "--output", output)
+    status, out, _ = run(capsys, "locate", image, "the plant", "--model", converted, "--output", output)
     assert status == 0
     assert "box in pixels: [43, 4, 63, 22]" in out
     assert Image.open(output).size == (97, 61)
     assert Image.open(output).convert("RGB").getcolors() != [(97 * 61, (255, 0, 0))]
 
 
-def test_locate_says_when_there_is_no_box(
-    converted: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_locate_reports_an_answer_without_a_box(
+    converted: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "box.png"
     options = ["--model", converted, "--output", output, "--num-beams", 1, "--max-new-tokens", 5]
-    status, _, err = run(capsys, "locate", picture, "the plant", *options)
+    status, _, err = run(capsys, "locate", image, "the plant", *options)
     assert status == 2
     assert "the model's answer holds no box" in err
     assert not output.exists()
@@ -95,14 +93,14 @@ def test_locate_says_when_there_is_no_box(
     [
         (["caption", "absent.png"], "absent.png"),
         (["caption", ""], "images (an empty path): expected an image file"),
-        (["caption", "{picture}", "--model", "absent"], "--model: no directory absent"),
-        (["ask", "{picture}", " "], "QUESTION: expected one for the picture, got ' '"),
+        (["caption", "{image}", "--model", "absent"], "--model: no directory absent"),
+        (["ask", "{image}", " "], "QUESTION: expected text, got ' '"),
     ],
 )
-def test_bad_input_is_a_line(
-    converted: Path, picture: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+def test_bad_input_is_reported_in_one_line(
+    converted: Path, image: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
-    arguments = [argument.format(picture=picture) for argument in argv]
+    arguments = [argument.format(image=image) for argument in argv]
     if "--model" not in arguments:
         arguments += ["--model", str(converted)]
     status, out, err = run(capsys, *arguments)
@@ -119,7 +117,9 @@ def test_bad_input_is_a_line(
         ("--max-new-tokens", "-1", "expected a whole number of 1 or more, got '-1'"),
     ],
 )
-def test_options_are_checked_first(capsys: pytest.CaptureFixture[str], option: str, value: str, message: str) -> None:
+def test_options_are_checked_before_loading(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(capsys, "caption", "absent.png", f"{option}={value}")
     assert f"argument {option}: {message}" in capsys.readouterr().err
@@ -149,9 +149,9 @@ def reshape_a_tensor(file: Path) -> None:
         ("tokenizer.json", cut, "not a directory with LION's processor"),
     ],
 )
-def test_a_damaged_checkpoint_is_a_line(
+def test_a_damaged_checkpoint_is_reported_in_one_line(
     converted: Path,
-    picture: Path,
+    image: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     pattern: str,
@@ -162,18 +162,18 @@ def test_a_damaged_checkpoint_is_a_line(
     shutil.copytree(converted, model)
     (file,) = model.glob(pattern)
     change(file)
-    status, out, err = run(capfd, "caption", picture, "--model", model)
+    status, out, err = run(capfd, "caption", image, "--model", model)
     assert (status, out) == (2, "")
     assert f"{model}: " in err
     assert message in err.splitlines()[-1]
 
 
-def test_a_bug_is_not_taken_for_bad_input(
-    converted: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_bug_is_not_reported_as_bad_input(
+    converted: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def generate(self, **inputs):
         raise TypeError("a bug")
 
     monkeypatch.setattr(LionForCausalLM, "generate", generate)
     with pytest.raises(TypeError, match="a bug"):
-        run(capsys, "caption", picture, "--model", converted)
+        run(capsys, "caption", image, "--model", converted)

@@ -1,4 +1,4 @@
-"""`lion-fast kernels`, also from a process whose kernels are interpreted."""
+"""`lion-fast kernels`, also from a process with interpreted kernels."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from lion_fast.cli import main
 
 
 @pytest.mark.slow
-def test_compiles_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_compiled_and_the_page_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     found, page = tmp_path / "kernels.json", tmp_path / "kernels.md"
     options = ["--modules", "gated_gelu", "--targets", "sm_90", "gfx942", "--one-each", "--jobs", "2"]
