@@ -1,6 +1,6 @@
-"""The README and the site keep their word: commands and code run, links lead somewhere, the site builds in full.
+"""The README and the site are correct: commands and code run, link targets exist, and the site builds.
 
-`docs/data.md` has a test of its own, which also makes the files that its commands read.
+`docs/data.md` has a separate test, which also makes the files that its commands read.
 """
 
 import ast
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}
 PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# What a command says that reads files of the user's, which are not here: its arguments count then.
+# Errors of commands that read the user's files, which do not exist here; only their arguments are tested.
 WANTING = {
     "convert": "eva_vit_g.pth: no such file",
     "tag ": "model: expected a directory, got lion-xl/ram",
@@ -39,12 +39,12 @@ WANTING = {
 
 @pytest.fixture
 def _after_quickstart(quickstart_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory as the commands find it when the quickstart has run."""
+    """Change to a working directory with the results of the quickstart."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(quickstart_dir)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lion_fast.cli.demo._wait", lambda: None)  # the page is served, and that is enough
+    monkeypatch.setattr("lion_fast.cli.demo._wait", lambda: None)  # end the command once the page is served
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -60,7 +60,7 @@ def commands(page: str) -> list[str]:
 
 
 def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
-    """The arguments of `lion-fast`, and its exit status; as torchrun's only process where that starts it."""
+    """Run a command and return the arguments of `lion-fast` and its exit status; torchrun starts a single process."""
     name, *arguments = shlex.split(line)
     if name == "lion-fast":
         return arguments, main(arguments)
@@ -89,7 +89,7 @@ WITH_COMMANDS = sorted(page for page in PAGES.keys() - ELSEWHERE if commands(pag
 @pytest.mark.usefixtures("_after_quickstart")
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_runs(page: str) -> None:
-    """A page's blocks, one after the other, print what its `text` blocks show."""
+    """The code blocks of a page, run in order, print its `text` blocks."""
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for code in blocks(page, "python"):
@@ -113,15 +113,15 @@ def test_the_commands_run(page: str, capsys: pytest.CaptureFixture[str], monkeyp
         if wanting and "--print-recipe" not in arguments:
             assert status == 2, line
             assert wanting[0] in captured.err, captured.err
-        elif arguments[0] == "locate":  # a smoke run's model may answer with anything
+        elif arguments[0] == "locate":  # the model of a smoke run gives arbitrary answers
             assert status == 0 or "holds no box" in captured.err
         else:
             assert status == 0, captured.err
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "py")])
-def test_code_that_wants_downloads_names_what_there_is(page: str) -> None:
-    """What it does is tested with small models of its own, in test_tagging.py and test_quantization.py."""
+def test_imports_of_code_with_downloads_exist(page: str) -> None:
+    """The code itself is tested with small models in test_tagging.py and test_quantization.py."""
     for code in blocks(page, "py"):
         imports = [node for node in ast.parse(code).body if isinstance(node, ast.ImportFrom)]
         assert imports
@@ -135,7 +135,7 @@ def test_make_targets_exist(page: str) -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
+def test_link_targets_of_the_readme_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES["README.md"]):
         assert (ROOT / target).exists(), target
 
@@ -158,7 +158,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
     pages = list(tmp_path.rglob("*.html"))
-    assert len(pages) >= len(PAGES)  # the README is none, a page not found is one
-    for page in pages:  # read without a network
+    assert len(pages) >= len(PAGES)  # without the README, with the page for "not found"
+    for page in pages:  # pages must load nothing from the network
         loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(http[^"]+)"', page.read_text())
         assert not loaded, f"{page} loads {loaded}"

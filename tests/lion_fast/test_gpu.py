@@ -1,4 +1,4 @@
-"""The whole model on a GPU: the kernels against PyTorch, compiled, in a CUDA graph, and again and again."""
+"""The whole model on a GPU: the kernels against PyTorch, compiled, in a CUDA graph, and for reproducibility."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ MakeBatch = Callable[..., dict[str, Tensor]]
 Build = Callable[..., LionForCausalLM]
 FAMILIES = ("t5", "llama", "qwen3")
 
-# LION's own head dimensions (88 and 64), rank and number of patches, in few and narrow layers.
+# LION's head dimensions (88 and 64), rank and number of patches, in few and narrow layers.
 PARTS: dict[str, Any] = {
     "vision_config": {"hidden_size": 176, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 768},
     "qformer_config": {
@@ -54,7 +54,7 @@ TEXT: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def build(make_model: Make, tmp_path: Path) -> Build:
-    """A family's model on the GPU, the same weights for every dtype and backend."""
+    """Factory of a family's model on the GPU, with the same weights for every dtype and backend."""
 
     def make(family: str, dtype: torch.dtype, kernel_backend: str) -> LionForCausalLM:
         path = tmp_path / family
@@ -83,7 +83,7 @@ def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def outputs(model: LionForCausalLM, batch: dict[str, Tensor], forward: Any = None) -> dict[str, Tensor]:
-    """Logits, loss, and the gradients of each part as one vector."""
+    """Return logits, loss, and the gradients of each part as one vector."""
     model.zero_grad()
     out = (forward or model)(**batch)
     out.loss.backward()
@@ -96,19 +96,19 @@ def outputs(model: LionForCausalLM, batch: dict[str, Tensor], forward: Any = Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_as_near_to_fp32_as_pytorch_s(build: Build, batch: dict[str, Tensor], family: str) -> None:
+def test_bfloat16_is_as_close_to_fp32_as_pytorch(build: Build, batch: dict[str, Tensor], family: str) -> None:
     expected = outputs(build(family, torch.float32, "torch"), batch)
     plain = outputs(build(family, torch.bfloat16, "torch"), batch)
     got = outputs(build(family, torch.bfloat16, "triton"), batch)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        # One number, as the loss is, may come out right by chance.
+        # PyTorch's error of a single number, such as the loss, may be small by chance.
         bound = 2 * relative_error(plain[name], value) + 2**-8
         assert relative_error(got[name], value) < bound, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float32_is_pytorch_s(build: Build, batch: dict[str, Tensor], family: str) -> None:
+def test_float32_equals_pytorch(build: Build, batch: dict[str, Tensor], family: str) -> None:
     models = {backend: build(family, torch.float32, backend) for backend in ("torch", "triton")}
     expected, got = (outputs(model, batch) for model in models.values())
     for name, value in expected.items():
@@ -126,8 +126,8 @@ def test_auto_is_triton_on_a_gpu(build: Build, batch: dict[str, Tensor]) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_decoding_is_as_near_to_fp32_as_pytorch_s(build: Build, batch: dict[str, Tensor], family: str) -> None:
-    """The logits of every step with a cache, along the tokens that fp32 chooses."""
+def test_bfloat16_decoding_is_as_close_to_fp32_as_pytorch(build: Build, batch: dict[str, Tensor], family: str) -> None:
+    """Compare the logits of every step with a cache, along the tokens that fp32 chooses."""
     inputs = without_labels(batch)
     once = {"num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 8, "min_new_tokens": 8}
     exact = build(family, torch.float32, "torch")
@@ -154,7 +154,7 @@ def test_bfloat16_decoding_is_as_near_to_fp32_as_pytorch_s(build: Build, batch: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast(build: Build, batch: dict[str, Tensor], family: str) -> None:
-    """fp32 weights with products in bf16, as they are trained."""
+    """Weights are fp32 and products bf16, as in training."""
     expected = outputs(build(family, torch.float32, "torch"), batch)
     errors = {}
     for backend in ("torch", "triton"):
@@ -176,7 +176,7 @@ def test_compiled(build: Build, batch: dict[str, Tensor], family: str) -> None:
 
 @torch.no_grad()
 def test_a_pass_in_a_cuda_graph(build: Build, batch: dict[str, Tensor], make_batch: MakeBatch) -> None:
-    """Vision, prefix, encoder and the decoder's first step, captured once and replayed for another batch."""
+    """Vision, prefix, encoder and the decoder's first step are captured once and replayed for another batch."""
     model = build("t5", torch.bfloat16, "triton")
     given = without_labels(batch)
     given["decoder_input_ids"] = torch.zeros(3, 1, dtype=torch.long, device="cuda")
@@ -206,7 +206,7 @@ def test_two_hundred_times_the_same_bits(build: Build, batch: dict[str, Tensor])
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folded_adapters(build: Build, batch: dict[str, Tensor], family: str) -> None:
-    """On the kernels what is kept are their operands, so not a bit changes; without them it is another rounding."""
+    """The kernels' folded operands give the same bits; PyTorch's give another rounding."""
     with torch.no_grad():
         model = build(family, torch.bfloat16, "triton")
         plain = model(**batch).logits
@@ -222,7 +222,7 @@ def test_folded_adapters(build: Build, batch: dict[str, Tensor], family: str) ->
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_generation_with_a_static_cache(build: Build, batch: dict[str, Tensor], family: str, num_beams: int) -> None:
-    """With one beam transformers compiles the steps by itself on a GPU, into CUDA graphs; with several it does not."""
+    """With one beam, transformers compiles the steps into CUDA graphs on a GPU; with several beams it does not."""
     model, inputs = build(family, torch.float32, "triton"), without_labels(batch)
     search = {"num_beams": num_beams, "max_new_tokens": 8, "min_new_tokens": 8}
     expected = model.generate(**inputs, **search)

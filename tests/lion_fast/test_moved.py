@@ -1,4 +1,4 @@
-"""Old names of modules give the modules at their new names, once and with a warning."""
+"""Old module names import the modules at their new names, once and with a warning."""
 
 import importlib
 import subprocess

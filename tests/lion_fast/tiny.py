@@ -30,7 +30,7 @@ T5: dict[str, Any] = {
 
 
 def scene_processor(num_scenes: int, tokenizer: Any = None, **options: Any) -> LionProcessor:
-    """A processor of images of 28 x 28 pixels with the words of so many scenes; `options` are `LionProcessor`'s."""
+    """Build a processor of 28 x 28 images with the words of `num_scenes` scenes; `options` are `LionProcessor`'s."""
     texts = scene_texts(num_scenes)
     return LionProcessor(
         BlipImageProcessorPil(size={"height": 28, "width": 28}),
