@@ -157,7 +157,7 @@ def _saved_by_forward(
         torch.autocast("cpu", dtype=half, enabled=precision == "bf16"),
         counting_saved_tensors(model) as saved,
     ):
-        loss = model(**_batch(config, shapes)).loss  # what is saved lives as long as the loss
+        loss = model(**_batch(config, shapes)).loss  # the saved tensors live as long as the loss
         del loss
     return saved.nbytes, saved.blocks, model
 

@@ -169,11 +169,11 @@ def test_options_select_splits_kinds_and_names(write_files) -> None:
     [
         ("coco", {}, "format: expected one of coco-captions, .* got 'coco'"),
         ("vqav2", {"files": ["a"]}, "files: expected questions.json and annotations.json for vqav2, got 1 files"),
-        ("karpathy", {"image_name": "{image_id}"}, "image_name: expected none, as karpathy gives the names"),
+        ("karpathy", {"image_name": "{image_id}"}, "image_name: expected none, because karpathy contains the names"),
         ("gqa", {"image_name": "{image_id:05d}"}, r"a.data: 07: image_name: expected a template for image_id, got"),
         ("gqa", {"image_name": "{number}"}, r"a.data: 07: image_name: expected a template for image_id, got"),
-        ("gqa", {"splits": ["train"]}, "splits: expected none, as gqa has a file for each, got train"),
-        ("gqa", {"kinds": ["rec"]}, "kinds: expected none, as gqa has no regions, got rec"),
+        ("gqa", {"splits": ["train"]}, "splits: expected none, because gqa has a file for each, got train"),
+        ("gqa", {"kinds": ["rec"]}, "kinds: expected none, because gqa has no regions, got rec"),
         ("mdetr", {"kinds": ["vqa"]}, "kinds: expected rec, reg or both, got vqa"),
     ],
 )
