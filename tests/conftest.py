@@ -108,3 +108,10 @@ def golden_dir() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+@pytest.fixture(scope="session")
+def golden_files(golden_dir: Path) -> dict[str, Path]:
+    """The original's files of the golden model: the arguments of `convert_checkpoint` and `from_checkpoint_files`."""
+    names = {"vit": "eva_vit_tiny.pth", "llm": "flan-t5-tiny", "bert": "bert-tiny", "lion": "LION-tiny.pth"}
+    return {argument: golden_dir / "lion_tiny" / name for argument, name in names.items()}

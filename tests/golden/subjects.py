@@ -40,18 +40,7 @@ class Reference:
         return output.encoder_output
 
     def groups(self) -> list[dict[str, Any]]:
-        """The original's, put together without `parameter_groups`: the aggregator apart, no decay of vectors."""
-        trained = [(name, self.parameters[name]) for name in self.golden.meta["trainable"]]
-        return [
-            {
-                "params": [
-                    p for n, p in trained if n.startswith("fusion_adapter.") == apart and (p.ndim >= 2) == decays
-                ],
-                "weight_decay": WEIGHT_DECAY if decays else 0.0,
-            }
-            for apart in (False, True)
-            for decays in (True, False)
-        ]
+        return reference_groups(self.model, self.golden.meta["trainable"], WEIGHT_DECAY)
 
     def generate(self, batch: dict[str, Tensor], **settings: Any) -> Tensor:
         return generate(self.model, **batch, **settings)
@@ -75,15 +64,33 @@ class LionFast:
         return output.language_model_outputs.encoder_last_hidden_state
 
     def groups(self) -> list[dict[str, Any]]:
-        for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name in self.golden.meta["trainable"])
-        return parameter_groups(self.model, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        return lion_groups(self.model, self.golden.meta["trainable"], LEARNING_RATE, WEIGHT_DECAY)
 
     def generate(self, batch: dict[str, Tensor], **settings: Any) -> Tensor:
         return self.model.generate(**batch, **settings)
 
 
 Subject = Reference | LionFast
+
+
+def reference_groups(model: LION, trainable: list[str], weight_decay: float) -> list[dict[str, Any]]:
+    """The original's groups, put together without `parameter_groups`: the aggregator apart, no decay of vectors."""
+    trained = [(name, model.get_parameter(name)) for name in trainable]
+    return [
+        {
+            "params": [p for n, p in trained if n.startswith("fusion_adapter.") == apart and (p.ndim >= 2) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for apart in (False, True)
+        for decays in (True, False)
+    ]
+
+
+def lion_groups(model: LionForCausalLM, trainable: list[str], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of the package's training; only the parameters that the original trains get gradients."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(original_name(name) in trainable)
+    return parameter_groups(model, lr=lr, weight_decay=weight_decay)
 
 
 def load_reference(golden: Golden, files: dict[str, Path]) -> Reference:

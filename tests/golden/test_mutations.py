@@ -16,8 +16,10 @@ from lion_fast.model.adapters import MixtureOfAdapters
 from lion_reference.mixture_of_adapters import Adapter
 from tests.golden.comparison import expect_close
 from tests.golden.computing import forward_and_backward
-from tests.golden.data import Golden, load
+from tests.golden.data import Golden
 from tests.golden.subjects import convert, float64_throughout, load_lion_fast, load_reference
+
+pytestmark = pytest.mark.parametrize("golden", ["all"], indirect=True)  # the model that has all parts
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 SLIGHTLY = 1 + 1e-6  # a difference that float32 hardly shows
@@ -84,28 +86,13 @@ REFERENCE: list[Mutation] = [
 FAILURE = r"\d+ of \d+ results are not the original's"
 
 
-@pytest.fixture(scope="module")
-def golden() -> Golden:
-    """The model that has all parts."""
-    return load("all")
-
-
-@pytest.fixture(scope="module")
-def files(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return golden.write_checkpoint(tmp_path_factory.mktemp("original"))
-
-
 @pytest.fixture(autouse=True)
 def _float64() -> Iterator[None]:
     with float64_throughout():
         yield
 
 
-def names(mutation: Mutation) -> str:
-    return mutation.__name__
-
-
-@pytest.mark.parametrize("mutation", LION_FAST, ids=names)
+@pytest.mark.parametrize("mutation", LION_FAST, ids=lambda mutation: mutation.__name__)
 def test_lion_fast(
     mutation: Mutation, golden: Golden, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +103,7 @@ def test_lion_fast(
         expect_close(golden, results, torch.float64)
 
 
-@pytest.mark.parametrize("mutation", REFERENCE, ids=names)
+@pytest.mark.parametrize("mutation", REFERENCE, ids=lambda mutation: mutation.__name__)
 def test_reference(mutation: Mutation, golden: Golden, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     mutation(monkeypatch)
     results = forward_and_backward(load_reference(golden, files), torch.float64)

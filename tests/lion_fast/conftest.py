@@ -53,18 +53,18 @@ def golden(golden_dir: Path) -> Golden:
 
 
 @pytest.fixture(scope="session")
-def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(golden_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Convert the golden checkpoints to a directory for `from_pretrained`, with several shards."""
     out = tmp_path_factory.mktemp("converted") / "lion-tiny"
-    convert_checkpoint(
-        vit=golden.directory / "eva_vit_tiny.pth",
-        llm=golden.directory / "flan-t5-tiny",
-        bert=golden.directory / "bert-tiny",
-        lion=golden.directory / "LION-tiny.pth",
-        out=out,
-        max_shard_bytes=20_000_000,
-    )
+    convert_checkpoint(**golden_files, out=out, max_shard_bytes=20_000_000)
     return out
+
+
+@pytest.fixture(scope="session")
+def ram_files(golden_dir: Path) -> dict[str, Path]:
+    """The original's files of the golden RAM: the arguments of `convert_ram`."""
+    names = {"ram": "ram_tiny.pth", "tags": "ram_tag_list.txt", "thresholds": "ram_tag_list_threshold.txt"}
+    return {argument: golden_dir / "ram_tiny" / name for argument, name in names.items()}
 
 
 @pytest.fixture(scope="session")

@@ -10,26 +10,26 @@ to 1e-5, and to 1e-4 for gradients.
 import math
 import os
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerMultiHeadAttention
-from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5LayerFF
 
-from lion_fast import LionForCausalLM, LionProcessor
+from lion_fast import LionForCausalLM
 from lion_fast.conversion.lion import original_name
-from lion_fast.io.images import load_image
 from lion_fast.model.adapters import MixtureOfAdapters
 from lion_fast.model.aggregator import LionAggregator, LionAggregatorProjections
 from lion_fast.model.text import LionT5LayerFF
-from lion_fast.training.stages import parameter_groups
 from lion_kernels.core.backend import interpreting
 from lion_reference import LION, LIONOutput
+from tests.golden.computing import until_end
+from tests.golden.subjects import float64_throughout, lion_groups, reference_groups
+from tests.interpreter import large_tiles
 from tests.rounding import GOLDEN_DISTANCE, WORST, expect_golden_curve, expect_within, relative_error
 
 TASKS = ("region_level", "image_level")
@@ -45,14 +45,8 @@ class Exact(NamedTuple):
     outputs: dict[str, LIONOutput]
 
 
-def load_reference(golden) -> LION:
-    return LION.from_checkpoint_files(
-        vit=golden.directory / "eva_vit_tiny.pth",
-        llm=golden.directory / "flan-t5-tiny",
-        bert=golden.directory / "bert-tiny",
-        lion=golden.directory / "LION-tiny.pth",
-        dtype=torch.float64,
-    ).eval()
+def load_reference(files: dict[str, Path]) -> LION:
+    return LION.from_checkpoint_files(**files, dtype=torch.float64)
 
 
 def in_fp64(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,8 +54,8 @@ def in_fp64(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def exact(golden, golden_batch: Batch) -> Exact:
-    reference = load_reference(golden)
+def exact(golden, golden_files: dict[str, Path], golden_batch: Batch) -> Exact:
+    reference = load_reference(golden_files)
     with torch.no_grad():
         vision = reference.visual_encoder(golden.expected["pixel_values"].double())
         aggregated = reference.fusion_adapter(vision[38], [vision[28], vision[18]])
@@ -91,22 +85,9 @@ def model(converted: Path, request: pytest.FixtureRequest) -> LionForCausalLM:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def large_tiles() -> Iterator[None]:
-    """The interpreter takes as long for a tile of 16 rows, which suits fp32 on a GPU, as for one of 128."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, sizes in (("attention.sizes", "default_sizes"), ("attention.bias", "bias_gradient_sizes")):
-            kernels = import_module(f"lion_kernels.{module}")
-            patch.setattr(kernels, sizes, in_16_bits(getattr(kernels, sizes)))
+def _large_tiles() -> Iterator[None]:
+    with large_tiles():
         yield
-
-
-def in_16_bits(sizes: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
-    """`sizes` as they are for 16-bit values, whatever the dtype."""
-
-    def larger(*arguments: Any, **features: Any) -> dict[str, int]:
-        return sizes(*(torch.float16 if isinstance(x, torch.dtype) else x for x in arguments), **features)
-
-    return larger
 
 
 @pytest.fixture
@@ -120,11 +101,6 @@ def expect_close(name: str, got: Tensor, golden: Tensor, exact: Tensor, as_golde
     expect_within(name, relative_error(got, exact))
     if as_golden:
         assert relative_error(got, golden) < 1e-5
-
-
-def trim(ids: list[int], eos: int = 1) -> list[int]:
-    """The tokens between the start token and EOS."""
-    return ids[1 : ids.index(eos)] if eos in ids else ids[1:]
 
 
 def test_golden_values_have_rounding_of_their_own(golden, exact: Exact) -> None:
@@ -165,14 +141,6 @@ def test_processor_makes_the_original_text(model: LionForCausalLM, golden, golde
     assert torch.equal(model.embed_text(batch["input_ids"]), expected[f"{task}.inputs_embeds"][:, prefix:])
 
 
-@pytest.mark.parametrize("size", [56, 224])
-def test_processor_makes_the_original_pixels(converted: Path, golden, size: int) -> None:
-    processor = LionProcessor.from_pretrained(converted)
-    image = load_image(golden.directory / "image.png")
-    pixels = processor.image_processor(image, size={"height": size, "width": size}, return_tensors="pt")
-    assert torch.equal(pixels["pixel_values"][0], golden.expected[f"image.eval_processor_{size}"])
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_forward_and_gradients(
     model: LionForCausalLM, golden, golden_batch: Batch, exact: Exact, as_golden: bool, task: str
@@ -211,7 +179,7 @@ def test_generated_tokens(
     del batch["labels"]
     ids = model.generate(**batch, num_beams=beams, repetition_penalty=repetition_penalty, max_new_tokens=20)
     expected = golden.expected[f"{task}.generate.beams{beams}.rp{repetition_penalty}"]
-    assert [trim(row) for row in ids.tolist()] == [trim(row) for row in expected.tolist()]
+    assert until_end(ids) == until_end(expected)
 
 
 @ON_KERNELS
@@ -235,16 +203,7 @@ def test_generated_tokens_of_one_sample(
     del batch["labels"]
     ids = model.generate(**batch, num_beams=beams, repetition_penalty=repetition_penalty, max_new_tokens=20)
     expected = golden.expected[f"{task}.generate.beams{beams}.rp{repetition_penalty}"]
-    assert trim(ids[0].tolist()) == trim(expected[sample].tolist())
-
-
-@ON_PYTORCH
-def test_generated_text(model: LionForCausalLM, converted: Path, golden, golden_batch: Batch) -> None:
-    batch = golden_batch("region_level")
-    del batch["labels"]
-    ids = model.generate(**batch, max_new_tokens=20)  # 5 beams and penalty 1.5 are the defaults
-    texts = LionProcessor.from_pretrained(converted).batch_decode(ids, skip_special_tokens=True)
-    assert texts == golden.meta["region_level.generate.beams5.rp1.5"]
+    assert until_end(ids) == until_end(expected[sample : sample + 1])
 
 
 @ON_PYTORCH
@@ -259,28 +218,18 @@ def test_a_mixed_batch_is_the_two_tasks_sample_by_sample(
         expected, reference = golden.expected[f"{task}.logits"][sample], exact.outputs[task].logits[sample]
         expect_close("logits of one sample", logits[sample], expected, reference, as_golden)
     del batch["labels"]
-    ids = model.generate(**batch, num_beams=5, repetition_penalty=1.0, max_new_tokens=20).tolist()
+    ids = model.generate(**batch, num_beams=5, repetition_penalty=1.0, max_new_tokens=20)
     for sample, task_id in enumerate(batch["task_ids"].tolist()):
-        expected = golden.expected[f"{TASKS[task_id]}.generate.beams5.rp1.0"][sample].tolist()
-        assert trim(ids[sample]) == trim(expected)
+        expected = golden.expected[f"{TASKS[task_id]}.generate.beams5.rp1.0"]
+        assert until_end(ids)[sample] == until_end(expected)[sample]
 
 
-@pytest.fixture
-def _fp64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers' T5 squares for its norms in fp32, whatever the dtype."""
-
-    def norm(self: T5LayerNorm, hidden_states: Tensor) -> Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-
-    monkeypatch.setattr(T5LayerNorm, "forward", norm)
-
-
-@pytest.mark.usefixtures("_fp64_throughout")
-def test_fp64_agrees_with_the_reference(converted: Path, golden, golden_batch: Batch) -> None:
+@float64_throughout()
+def test_fp64_agrees_with_the_reference(converted: Path, golden_files: dict[str, Path], golden_batch: Batch) -> None:
     """Two implementations, one mathematics, and a batch that mixes tasks."""
     model = LionForCausalLM.from_pretrained(converted, dtype=torch.float64).eval()
     batch = in_fp64(golden_batch("image_level")) | {"task_ids": torch.tensor([0, 1, 1, 0])}
-    got, expected = model(**batch), load_reference(golden)(**batch)
+    got, expected = model(**batch), load_reference(golden_files)(**batch)
     for name in ("visual_prefix", "logits", "loss"):
         assert relative_error(getattr(got, name), getattr(expected, name)) < 1e-12, name
 
@@ -350,33 +299,21 @@ def train_twelve_steps(
     return losses
 
 
-def lion_groups(model: LionForCausalLM, golden) -> list[dict]:
-    for name, parameter in model.eval().named_parameters():
-        parameter.requires_grad_(original_name(name) in golden.meta["trainable"])
+def groups_of(model: LionForCausalLM, golden) -> list[dict]:
     recipe = golden.meta["adamw"]
-    return parameter_groups(model, weight_decay=recipe["weight_decay"], lr=recipe["lr"])
+    return lion_groups(model.eval(), golden.meta["trainable"], recipe["lr"], recipe["weight_decay"])
 
 
-def reference_groups(reference: LION, golden) -> list[dict]:
-    """The original's groups, put together without `parameter_groups`: the aggregator apart, no decay of vectors."""
-    trained = [(name, reference.get_parameter(name)) for name in golden.meta["trainable"]]
-    return [
-        {
-            "params": [p for n, p in trained if n.startswith("fusion_adapter.") == apart and (p.ndim >= 2) == decays],
-            "weight_decay": golden.meta["adamw"]["weight_decay"] if decays else 0.0,
-        }
-        for apart in (False, True)
-        for decays in (False, True)
-    ]
-
-
-@pytest.mark.usefixtures("_fp64_throughout")
-def test_twelve_training_steps_in_fp64_are_the_reference_s(converted: Path, golden, golden_batch: Batch) -> None:
+@float64_throughout()
+def test_twelve_training_steps_in_fp64_are_the_reference_s(
+    converted: Path, golden, golden_files: dict[str, Path], golden_batch: Batch
+) -> None:
     """The curve is chaotic: a difference grows by 1e5 in 12 steps. From fp64's 1e-15 that leaves 1e-10, here 7e-11."""
     model = LionForCausalLM.from_pretrained(converted, dtype=torch.float64)
-    reference = load_reference(golden)
-    losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch, torch.float64)
-    expected = train_twelve_steps(reference, reference_groups(reference, golden), golden, golden_batch, torch.float64)
+    reference = load_reference(golden_files)
+    losses = train_twelve_steps(model, groups_of(model, golden), golden, golden_batch, torch.float64)
+    groups = reference_groups(reference, golden.meta["trainable"], golden.meta["adamw"]["weight_decay"])
+    expected = train_twelve_steps(reference, groups, golden, golden_batch, torch.float64)
     assert losses == pytest.approx(expected, rel=1e-8)
     expect_golden_curve(losses, golden.meta["adamw"]["losses"])  # which started 1e-7 away, and comes as far as 1.1e-2
 
@@ -389,7 +326,7 @@ def test_twelve_training_steps_in_the_original_order(
     if not rounds_as_golden:
         pytest.skip("this CPU or build of torch rounds otherwise than the golden data's")
     model = LionForCausalLM.from_pretrained(converted, attn_implementation="eager")
-    losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch)
+    losses = train_twelve_steps(model, groups_of(model, golden), golden, golden_batch)
     assert losses == pytest.approx(golden.meta["adamw"]["losses"], rel=1e-4)
 
 
@@ -403,5 +340,5 @@ def test_twelve_training_steps(converted: Path, golden, golden_batch: Batch, set
     if setting == "kernels" and not (os.environ.get("LION_SLOW_TESTS") and interpreting()):
         pytest.skip("minutes in Triton's interpreter: set LION_SLOW_TESTS where there is no GPU")
     model = LionForCausalLM.from_pretrained(converted, **SETTINGS[setting])
-    losses = train_twelve_steps(model, lion_groups(model, golden), golden, golden_batch)
+    losses = train_twelve_steps(model, groups_of(model, golden), golden, golden_batch)
     expect_golden_curve(losses, golden.meta["adamw"]["losses"])

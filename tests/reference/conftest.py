@@ -1,13 +1,12 @@
 """The tiny model of the golden data, loaded in the reference, and the original's results for it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lion_reference import LION
 
@@ -15,17 +14,6 @@ from lion_reference import LION
 @pytest.fixture(scope="session")
 def lion_tiny(golden_dir: Path) -> Path:
     return golden_dir / "lion_tiny"
-
-
-@pytest.fixture(scope="session")
-def files(lion_tiny: Path) -> dict[str, Path]:
-    """The arguments of `LION.from_checkpoint_files`."""
-    return {
-        "vit": lion_tiny / "eva_vit_tiny.pth",
-        "llm": lion_tiny / "flan-t5-tiny",
-        "bert": lion_tiny / "bert-tiny",
-        "lion": lion_tiny / "LION-tiny.pth",
-    }
 
 
 @pytest.fixture(scope="session")
@@ -39,35 +27,8 @@ def expected(lion_tiny: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="session")
-def model(files: dict[str, Path]) -> LION:
-    return LION.from_checkpoint_files(**files)
-
-
-class GoldenViT(nn.Module):
-    """Returns the outputs of the original's ViT for the golden images, by layer."""
-
-    def __init__(self, expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.states = {layer: expected[f"vit.layer{layer}"].to(dtype) for layer in (38, 28, 18)}
-
-    def forward(self, _pixel_values: Tensor) -> dict[int, Tensor]:
-        return self.states
-
-
-@pytest.fixture(scope="session")
-def load_behind_vit(files: dict[str, Path], expected: dict[str, Tensor]) -> Callable[[torch.dtype], LION]:
-    """Return a function that loads a model whose ViT returns the golden states.
-
-    The layers after the ViT remove the large component that its states share, which amplifies their fp32 error 60
-    times; that error differs between CPUs. A separate test compares the ViT.
-    """
-
-    def load(dtype: torch.dtype) -> LION:
-        model = LION.from_checkpoint_files(**files, dtype=dtype)
-        model.visual_encoder = GoldenViT(expected, dtype)
-        return model
-
-    return load
+def model(golden_files: dict[str, Path]) -> LION:
+    return LION.from_checkpoint_files(**golden_files)
 
 
 @pytest.fixture(scope="session")

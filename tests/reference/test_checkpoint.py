@@ -17,14 +17,14 @@ AGGREGATOR_KEYS = ("fusion_adapter.", "ln_adapter.", "adapter_proj.")
 
 
 @pytest.fixture(scope="module")
-def lion_state(files) -> dict[str, Tensor]:
-    return torch.load(files["lion"], weights_only=True)["model"]
+def lion_state(golden_files) -> dict[str, Tensor]:
+    return torch.load(golden_files["lion"], weights_only=True)["model"]
 
 
-def load(files: dict, path: Path, name: str, state: dict) -> LION:
+def load(golden_files: dict, path: Path, name: str, state: dict) -> LION:
     """Load the model with one of its files replaced by `state`."""
     torch.save(state, path / "changed.pth")
-    return LION.from_checkpoint_files(**{**files, name: path / "changed.pth"})
+    return LION.from_checkpoint_files(**{**golden_files, name: path / "changed.pth"})
 
 
 def single_adapter(state: dict[str, Tensor], visual_input: str) -> dict[str, Tensor]:
@@ -38,8 +38,10 @@ def single_adapter(state: dict[str, Tensor], visual_input: str) -> dict[str, Ten
 
 
 @pytest.fixture(params=["QFORMER", "AGGREGATOR"])
-def variant(request, files, lion_state, tmp_path) -> LION:
-    return load(files, tmp_path, "lion", {"model": single_adapter(lion_state, request.param), "optimizer": {"step": 3}})
+def variant(request, golden_files, lion_state, tmp_path) -> LION:
+    return load(
+        golden_files, tmp_path, "lion", {"model": single_adapter(lion_state, request.param), "optimizer": {"step": 3}}
+    )
 
 
 @pytest.fixture
@@ -49,24 +51,24 @@ def variant_inputs(variant, inputs) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in inputs.items() if not name.startswith("qformer")}
 
 
-def test_all_tensors_are_loaded(model, files, lion_state):
+def test_all_tensors_are_loaded(model, golden_files, lion_state):
     state = model.state_dict()
-    for name, tensor in torch.load(files["vit"], weights_only=True).items():
+    for name, tensor in torch.load(golden_files["vit"], weights_only=True).items():
         assert torch.equal(state[f"visual_encoder.{name}"], tensor.float()), name
-    for name, tensor in load_file(files["llm"] / "model.safetensors").items():
+    for name, tensor in load_file(golden_files["llm"] / "model.safetensors").items():
         assert torch.equal(state[f"t5_model.{name}"], tensor.bfloat16().float()), name
     for name, tensor in lion_state.items():
         assert torch.equal(state[name], tensor), name
 
 
-def test_t5_may_be_sharded(model, files, tmp_path):
+def test_t5_may_be_sharded(model, golden_files, tmp_path):
     for name in ("config.json", "tokenizer.json"):
-        shutil.copy(files["llm"] / name, tmp_path)
-    tensors = sorted(load_file(files["llm"] / "model.safetensors").items())
+        shutil.copy(golden_files["llm"] / name, tmp_path)
+    tensors = sorted(load_file(golden_files["llm"] / "model.safetensors").items())
     for n, part in enumerate((dict(tensors[:20]), dict(tensors[20:]))):
         halves = {name: tensor.bfloat16() for name, tensor in part.items()}
         save_file(halves, tmp_path / f"model-0000{n + 1}-of-00002.safetensors", metadata={"format": "pt"})
-    sharded = LION.from_checkpoint_files(**{**files, "llm": tmp_path}).state_dict()
+    sharded = LION.from_checkpoint_files(**{**golden_files, "llm": tmp_path}).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(sharded[name], tensor), name
 
@@ -103,25 +105,27 @@ def test_a_variant_generates(variant, variant_inputs):
     assert (ids[:, 0] == variant.config.t5.decoder_start_token_id).all()
 
 
-def test_missing_keys_are_named(files, lion_state, tmp_path):
+def test_missing_keys_are_named(golden_files, lion_state, tmp_path):
     name = "fusion_adapter.blocks.1.output.dense.bias"
     with pytest.raises(ValueError, match=f"missing keys \\['{name}'\\]"):
-        load(files, tmp_path, "lion", {key: tensor for key, tensor in lion_state.items() if key != name})
+        load(golden_files, tmp_path, "lion", {key: tensor for key, tensor in lion_state.items() if key != name})
     with pytest.raises(ValueError, match="missing key 'query_tokens'"):
-        load(files, tmp_path, "lion", {key: tensor for key, tensor in lion_state.items() if key != "query_tokens"})
+        load(
+            golden_files, tmp_path, "lion", {key: tensor for key, tensor in lion_state.items() if key != "query_tokens"}
+        )
     with pytest.raises(ValueError, match=r"expected keys Qformer\.\* or fusion_adapter\.\* or both, got neither"):
-        load(files, tmp_path, "lion", {"soft_prompt_hint": lion_state["soft_prompt_hint"]})
+        load(golden_files, tmp_path, "lion", {"soft_prompt_hint": lion_state["soft_prompt_hint"]})
 
 
-def test_unused_keys_are_ignored_and_listed(files, tmp_path):
-    state = torch.load(files["vit"], weights_only=True)
+def test_unused_keys_are_ignored_and_listed(golden_files, tmp_path):
+    state = torch.load(golden_files["vit"], weights_only=True)
     state["blocks.39.norm1.weight"] = torch.ones(176)
     with pytest.warns(UserWarning, match=r"ignored keys \['visual_encoder.blocks.39.norm1.weight'\]"):
-        load(files, tmp_path, "vit", state)
+        load(golden_files, tmp_path, "vit", state)
 
 
-def test_another_image_size(files, inputs, expected):
-    model = LION.from_checkpoint_files(**files, image_size=70)
+def test_another_image_size(golden_files, inputs, expected):
+    model = LION.from_checkpoint_files(**golden_files, image_size=70)
     pixel_values = torch.nn.functional.interpolate(inputs["pixel_values"], size=70, mode="bicubic")
     output = model(
         **{**inputs, "pixel_values": pixel_values},

@@ -5,29 +5,24 @@ import torch
 from torch import Tensor
 
 from lion_reference import MixtureOfAdapters, mixture_of_adapters
+from tests.reference.loops import randn
 
 BATCH, LENGTH, WIDTH, EXPERTS, RANK, TASKS = 3, 4, 6, 3, 2, 2
 
 
 @pytest.fixture
 def weights() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    shapes = {
-        "down_weight": (EXPERTS, RANK, WIDTH),
-        "down_bias": (EXPERTS, RANK),
-        "up_weight": (EXPERTS, WIDTH, RANK),
-        "up_bias": (EXPERTS, WIDTH),
+    return {
+        "down_weight": randn(3, EXPERTS, RANK, WIDTH),
+        "down_bias": randn(4, EXPERTS, RANK),
+        "up_weight": randn(5, EXPERTS, WIDTH, RANK),
+        "up_bias": randn(6, EXPERTS, WIDTH),
     }
-    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return randn(1, BATCH, LENGTH, WIDTH)
 
 
 def expert(row: Tensor, weights: dict[str, Tensor], e: int, activation: str = "relu") -> Tensor:
@@ -54,33 +49,28 @@ def mixture(x: Tensor, weights: dict[str, Tensor], factor, activation: str = "re
     return out
 
 
-def test_channel_gate_by_sequence(x, weights):
-    gate, task_ids = randn(TASKS, EXPERTS, WIDTH), torch.tensor([1, 0, 1])
-    out = mixture_of_adapters(x, **weights, gate=gate, task_ids=task_ids)
-    torch.testing.assert_close(out, mixture(x, weights, lambda b, _, e: gate[task_ids[b], e]))
+TASK_GATE, TASK_IDS = randn(2, TASKS, EXPERTS, WIDTH), torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [1, 1, 0, 1]])
+DENSE_GATE = randn(2, BATCH, LENGTH, EXPERTS)
 
 
-def test_channel_gate_by_row(x, weights):
-    gate, task_ids = randn(TASKS, EXPERTS, WIDTH), torch.randint(0, TASKS, (BATCH, LENGTH))
-    out = mixture_of_adapters(x, **weights, gate=gate, task_ids=task_ids)
-    torch.testing.assert_close(out, mixture(x, weights, lambda b, n, e: gate[task_ids[b, n], e]))
-
-
-def test_dense_gate_by_row(x, weights):
-    gate = randn(BATCH, LENGTH, EXPERTS)
-    out = mixture_of_adapters(x, **weights, gate=gate)
-    torch.testing.assert_close(out, mixture(x, weights, lambda b, n, e: gate[b, n, e]))
-
-
-@pytest.mark.parametrize("shape", [(BATCH, EXPERTS), (BATCH, 1, EXPERTS)])
-def test_dense_gate_broadcasts_over_a_sequence(x, weights, shape):
-    gate = randn(BATCH, EXPERTS)
-    out = mixture_of_adapters(x, **weights, gate=gate.reshape(shape))
-    torch.testing.assert_close(out, mixture(x, weights, lambda b, _, e: gate[b, e]))
+@pytest.mark.parametrize(
+    ("gate", "factor"),
+    [
+        ({"gate": TASK_GATE, "task_ids": TASK_IDS[:, 0]}, lambda b, _, e: TASK_GATE[TASK_IDS[b, 0], e]),
+        ({"gate": TASK_GATE, "task_ids": TASK_IDS}, lambda b, n, e: TASK_GATE[TASK_IDS[b, n], e]),
+        ({"gate": DENSE_GATE}, lambda b, n, e: DENSE_GATE[b, n, e]),
+        ({"gate": DENSE_GATE[:, 0]}, lambda b, _, e: DENSE_GATE[b, 0, e]),
+        ({"gate": DENSE_GATE[:, :1]}, lambda b, _, e: DENSE_GATE[b, 0, e]),
+    ],
+    ids=["tasks of sequences", "tasks of rows", "rows", "sequences", "sequences, broadcast"],
+)
+def test_every_gate_follows_the_definition(x, weights, gate, factor):
+    torch.testing.assert_close(mixture_of_adapters(x, **weights, **gate), mixture(x, weights, factor))
 
 
 def test_sparse_gate(x, weights):
-    gate, expert_ids = randn(BATCH, LENGTH, 2), torch.randint(-1, EXPERTS, (BATCH, LENGTH, 2))
+    gate, generator = randn(2, BATCH, LENGTH, 2), torch.Generator().manual_seed(0)
+    expert_ids = torch.randint(-1, EXPERTS, (BATCH, LENGTH, 2), generator=generator)
     expert_ids[0, 0] = -1  # a row without any expert
     expert_ids[0, 1] = 2  # a row with the same expert twice
     out = mixture_of_adapters(x, **weights, gate=gate, expert_ids=expert_ids)
@@ -93,7 +83,7 @@ def test_sparse_gate(x, weights):
 
 
 def test_identity_activation_without_biases_with_residual(x, weights):
-    gate, residual = randn(EXPERTS), randn(BATCH, LENGTH, WIDTH)
+    gate, residual = randn(2, EXPERTS), randn(2, BATCH, LENGTH, WIDTH)
     out = mixture_of_adapters(
         x,
         weights["down_weight"],
@@ -110,7 +100,7 @@ def test_identity_activation_without_biases_with_residual(x, weights):
 
 @pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 1, 3, 2)])
 def test_any_number_of_leading_dimensions(weights, leading):
-    x, gate = randn(*leading, WIDTH), randn(*leading, EXPERTS)
+    x, gate = randn(2, *leading, WIDTH), randn(2, *leading, EXPERTS)
     out = mixture_of_adapters(x, **weights, gate=gate)
     assert out.shape == x.shape
     flat = mixture_of_adapters(x.reshape(-1, WIDTH), **weights, gate=gate.reshape(-1, EXPERTS))
@@ -120,30 +110,30 @@ def test_any_number_of_leading_dimensions(weights, leading):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"down_weight": randn(EXPERTS, RANK, 5)}, r"down_weight: expected \[E, r, D\] with D=6 .*got \[3, 2, 5\]"),
-        ({"down_bias": randn(RANK)}, r"down_bias: expected \[3, 2\], got \[2\]"),
-        ({"up_weight": randn(EXPERTS, RANK, WIDTH)}, r"up_weight: expected \[3, 6, 2\], got \[3, 2, 6\]"),
-        ({"up_bias": randn(1, WIDTH)}, r"up_bias: expected \[3, 6\], got \[1, 6\]"),
-        ({"residual": randn(BATCH, WIDTH)}, r"residual: expected \[3, 4, 6\], got \[3, 6\]"),
+        ({"down_weight": randn(2, EXPERTS, RANK, 5)}, r"down_weight: expected \[E, r, D\] with D=6 .*got \[3, 2, 5\]"),
+        ({"down_bias": randn(2, RANK)}, r"down_bias: expected \[3, 2\], got \[2\]"),
+        ({"up_weight": randn(2, EXPERTS, RANK, WIDTH)}, r"up_weight: expected \[3, 6, 2\], got \[3, 2, 6\]"),
+        ({"up_bias": randn(2, 1, WIDTH)}, r"up_bias: expected \[3, 6\], got \[1, 6\]"),
+        ({"residual": randn(2, BATCH, WIDTH)}, r"residual: expected \[3, 4, 6\], got \[3, 6\]"),
         ({"activation": "gelu"}, "activation: expected 'relu' or 'identity', got 'gelu'"),
-        ({"gate": randn(BATCH, 2)}, r"gate: expected \[..., 3\] .*got \[3, 2\]"),
-        ({"gate": randn(LENGTH, EXPERTS)}, r"gate: expected leading dimensions .*\[3, 4\].* got \[4\]"),
+        ({"gate": randn(2, BATCH, 2)}, r"gate: expected \[..., 3\] .*got \[3, 2\]"),
+        ({"gate": randn(2, LENGTH, EXPERTS)}, r"gate: expected leading dimensions .*\[3, 4\].* got \[4\]"),
         ({"task_ids": torch.tensor([0, 1, 1])}, r"gate: expected \[R, 3, 6\] with task_ids, got \[3, 4, 3\]"),
         (
-            {"gate": randn(TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0, 2, -1])},
+            {"gate": randn(2, TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0, 2, -1])},
             r"task_ids: expected values from 0 to 1, got \[-1, 2\]",
         ),
         (
-            {"gate": randn(TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0, 1])},
+            {"gate": randn(2, TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0, 1])},
             r"task_ids: expected leading dimensions .*\[3, 4\].* got \[2\]",
         ),
         (
-            {"gate": randn(TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0.0, 1.0, 1.0])},
+            {"gate": randn(2, TASKS, EXPERTS, WIDTH), "task_ids": torch.tensor([0.0, 1.0, 1.0])},
             "task_ids: expected integers, got torch.float32",
         ),
         ({"expert_ids": torch.zeros(BATCH, 1, dtype=torch.long)}, r"expert_ids: expected \[3, 4, 3\] .*got \[3, 1\]"),
         (
-            {"gate": randn(BATCH, 1), "expert_ids": torch.full((BATCH, 1), 3)},
+            {"gate": randn(2, BATCH, 1), "expert_ids": torch.full((BATCH, 1), 3)},
             r"expert_ids: expected values from -1 to 2, got \[3\]",
         ),
         (
@@ -153,7 +143,7 @@ def test_any_number_of_leading_dimensions(weights, leading):
     ],
 )
 def test_errors_name_the_argument(x, weights, change, message):
-    arguments = {"x": x, **weights, "gate": randn(BATCH, LENGTH, EXPERTS), **change}
+    arguments = {"x": x, **weights, "gate": randn(2, BATCH, LENGTH, EXPERTS), **change}
     with pytest.raises(ValueError, match=message):
         mixture_of_adapters(**arguments)
 

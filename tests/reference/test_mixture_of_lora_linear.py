@@ -5,12 +5,9 @@ import torch
 from torch import Tensor
 
 from lion_reference import mixture_of_lora_linear
+from tests.reference.loops import randn
 
 BATCH, LENGTH, WIDTH_IN, WIDTH_OUT, EXPERTS, RANK, SCALING = 2, 3, 5, 4, 3, 2, 0.5
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -38,22 +35,28 @@ def merged(arguments: dict, factor) -> Tensor:
     return out
 
 
-def test_channel_gate(arguments):
-    gate, task_ids = randn(5, 2, EXPERTS, WIDTH_OUT), torch.tensor([1, 0])
-    out = mixture_of_lora_linear(**arguments, gate=gate, task_ids=task_ids)
-    torch.testing.assert_close(out, merged(arguments, lambda b, _, e: gate[task_ids[b], e]))
+GATE, TASK_IDS, EXPERT_IDS = (
+    randn(5, BATCH, LENGTH, EXPERTS),
+    torch.tensor([1, 0]),
+    torch.tensor([[0, 2, -1], [1, 1, 0]]),
+)
+TASK_GATE = randn(5, 2, EXPERTS, WIDTH_OUT)
 
 
-def test_dense_gate(arguments):
-    gate = randn(5, BATCH, LENGTH, EXPERTS)
-    out = mixture_of_lora_linear(**arguments, gate=gate)
-    torch.testing.assert_close(out, merged(arguments, lambda b, n, e: gate[b, n, e]))
-
-
-def test_sparse_gate(arguments):
-    gate, expert_ids = randn(5, BATCH, LENGTH, 1), torch.tensor([[0, 2, -1], [1, 1, 0]])[..., None]
-    out = mixture_of_lora_linear(**arguments, gate=gate, expert_ids=expert_ids)
-    torch.testing.assert_close(out, merged(arguments, lambda b, n, e: gate[b, n, 0] * (expert_ids[b, n, 0] == e)))
+@pytest.mark.parametrize(
+    ("gate", "factor"),
+    [
+        ({"gate": TASK_GATE, "task_ids": TASK_IDS}, lambda b, _, e: TASK_GATE[TASK_IDS[b], e]),
+        ({"gate": GATE}, lambda b, n, e: GATE[b, n, e]),
+        (
+            {"gate": GATE[..., :1], "expert_ids": EXPERT_IDS[..., None]},
+            lambda b, n, e: GATE[b, n, 0] * (EXPERT_IDS[b, n] == e),
+        ),
+    ],
+    ids=["channel", "dense", "sparse"],
+)
+def test_every_gate_follows_the_merged_weights(arguments, gate, factor):
+    torch.testing.assert_close(mixture_of_lora_linear(**arguments, **gate), merged(arguments, factor))
 
 
 @pytest.mark.parametrize(

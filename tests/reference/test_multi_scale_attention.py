@@ -1,46 +1,40 @@
 """Multi-scale attention against loops over queries, keys and heads, in fp64."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from lion_reference import multi_scale_attention
+from tests.reference import loops
+from tests.reference.loops import randn
 
 BATCH, LENGTH, HEADS, HEAD_DIM = 2, 3, 2, 5
 LENGTHS = (4, 1, 6)
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def q() -> Tensor:
-    return randn(BATCH, LENGTH, HEADS, HEAD_DIM)
+    return randn(0, BATCH, LENGTH, HEADS, HEAD_DIM)
 
 
 @pytest.fixture
 def keys() -> list[Tensor]:
-    return [randn(BATCH, length, HEADS, HEAD_DIM, seed=1) for length in LENGTHS]
+    return [randn(1, BATCH, length, HEADS, HEAD_DIM) for length in LENGTHS]
 
 
 @pytest.fixture
 def values() -> list[Tensor]:
-    return [randn(BATCH, length, HEADS, HEAD_DIM, seed=2) for length in LENGTHS]
+    return [randn(2, BATCH, length, HEADS, HEAD_DIM) for length in LENGTHS]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    out = torch.zeros_like(q)
-    for b in range(BATCH):
-        for h in range(HEADS):
-            for i in range(LENGTH):
-                attended = [j for j in range(k.shape[1]) if mask is None or mask[b, j]]
-                weights = [math.exp(scale * (q[b, i, h] @ k[b, j, h]).item()) for j in attended]
-                for weight, j in zip(weights, attended, strict=True):
-                    out[b, i, h] += weight / sum(weights) * v[b, j, h]
-    return out
+    return loops.attention(
+        q,
+        k,
+        v,
+        lambda b, i, j, h: scale * (q[b, i, h] @ k[b, j, h]),
+        lambda b, i, j: mask is None or bool(mask[b, j]),
+    )
 
 
 def test_every_map_has_its_own_softmax(q, keys, values):
@@ -51,7 +45,7 @@ def test_every_map_has_its_own_softmax(q, keys, values):
 
 
 def test_scale_gate_sums_over_the_maps(q, keys, values):
-    gate = randn(3, seed=3)
+    gate = randn(3, 3)
     out = multi_scale_attention(q, keys, values, scale=0.7, scale_gate=gate)
     wanted = sum(g * attention(q, k, v, 0.7) for g, k, v in zip(gate, keys, values, strict=True))
     torch.testing.assert_close(out, wanted)
@@ -91,9 +85,15 @@ def test_dropout_mask_multiplies_the_probabilities(q, keys, values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"values": [randn(BATCH, 4, HEADS, HEAD_DIM)]}, "values: expected one per feature map of keys, got 1 for 3"),
-        ({"keys": [randn(BATCH, 4, 1, HEAD_DIM)] * 3}, r"keys\[0\]: expected \[2, 'L_s', 2, 5\] .*got \[2, 4, 1, 5\]"),
-        ({"values": [randn(BATCH, 3, HEADS, HEAD_DIM)] * 3}, r"values\[0\]: expected \[2, 4, 2, 5\]"),
+        (
+            {"values": [randn(0, BATCH, 4, HEADS, HEAD_DIM)]},
+            "values: expected one per feature map of keys, got 1 for 3",
+        ),
+        (
+            {"keys": [randn(0, BATCH, 4, 1, HEAD_DIM)] * 3},
+            r"keys\[0\]: expected \[2, 'L_s', 2, 5\] .*got \[2, 4, 1, 5\]",
+        ),
+        ({"values": [randn(0, BATCH, 3, HEADS, HEAD_DIM)] * 3}, r"values\[0\]: expected \[2, 4, 2, 5\]"),
         (
             {"key_padding_mask": torch.ones(BATCH, 4)},
             r"key_padding_mask: expected \[2, 1\] for keys\[1\]",

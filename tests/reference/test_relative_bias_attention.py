@@ -1,13 +1,13 @@
 """T5's attention against loops, and its buckets against integer arithmetic."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from lion_reference import relative_bias_attention
 from lion_reference.relative_bias_attention import relative_position_bucket
+from tests.reference import loops
+from tests.reference.loops import randn
 
 BATCH, LENGTH, HEADS, HEAD_DIM, BUCKETS, MAX_DISTANCE = 2, 7, 2, 3, 8, 6
 
@@ -44,10 +44,6 @@ def test_buckets_are_exact(num_buckets, max_distance, bidirectional):
     assert buckets.tolist() == wanted
 
 
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def arguments() -> dict:
     shape = (BATCH, LENGTH, HEADS, HEAD_DIM)
@@ -55,19 +51,12 @@ def arguments() -> dict:
 
 
 def attention(q, k, v, bias_table, bidirectional: bool, causal: bool, mask: Tensor) -> Tensor:
-    out = torch.zeros_like(q)
     offset = k.shape[1] - q.shape[1]
-    for b in range(BATCH):
-        for h in range(HEADS):
-            for i in range(q.shape[1]):
-                attended = [j for j in range(k.shape[1]) if mask[b, j] and not (causal and j > i + offset)]
-                weights = []
-                for j in attended:
-                    bias = bias_table[bucket(j - i - offset, BUCKETS, MAX_DISTANCE, bidirectional), h]
-                    weights.append(math.exp((q[b, i, h] @ k[b, j, h] + bias).item()))
-                for weight, j in zip(weights, attended, strict=True):
-                    out[b, i, h] += weight / sum(weights) * v[b, j, h]
-    return out
+
+    def score(b: int, i: int, j: int, h: int) -> Tensor:
+        return q[b, i, h] @ k[b, j, h] + bias_table[bucket(j - i - offset, BUCKETS, MAX_DISTANCE, bidirectional), h]
+
+    return loops.attention(q, k, v, score, lambda b, i, j: bool(mask[b, j]) and not (causal and j > i + offset))
 
 
 @pytest.mark.parametrize("queries", [LENGTH, 1])

@@ -22,24 +22,19 @@ State = dict[str, Tensor]
 
 
 @pytest.fixture
-def sources(golden) -> dict[str, Path]:
-    directory = golden.directory
-    return {
-        "vit": directory / "eva_vit_tiny.pth",
-        "llm": directory / "flan-t5-tiny",
-        "bert": directory / "bert-tiny",
-        "lion": directory / "LION-tiny.pth",
-    }
+def sources(golden_files: dict[str, Path]) -> dict[str, Path]:
+    """The golden model's, for a test to replace some."""
+    return dict(golden_files)
 
 
 @pytest.fixture(scope="session")
-def lion_state(golden) -> State:
-    return torch.load(golden.directory / "LION-tiny.pth", weights_only=True)["model"]
+def lion_state(golden_files: dict[str, Path]) -> State:
+    return torch.load(golden_files["lion"], weights_only=True)["model"]
 
 
 @pytest.fixture(scope="session")
-def vit_state(golden) -> State:
-    return torch.load(golden.directory / "eva_vit_tiny.pth", weights_only=True)
+def vit_state(golden_files: dict[str, Path]) -> State:
+    return torch.load(golden_files["vit"], weights_only=True)
 
 
 @pytest.fixture
@@ -134,11 +129,7 @@ def test_a_stage_checkpoint_gives_a_model_with_one_adapter(
     assert model.config.soft_prompt_token_id is None
     assert model(**golden_batch("image_level")).loss.isfinite()
     with pytest.raises(ValueError, match=r"tags\[0\]"):
-        LionProcessor.from_pretrained(tmp_path / "out")(images=golden_image(), text="What?", tags="dog")
-
-
-def golden_image() -> Any:
-    return torch.zeros(3, 20, 20)
+        LionProcessor.from_pretrained(tmp_path / "out")(images=torch.zeros(3, 20, 20), text="What?", tags="dog")
 
 
 @pytest.mark.parametrize("form", ["pytorch_model.bin", "shards"])
@@ -256,23 +247,24 @@ def test_missing_and_misshapen_tensors_are_named(
 
 @pytest.fixture
 def directory_with(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that copies a source directory, changing the content of a file or omitting files."""
+    """Return a function that copies a source directory with other content of a file, or, if None, without the files."""
 
-    def make(source: str, file: str = "", content: str = "", without: tuple[str, ...] = ()) -> Path:
+    def make(source: str, files: str, content: str | None) -> Path:
         copy = tmp_path / source
         shutil.copytree(sources[source], copy, copy_function=shutil.copyfile)
         copy.chmod(0o755)
-        if file:
-            (copy / file).write_text(content)
-        for name in without:
-            (copy / name).unlink(missing_ok=True)
+        for name in files.split():
+            if content is None:
+                (copy / name).unlink()
+            else:
+                (copy / name).write_text(content)
         return copy
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("source", "file", "content", "message"),
+    ("source", "files", "content", "message"),
     [
         ("llm", "config.json", '{"model_type": "llama"}', "expected a model of type 't5', got 'llama'"),
         ("llm", "config.json", "{", "not a readable JSON file"),
@@ -280,7 +272,11 @@ def directory_with(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Pa
         ("llm", "config.json", '{"model_type": "t5", "d_model": "x"}', r"llm/config\.json: not a configuration of T5"),
         ("llm", "model.safetensors", "garbage", "not a readable safetensors file"),
         ("llm", "tokenizer.json", "{", "llm: not a readable tokenizer"),
+        ("llm", "tokenizer.json spiece.model", None, "llm: expected a tokenizer's .*, found none of them"),
+        ("bert", "vocab.txt", None, "bert: expected a tokenizer's .*, found none of them"),
         ("bert", "config.json", "{", r"bert/config\.json: not a readable JSON file"),
+        ("bert", "config.json", {"hidden_act": "foo"}, r"config\.json: unknown hidden_act 'foo'"),
+        ("bert", "config.json", {"num_attention_heads": "two"}, r"config\.json: not a configuration of BERT"),
     ],
 )
 def test_a_broken_directory_is_named(
@@ -288,38 +284,15 @@ def test_a_broken_directory_is_named(
     directory_with: Callable[..., Path],
     tmp_path: Path,
     source: str,
-    file: str,
-    content: str,
+    files: str,
+    content: str | dict[str, str] | None,
     message: str,
 ) -> None:
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((sources[source] / files).read_text()) | content)
     with pytest.raises(CheckpointError, match=message):
-        convert_checkpoint(**{**sources, source: directory_with(source, file, content)}, out=tmp_path / "out")
+        convert_checkpoint(**{**sources, source: directory_with(source, files, content)}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hidden_act": "foo"}, r"config\.json: unknown hidden_act 'foo'"),
-        ({"num_attention_heads": "two"}, r"config\.json: not a configuration of BERT"),
-    ],
-)
-def test_invalid_settings_of_bert_are_named(
-    sources: dict[str, Path], directory_with: Callable[..., Path], tmp_path: Path, changes: dict, message: str
-) -> None:
-    settings = json.loads((sources["bert"] / "config.json").read_text()) | changes
-    sources["bert"] = directory_with("bert", "config.json", json.dumps(settings))
-    with pytest.raises(CheckpointError, match=message):
-        convert_checkpoint(**sources, out=tmp_path / "out")
-
-
-@pytest.mark.parametrize(("source", "files"), [("llm", ("tokenizer.json", "spiece.model")), ("bert", ("vocab.txt",))])
-def test_a_directory_without_a_tokenizer_is_named(
-    sources: dict[str, Path], directory_with: Callable[..., Path], tmp_path: Path, source: str, files: tuple[str, ...]
-) -> None:
-    sources[source] = directory_with(source, without=files)
-    with pytest.raises(CheckpointError, match=f"{source}: expected a tokenizer's .*, found none of them"):
-        convert_checkpoint(**sources, out=tmp_path / "out")
 
 
 def test_layers_and_start_token_come_from_the_files(
@@ -363,12 +336,12 @@ def test_ram_needs_its_three_files(sources: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_the_ram_tagger_is_written_beside_the_model(
-    sources: dict[str, Path], golden_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    golden_files: dict[str, Path], ram_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command's output gives the golden logits and tags; `test_ram.py` tests every stage."""
-    ram = golden_dir / "ram_tiny"
-    files = {"ram": "ram_tiny.pth", "ram-tags": "ram_tag_list.txt", "ram-thresholds": "ram_tag_list_threshold.txt"}
-    given = sources | {name: ram / file for name, file in files.items()} | {"out": tmp_path / "out"}
+    ram = ram_files["ram"].parent
+    given = golden_files | {"out": tmp_path / "out", "ram": ram_files["ram"]}
+    given |= {f"ram-{name}": ram_files[name] for name in ("tags", "thresholds")}
     assert main(["convert", *(part for name, path in given.items() for part in (f"--{name}", str(path)))]) == 0
     assert "ram_tiny.pth: " in capsys.readouterr().out
     tagger = RamTagger.from_pretrained(tmp_path / "out" / "ram", dtype=torch.float32)

@@ -16,6 +16,7 @@ from tests.rounding import relative_error
 
 # Some tens of fp32 roundings of 6e-8 each, over a dozen blocks.
 TOLERANCE = 1e-5
+GRADIENT = Image.linear_gradient("L")
 
 
 def weights_of(report: RamConversionReport) -> dict[str, Tensor]:
@@ -24,18 +25,8 @@ def weights_of(report: RamConversionReport) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def original(golden_dir: Path) -> dict[str, Path]:
-    directory = golden_dir / "ram_tiny"
-    return {
-        "ram": directory / "ram_tiny.pth",
-        "tags": directory / "ram_tag_list.txt",
-        "thresholds": directory / "ram_tag_list_threshold.txt",
-    }
-
-
-@pytest.fixture(scope="module")
-def converted(original, tmp_path_factory) -> RamConversionReport:
-    return convert_ram(**original, out_dir=tmp_path_factory.mktemp("converted") / "ram")
+def converted(ram_files, tmp_path_factory) -> RamConversionReport:
+    return convert_ram(**ram_files, out_dir=tmp_path_factory.mktemp("converted") / "ram")
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +60,14 @@ def pixels() -> Tensor:
 
 
 @pytest.fixture
-def edited(original, tmp_path):
+def edited(ram_files, tmp_path):
     """Return a function that converts the original checkpoint after `edit` has changed its state dict."""
 
     def convert(edit, **options) -> RamConversionReport:
-        state = torch.load(original["ram"], weights_only=True)["model"]
+        state = torch.load(ram_files["ram"], weights_only=True)["model"]
         edit(state)
         torch.save({"model": state}, tmp_path / "edited.pth")
-        return convert_ram(**{**original, "ram": tmp_path / "edited.pth"}, out_dir=tmp_path / "ram", **options)
+        return convert_ram(**{**ram_files, "ram": tmp_path / "edited.pth"}, out_dir=tmp_path / "ram", **options)
 
     return convert
 
@@ -134,13 +125,17 @@ def test_loading_without_the_tag_files_names_them(tiny, tmp_path):
         RamTagger.from_pretrained(tmp_path)
 
 
-def test_a_tag_must_exceed_its_own_threshold(tiny):
-    image = Image.linear_gradient("L")
+@pytest.fixture
+def probabilities(tiny) -> Tensor:
+    """What `tiny` gives the tags of `GRADIENT`."""
     with torch.no_grad():
-        probabilities = tiny.logits(tiny.preprocess(image)).sigmoid()[0]
+        return tiny.logits(tiny.preprocess(GRADIENT)).sigmoid()[0]
+
+
+def test_a_tag_must_exceed_its_own_threshold(tiny, probabilities):
     below = probabilities - 1e-6
     tiny.tag_thresholds = torch.where(torch.arange(6) % 2 == 0, probabilities, below).tolist()
-    assert tiny(image) == ["b, d, f"]
+    assert tiny(GRADIENT) == ["b, d, f"]
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 512])
@@ -152,15 +147,12 @@ def test_logits_do_not_depend_on_the_chunk_size(tiny, pixels, size, monkeypatch)
         assert relative_error(tiny.logits(pixels), expected) < 3e-6
 
 
-def test_tagging_has_no_dropout_in_training_mode(tiny, pixels):
-    image = Image.linear_gradient("L")
-    with torch.no_grad():
-        probabilities = tiny.logits(tiny.preprocess(image)).sigmoid()[0]
+def test_tagging_has_no_dropout_in_training_mode(tiny, pixels, probabilities):
     # With dropout, about half of the probabilities would fall below these thresholds in each of ten calls.
     tiny.tag_thresholds = (probabilities - 1e-5).tolist()
     tiny.train()
     assert not torch.equal(tiny.logits(pixels), tiny.logits(pixels))
-    assert tiny([image] * 10, batch_size=1) == ["a, b, c, d, e, f"] * 10
+    assert tiny([GRADIENT] * 10, batch_size=1) == ["a, b, c, d, e, f"] * 10
 
 
 def test_tagging_restores_the_mode_of_every_module(tiny):
@@ -295,8 +287,8 @@ def test_pixels_of_another_size_are_refused(tiny):
         tiny.logits(torch.zeros(1, 3, 64, 64))
 
 
-def test_report_accounts_for_every_tensor(converted, original):
-    names = torch.load(original["ram"], weights_only=True)["model"].keys()
+def test_report_accounts_for_every_tensor(converted, ram_files):
+    names = torch.load(ram_files["ram"], weights_only=True)["model"].keys()
     assert set(converted.read) | set(converted.ignored) == set(names)
     assert set(converted.read) & set(converted.ignored) == set()
     unneeded = ("tag_encoder.", "text_decoder.")
@@ -368,16 +360,16 @@ def test_unknown_tensors_are_ignored_and_listed(edited, converted):
 
 
 @pytest.mark.parametrize("which", ["tags", "thresholds"])
-def test_numbers_of_tags_and_thresholds_must_match_the_labels(original, tmp_path, which):
+def test_numbers_of_tags_and_thresholds_must_match_the_labels(ram_files, tmp_path, which):
     short = tmp_path / "short.txt"
-    short.write_text("\n".join(original[which].read_text().splitlines()[:-1]))
+    short.write_text("\n".join(ram_files[which].read_text().splitlines()[:-1]))
     with pytest.raises(CheckpointError, match=r"short\.txt: expected 40 lines.*got 39"):
-        convert_ram(**{**original, which: short}, out_dir=tmp_path / "ram")
+        convert_ram(**{**ram_files, which: short}, out_dir=tmp_path / "ram")
 
 
-def test_an_existing_directory_is_refused(original, tmp_path):
+def test_an_existing_directory_is_refused(ram_files, tmp_path):
     with pytest.raises(FileExistsError):
-        convert_ram(**original, out_dir=tmp_path)
+        convert_ram(**ram_files, out_dir=tmp_path)
 
 
 def test_tag_files_are_checked_line_by_line(tmp_path):
@@ -392,8 +384,8 @@ def test_tag_files_are_checked_line_by_line(tmp_path):
         read_tags(tmp_path / "absent.txt")
 
 
-def test_another_image_size_interpolates_relative_positions(original, converted, images, tmp_path):
-    small = convert_ram(**original, out_dir=tmp_path / "ram", image_size=192)
+def test_another_image_size_interpolates_relative_positions(ram_files, converted, images, tmp_path):
+    small = convert_ram(**ram_files, out_dir=tmp_path / "ram", image_size=192)
     old, new = weights_of(converted), weights_of(small)
     tables = [name for name in old if name.endswith("relative_position_bias_table")]
     assert len(tables) == 8
@@ -423,6 +415,6 @@ def test_interpolated_positions_keep_their_direction(edited):
 
 
 @pytest.mark.parametrize("image_size", [0, 100, -32])
-def test_an_image_size_that_is_not_a_multiple_of_the_stride_is_refused(original, tmp_path, image_size):
+def test_an_image_size_that_is_not_a_multiple_of_the_stride_is_refused(ram_files, tmp_path, image_size):
     with pytest.raises(ValueError, match="image_size: expected a multiple of 32"):
-        convert_ram(**original, out_dir=tmp_path / "ram", image_size=image_size)
+        convert_ram(**ram_files, out_dir=tmp_path / "ram", image_size=image_size)

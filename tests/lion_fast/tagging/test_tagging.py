@@ -68,12 +68,12 @@ def test_a_tagger_needs_images(processor: LionProcessor) -> None:
         processor(None, "Why?", tags=lambda images: ["dog"] * len(images))
 
 
-def test_the_processor_accepts_a_ram_tagger(processor: LionProcessor, golden_dir: Path, tmp_path: Path) -> None:
-    ram = golden_dir / "ram_tiny"
-    files = {"ram": "ram_tiny.pth", "tags": "ram_tag_list.txt", "thresholds": "ram_tag_list_threshold.txt"}
-    convert_ram(**{name: ram / file for name, file in files.items()}, out_dir=tmp_path / "ram")
+def test_the_processor_accepts_a_ram_tagger(
+    processor: LionProcessor, ram_files: dict[str, Path], tmp_path: Path
+) -> None:
+    convert_ram(**ram_files, out_dir=tmp_path / "ram")
     tagger = RamTagger.from_pretrained(tmp_path / "ram")
-    images = [ram / f"image{index}.png" for index in (0, 1, 0)]
+    images = [ram_files["ram"].with_name(f"image{index}.png") for index in (0, 1, 0)]
     batch = processor(images, ["Why?"] * 3, tags=tagger)
     assert torch.equal(batch.input_ids, processor(images, ["Why?"] * 3, tags=tagger(images)).input_ids)
 
