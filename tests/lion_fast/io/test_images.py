@@ -85,32 +85,34 @@ def test_every_mode_is_converted_as_by_pillow(mode):
     np.testing.assert_array_equal(pixels_of(image), np.asarray(image.convert("RGB")))
 
 
-def test_transparency_is_dropped_and_not_blended():
-    clear_red = Image.new("RGBA", (1, 1), (200, 10, 20, 0))
-    assert pixels_of(clear_red).tolist() == [[[200, 10, 20]]]
+SIXTEEN_BITS = np.array([[0, 255, 256, 0x1234, 0x8000, 0xFFFF]])
+HIGH_BYTES = [0, 0, 1, 0x12, 0x80, 0xFF]
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-def test_sixteen_bit_grey_keeps_its_tones(mode, tmp_path):
-    values = np.array([[0, 255, 256, 0x1234, 0x8000, 0xFFFF]])
-    image = Image.fromarray(values.astype(">u2" if mode == "I;16B" else "<i4" if mode == "I" else "<u2"))
+@pytest.mark.parametrize(
+    ("grey", "mode", "tones"),
+    [
+        (SIXTEEN_BITS.astype("<u2"), "I;16", HIGH_BYTES),
+        (SIXTEEN_BITS.astype(">u2"), "I;16B", HIGH_BYTES),
+        (SIXTEEN_BITS.astype("<i4"), "I", HIGH_BYTES),
+        (np.array([[0, 128, 255]], np.int32), "I", [0, 128, 255]),  # may hold eight bits
+        (np.array([[0, 0.5, 1]], np.float32), "F", [0, 128, 255]),
+    ],
+)
+def test_grey_of_any_depth_keeps_its_tones(grey, mode, tones):
+    image = Image.fromarray(grey)
     assert image.mode == mode
-    assert pixels_of(image)[0, :, 0].tolist() == [0, 0, 1, 0x12, 0x80, 0xFF]
-
-
-def test_thirty_two_bit_grey_may_hold_eight_bits():
-    values = np.array([[0, 128, 255]], np.int32)
-    assert pixels_of(Image.fromarray(values))[0, :, 0].tolist() == [0, 128, 255]
+    assert pixels_of(image).tolist() == [[[tone] * 3 for tone in tones]]
 
 
 def test_sixteen_bit_png_is_scaled_not_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 0x4000, 0xFFFF]], np.uint16)).save(tmp_path / "deep.png")
-    assert pixels_of(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 0x40, 0xFF]
+    Image.fromarray(SIXTEEN_BITS.astype(np.uint16)).save(tmp_path / "deep.png")
+    assert pixels_of(tmp_path / "deep.png")[0, :, 0].tolist() == HIGH_BYTES
 
 
-def test_float_mode_holds_values_from_0_to_1():
-    image = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
-    assert pixels_of(image)[0, :, 0].tolist() == [0, 128, 255]
+def test_transparency_is_dropped_and_not_blended():
+    clear_red = Image.new("RGBA", (1, 1), (200, 10, 20, 0))
+    assert pixels_of(clear_red).tolist() == [[[200, 10, 20]]]
 
 
 # The transformation of an array [H, W, C] for each EXIF orientation (TIFF 6.0, tag 274).
@@ -215,15 +217,13 @@ def test_postscript_is_refused(tmp_path):
         load_image(tmp_path / "image.eps")
 
 
-def test_an_empty_path_is_named():
-    with pytest.raises(FileNotFoundError, match=r"image \(an empty path\): expected an image file"):
-        load_image("")
-
-
-@pytest.mark.parametrize("path", ["nowhere.png", ".", "a" * 5000, "a\0b"])
-def test_a_path_that_is_not_a_file_is_named(tmp_path, path):
-    with pytest.raises(FileNotFoundError, match="expected an image file"):
-        load_image(tmp_path / path)
+@pytest.mark.parametrize("path", ["nowhere.png", ".", "a" * 5000, "a\0b", ""])
+def test_a_path_that_is_not_a_file_is_named(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=rf"^image \({'.*' if path else 'an empty path'}\): expected an image file"
+    ):
+        load_image(path)
 
 
 @pytest.mark.parametrize(
