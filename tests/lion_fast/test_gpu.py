@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lion_fast import LionForCausalLM
 from lion_fast.training.stages import STAGES, freeze_for_stage
+from tests.lion_fast.tiny import NO_DROPOUT, without_labels
 from tests.rounding import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -29,8 +30,7 @@ PARTS: dict[str, Any] = {
         "intermediate_size": 256,
         "vocab_size": 64,
         "max_position_embeddings": 32,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        **NO_DROPOUT,
     },
     "aggregator_config": {
         "hidden_size": 176,
@@ -38,8 +38,7 @@ PARTS: dict[str, Any] = {
         "intermediate_size": 384,
         "feature_layers": [2, 1, 0],
         "projection_size": 704,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        **NO_DROPOUT,
     },
     "num_query_tokens": 32,
     "adapter_rank": 64,
@@ -78,10 +77,6 @@ def batch(make_batch: MakeBatch) -> dict[str, Tensor]:
     return {name: value.to("cuda") for name, value in made.items()}
 
 
-def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
 def outputs(model: LionForCausalLM, batch: dict[str, Tensor], forward: Any = None) -> dict[str, Tensor]:
     """Return logits, loss, and the gradients of each part as one vector."""
     model.zero_grad()
@@ -95,16 +90,22 @@ def outputs(model: LionForCausalLM, batch: dict[str, Tensor], forward: Any = Non
     return {"logits": out.logits.detach(), "loss": out.loss.detach(), **gradients}
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_as_close_to_fp32_as_pytorch(build: Build, batch: dict[str, Tensor], family: str) -> None:
+def test_bfloat16_is_as_close_to_fp32_as_pytorch(
+    build: Build, batch: dict[str, Tensor], family: str, weights: torch.dtype
+) -> None:
+    """With bf16 weights, and with fp32 weights and bf16 products, as in training."""
     expected = outputs(build(family, torch.float32, "torch"), batch)
-    plain = outputs(build(family, torch.bfloat16, "torch"), batch)
-    got = outputs(build(family, torch.bfloat16, "triton"), batch)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        # PyTorch's error of a single number, such as the loss, may be small by chance.
-        bound = 2 * relative_error(plain[name], value) + 2**-8
-        assert relative_error(got[name], value) < bound, name
+    errors = {}
+    for backend in ("torch", "triton"):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=weights == torch.float32):
+            got = outputs(build(family, weights, backend), batch)
+        errors[backend] = {name: relative_error(got[name], value) for name, value in expected.items()}
+        assert got.keys() == expected.keys()
+    for name, error in errors["triton"].items():
+        # The error of a single number, such as the loss, may be small by chance.
+        assert error < 2 * errors["torch"][name] + 2**-8, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,19 +151,6 @@ def test_bfloat16_decoding_is_as_close_to_fp32_as_pytorch(build: Build, batch: d
     expected = steps(exact)
     plain, got = (steps(build(family, torch.bfloat16, backend)) for backend in ("torch", "triton"))
     assert relative_error(got, expected) < 2 * relative_error(plain, expected) + 2**-8
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_autocast(build: Build, batch: dict[str, Tensor], family: str) -> None:
-    """Weights are fp32 and products bf16, as in training."""
-    expected = outputs(build(family, torch.float32, "torch"), batch)
-    errors = {}
-    for backend in ("torch", "triton"):
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            got = outputs(build(family, torch.float32, backend), batch)
-        errors[backend] = {name: relative_error(got[name], value) for name, value in expected.items()}
-    for name, error in errors["triton"].items():
-        assert error < 2 * errors["torch"][name] + 2**-8, name
 
 
 @pytest.mark.slow

@@ -23,15 +23,13 @@ from lion_fast.model.adapters import MixtureOfAdapters
 from lion_fast.model.validation import expect_ids
 from lion_fast.modeling_lion import token_cross_entropy
 from tests.extras import needs
+from tests.lion_fast.gradients import gradients_of, train
+from tests.lion_fast.tiny import VISION, without_labels
 from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS
 
 FAMILIES = ("t5", "llama", "qwen2", "qwen3")
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
-
-
-def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 @pytest.mark.parametrize("visual_input", ["ALL", "QFORMER", "AGGREGATOR"])
@@ -43,13 +41,7 @@ def test_every_variant_learns_and_generates(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("vision_model"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(20):
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, batch, optimizer, steps=20)
     assert losses[-1] < 0.7 * losses[0]
     generated = model.generate(**without_labels(batch), num_beams=2, max_new_tokens=5)
     assert generated.shape[0] == 3
@@ -277,30 +269,20 @@ def test_generate_checks_tasks_against_precomputed_encodings(make_model: Make, m
     assert torch.equal(model.generate(encoder_outputs=encoded, **given), model.generate(**{**batch, **given}))
 
 
-def test_the_whole_forward_pass_compiles(make_model: Make, make_batch: MakeBatch) -> None:
-    model, batch = make_model(), make_batch(labels=True)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_keeps_the_gradients(make_model: Make, make_batch: MakeBatch, family: str) -> None:
     model, batch = make_model(family).train(), make_batch(labels=True)
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("vision_model", "language_model")) and ".adapter." not in name
         parameter.requires_grad_(not frozen)
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.zero_grad()
-        model(**batch).loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert any(".adapter." in name for name in gradients[0])
-    for name, gradient in gradients[0].items():
+    _, expected = gradients_of(model, batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, gradients = gradients_of(model, batch)
+    assert gradients.keys() == expected.keys()
+    assert any(".adapter." in name for name in gradients)
+    for name, gradient in expected.items():
         # Rows are summed in another order: relative differences of 1e-6 were seen.
-        torch.testing.assert_close(gradients[1][name], gradient, **TWO_WAYS, msg=name)
+        torch.testing.assert_close(gradients[name], gradient, **TWO_WAYS, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -417,16 +399,7 @@ def test_interpolated_positions_keep_a_linear_ramp(make_model: Make) -> None:
 
     torch's bicubic formula bends it by 0.6 % of a patch on every machine; rounding is 1e-7.
     """
-    model = make_model(
-        vision_config={
-            "hidden_size": 16,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "image_size": 8 * 14,
-            "patch_size": 14,
-        }
-    )
+    model = make_model(vision_config={**VISION, "image_size": 8 * 14})
     ramp = torch.arange(8.0).add(0.5).div(8)
     with torch.no_grad():
         model.vision_model.pos_embed[0, 1:] = ramp.repeat(8).unsqueeze(1)

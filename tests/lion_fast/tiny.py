@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import Tensor
 from transformers import BlipImageProcessorPil
 
 from lion_fast import LionProcessor
@@ -27,6 +28,10 @@ T5: dict[str, Any] = {
     # With random weights of the usual scale, the answers would hardly depend on the input.
     "initializer_factor": 0.3,
 }
+
+
+def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def scene_processor(num_scenes: int, tokenizer: Any = None, **options: Any) -> LionProcessor:

@@ -1,6 +1,7 @@
 """A double of the original LION: class names, attributes, arguments and mathematics, without its code.
 
-It is small, has no tokenizers, and computes the same as `lion_reference`, with the same parameter names.
+It is small, has no tokenizers, and computes the same as `lion_reference`, with the same parameter names. Layers that
+`apply_lion_kernels` does not change are the reference's own.
 """
 
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lion_reference import bert, qformer, t5, vit
 from lion_reference.configuration import AggregatorConfig, LIONConfig, QFormerConfig, T5Config, ViTConfig
 
 CONFIG = LIONConfig(
@@ -28,18 +30,12 @@ CONFIG = LIONConfig(
 )
 
 
-class Attention(nn.Module):
+class Attention(vit.Attention):
     def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads)
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.v_bias = nn.Parameter(torch.zeros(dim))
         self.window_size = self.relative_position_bias_table = self.relative_position_index = None
-        self.attn_drop = nn.Dropout(0.0)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(0.0)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
 
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
@@ -51,13 +47,8 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(out))
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+class Mlp(vit.MLP):
+    """By the name under which reports list it."""
 
 
 class Block(nn.Module):
@@ -71,20 +62,11 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
 class VisionTransformer(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.use_checkpoint = False
-        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.patch_embed = vit.PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // config.patch_size) ** 2, config.width))
         self.blocks = nn.ModuleList(
@@ -139,12 +121,9 @@ class BertSelfAttention(nn.Module):
         return (out, probabilities, (key, value)) if output_attentions else (out, (key, value))
 
 
-class BertSelfOutput(nn.Module):
+class BertSelfOutput(bert.Output):
     def __init__(self, width_in: int, config: Any) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width_in, config.width)
-        self.LayerNorm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(width_in, config.width, config.layer_norm_eps, config.dropout)
 
     def forward(self, hidden_states, input_tensor):
         return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
@@ -165,15 +144,6 @@ class BertAttention(nn.Module):
         return self.output(outputs[0], hidden_states), *outputs[1:]
 
 
-class BertIntermediate(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.width, config.mlp_width)
-
-    def forward(self, hidden_states):
-        return F.gelu(self.dense(hidden_states))
-
-
 class BertLayer(nn.Module):
     """The aggregator's layer, as in transformers."""
 
@@ -181,7 +151,10 @@ class BertLayer(nn.Module):
         super().__init__()
         self.attention, self.crossattention = BertAttention(config, config.width), BertAttention(config, config.width)
         self.attention.self.is_decoder = self.crossattention.self.is_decoder = True
-        self.intermediate, self.output = BertIntermediate(config), BertOutput(config.mlp_width, config)
+        self.intermediate, self.output = (
+            bert.Intermediate(config.width, config.mlp_width),
+            BertOutput(config.mlp_width, config),
+        )
 
     def forward(self, hidden_states, encoder_hidden_states):
         attended, past = self.attention(hidden_states)
@@ -208,8 +181,14 @@ class QFormerLayer(nn.Module):
         self.has_cross_attention = has_cross_attention
         if has_cross_attention:
             self.crossattention = BertAttention(config, vision_width)
-        self.intermediate, self.output = BertIntermediate(config), BertOutput(config.mlp_width, config)
-        self.intermediate_query, self.output_query = BertIntermediate(config), BertOutput(config.mlp_width, config)
+        self.intermediate, self.output = (
+            bert.Intermediate(config.width, config.mlp_width),
+            BertOutput(config.mlp_width, config),
+        )
+        self.intermediate_query, self.output_query = (
+            bert.Intermediate(config.width, config.mlp_width),
+            BertOutput(config.mlp_width, config),
+        )
 
     def forward(self, hidden_states, attention_mask, image, image_mask, query_length):
         attended = self.attention(hidden_states, attention_mask)[0]
@@ -220,31 +199,17 @@ class QFormerLayer(nn.Module):
         return torch.cat([queries, self.output(self.intermediate(words), words)], 1)
 
 
-class BertEmbeddings(nn.Module):
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.num_embeddings, config.width)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
-        self.LayerNorm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, input_ids, query_embeds):
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        words = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-        return self.dropout(self.LayerNorm(torch.cat([query_embeds, words], 1)))
-
-
 class BertModel(nn.Module):
     def __init__(self, config: QFormerConfig, vision_width: int) -> None:
         super().__init__()
-        self.embeddings = BertEmbeddings(config)
+        self.embeddings = qformer.Embeddings(config)
         layers = (QFormerLayer(config, vision_width, n % 2 == 0) for n in range(config.depth))
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def forward(self, input_ids, attention_mask, query_embeds, image):
         mask = torch.cat([attention_mask.new_ones(query_embeds.shape[:2]), attention_mask], 1)
         masks = [(1.0 - m[:, None, None].float()) * -10000.0 for m in (mask, mask.new_ones(image.shape[:2]))]
-        hidden_states = self.embeddings(input_ids, query_embeds)
+        hidden_states = self.embeddings(query_embeds, input_ids)
         for layer in self.encoder["layer"]:
             hidden_states = layer(hidden_states, masks[0], image, masks[1], query_embeds.shape[1])
         return hidden_states
@@ -262,13 +227,9 @@ class T5LayerNorm(nn.Module):
         return self.weight * (normed if self.weight.dtype == torch.float32 else normed.to(self.weight.dtype))
 
 
-class T5DenseGatedActDense(nn.Module):
+class T5DenseGatedActDense(t5.GatedMLP):
     def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.wi_0 = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.wi_1 = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config)
         self.act: nn.Module = nn.GELU()
 
     def forward(self, hidden_states):

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from lion_fast import ImageFeatures, LionForCausalLM, LionProcessor
+from tests.golden.computing import until_end
+from tests.lion_fast.gradients import gradients_of
 
 Make = Callable[..., LionForCausalLM]
 MakeBatch = Callable[..., dict[str, Tensor]]
 TASKS = ("region_level", "image_level")
-
-
-def trim(ids: list[int], eos: int = 1) -> list[int]:
-    """Return the tokens between the start token and EOS."""
-    return ids[1 : ids.index(eos)] if eos in ids else ids[1:]
 
 
 @pytest.mark.parametrize("family", ["t5", "qwen3"])
@@ -63,10 +60,7 @@ def test_several_questions_about_an_image(make_model: Make, make_batch: MakeBatc
 
 def test_gradients_reach_the_aggregator_through_encoded_images(make_model: Make, make_batch: MakeBatch) -> None:
     model, batch = make_model(), make_batch(labels=True)
-    model(**{**batch, "pixel_values": batch["pixel_values"][[0, 0, 1]]}).loss.backward()
-    expected = {
-        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
+    _, expected = gradients_of(model, {**batch, "pixel_values": batch["pixel_values"][[0, 0, 1]]})
     model.zero_grad()
     pixels = batch.pop("pixel_values")[:2]
     model(image_features=model.encode_images(pixels)[[0, 0, 1]], **batch).loss.backward()
@@ -134,11 +128,11 @@ def test_golden_tokens_of_images_encoded_once(model: LionForCausalLM, golden, go
                 **batch, image_features=features, num_beams=beams, repetition_penalty=1.5, max_new_tokens=20
             )
             expected = golden.expected[f"{task}.generate.beams{beams}.rp1.5"]
-            assert [trim(row) for row in ids.tolist()] == [trim(row) for row in expected.tolist()]
+            assert until_end(ids) == until_end(expected)
     mixed = {name: torch.cat([batch[name] for batch in batches.values()]) for name in batches["image_level"]}
     ids = model.generate(**mixed, image_features=features[[0, 1, 2, 3] * 2], max_new_tokens=20)
     expected = torch.cat([golden.expected[f"{task}.generate.beams5.rp1.5"] for task in TASKS])
-    assert [trim(row) for row in ids.tolist()] == [trim(row) for row in expected.tolist()]
+    assert until_end(ids) == until_end(expected)
 
 
 def test_golden_questions_about_one_image(

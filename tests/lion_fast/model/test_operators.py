@@ -18,7 +18,8 @@ from lion_fast import LionForCausalLM
 from lion_fast.model.attention import KERNEL_ATTENTION
 from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
 from tests.extras import needs
-from tests.lion_fast.gradients import expect_same_gradients
+from tests.lion_fast.gradients import expect_same_gradients, gradients_of, train
+from tests.lion_fast.tiny import NO_DROPOUT, PART, without_labels
 from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS, relative_error
 
 Make = Callable[..., LionForCausalLM]
@@ -92,17 +93,6 @@ def padded_batch(make_batch: MakeBatch) -> Callable[[str], dict[str, Tensor]]:
         return batch
 
     return make
-
-
-def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def gradients_of(model: LionForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -306,9 +296,9 @@ def test_padding_s_row_of_the_embedding_learns_nothing(make_model: Make, make_ba
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
-def test_the_whole_forward_pass_compiles(make_model: Make, make_batch: MakeBatch, family: str) -> None:
-    model, batch = make_model(family, kernel_backend="triton"), make_batch(labels=True)
+@pytest.mark.parametrize(("family", "backend"), [("t5", "triton"), ("llama", "triton"), ("t5", "torch")])
+def test_the_whole_forward_pass_compiles(make_model: Make, make_batch: MakeBatch, family: str, backend: str) -> None:
+    model, batch = make_model(family, kernel_backend=backend), make_batch(labels=True)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 
@@ -344,13 +334,12 @@ def test_sixteen_training_steps(make_model: Make, make_batch: MakeBatch) -> None
 
     AdamW's epsilon lies above rounding, or what has no gradient but rounding, as a key's bias, would go its own way.
     """
-    narrow = {"hidden_size": 16, "num_attention_heads": 1, "intermediate_size": 24}
-    undropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    narrow = {**PART, "num_attention_heads": 1}
     t5 = make_model().config.text_config.to_dict()
     smallest: dict[str, Any] = {
         "vision_config": {**narrow, "num_hidden_layers": 2, "image_size": 14, "patch_size": 14},
-        "qformer_config": {**narrow, **undropped, "num_hidden_layers": 1, "vocab_size": 64},
-        "aggregator_config": {**narrow, **undropped, "feature_layers": [1, 0], "projection_size": 24},
+        "qformer_config": {**narrow, **NO_DROPOUT, "num_hidden_layers": 1, "vocab_size": 64},
+        "aggregator_config": {**narrow, **NO_DROPOUT, "feature_layers": [1, 0], "projection_size": 24},
         "text_config": {**t5, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2},
     }
     batch, results = make_batch(batch=2, image_size=14, labels=True), []
@@ -358,13 +347,7 @@ def test_sixteen_training_steps(make_model: Make, make_batch: MakeBatch) -> None
         model = make_model(**smallest, kernel_backend=backend)
         freeze_for_stage(model, STAGES[2])
         optimizer = torch.optim.AdamW(parameter_groups(model, lr=6e-3), eps=1e-6)
-        losses = []
-        for _ in range(16):
-            loss = model(**batch).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        losses = train(model, batch, optimizer, steps=16)
         trained = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
         results.append((losses, trained, model.generate(**without_labels(batch), num_beams=2, max_new_tokens=4)))
     (expected_losses, expected, expected_tokens), (losses, trained, tokens) = results
