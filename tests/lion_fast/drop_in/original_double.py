@@ -319,27 +319,18 @@ class T5Attention(nn.Module):
         return (out, present, position_bias, weights) if output_attentions else (out, present, position_bias)
 
 
-class T5LayerSelfAttention(nn.Module):
-    def __init__(self, config: T5Config, is_decoder: bool, has_relative_attention_bias: bool) -> None:
+class T5LayerAttention(nn.Module):
+    """The original's T5LayerSelfAttention and T5LayerCrossAttention, by the name of the attention."""
+
+    def __init__(self, name: str, config: T5Config, *args: bool) -> None:
         super().__init__()
-        self.SelfAttention = T5Attention(config, is_decoder, has_relative_attention_bias)
+        self.name = name
+        self.add_module(name, T5Attention(config, *args))
         self.layer_norm = T5LayerNorm(config.width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states, **kwargs):
-        outputs = self.SelfAttention(self.layer_norm(hidden_states), **kwargs)
-        return hidden_states + self.dropout(outputs[0]), *outputs[1:]
-
-
-class T5LayerCrossAttention(nn.Module):
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.EncDecAttention = T5Attention(config, is_decoder=True)
-        self.layer_norm = T5LayerNorm(config.width, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, hidden_states, **kwargs):
-        outputs = self.EncDecAttention(self.layer_norm(hidden_states), **kwargs)
+        outputs = self.get_submodule(self.name)(self.layer_norm(hidden_states), **kwargs)
         return hidden_states + self.dropout(outputs[0]), *outputs[1:]
 
 
@@ -347,9 +338,9 @@ class T5Block(nn.Module):
     def __init__(self, config: T5Config, is_decoder: bool, has_relative_attention_bias: bool) -> None:
         super().__init__()
         self.is_decoder = is_decoder
-        self.layer = nn.ModuleList([T5LayerSelfAttention(config, is_decoder, has_relative_attention_bias)])
+        self.layer = nn.ModuleList([T5LayerAttention("SelfAttention", config, is_decoder, has_relative_attention_bias)])
         if is_decoder:
-            self.layer.append(T5LayerCrossAttention(config))
+            self.layer.append(T5LayerAttention("EncDecAttention", config, True))
         self.layer.append(T5LayerFF(config))
 
     def forward(

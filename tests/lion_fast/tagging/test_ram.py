@@ -259,32 +259,21 @@ def test_the_default_is_swin_large():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("call", "message"),
     [
-        ({"num_attention_heads": 5}, "num_attention_heads.*768.*5"),
-        ({"vision_config": {"image_size": 192, "window_size": 12}}, "image_size.*384.*192"),
-        ({"vision_config": RamConfig()}, "vision_config.*RamConfig"),
+        (lambda _: RamConfig(num_attention_heads=5), "num_attention_heads.*768.*5"),
+        (lambda _: RamConfig(vision_config={"image_size": 192, "window_size": 12}), "image_size.*384.*192"),
+        (lambda _: RamConfig(vision_config=RamConfig()), "vision_config.*RamConfig"),
+        (lambda tiny: RamTagger(tiny.config, ["a", "b"], [0.5] * 6), "tags: expected 6 .*got 2"),
+        (lambda tiny: RamTagger(tiny.config, list("abcdef"), [0.5]), "tag_thresholds: expected 6 .*got 1"),
+        (lambda tiny: RamTagger(tiny.config)(GRADIENT), "tags, tag_thresholds"),
+        (lambda tiny: tiny(GRADIENT, batch_size=-1), "batch_size: expected 1 or more, got -1"),
+        (lambda tiny: tiny.logits(torch.zeros(1, 3, 64, 64)), r"pixel_values.*\[B, 3, 32, 32\].*\[1, 3, 64, 64\]"),
     ],
 )
-def test_invalid_settings_are_refused(settings, message):
+def test_errors_name_the_argument(tiny, call, message):
     with pytest.raises(ValueError, match=message):
-        RamConfig(**settings)
-
-
-def test_invalid_arguments_are_refused(tiny):
-    with pytest.raises(ValueError, match=r"tags: expected 6 .*got 2"):
-        RamTagger(tiny.config, ["a", "b"], [0.5] * 6)
-    with pytest.raises(ValueError, match=r"tag_thresholds: expected 6 .*got 1"):
-        RamTagger(tiny.config, list("abcdef"), [0.5])
-    with pytest.raises(ValueError, match="tags, tag_thresholds"):
-        RamTagger(tiny.config)(Image.new("RGB", (8, 8)))
-    with pytest.raises(ValueError, match="batch_size: expected 1 or more, got -1"):
-        tiny(Image.new("RGB", (8, 8)), batch_size=-1)
-
-
-def test_pixels_of_another_size_are_refused(tiny):
-    with pytest.raises(ValueError, match=r"pixel_values.*\[B, 3, 32, 32\].*\[1, 3, 64, 64\]"):
-        tiny.logits(torch.zeros(1, 3, 64, 64))
+        call(tiny)
 
 
 def test_report_accounts_for_every_tensor(converted, ram_files):
