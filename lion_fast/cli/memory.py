@@ -41,9 +41,9 @@ def _run(args: argparse.Namespace) -> int:
         return run_again(args, interpret=True)
 
     from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
+    from lion_fast.training.building import stage_config
     from lion_fast.training.memory import Shapes, as_table, estimate
     from lion_fast.training.recipe import load_recipe
-    from lion_fast.training.run import stage_config
 
     recipe = load_recipe(args.stage, args.config, args.overrides)
     if args.size:

@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from lion_fast.data import JsonlDataset, PictureTagger, RandomCrop, RandomHorizontalFlip, ShardDataset
 from lion_fast.data.dataset import EpochDataset, Tagger, Transform
-from lion_fast.data.order import POSITION, epoch_order, sample_of
+from lion_fast.data.order import POSITION, TrainingOrder, epoch_order, sample_of
 from lion_fast.io.checkpoints import naming
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.scenes import SceneGenerator
 from lion_fast.tagging.modeling_ram import RamTagger
-from lion_fast.training.recipe import Augmentation, Data, RecipeError
+from lion_fast.training.recipe import Augmentation, Data, Recipe, RecipeError
 
 Sample = Mapping[str, Any]
 SAMPLE_IDS = "sample_ids"
@@ -160,6 +160,35 @@ def open_evaluation_data(data: Data) -> dict[str, TaskSamples]:
         RecipeError, DataError, CheckpointError, OSError: as for `open_training_data`.
     """
     return _open_sources("evaluate", data, 0, [])
+
+
+def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOrder:
+    """Return the keys of all samples of the run.
+
+    Args:
+        recipe: `data.shares` gives the relative number of turns of each task.
+        samples: task -> dataset with a length.
+
+    Raises:
+        RecipeError: a dataset is empty, or has no `lengths` with `data.group_by_length`.
+    """
+    by_task = {
+        task: dataset if isinstance(dataset, TaskSamples) else TaskSamples(task, {task: dataset})
+        for task, dataset in samples.items()
+    }
+    try:
+        return TrainingOrder(
+            by_task,
+            [getattr(recipe.data.shares, task) for task in samples],
+            steps=recipe.steps,
+            batch_size=recipe.batch.size,
+            mix=recipe.data.mix,
+            shuffle=recipe.data.shuffle,
+            group_by_length=recipe.data.group_by_length,
+            seed=recipe.seed,
+        )
+    except ValueError as error:
+        raise RecipeError(f"data.{error}") from error
 
 
 def transforms_of(augmentation: Augmentation) -> list[Transform]:

@@ -29,10 +29,11 @@ from lion_fast.data.order import POSITION
 from lion_fast.data.seeding import seed_everything
 from lion_fast.processing_lion import IGNORED, LionProcessor
 from lion_fast.training import saving
-from lion_fast.training.data import SAMPLE_IDS, LionCollator, open_training_data
+from lion_fast.training.building import build_model
+from lion_fast.training.data import SAMPLE_IDS, LionCollator, open_training_data, training_order
 from lion_fast.training.evaluation import move
 from lion_fast.training.recipe import Recipe, load_recipe
-from lion_fast.training.run import SCHEDULE, build_model, prepare_run, schedule_rates, training_order
+from lion_fast.training.run import SCHEDULE, prepare_run, schedule_rates
 from lion_fast.training.sharding import gathered_state, shard
 from lion_fast.training.stages import parameter_groups
 

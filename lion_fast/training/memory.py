@@ -114,7 +114,7 @@ def estimate(
     """Estimate the memory of one training process.
 
     Args:
-        config: configuration of the stage's model (`lion_fast.training.run.stage_config`). `kernel_backend` "triton"
+        config: configuration of the stage's model (`building.stage_config`). `kernel_backend` "triton"
             estimates the kernels, which need `TRITON_INTERPRET=1` without a GPU; "torch" estimates PyTorch.
         stage: determines the trained parameters.
         shapes: sizes of a micro-batch.

@@ -10,24 +10,15 @@ import yaml
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from lion_fast.configuration_lion import LionConfig
 from lion_fast.data.loader import start_method
-from lion_fast.data.order import TrainingOrder
 from lion_fast.data.records import DataError
-from lion_fast.data.seeding import seed_everything
 from lion_fast.extras import require
-from lion_fast.inference.loading import load_complete
 from lion_fast.io.atomic import write_text
-from lion_fast.io.checkpoints import CheckpointError, naming
-from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.processing_lion import LionProcessor
 from lion_fast.training import saving
-from lion_fast.training.data import TaskSamples, open_evaluation_data, open_training_data
-from lion_fast.training.memory import checkpoint_blocks
-from lion_fast.training.qformer import load_qformer
+from lion_fast.training.building import build_model
+from lion_fast.training.data import open_evaluation_data, open_training_data, training_order
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
 from lion_fast.training.reporting import TensorBoardCurves
-from lion_fast.training.stages import carry_over, copy_frozen, freeze_for_stage, stage_of_model
 from lion_fast.training.trainer import LionTrainer
 
 RECIPE_FILE = "recipe.yaml"
@@ -131,95 +122,6 @@ def prepare_run(recipe: Recipe, run_dir: Path, resume: bool) -> str | None:
             return str(checkpoint)
         saving.remove(path)  # damaged, and the resumed run will write a checkpoint with its name
     return None
-
-
-def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
-    """Build the stage's initial model, with the stage's frozen parameters, and its processor.
-
-    Raises:
-        RecipeError: no directory is given, or the dimensions of a model differ from the first model's.
-        CheckpointError: a directory cannot be loaded.
-    """
-    settings, stage = recipe.model, recipe.definition
-    sources = [*([settings.frozen_from] if settings.frozen_from else []), *settings.carry_over]
-    if not sources:
-        raise RecipeError("model: expected a directory in model.frozen_from or model.carry_over, got neither")
-    for directory in sources:
-        if not Path(directory).is_dir():
-            raise CheckpointError(f"{directory}: no such directory")
-    with naming(sources[0], "a directory with LION's configuration and processor"):
-        config = stage_config(LionConfig.from_pretrained(sources[0]), recipe)
-        processor = LionProcessor.from_pretrained(sources[0])
-    seed_everything(recipe.seed)
-    model = LionForCausalLM(config)
-    if settings.qformer_from is not None:
-        load_qformer(model, settings.qformer_from)
-    for number, directory in enumerate(sources):
-        source = load_complete(Path(directory), dtype=torch.float32)
-        try:
-            if number == 0 and settings.frozen_from:
-                copy_frozen(source, model)
-            else:
-                carry_over(source, stage_of_model(source), model, stage)
-        except ValueError as error:
-            raise RecipeError(f"model: {directory} does not fit {sources[0]}: {error}") from error
-        del source
-    freeze_for_stage(model, stage)
-    if recipe.precision == "bf16":
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    if recipe.gradient_checkpointing:
-        checkpoint_blocks(model)
-    return model, processor
-
-
-def stage_config(config: LionConfig, recipe: Recipe) -> LionConfig:
-    """Return the configuration of the stage's model, with the dimensions of `config`."""
-    stage = recipe.definition
-    changed = LionConfig.from_dict(
-        {
-            **config.to_dict(),
-            "visual_input": stage.visual_input,
-            "num_adapters": None,
-            "kernel_backend": recipe.model.kernel_backend,
-        }
-    )
-    if recipe.model.dropout is not None:
-        for part in (changed.qformer_config, changed.aggregator_config, changed.text_config):
-            for name in ("dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
-                if hasattr(part, name):
-                    setattr(part, name, recipe.model.dropout)
-    return changed
-
-
-def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOrder:
-    """Return the keys of all samples of the run.
-
-    Args:
-        recipe: `data.shares` gives the relative number of turns of each task.
-        samples: task -> dataset with a length.
-
-    Raises:
-        RecipeError: a dataset is empty, or has no `lengths` with `data.group_by_length`.
-    """
-    by_task = {
-        task: dataset if isinstance(dataset, TaskSamples) else TaskSamples(task, {task: dataset})
-        for task, dataset in samples.items()
-    }
-    try:
-        return TrainingOrder(
-            by_task,
-            [getattr(recipe.data.shares, task) for task in samples],
-            steps=recipe.steps,
-            batch_size=recipe.batch.size,
-            mix=recipe.data.mix,
-            shuffle=recipe.data.shuffle,
-            group_by_length=recipe.data.group_by_length,
-            seed=recipe.seed,
-        )
-    except ValueError as error:
-        raise RecipeError(f"data.{error}") from error
 
 
 def schedule_rates(recipe: Recipe) -> dict[str, float]:

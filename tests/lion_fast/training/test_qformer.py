@@ -10,8 +10,8 @@ from torch import Tensor
 from lion_fast.conversion.lion import original_name
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.training import RecipeError
+from lion_fast.training.building import build_model
 from lion_fast.training.qformer import load_qformer
-from lion_fast.training.run import build_model
 from tests.lion_fast.training.runs import MakeRecipe
 
 PARTS = ("query_tokens", "vision_layernorm", "qformer", "qformer_projection")

@@ -10,9 +10,10 @@ import torch
 from transformers import get_scheduler
 
 from lion_fast.training import RecipeError, load_recipe, shipped_recipe
-from lion_fast.training.data import open_training_data
+from lion_fast.training.building import build_model
+from lion_fast.training.data import open_training_data, training_order
 from lion_fast.training.recipe import Recipe, check_resumable
-from lion_fast.training.run import SCHEDULE, build_model, schedule_rates, training_order
+from lion_fast.training.run import SCHEDULE, schedule_rates
 from lion_fast.training.stages import parameter_groups
 from tests.lion_fast.training.runs import MakeRecipe
 

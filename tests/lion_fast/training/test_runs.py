@@ -18,9 +18,9 @@ from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.cli import main
 from lion_fast.data.order import POSITION
 from lion_fast.training import NonFiniteError, saving, shipped_recipe, train
+from lion_fast.training.building import build_model
 from lion_fast.training.data import SAMPLE_IDS, SceneSamples
 from lion_fast.training.evaluation import evaluate
-from lion_fast.training.run import build_model
 from tests.extras import needing
 from tests.lion_fast.training.runs import MakeRecipe, losses_of, weights_of
 from tests.rounding import LOSS_TWO_WAYS, expect_golden_curve
