@@ -25,7 +25,8 @@ ALLOWED = {
 THIRD_PARTY = {"lion_kernels": {"torch", "triton"}, "lion_reference": {"torch", "einops"}}
 
 
-# Rooms of lion_fast from the bottom up: a module imports only from its own room and from rows below.
+# Folders and top-level modules of lion_fast from the bottom up: a module imports only from its own folder and from
+# lower layers.
 LAYERS = (
     {"extras"},
     {"io"},
@@ -103,9 +104,9 @@ def test_layers(package: str) -> None:
 KERNELS = PACKAGES["lion_kernels"]
 FAMILIES = {"attention", "low_rank"}
 OPERATORS = {file.stem for file in KERNELS.glob("*.py")} - {"__init__", "__main__"}
-# Allowed imports of each room or operator of lion_kernels. LoRA whose update has its own input is a mixture of
+# Allowed imports of each folder or operator of lion_kernels. LoRA whose update has its own input is a mixture of
 # adapters.
-ROOMS = {
+KERNEL_IMPORTS = {
     "core": set(),
     **{family: {"core"} for family in FAMILIES},
     **{operator: {"core", *FAMILIES} for operator in OPERATORS},
@@ -114,16 +115,16 @@ ROOMS = {
 }
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS))
-def test_rooms_of_the_kernels(room: str) -> None:
+@pytest.mark.parametrize("part", sorted(KERNEL_IMPORTS))
+def test_layers_of_the_kernels(part: str) -> None:
     """Imports go in one direction: core, the families, the operators, the ahead-of-time report."""
-    folder = KERNELS / room
+    folder = KERNELS / part
     found = set()
     for file in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lion_kernels."):
                 found.add((node.module or "").split(".")[1])
-    assert found - {room} <= ROOMS[room]
+    assert found - {part} <= KERNEL_IMPORTS[part]
 
 
 @pytest.mark.parametrize("file", sorted(OPERATORS))
@@ -147,18 +148,20 @@ def test_there_are_no_import_cycles(package: str) -> None:
         pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
 
 
-def test_rooms_import_only_from_below() -> None:
-    rows = {room: row for row, rooms in enumerate(LAYERS) for room in rooms}
-    ours = [name for name in IMPORTS if within(name, "lion_fast") and name.count(".") and room_of(name)[0] != "_"]
-    assert {room_of(name) for name in ours} == set(rows), "every room has its row"
+def test_modules_import_only_from_lower_layers() -> None:
+    layer = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+    ours = [name for name in IMPORTS if within(name, "lion_fast") and name.count(".") and part_of(name)[0] != "_"]
+    assert {part_of(name) for name in ours} == set(layer), "every part has its layer"
     arrows = [(name, other) for name in ours for other in imported_modules(name) if within(other, "lion_fast")]
     assert len(arrows) > 200
     for name, other in arrows:
-        here, there = room_of(name), room_of(other)
-        assert here == there or rows.get(there, len(LAYERS)) < rows[here], f"{name} imports {other}, which is not below"
+        here, there = part_of(name), part_of(other)
+        assert here == there or layer.get(there, len(LAYERS)) < layer[here], (
+            f"{name} imports {other}, which is not in a lower layer"
+        )
 
 
-def room_of(name: str) -> str:
+def part_of(name: str) -> str:
     return f"{name}.".split(".")[1]
 
 
