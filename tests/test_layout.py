@@ -15,8 +15,8 @@ PACKAGES = {
     "lion_kernels": ROOT / "kernels" / "lion_kernels",
     "lion_reference": ROOT / "reference" / "lion_reference",
 }
-# The layers: the kernels and the reference import neither the model nor each other, and only the check, which compares
-# them, imports the reference.
+# The kernels and the reference import neither the model nor each other, and only the check, which compares them,
+# imports the reference.
 ALLOWED = {
     "lion_fast": {"lion_kernels"},
     "lion_kernels": set(),
@@ -96,7 +96,7 @@ def test_no_package_shadows_another(folder: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_layers(package: str) -> None:
+def test_imports_between_packages(package: str) -> None:
     ours = imported(package) & {*PACKAGES, "benchmarks", "tests"}
     assert ours - {package} <= ALLOWED[package]
 
@@ -125,6 +125,12 @@ def test_layers_of_the_kernels(part: str) -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lion_kernels."):
                 found.add((node.module or "").split(".")[1])
     assert found - {part} <= KERNEL_IMPORTS[part]
+
+
+def test_no_package_imports_the_benchmarks() -> None:
+    for name, imports in IMPORTS.items():
+        if not within(name, "benchmarks"):
+            assert not [module for module, _ in imports if within(module, "benchmarks")], name
 
 
 @pytest.mark.parametrize("file", sorted(OPERATORS))
@@ -193,11 +199,9 @@ def test_named_test_files_exist() -> None:
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
-def test_operators_have_twins() -> None:
+def test_operators_have_the_same_file_name_everywhere() -> None:
     """An operator has the same file name in the kernels, the reference and both test folders."""
-    kernels = {file.name for file in PACKAGES["lion_kernels"].glob("mixture_of_*.py")}
-    assert kernels
-    for name in kernels:
+    for name in (f"{operator}.py" for operator in OPERATORS):
         assert (PACKAGES["lion_reference"] / name).is_file()
         assert (ROOT / "tests" / "kernels" / f"test_{name}").is_file()
         assert (ROOT / "tests" / "reference" / f"test_{name}").is_file()
