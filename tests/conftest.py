@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests, which run the kernels in Triton's interpreter where there is no GPU."""
+"""Fixtures shared by all tests; without a GPU, the kernels run in Triton's interpreter."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from lion_kernels.core.backend import interpreting
 if interpreting():
     patch_the_language_once()
 
-# An example may take as long as it takes: how long says something of the machine, and nothing of the code.
+# No deadline for examples: their time depends on the machine, not on the code.
 settings.register_profile(
     "any machine",
     settings(),
@@ -43,9 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logfinish() -> None:
-    """Ends a process of several whose GPU takes no more work, so that xdist starts another in its place.
+    """Exit an xdist worker whose GPU accepts no more work, so that xdist replaces it.
 
-    After a fault, or a capture that broke, its later tests would fail for no reason of their own.
+    After a fault or a failed graph capture, the worker's later tests would fail for that reason alone.
     """
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         try:
@@ -56,7 +56,7 @@ def pytest_runtest_logfinish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """With -v, how near the golden model's results came to what `tests/rounding.py` allows (in this process)."""
+    """With -v, print the golden model's errors in this process and their bounds in `tests/rounding.py`."""
     if rounding.nearest and config.get_verbosity() > 0:
         terminalreporter.section("rounding")
         for name, (error, bound) in sorted(rounding.nearest.items()):
@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture
 def golden_threads() -> Iterator[None]:
-    """As many threads as computed the golden data: they split the sums of gradients over rows."""
+    """Use two threads, as the golden data's run did: threads split the sums of gradients over rows."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -74,10 +74,10 @@ def golden_threads() -> Iterator[None]:
 
 @pytest.fixture
 def rounds_as_golden(golden_threads: None) -> bool:
-    """Whether sums are split and rounded here as where the golden data was computed.
+    """Whether this machine splits and rounds sums like the one that computed the golden data.
 
-    BLAS and torch choose their kernels by the CPU. A digest of plain operators of the golden model's sizes tells, and
-    knows nothing of the code under test.
+    BLAS and torch choose their kernels by the CPU. A digest of plain operators at the golden model's sizes tells the
+    machines apart, without the code under test.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = ((4, 129, 176), (176, 176), (768, 176), (176, 768))
@@ -96,9 +96,9 @@ def rounds_as_golden(golden_threads: None) -> bool:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """The directory of what the original model computed, from `LION_GOLDEN_DIR` or beside the repository.
+    """The directory of the original model's results: `LION_GOLDEN_DIR`, or `shared/golden` beside the repository.
 
-    Tests that need it are skipped where it is absent, except in CI, where its absence is a failure.
+    Without it, tests that need it are skipped; in CI they fail.
     """
     beside = Path(__file__).resolve().parents[2] / "shared" / "golden"
     path = Path(os.environ.get("LION_GOLDEN_DIR", beside))
@@ -112,6 +112,6 @@ def golden_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_files(golden_dir: Path) -> dict[str, Path]:
-    """The original's files of the golden model: the arguments of `convert_checkpoint` and `from_checkpoint_files`."""
+    """The golden model in the original's files: the arguments of `convert_checkpoint` and `from_checkpoint_files`."""
     names = {"vit": "eva_vit_tiny.pth", "llm": "flan-t5-tiny", "bert": "bert-tiny", "lion": "LION-tiny.pth"}
     return {argument: golden_dir / "lion_tiny" / name for argument, name in names.items()}

@@ -1,4 +1,4 @@
-"""Packages that not every installation has: the tests that need one are skipped where it is missing, and say so."""
+"""Optional packages: a test that needs a missing package is skipped and names it."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -11,10 +11,10 @@ def _reason(package: str, extra: str) -> str:
 
 
 def needs(package: str, extra: str) -> Any:
-    """The module; where it is missing the test is skipped, or at the top of a file all of its tests."""
+    """Return the module; if it is missing, skip the test, or at the top of a file all of its tests."""
     return pytest.importorskip(package, reason=_reason(package, extra))
 
 
 def needing(package: str, extra: str) -> pytest.MarkDecorator:
-    """The same as a mark of a test or of a parameter."""
+    """Return a mark that skips a test or a parameter if the package is missing."""
     return pytest.mark.skipif(find_spec(package.split(".")[0]) is None, reason=_reason(package, extra))

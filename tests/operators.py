@@ -1,4 +1,4 @@
-"""The operators of `lion_kernels`: of its public names, those that have a module of their own."""
+"""The operators of `lion_kernels`: its public names that are also names of its modules."""
 
 from pkgutil import iter_modules
 

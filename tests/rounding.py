@@ -1,14 +1,13 @@
-"""How far rounding takes results, and the bounds that follow: of the golden model, of operators, and of small models.
+"""How large rounding errors are, and the tests' bounds derived from them: golden model, operators, small models.
 
-No two CPUs round alike: BLAS and torch choose kernels, and with them the order of sums, by the CPU, by its vector
-instructions and by the number of threads. So no bound here is what one machine gave. `WORST` is the worst relative
-error of many ways to compute the same in fp32 (`docs/exactness.md` lists them), each result against the same
-computation in fp64 and against the golden values, which are fp32 results of one CPU more. A test allows `MARGIN` times
-that.
+CPUs round differently: BLAS and torch choose kernels, and with them the order of sums, by the CPU, its vector
+instructions and the number of threads. So no bound is the result of a single machine. `WORST` holds the largest
+relative error of many fp32 code paths (listed in `docs/exactness.md`). Each path is compared with the same computation
+in fp64 and with the golden values, which are fp32 results of another CPU. Tests allow `MARGIN` times `WORST`.
 
-The ways share inputs, weights and dtype, so the errors are those of the arithmetic: the aggregator's softmax magnifies
-the vision tower's last bits by 60, and AdamW's first steps, which are the signs of gradients, turn a gradient that is
-rounding into a whole step. `pytest -v tests/lion_fast/test_golden.py` prints what the machine at hand gives.
+The paths share inputs, weights and dtype, so the errors come from the arithmetic: the aggregator's softmax amplifies
+the vision tower's last bits by 60, and AdamW's first steps, which are the signs of the gradients, turn a gradient that
+is only a rounding error into a full step. `pytest -v tests/lion_fast/test_golden.py` prints this machine's errors.
 """
 
 import math
@@ -17,24 +16,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# For the golden values in LION_GOLDEN_DIR; tests/golden/comparison.py has the margin for those in tests/golden.
 MARGIN = 3
 
-# What the kernels promise of one operator in fp32, outputs and gradients, from fp64. The worst that was seen of fixed
-# shapes is 1.3e-6, over one thread and two, native, AVX2 and default code paths, and OpenBLAS' for several CPUs, with
-# which the interpreter computes.
+# For one operator in fp32, outputs and gradients, against fp64. The largest error seen at fixed shapes is 1.3e-6, over
+# one and two threads, the native, AVX2 and default code paths, and those of OpenBLAS, which the interpreter uses, for
+# several CPUs.
 OPERATOR_FP32 = 1e-5
 
-# Of an operator that reads some of its inputs in fp16, whose rounding is 2**-11: eight of those. 6.4e-4 was seen.
+# For an operator with some inputs in fp16: eight roundings of 2**-11. The largest error seen is 6.4e-4.
 OPERATOR_FP16 = 4e-3
 
-# Logits and gradients of a small model in fp32, computed in two ways that are equal in exact arithmetic (with a cache
-# and without, folded and not, alone and in a batch), element by element. A sixteenth of this was seen.
+# For logits and gradients of a small fp32 model, element by element, in two computations that are equal in exact
+# arithmetic (with and without a cache, folded or not, alone or in a batch). The largest difference seen is 1/16 of it.
 TWO_WAYS = {"rtol": 1e-4, "atol": 1e-5}
 
-# Its loss likewise, a mean over tokens whose rounding averages out: 2.4e-7 was seen.
+# For the loss of such a model, a mean over tokens that averages rounding out. The largest difference seen is 2.4e-7.
 LOSS_TWO_WAYS = 1e-5
 
-# Of the golden values, from fp64: fixed files, the same on every machine up to fp64's own rounding.
+# Errors of the golden values against fp64. The files are fixed, so only fp64's own rounding differs between machines.
 GOLDEN_DISTANCE = {
     "vision": 4.89e-7,
     "aggregator": 3.02e-5,
@@ -57,16 +57,16 @@ WORST = {
     "gradients": 3.6e-4,
 }
 
-# Of the loss, by steps of the golden training run. A difference grows by 100 a step until the curves are those of
-# different runs of the same training: the worst up to each step, since what has grown comes back by chance only.
+# For the loss at each step of the golden training run, the largest error up to that step. A difference grows by a
+# factor of 100 per step until the curves differ like two runs of the same training, and shrinks only by chance.
 WORST_LOSS = (3.4e-7, 3.5e-5, 6.2e-4, 4.0e-3, 4.0e-3, 1.4e-2, *(1.6e-2,) * 6)
 
 nearest: dict[str, tuple[float, float]] = {}
-"""By what was compared: the error that came nearest its bound in this process, and that bound."""
+"""The largest error in this process and its bound, by the name of the result."""
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """||got - expected|| / ||expected||, in fp64, wherever the two are; infinite where anything is NaN."""
+    """Return ||got - expected|| / ||expected||, computed in fp64 on the CPU; infinity if there is a NaN."""
     assert got.shape == expected.shape
     got, expected = (value.detach().double().cpu() for value in (got, expected))
     error = ((got - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
@@ -74,9 +74,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def between(values: Tensor) -> Tensor:
-    """A threshold for `values` [N, ...], along the first dimension: amid the widest gap of two neighbours.
+    """Return a threshold for `values` [N, ...] along the first dimension: the middle of the widest gap.
 
-    Rounding decides on which side of one of the values another computation of it is, and of their median.
+    A threshold that equals a value, as a median can, would let rounding decide the value's side.
     """
     ordered = values.sort(0).values
     gaps = ordered.diff(dim=0)
@@ -85,23 +85,23 @@ def between(values: Tensor) -> Tensor:
 
 
 def rounding_bound(plain: Tensor, exact: Tensor) -> float:
-    """What a kernel's result may be from `exact`, by what the plain formula's in the same dtype is.
+    """Return the bound on a kernel's error against `exact`, from the plain formula's error in the same dtype.
 
-    Both round as often, so twice as much is allowed, and the rounding of the result itself, as a gradient of few
-    elements may be lucky in one form, and exact. 0.57 of it was seen.
+    Both round equally often, so the bound is twice the formula's error plus one rounding of the result: with few
+    elements, the formula may happen to be exact. The largest error seen is 0.57 of the bound.
     """
     return 2 * relative_error(plain, exact) + torch.finfo(plain.dtype).eps / 2
 
 
 def expect_within(name: str, error: float, worst: float | None = None) -> None:
-    """Hold `error` to `MARGIN` times `worst`, by default `WORST[name]`."""
+    """Assert that `error` is below `MARGIN` times `worst`, by default `WORST[name]`."""
     bound = MARGIN * (WORST[name] if worst is None else worst)
     nearest[name] = max(nearest.get(name, (0.0, bound)), (error, bound))
     assert error < bound, f"{name}: {error:.2e}, expected less than {bound:.2e}"
 
 
 def expect_golden_curve(losses: Sequence[float], golden: Sequence[float]) -> None:
-    """Hold each step's loss to the golden one, as far as rounding lets it."""
+    """Assert that each step's loss equals the golden one within `WORST_LOSS`, times `MARGIN`."""
     assert len(losses) == len(golden) == len(WORST_LOSS)
     for step, (loss, expected, worst) in enumerate(zip(losses, golden, WORST_LOSS, strict=True), 1):
         expect_within(f"loss of step {step:2}", abs(loss - expected) / expected, worst)

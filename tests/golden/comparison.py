@@ -1,12 +1,12 @@
-"""How far results may be from what the original computed in float64.
+"""How far results may be from the original's float64 results.
 
-A distance is relative: the norm of the difference by the norm of what the original computed. Where three numbers stand
-for an array, it is the largest of their differences by the array's norm.
+A distance is relative: the norm of the difference, divided by the norm of the original's result. For an array stored as
+three numbers, it is the largest of their differences, divided by the array's norm.
 
-Bounds follow from float32. `FLOAT32` is what rounding to it was seen to make of each kind of result at the most, in
+The bounds are derived from float32. `FLOAT32` holds the largest distance seen for each kind of result, in
 `lion_reference` and in `LionForCausalLM` with sdpa and eager attention, on one thread and two, with AVX2 and AVX-512.
-What one rounding becomes does not depend on its size, as long as it is small, and float64 rounds 2**29 times as finely:
-there the same computation is 2**-29 times as far off. `MARGIN` is for CPUs and libraries that add up in another order.
+Small rounding errors are amplified by the same factor in both precisions, and float64 rounds 2**29 times as finely, so
+the float64 bound is 2**-29 times the float32 bound. `MARGIN` covers CPUs and libraries that sum in another order.
 """
 
 import numpy as np
@@ -16,16 +16,17 @@ from torch import Tensor
 from tests.golden.data import Golden
 from tests.golden.weights import project
 
+# For the golden values in tests/golden, in every clone; tests/rounding.py has the margin for those in LION_GOLDEN_DIR.
 MARGIN = 10
 FLOAT32 = {"values": 4e-6, "gradients": 8e-5, "losses": 2e-2, "parameters": 6e-2}
 MORE_BITS = {torch.float32: 0, torch.float64: 29}
 
 
 def bound(key: str, dtype: torch.dtype) -> float:
-    """The largest distance of the result `key` for a model that computes in `dtype`."""
+    """Return the largest allowed distance of the result `key` for a model that computes in `dtype`."""
     kind, _, step = key.partition(".")
     if kind == "losses":
-        # AdamW makes full steps of gradients that rounding gave their sign, so at first a difference grows fast.
+        # AdamW takes a full step even if rounding determines a gradient's sign, so differences grow fast at first.
         worst = min(FLOAT32["losses"], 1e-6 * 30 ** int(step))
     elif kind == "after":
         worst = FLOAT32["parameters"]
@@ -35,18 +36,18 @@ def bound(key: str, dtype: torch.dtype) -> float:
 
 
 def distances(golden: Golden, results: dict[str, Tensor]) -> dict[str, float]:
-    """By key, the distance of each result.
+    """Return the distance of each result, by key.
 
-    Keys are those of the stored tensors, `TASK.grad.NAME` and `after.NAME` for rows of them, and `losses.STEP`.
+    A key is the name of a stored tensor, `TASK.grad.NAME` or `after.NAME` for a row of one, or `losses.STEP`.
 
     Raises:
-        KeyError: nothing is stored of a result.
+        KeyError: no value is stored for a result.
     """
     return {key: _distance(golden, key, result) for key, result in results.items()}
 
 
 def expect_close(golden: Golden, results: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Raises AssertionError with the results that are beyond their bounds, the farthest first."""
+    """Raise AssertionError if results exceed their bounds; it lists up to eight, the largest excess first."""
     by_key = distances(golden, results)
     beyond = {key: distance / bound(key, dtype) for key, distance in by_key.items()}
     beyond = {key: times for key, times in beyond.items() if not times <= 1}
@@ -73,10 +74,10 @@ def _distance(golden: Golden, key: str, result: Tensor) -> float:
 
 
 def _gradient_scale(name: str, rows: dict[str, np.ndarray]) -> float:
-    """The norm that a gradient's difference is measured by.
+    """Return the norm by which a gradient's difference is divided.
 
-    A bias of all keys moves all scores of a softmax alike: its gradient is zero but for rounding, measured by that of
-    the weight. The adapters' scales have one number each, sums that may nearly cancel: they are taken as one vector.
+    A key bias shifts all scores of a softmax equally: its gradient is zero except for rounding, so the weight's norm is
+    used. An adapter scale's gradient is one number, a sum that may nearly cancel, so all scales count as one vector.
     """
     if name.endswith(".key.bias"):
         return rows[name.removesuffix("bias") + "weight"][0]
@@ -86,7 +87,7 @@ def _gradient_scale(name: str, rows: dict[str, np.ndarray]) -> float:
 
 
 def _relative(found: np.ndarray, wanted: np.ndarray, scale: float) -> float:
-    """Zero only for what is equal where `wanted` is zero: gradients of what has no influence."""
+    """Return the distance; if `scale` is 0 (a parameter without influence), 0 for equal values, else infinity."""
     assert found.shape == wanted.shape, f"expected {wanted.shape}, got {found.shape}"
     difference = found - wanted
     size = np.abs(difference).max() if wanted.shape == (3,) else np.linalg.norm(difference)

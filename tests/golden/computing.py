@@ -1,4 +1,4 @@
-"""What the original computed, computed by a subject: the results that `comparison` holds to the golden ones."""
+"""Computes with a subject what the original computed, for `comparison` with the golden values."""
 
 from itertools import product
 
@@ -12,7 +12,7 @@ PENALTIES = (1.0, 1.5)
 
 
 def vision(subject: Subject, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Three layers of the vision tower and the aggregator's output."""
+    """Return the states of three vision layers and the aggregator's output."""
     golden = subject.golden
     with torch.no_grad():
         states = subject.vision_layers(golden.batch(golden.tasks[0], dtype)["pixel_values"])
@@ -25,7 +25,7 @@ def vision(subject: Subject, dtype: torch.dtype) -> dict[str, Tensor]:
 def forward_and_backward(
     subject: Subject, dtype: torch.dtype, tasks: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
-    """Per task, all if None: prefix, encoder's output, logits, loss and the gradient of every trained parameter."""
+    """Return prefix, encoder output, logits, loss and all trained parameters' gradients of `tasks` (None for all)."""
     golden, results = subject.golden, {}
     for task in golden.tasks if tasks is None else tasks:
         subject.model.zero_grad()
@@ -42,7 +42,7 @@ def forward_and_backward(
 
 
 def train(subject: Subject, dtype: torch.dtype, steps: int = 12) -> dict[str, Tensor]:
-    """AdamW, tasks in turn, dropout off: the losses, and after all 12 steps every trained parameter."""
+    """Train with AdamW and alternating tasks; return the losses, and after all 12 steps the trained parameters."""
     golden, results = subject.golden, {}
     groups = subject.groups()
     sizes = sorted(len(group["params"]) for group in groups if group["params"])
@@ -61,7 +61,7 @@ def train(subject: Subject, dtype: torch.dtype, steps: int = 12) -> dict[str, Te
 
 
 def tokens(subject: Subject, dtype: torch.dtype, beams: tuple[int, ...]) -> dict[str, list[list[int]]]:
-    """Per task, number of beams and repetition penalty, the generated ids of each sample."""
+    """Return each sample's generated ids, by task, number of beams and repetition penalty."""
     results = {}
     for task, num_beams, penalty in product(subject.golden.tasks, beams, PENALTIES):
         settings = {"num_beams": num_beams, "repetition_penalty": penalty, "max_new_tokens": 20}
@@ -76,7 +76,7 @@ def golden_tokens(golden: Golden, beams: tuple[int, ...]) -> dict[str, list[list
 
 
 def until_end(ids: Tensor, start: int = 0, end: int = 1) -> list[list[int]]:
-    """Without the start token and what follows EOS, which is padding of one kind or another."""
+    """Return the ids without the start token and without the padding after EOS, which may differ."""
     rows = []
     for first, *row in ids.tolist():
         assert first == start

@@ -1,4 +1,4 @@
-"""The golden models, their checkpoints in the original's files, and what `convert_checkpoint` makes of them."""
+"""Fixtures for the golden models: stored values, checkpoints in the original's files, converted checkpoints."""
 
 from pathlib import Path
 

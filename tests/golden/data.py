@@ -1,4 +1,4 @@
-"""The golden models: what is stored of them, and their checkpoints in the original's files."""
+"""The golden models: their stored values, and their checkpoints in the original's files."""
 
 import json
 from dataclasses import dataclass
@@ -23,24 +23,24 @@ SOFT_PROMPT_TOKEN = "<extra_id_0>"
 
 @dataclass(repr=False)
 class Golden:
-    """One model: its settings, and what the original computed with it in float64 (see README.md)."""
+    """One model: its settings, and the original's float64 results (see README.md)."""
 
     meta: dict[str, Any]
     expected: dict[str, Tensor]
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of which there are results; one adapter serves both alike."""
+        """The tasks with stored results; with one adapter, both tasks have the same results."""
         return ("region_level", "image_level") if self.meta["visual_input"] == "ALL" else ("image_level",)
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
-        """Every parameter by its original name, float32."""
+        """All parameters in float32, by the original's names."""
         seed = self.meta["seed"]
         return {name: torch.from_numpy(weight(seed, name, shape)) for name, shape in self.meta["shapes"].items()}
 
     def batch(self, task: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The arguments of both models' `forward`, without labels."""
+        """Return the arguments of both models' `forward`, without labels."""
         images = pixels(self.meta["seed"], len(self.expected["input_ids"]), self.meta["image_size"])
         return {
             "pixel_values": torch.from_numpy(images).to(dtype),
@@ -49,10 +49,10 @@ class Golden:
         }
 
     def write_checkpoint(self, directory: Path) -> dict[str, Path]:
-        """The files of the original, as the arguments of `convert_checkpoint` and `LION.from_checkpoint_files`.
+        """Write the original's files; return the arguments of `convert_checkpoint` and `LION.from_checkpoint_files`.
 
-        The language model's weights stand in LION's file, too, which both prefer: those of Flan-T5's directory they
-        round to bfloat16, as the original does, but not where it computed this.
+        LION's file also contains the language model's weights, which both functions prefer. They round weights from
+        Flan-T5's directory to bfloat16, as the original does, but the golden values were computed without that.
         """
         files = {name: directory / name for name in ("vit", "llm", "bert", "lion")}
         for name in ("llm", "bert"):
@@ -72,7 +72,7 @@ class Golden:
         return files
 
     def _write_tokenizers(self, llm: Path, bert: Path) -> None:
-        """Vocabularies of the right sizes: the stored ids need no more."""
+        """Write placeholder vocabularies of the right sizes, which suffice for the stored ids."""
         words = ["<pad>", "</s>", "<unk>", *(f"word{n}" for n in range(3, self.meta["t5"]["vocab_size"]))]
         tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
         if self.meta["soft_prompt_id"] is not None:
@@ -87,6 +87,6 @@ class Golden:
 
 
 def load(name: str) -> Golden:
-    """The golden model of that name, one of `NAMES`."""
+    """Return the golden model `name`, one of `NAMES`."""
     meta = json.loads((DIRECTORY / f"{name}.json").read_text(encoding="utf-8"))
     return Golden(meta, load_file(DIRECTORY / f"{name}.safetensors"))

@@ -1,4 +1,4 @@
-"""The two implementations that are held to the original, behind one face: parameters have their original names."""
+"""The two implementations under test, with the same interface and the original's parameter names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +74,7 @@ Subject = Reference | LionFast
 
 
 def reference_groups(model: LION, trainable: list[str], weight_decay: float) -> list[dict[str, Any]]:
-    """The original's groups, put together without `parameter_groups`: the aggregator apart, no decay of vectors."""
+    """Return the original's groups, without `parameter_groups`: the aggregator is separate, vectors have no decay."""
     trained = [(name, model.get_parameter(name)) for name in trainable]
     return [
         {
@@ -87,7 +87,7 @@ def reference_groups(model: LION, trainable: list[str], weight_decay: float) -> 
 
 
 def lion_groups(model: LionForCausalLM, trainable: list[str], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of the package's training; only the parameters that the original trains get gradients."""
+    """Return the groups of lion_fast's training; only the parameters that the original trains require gradients."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(original_name(name) in trainable)
     return parameter_groups(model, lr=lr, weight_decay=weight_decay)
@@ -108,7 +108,7 @@ def load_lion_fast(golden: Golden, converted: Path, dtype: torch.dtype, **settin
 
 @contextmanager
 def float64_throughout() -> Iterator[None]:
-    """Leaves out the one cast to float32 that `LionForCausalLM` makes of float64: transformers' in T5's norm."""
+    """Skip the only cast of float64 to float32 in `LionForCausalLM`, which is in transformers' `T5LayerNorm`."""
 
     def norm(self: T5LayerNorm, hidden_states: Tensor) -> Tensor:
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)

@@ -1,4 +1,4 @@
-"""The comparison fails where a name, a scale or a gate is wrong, in either implementation."""
+"""The comparison fails if a name, a scale or a gate is wrong, in either implementation."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ from tests.golden.computing import forward_and_backward
 from tests.golden.data import Golden
 from tests.golden.subjects import convert, float64_throughout, load_lion_fast, load_reference
 
-pytestmark = pytest.mark.parametrize("golden", ["all"], indirect=True)  # the model that has all parts
+pytestmark = pytest.mark.parametrize("golden", ["all"], indirect=True)  # the model with all parts
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
-SLIGHTLY = 1 + 1e-6  # a difference that float32 hardly shows
+SLIGHTLY = 1 + 1e-6  # a difference that is hardly visible in float32
 
 
 def swap_two_norms_in_the_name_map(patch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def multiply_by_a_wrong_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def expand_the_gate_with_its_rows_swapped(patch: pytest.MonkeyPatch) -> None:
-    module = import_module("lion_reference.mixture_of_adapters")  # the package has a function of its name
+    module = import_module("lion_reference.mixture_of_adapters")  # the package has a function of the same name
     expand = module.expand_gate
     patch.setattr(module, "expand_gate", lambda gate, *args, **settings: expand(gate.flip(0), *args, **settings))
 

@@ -1,7 +1,7 @@
-"""Both implementations against what the original computed, from figures that every clone holds.
+"""Both implementations against the original's results, which every clone contains.
 
-`lion_reference` in float64, and `LionForCausalLM` through `convert_checkpoint` and `from_pretrained`: in float64 with
-the same casts left out, in float32 as users have it, and on the kernels.
+`lion_reference` runs in float64. `LionForCausalLM` is loaded with `convert_checkpoint` and `from_pretrained`, and runs
+in float64 without casts to float32 (like the original's run), in float32 as users run it, and on the kernels.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 class Loaded(NamedTuple):
-    """A way to a fresh model, and the dtype that it computes in."""
+    """A function that loads a new model, and the dtype the model computes in."""
 
     load: Callable[[], Subject]
     dtype: torch.dtype
@@ -75,13 +75,13 @@ def test_values_and_gradients(subject: Subject, golden: Golden, loaded: Loaded) 
 
 
 def test_generated_tokens(subject: Subject, golden: Golden, loaded: Loaded) -> None:
-    # The beams' candidates come as close as 1e-8 to each other, greedy choices 3e-4: ten times what float32 may move.
+    # The scores of beam candidates differ by only 1e-8, those of greedy choices by 3e-4, ten times float32's error.
     beams = (1,) if loaded.dtype == torch.float32 else (1, 5)
     assert tokens(subject, loaded.dtype, beams) == golden_tokens(golden, beams)
 
 
 def test_training_steps(golden: Golden, loaded: Loaded) -> None:
-    """All twelve in float64. Of float32 three: from the fourth on the curve tells rounding alone, by up to 2e-2."""
+    """Compare 12 steps in float64 and 3 in float32: from the fourth on, rounding changes the loss by up to 2e-2."""
     steps = 3 if loaded.dtype == torch.float32 else 12
     expect_close(golden, train(loaded.load(), loaded.dtype, steps), loaded.dtype)
 
@@ -89,7 +89,7 @@ def test_training_steps(golden: Golden, loaded: Loaded) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("golden", ["all"], indirect=True)
 def test_the_kernels(golden: Golden, converted: Path) -> None:
-    """Values and gradients of one task, in Triton's interpreter."""
+    """Compare values and gradients of one task in Triton's interpreter."""
     if not interpreting():
         pytest.skip("this model is on the CPU, where kernels run in Triton's interpreter only")
     subject = load_lion_fast(golden, converted, torch.float32, kernel_backend="triton")

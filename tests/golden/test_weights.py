@@ -1,4 +1,4 @@
-"""The weights that the original ran on are made again to the last bit, and so are the pixels."""
+"""The weights and pixels of the original's run are reproduced bit for bit."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ import pytest
 from tests.golden.data import DIRECTORY, NAMES, load
 from tests.golden.weights import pixels, project
 
-# SHA-256 of all parameters, in their order in the JSON file, and the pixels.
+# SHA-256 of all parameters, in the JSON file's order, and then the pixels.
 DIGESTS = {
     "all": "042095fdf9fb60f430aa799a2042879c247b27238a687943bd2d24d743ad2656",
     "qformer": "e2052542ac99729e160c81a4b74dcadf7016d3183d866ea34159af50e2594b65",

@@ -1,7 +1,7 @@
-"""The parameters and pixels of the golden models, as functions of a seed: the original ran on these very numbers.
+"""The parameters and pixels of the golden models, generated from a seed: the original ran on exactly these numbers.
 
-numpy's `RandomState` is frozen: it draws the same everywhere, but for the last bits of a logarithm or a sine, in which
-machines differ. Rounding to float32 takes them away.
+numpy's `RandomState` is frozen: it draws the same numbers everywhere, except for the last bits of a logarithm or a
+sine, which differ between machines. Rounding to float32 removes these differences.
 """
 
 import re
@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-# Mean and standard deviation of what the first pattern finds; all else is a product's weight, of gain one.
+# Pattern, mean and standard deviation; the first match counts. Other parameters are weights of products, with gain one.
 NORMAL = (
     (r"\.scale$", 1.0, 0.1),
     (r"(norm\d?|LayerNorm|ln_vision|ln_adapter)\.weight$", 1.0, 0.1),
@@ -20,7 +20,7 @@ NORMAL = (
 )
 ROUTER = re.compile(r"router_ratio([12])$")
 
-# A wave's frequencies along the width and the height, in periods an image, its phase, and its amplitude.
+# Bounds of a wave's frequencies along width and height (in periods per image), its phase and its amplitude.
 WAVE_LOW, WAVE_HIGH = (0.5, 0.5, 0.0, 0.2), (4.0, 4.0, 6.28, 1.0)
 WAVES = 4
 
@@ -30,9 +30,9 @@ def _stream(seed: int, prime: int, label: str) -> np.random.RandomState:
 
 
 def weight(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The parameter that the original calls `name`: float32 of that shape."""
+    """Return the parameter that the original calls `name`, in float32 and of that shape."""
     drawn = _stream(seed, 1000003, name).standard_normal(shape)
-    if router := ROUTER.search(name):  # a row per task: each starts with its own adapter alone
+    if router := ROUTER.search(name):  # one row per task: around 1 for its own adapter, 0 for the other
         own = np.array([[1.0], [0.0]] if router[1] == "1" else [[0.0], [1.0]])
         return (own + 0.3 * drawn).astype(np.float32)
     for pattern, mean, std in NORMAL:
@@ -42,7 +42,7 @@ def weight(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pixels(seed: int, batch: int, size: int) -> np.ndarray:
-    """Smooth pictures, a sum of waves in each channel: float32 [batch, 3, size, size]."""
+    """Return smooth images, a sum of waves in each channel: float32 [batch, 3, size, size]."""
     drawn = np.random.RandomState(seed).uniform(WAVE_LOW, WAVE_HIGH, (batch, 3, WAVES, 4))
     x_frequency, y_frequency, phase, amplitude = (drawn[..., i, None, None] for i in range(4))
     along = np.linspace(0, 1, size)
@@ -51,7 +51,7 @@ def pixels(seed: int, batch: int, size: int) -> np.ndarray:
 
 
 def project(seed: int, name: str, array: np.ndarray) -> np.ndarray:
-    """Three numbers that stand for a large array: its norm, and its products with two random directions, in float64."""
+    """Return three numbers that represent an array: its norm and its products with two random vectors, in float64."""
     flat = np.asarray(array, np.float64).ravel()
     stream = _stream(seed, 7919, f"project {name}")
     return np.array(

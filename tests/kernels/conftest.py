@@ -1,4 +1,4 @@
-"""Fixtures for kernels, on the GPU where there is one, else in Triton's interpreter (see tests/conftest.py)."""
+"""Fixtures for the kernels' tests, on the GPU if there is one, else in Triton's interpreter (tests/conftest.py)."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,13 @@ from lion_fast.check.compare import poisoned_memory
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the kernels run."""
+    """The device on which the kernels run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def _give_memory_back() -> Iterator[None]:
-    """Several processes test on one GPU, and what one keeps for itself the others lack."""
+    """Release cached memory: several test processes share one GPU."""
     yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -24,10 +24,10 @@ def _give_memory_back() -> Iterator[None]:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Memory that is handed out uninitialised holds NaN, so that what nobody writes shows.
+    """Fill uninitialised memory with NaN, so that a value that was never written shows.
 
-    A patch of `torch.empty` would stay behind in what `torch.compile` remembers of it, and with that
-    `torch.device("meta")` allocates real memory in later tests.
+    `torch.compile` would remember a patch of `torch.empty`, and with it `torch.device("meta")` would allocate real
+    memory in later tests.
     """
     with poisoned_memory():
         assert torch.empty(1).isnan().all()

@@ -1,7 +1,7 @@
-"""What all operators promise alike is tested over one table: these cases, and the ways to compute them.
+"""The cases on which every operator's common contract is tested, and the ways to compute them.
 
-A case is of `lion_fast.check.cases`: tensors by name, the call in lion_kernels and the reference's. `test_contract.py`
-has the promises. What an operator alone promises is in the test file of its name.
+A case (`lion_fast.check.cases`) has tensors by name, the call in lion_kernels and the call in lion_reference.
+`test_contract.py` tests the contract. What only one operator promises is tested in the file of its name.
 """
 
 import importlib
@@ -26,15 +26,15 @@ from tests.rounding import OPERATOR_FP32, relative_error
 
 LOW_RANK = ("mixture_of_adapters", "mixture_of_lora_linear")
 ATTENTION = ("multi_scale_attention", "relative_bias_attention")
-KEEPS_DTYPES = ("residual_layer_norm", "rms_norm", "gated_gelu", "assemble_inputs")  # whatever autocast says
+KEEPS_DTYPES = ("residual_layer_norm", "rms_norm", "gated_gelu", "assemble_inputs")  # also under autocast
 CPU = torch.device("cpu")
 
-# "triton": the kernels; "torch": PyTorch; "formula": what the custom ops do on a CPU that does not interpret; "fused":
-# the kernel that mixture_of_lora_linear has for all of it, where "triton" adds the update to the library's product.
+# Ways to compute: "triton", the kernels; "torch", PyTorch; "formula", the custom ops on a CPU without the interpreter;
+# "fused", mixture_of_lora_linear in one kernel, where "triton" adds the update to the library's product.
 
 
 def changed(case: Case, label: str, change: Callable[[Tensors], Tensors], **options: Any) -> Case:
-    """`case` with other tensors, and other options."""
+    """Return `case` with changed tensors and options."""
     return replace(
         case,
         label=f"{case.label}, {label}",
@@ -43,13 +43,13 @@ def changed(case: Case, label: str, change: Callable[[Tensors], Tensors], **opti
     )
 
 
-# Beside those of `lion-fast check`: what these leave out of each operator's features, and sizes at the tiles' edges.
+# The cases of `lion-fast check`, and more: features that those leave out, and sizes at the tiles' edges.
 CASES = (
     *cases.CASES,
     cases.adapters("sparse", (2, 40), 40, 3, 8),  # many rows and few experts: no expert is skipped
     cases.adapters("sparse", (1, 40), 640, 4, 16),  # few rows: without gradients they are split over channels
     cases.adapters("sparse", (2, 9), 48, 16, 24),
-    cases.adapters("channel by row", (2, 9), 640, 2, 64, tasks=6),  # rows of the gate gathered, not chosen from
+    cases.adapters("channel by row", (2, 9), 640, 2, 64, tasks=6),  # gate rows are gathered, not selected
     cases.adapters("dense", (1, 40), 640, 4, 16),
     cases.lora("channel by row", (2, 9), 48, 40, 2, 8, tasks=7),
     cases.maps_attention(1, (1,), 8, heads=1),
@@ -75,7 +75,7 @@ CASES = (
     cases.assemble(2, 0, 65, 48, 50),
 )
 
-# One of each operator's forms, small: for what does not depend on sizes. Attention takes the tiles of its dtype.
+# Small cases of each form of each operator, for tests that do not depend on sizes. Attention uses its dtype's tiles.
 SMALL = (
     cases.adapters("channel", (3, 5), 32, 2, 8),
     cases.adapters("dense", (3, 5), 32, 2, 8),
@@ -94,7 +94,7 @@ SMALL = (
     cases.assemble(2, 3, 5, 48, 9),
 )
 OPTIONAL = {"mixture_of_adapters": ("down_bias", "up_bias", "residual"), "mixture_of_lora_linear": ("bias",)}
-# The same without an argument that may be left out, and with one that is seldom there.
+# The small cases without an optional argument, and with one that is rarely given.
 VARIANTS = (
     *(
         changed(case, f"no {absent}", lambda given, absent=absent: _without(given, absent), **{absent: None})
@@ -122,7 +122,7 @@ def by_case(of: tuple[Case, ...]) -> pytest.MarkDecorator:
 
 
 def by_case_and_way(of: tuple[Case, ...], *ways: str) -> pytest.MarkDecorator:
-    """Every case of `of` by every one of `ways` that its operator has."""
+    """Parametrise a test over the cases `of`, each with those of `ways` that its operator has."""
     pairs = [(case, way) for case in of for way in ways if way != "fused" or case.operator == "mixture_of_lora_linear"]
     named = [pytest.param(case, way, id=f"{name_of(case)}-{way}") for case, way in pairs]
     return pytest.mark.parametrize(("case", "way"), named)
@@ -130,7 +130,7 @@ def by_case_and_way(of: tuple[Case, ...], *ways: str) -> pytest.MarkDecorator:
 
 @contextmanager
 def computing(way: str) -> Iterator[str]:
-    """Within, the `backend` that is given computes in this way."""
+    """Yield a `backend` that computes in this way; check that it launches kernels, or none."""
     if way == "formula" and not interpreting():
         pytest.skip("the custom ops are compiled kernels here")
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +144,7 @@ def computing(way: str) -> Iterator[str]:
 
 
 def in_few_programs(case: Case) -> AbstractContextManager[None]:
-    """Within, attention takes the tiles of 16-bit values, in which the interpreter is ten times as fast."""
+    """Let attention use the tiles for 16-bit values, with which the interpreter is ten times as fast."""
     return large_tiles() if interpreting() and case.operator in ATTENTION else nullcontext()
 
 
@@ -153,7 +153,7 @@ def operator_of(case: Case) -> Callable[..., Tensor]:
 
 
 def make(case: Case, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensors:
-    """The case's tensors, of which the floating ones ask for gradients."""
+    """Return the case's tensors; floating ones require gradients."""
     return leaves(make_tensors(case, dtype, device))
 
 
@@ -164,7 +164,7 @@ def results(
     grad: Tensor | None = None,
     **rest: Any,
 ) -> Tensors:
-    """`out`, and by name the gradient of each of `tensors` that asks for one; `arguments` are made of them."""
+    """Return `out` and, by name, the gradients of `tensors` that require one; `arguments` are made from `tensors`."""
     out = operator(**arguments, **rest)
     if not out.requires_grad:
         return {"out": out}
@@ -174,20 +174,20 @@ def results(
 
 
 def run(case: Case, tensors: Tensors, backend: str, grad: Tensor | None = None, **changes: Any) -> Tensors:
-    """The operator's results; `changes` are of its arguments."""
+    """Return the operator's results; `changes` replace its arguments."""
     return results(operator_of(case), tensors, case.arguments(tensors) | changes, grad, backend=backend)
 
 
 def reference(
     case: Case, tensors: Tensors, dtype: torch.dtype = torch.float64, device: torch.device = CPU, grad: Any = None
 ) -> Tensors:
-    """The reference's results, computed in `dtype` from the values that `tensors` hold."""
+    """Return the reference's results, computed in `dtype` from the values of `tensors`."""
     wide = leaves(tensors, dtype, device)
     return results(lambda: case.reference(wide), wide, {}, None if grad is None else grad.detach().to(device, dtype))
 
 
 def expect_close(got: Tensors, expected: Tensors, bound: float = OPERATOR_FP32) -> None:
-    """Hold every tensor to `bound`: relative to what is expected, or where that is zero, to what cancelled."""
+    """Assert that each tensor's relative error is below `bound`, or its absolute error where zero is expected."""
     for name, value in got.items():
         if expected[name].numel() == 0 or expected[name].abs().max() < 1e-12:
             assert value.shape == expected[name].shape
@@ -203,7 +203,7 @@ def expect_equal(got: Tensors, expected: Tensors) -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the calls of custom ops of lion_kernels, each with its arguments."""
+    """Records the calls of lion_kernels' custom ops, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Recorder(TorchDispatchMode):
 
 
 def recorded(case: Case, tensors: Tensors, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The custom ops that forward and backward call."""
+    """Return the custom ops that forward and backward call, with their arguments."""
     with Recorder() as recorder:
         run(case, tensors, backend)
     return recorder.calls

@@ -1,6 +1,6 @@
-"""Prints, as JSON, every launch that `lion-fast check` and the model make on a GPU: name, kernel, types and calls.
+"""Print as JSON every launch that `lion-fast check` and the model make on a GPU: name, kernel, types and calls.
 
-In a process without `TRITON_INTERPRET`.
+Run this without `TRITON_INTERPRET`.
 """
 
 import json

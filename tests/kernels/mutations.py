@@ -1,8 +1,8 @@
-"""Breaks the kernels, one line at a time, and asks whether the tests notice: `python tests/kernels/mutations.py`.
+"""Break the kernels one line at a time, and check that the tests notice: `python tests/kernels/mutations.py`.
 
-Each mutation is applied to a copy of `lion_kernels` of its own, and a test runs against that. It is "killed" where the
-test fails. The script fails where a mutation survives, where what it replaces is not found exactly once, and where the
-tests fail without any. Names of mutations as arguments choose some of them.
+Each mutation is applied to its own copy of `lion_kernels`, on which a test runs. A mutation is "killed" if the test
+fails. The script fails if a mutation survives, if the text it replaces does not occur exactly once, or if the tests
+fail without mutations. Arguments select mutations by name.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kernels" / "lion_kernels"
-# The copy is imported before pytest puts the repository's own on the path.
+# The copy is imported before pytest puts the repository's package on the path.
 RUN = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -30,7 +30,7 @@ sys.exit(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *sys.
 
 
 class Mutation(NamedTuple):
-    """`old`, which stands once in `file`, becomes `new`; `tests`, by file less "test_" and node, should fail then."""
+    """Replaces `old`, which occurs once in `file`, by `new`; `tests` (file without "test_", node) should then fail."""
 
     name: str
     file: str
@@ -298,10 +298,10 @@ MUTATIONS = [
 
 
 def apply(mutation: Mutation, package: Path) -> None:
-    """Changes the copy of lion_kernels in `package`.
+    """Apply the mutation to the copy of lion_kernels in `package`.
 
     Raises:
-        ValueError: what is to be replaced does not stand there exactly once.
+        ValueError: the text to be replaced does not occur exactly once.
     """
     file = package / mutation.file
     source = file.read_text(encoding="utf-8")
@@ -312,7 +312,7 @@ def apply(mutation: Mutation, package: Path) -> None:
 
 
 def run(tests: tuple[str, ...], mutation: Mutation | None = None) -> tuple[int, str]:
-    """pytest's exit status and output for `tests` on a copy of the package, mutated if asked for."""
+    """Run `tests` on a copy of the package, with `mutation` if given; return pytest's exit status and output."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "lion_kernels"
         shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -341,7 +341,7 @@ def main() -> int:
     for mutation in chosen:
         start = time.perf_counter()
         status, output = run(mutation.tests, mutation)
-        # 1 is a failed test; anything else says nothing about the mutation.
+        # 1 means that a test failed; any other status says nothing about the mutation.
         verdict = {0: "SURVIVES", 1: "killed"}.get(status, f"ERROR {status}")
         if status != 1:
             survivors.append(mutation.name)

@@ -1,6 +1,6 @@
-"""Prints what the gate says of one product with its narrow last step after the loop, and before it.
+"""Print the gate's complaints about one product, with its narrow last step after the loop and before it.
 
-In a process without `TRITON_INTERPRET`.
+Run this without `TRITON_INTERPRET`.
 """
 
 # pyright: reportArgumentType=false
@@ -16,7 +16,7 @@ from lion_kernels.aot.gate import check
 
 @triton.jit
 def step(b_out, b_q, p_k, p_v, first, COLUMNS: tl.constexpr, D: tl.constexpr):
-    """b_out + exp2(q k^T) v of COLUMNS keys."""
+    """Return b_out + exp2(q k^T) v for COLUMNS keys."""
     o = (first + tl.arange(0, COLUMNS))[:, None] * D + tl.arange(0, D)[None, :]
     b_v = tl.load(p_v + o)
     return tl.dot(tl.math.exp2(tl.dot(b_q, tl.trans(tl.load(p_k + o)))).to(b_v.dtype), b_v, b_out)
@@ -24,7 +24,7 @@ def step(b_out, b_q, p_k, p_v, first, COLUMNS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def attend(p_q, p_k, p_v, p_out, tiles, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
-    """exp2(q k^T) v, of which the last 16 keys come FIRST, or last."""
+    """Compute exp2(q k^T) v; the last 16 keys come before the loop if FIRST, otherwise after it."""
     o = tl.arange(0, BM)[:, None] * D + tl.arange(0, D)[None, :]
     b_q = tl.load(p_q + o)
     b_out = tl.zeros([BM, D], tl.float32)

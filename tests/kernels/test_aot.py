@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, and for Hopper as it should."""
+"""The ahead-of-time report: kernels compile for GPUs that are not present, and the documented report is current."""
 
 import json
 import os
@@ -29,7 +29,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 @pytest.mark.skipif(not os.environ.get("LION_SLOW_TESTS"), reason="minutes, and in .ci/kernels: set LION_SLOW_TESTS")
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles_ahead_of_time(target: str, tmp_path: Path) -> None:
-    """One configuration of each kernel for each maker's GPUs; `.ci/kernels` has them for all targets."""
+    """Compile one configuration of each kernel for a GPU of each vendor; `.ci/kernels` covers all targets."""
     found = tmp_path / "report.json"
     run = run_uninterpreted("-m", "lion_kernels", "--one-each", "--targets", target, "--json", found)
     assert found.is_file(), run.stderr
@@ -75,7 +75,7 @@ def test_one_each_has_every_kernel() -> None:
 
 
 def test_the_documented_report_is_of_these_kernels() -> None:
-    """Make it anew with the command that the page names wherever a kernel's configuration has changed."""
+    """If a kernel's configuration has changed, regenerate the report with the command on its page."""
     found = json.loads((DOCS / "kernels.json").read_text(encoding="utf-8"))
     listed = [kernel for kernel in found["kernels"] if kernel["module"] != RECORDED]
     documented = [{name: kernel[name] for name in kernel if name not in ("targets", "calls")} for kernel in listed]
@@ -105,7 +105,7 @@ def test_the_page_says_what_is_wrong() -> None:
 
 
 def test_the_page_has_a_row_for_each_launch() -> None:
-    """A known complaint in brackets with the number of its reason, another one in bold."""
+    """A known complaint is in brackets with the number of its reason, any other in bold."""
     report = {name: value for name, value in asdict(GOOD).items() if name not in ("name", "target")}
     kernel = {"module": RECORDED, "name": "k BM=64", "num_warps": 4, "num_stages": 3}
     calls = ["check: rms_norm, 1 x 64", "XL: training, stage 1"]

@@ -1,4 +1,4 @@
-"""What the gate complains of, what it knows, and that it finds a kernel that ptxas serialises."""
+"""The gate's complaints and its known ones; the gate detects a kernel that ptxas serialises."""
 
 import json
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_what_is_wrong_is_said(change: dict, complaint: str) -> None:
     ],
 )
 def test_what_is_fine_is_not(change: dict) -> None:
-    """An inserted arrive, a wait between two products, a product of one step, and kernels without wgmma."""
+    """An inserted arrive, a wait between two products, a product of one step, and kernels without wgmma are fine."""
     assert check(replace(GOOD, **change), spec_of()) == []
 
 
@@ -92,7 +92,7 @@ def test_what_is_listed_and_does_not_occur_is_a_complaint() -> None:
     known = Known("spill", "k", {"BM": 64}, "Nobody mended it.")
     spilt, spec = replace(GOOD, stack_bytes=8), spec_of(BM=64)
     assert not_found([(spec, check(spilt, spec)), (spec, check(GOOD, spec))], [known]) == []
-    assert not_found([(spec_of(BM=32), [])], [known]) == []  # it was not there to be compiled
+    assert not_found([(spec_of(BM=32), [])], [known]) == []  # no such configuration was compiled
     (said,) = not_found([(spec, check(GOOD, spec)), (spec, [])], [known])
     assert str(said).startswith("k {'BM': 64} on sm_90: none of 2 has the known complaint 'spill'")
 
@@ -108,7 +108,7 @@ def test_the_list_names_kernels_that_there_are(known: Known) -> None:
 
 @pytest.mark.slow
 def test_a_narrow_product_after_the_loop_does_not_pass() -> None:
-    """The same product before the loop does: the gate tells what the order of steps does to the machine code."""
+    """The same product before the loop passes: the gate detects how the order of steps affects the machine code."""
     run = run_uninterpreted(Path(__file__).with_name("serialised.py"))
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == {"last": ["ptxas", "waits"], "first": []}

@@ -1,4 +1,4 @@
-"""What `lion_kernels.assemble_inputs` alone promises: any ids, known to the table or not, that nothing waits for."""
+"""Tests of `assemble_inputs` beyond `test_contract.py`: ids inside and outside the table, no wait for the GPU."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.rounding import OPERATOR_FP32, relative_error
 
 pytestmark = pytest.mark.usefixtures("poison")
 VOCABULARY = 50
-BEYOND = VOCABULARY + 7  # a soft prompt's id that the table does not have
+BEYOND = VOCABULARY + 7  # the id of a soft prompt, outside the table
 FLOATING = ("prefix", "embedding", "soft_prompt")
 
 
@@ -29,7 +29,7 @@ def make_inputs(
     *,
     soft_prompt_id: int = BEYOND,
 ) -> dict[str, Any]:
-    """Ids that repeat, a soft prompt in every third place of every second sequence."""
+    """Return inputs with repeated ids, and a soft prompt at every third position of every second sequence."""
     generator = torch.Generator().manual_seed(0)
     sizes = {
         "prefix": (batch, prefix_length, channels),
@@ -45,7 +45,7 @@ def make_inputs(
 
 
 def exact(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """The reference on the CPU, from the values as `inputs` holds them, with a table that has the soft prompt's id."""
+    """Return the reference's results on the CPU from the values of `inputs`, with the soft prompt's id in the table."""
     given = cast(inputs, dtype, "cpu")
     embedding = given["embedding"]
     longer = torch.cat([embedding, embedding.new_full((BEYOND + 1 - VOCABULARY, embedding.shape[1]), float("nan"))])
@@ -66,7 +66,7 @@ def test_nothing_to_do(sizes: tuple[int, ...], device: torch.device) -> None:
 
 
 def test_an_unknown_id_where_nobody_can_wait(device: torch.device) -> None:
-    """The operator itself, as on a GPU or compiled: NaN in place of what lies beyond the table, no gradient."""
+    """The custom op, as on a GPU or compiled, gives NaN for ids outside the table, and no gradient."""
     inputs = make_inputs(2, 3, 5, 48, device=device)
     good = assemble_inputs(**inputs, backend="torch")
     inputs["input_ids"][1, 1], inputs["input_ids"][1, 3] = VOCABULARY, -1

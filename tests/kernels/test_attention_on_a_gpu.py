@@ -1,4 +1,4 @@
-"""Attention where only a GPU goes: more elements than 32 bits count, and packed inputs in bf16."""
+"""Attention tests that need a GPU: more than 2**31 elements, and strided inputs in bf16."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_more_than_2_to_the_31_elements(operator: str, device: torch.device) -> 
 
 @pytest.mark.parametrize("layout", ["one projection", "heads first", "every other token", "a shifted start"])
 def test_strided_inputs_in_bf16(layout: str, device: torch.device) -> None:
-    """The same bits as from contiguous memory, forward and backward."""
+    """Strided inputs give the same bits as contiguous ones, forward and backward."""
     batch, length, heads, head_dim = 2, 257, 16, 88
     generator = torch.Generator(device).manual_seed(0)
 
@@ -51,7 +51,7 @@ def test_strided_inputs_in_bf16(layout: str, device: torch.device) -> None:
         q, k, v = (randn(batch, heads, length, head_dim).transpose(1, 2) for _ in range(3))
     elif layout == "every other token":
         q, k, v = (randn(batch, 2 * length, heads, head_dim)[:, ::2] for _ in range(3))
-    else:  # no access of 16 bytes is aligned
+    else:  # no 16-byte access is aligned
         flat = randn(3, 1 + batch * length * heads * head_dim)[:, 1:]
         q, k, v = (row.view(batch, length, heads, head_dim) for row in flat)
     given = [x.detach().requires_grad_() for x in (q, k, v)]

@@ -1,4 +1,4 @@
-"""The sizes for GPUs with little shared memory, which no other test launches, compute the same."""
+"""The launch sizes for GPUs with little shared memory, which no other test uses, give the same results."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lion_kernels.core import tuned_sizes
 from lion_kernels.core.backend import interpreting
 from tests.kernels.contract import ATTENTION, CASES, LOW_RANK, SMALL, name_of
 
-# Head dimensions in one piece and in two, a padding mask, a gate, dropout, and every form of gate of the adapters.
+# Head dimensions in one piece and in two, a padding mask, a gate, dropout, and every form of the adapters' gate.
 COMPACT = [
     case
     for case in (*SMALL, *CASES)

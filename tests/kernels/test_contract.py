@@ -1,4 +1,4 @@
-"""What every operator promises: the reference's values and gradients, in any layout, as PyTorch expects of an op."""
+"""The contract of every operator: the reference's values and gradients in any layout, and PyTorch's rules for ops."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -39,21 +39,21 @@ from tests.kernels.contract import (
 from tests.rounding import OPERATOR_FP16, OPERATOR_FP32, relative_error, rounding_bound
 
 poisoned = pytest.mark.usefixtures("poison")
-COPIES = "assemble_inputs"  # its output is a copy: not even the last bit may differ
+COPIES = "assemble_inputs"  # its output is a copy, so it must be bit-equal
 DROPS = tuple(case for case in SMALL if case.dropout)
-# From a rank of 64 on backward's product is turned.
+# From rank 64, backward computes a transposed product.
 TURNED = tuple(cases.adapters(gate, (3, 5), 64, 2, 64) for gate in ("channel", "dense", "sparse"))
 
 
 @poisoned
 @by_case_and_way((*CASES, *SMALL, *VARIANTS), "triton", "torch", "formula", "fused")
 def test_agrees_with_the_reference(case: Case, way: str, device: torch.device) -> None:
-    """Outputs and all gradients in fp32, with and without gradients asked for; no memory is read unwritten."""
+    """Compare outputs and all gradients in fp32, and outputs without gradients; unwritten memory is never read."""
     tensors = make(case, device=device)
     expected = reference(case, tensors)
     with computing(way) as backend, in_few_programs(case) if case in CASES else nullcontext():
         got = run(case, tensors, backend)
-        with torch.set_grad_enabled(way == "formula"):  # without gradients no custom op is called
+        with torch.set_grad_enabled(way == "formula"):  # without gradients, no custom op is called
             out = run(case, tensors, backend)["out"]
     assert all(value.dtype == torch.float32 for value in got.values())
     expect_close(got, expected)
@@ -79,7 +79,7 @@ def test_half_precision_is_no_worse_than_the_plain_formula(
         assert relative_error(value, expected[name]) < rounding_bound(plain[name], expected[name]), name
 
 
-# Operator, which of its tensors are in fp16 while the others are in fp32, and whose dtype the output has.
+# Operator, its tensors in fp16 (the others are in fp32), and the tensor whose dtype the output has.
 MIXED = [
     ("mixture_of_adapters", ("x", "down_weight", "down_bias", "up_weight", "up_bias"), "x"),
     ("mixture_of_lora_linear", ("x", "weight", "bias", "lora_a", "lora_b"), "x"),
@@ -103,7 +103,7 @@ MIXED = [
     ],
 )
 def test_mixed_dtypes(operator: str, half: tuple[str, ...], as_out: str, backend: str, device: torch.device) -> None:
-    """As under autocast, or where a part of a frozen model in half precision is trained in fp32."""
+    """Dtypes are mixed under autocast, or if a part of a frozen half-precision model is trained in fp32."""
     for case in (case for case in SMALL if case.operator == operator):
         tensors = make(case, device=device)
         tensors |= {name: tensors[name].detach().half().requires_grad_() for name in half if name in tensors}
@@ -143,7 +143,7 @@ def _exchanged(x: Tensor, one: int, other: int) -> Tensor:
 @by_case_and_way(SMALL, "triton", "torch", "fused")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(case: Case, way: str, layout: str, device: torch.device) -> None:
-    """Of every floating tensor and of every mask; expanded ones have the same values in every row."""
+    """Change the strides of every floating tensor and every mask; expanded tensors have equal rows."""
     view, tensors = LAYOUTS[layout], make(case, device=device)
     for name, value in tensors.items():
         if value.is_floating_point():
@@ -175,7 +175,7 @@ def test_strides_of_the_gradient(case: Case, way: str, layout: str, device: torc
 @poisoned
 @by_case_and_way(SMALL, "triton", "formula", "fused")
 def test_each_gradient_alone(case: Case, way: str, device: torch.device) -> None:
-    """It has the bits that it has among all of them, and what is frozen has none."""
+    """A gradient computed alone has the same bits as with all others; frozen tensors have none."""
     with computing(way) as backend:
         whole = run(case, make(case, device=device), backend)
         for wanted in whole.keys() - {"out"}:
@@ -187,7 +187,7 @@ def test_each_gradient_alone(case: Case, way: str, device: torch.device) -> None
 
 @by_case_and_way(SMALL, "triton", "fused")
 def test_the_same_call_gives_the_same_bits(case: Case, way: str, device: torch.device) -> None:
-    """Again, and where nothing asks for gradients, where nothing is kept for them."""
+    """Repeat the call, and call without gradients, when nothing is saved for backward."""
     tensors = make(case, device=device)
     with computing(way) as backend:
         first = run(case, tensors, backend)
@@ -201,15 +201,15 @@ def test_the_same_call_gives_the_same_bits(case: Case, way: str, device: torch.d
 @poisoned
 @by_case_and_way(SMALL, "triton", "fused")
 def test_opcheck(case: Case, way: str, device: torch.device) -> None:
-    """The custom ops' contracts with autograd and the compiler: forward's, and backward's for all gradients and for one
-    alone, as the operator calls them."""
+    """Check the custom ops as the operator calls them, for autograd and the compiler: forward, and backward for all
+    gradients and for one alone."""
     _opcheck(case, way, device)
 
 
 @poisoned
 @by_case_and_way(tuple(case for case in SMALL if case.operator not in LOW_RANK), "formula")
 def test_opcheck_of_formulas(case: Case, way: str, device: torch.device) -> None:
-    """Those of the low-rank operators give up_weight's gradient another order of strides than the kernels do."""
+    """Low-rank operators are left out: their formulas give up_weight's gradient other strides than the kernels do."""
     _opcheck(case, way, device)
 
 
@@ -238,7 +238,7 @@ def _leaf(value: Any, needs_gradient: bool) -> Any:
 @by_case_and_way(SMALL, "triton", "torch", "fused")
 def test_compiles_in_one_graph(case: Case, way: str, device: torch.device) -> None:
     tensors = make(case, device=device)
-    torch.compiler.reset()  # of what other tests compiled, which counts against a limit
+    torch.compiler.reset()  # other tests' graphs count towards a limit
     compiled = torch.compile(operator_of(case), fullgraph=True, backend="aot_eager")
     with computing(way) as backend:
         expected = run(case, tensors, backend)
@@ -252,7 +252,7 @@ def test_compiles_in_one_graph(case: Case, way: str, device: torch.device) -> No
 
 @by_case_and_way(SMALL, "triton", "torch", "fused")
 def test_activation_checkpointing(case: Case, way: str, device: torch.device) -> None:
-    """The bits that it has without; dropout drops the same again."""
+    """Results are bit-equal to those without checkpointing; recomputation drops the same values."""
     tensors = make(case, device=device)
     arguments = case.arguments(tensors) | ({"dropout_p": 0.5, "seed": None} if case.dropout else {})
 
@@ -269,9 +269,9 @@ def test_activation_checkpointing(case: Case, way: str, device: torch.device) ->
 
 @by_case_and_way(SMALL, "triton", "torch", "fused")
 def test_autocast(case: Case, way: str, device: torch.device) -> None:
-    """Row operators compute as without it; the others in its dtype, and attention returns that."""
+    """Row operators ignore autocast; the others compute in its dtype, which attention also returns."""
     tensors = make(case, device=device)
-    if case.operator in KEEPS_DTYPES and case.operator != "gated_gelu":  # whose two inputs have one dtype
+    if case.operator in KEEPS_DTYPES and case.operator != "gated_gelu":  # its two inputs have the same dtype
         first = next(iter(tensors))
         tensors[first] = tensors[first].detach().half().requires_grad_()
     with computing(way) as backend:
@@ -299,7 +299,7 @@ EMPTY = (
 @poisoned
 @by_case_and_way(EMPTY, "triton", "torch")
 def test_no_rows(case: Case, way: str, device: torch.device) -> None:
-    """Parameters then have gradients of zero."""
+    """Without rows, the gradients of parameters are zero."""
     tensors = make(case, device=device)
     got, expected = run(case, tensors, way), reference(case, tensors)
     assert got["out"].numel() == 0
@@ -308,7 +308,7 @@ def test_no_rows(case: Case, way: str, device: torch.device) -> None:
 
 @by_case_and_way((*SMALL, *VARIANTS), "triton", "torch", "fused")
 def test_shapes_of_fake_tensors(case: Case, way: str, device: torch.device) -> None:
-    """Of what has no values: the shapes, dtypes and strides of output and gradients."""
+    """Fake tensors give the shapes, dtypes and strides of the real output and gradients."""
     tensors = make(case, device=device)
     with computing(way) as backend:
         expected = run(case, tensors, backend)
@@ -323,7 +323,7 @@ def test_shapes_of_fake_tensors(case: Case, way: str, device: torch.device) -> N
 
 @by_case_and_way(DROPS, "triton", "torch")
 def test_dropout_follows_the_seed_and_the_generator(case: Case, way: str, device: torch.device) -> None:
-    """A tensor of the seed gives the bits that the number gives, in backward too, and is read at each call."""
+    """A seed tensor gives the same bits as the number, in backward too, and is read at each call."""
     tensors, seed = make(case, device=device), torch.zeros((), dtype=torch.int64, device=device)
 
     def out(seed: int | Tensor | None) -> Tensor:
@@ -406,14 +406,14 @@ def test_any_shape(operator: str, data: st.DataObject, device: torch.device) -> 
             for name, value in tensors.items()
             if value.is_floating_point()
         }
-    # Of another gradient those of the gate's few elements may cancel, and have no relative error.
+    # With another gradient, the gate's few gradients may cancel, and their relative error is then meaningless.
     grad = reference(case, tensors)["out"].float().to(device) if "scale_gate" in tensors else None
     with in_few_programs(case):
         expect_close(run(case, tensors, "triton", grad), reference(case, tensors, grad=grad))
 
 
 _ROWS = ((1, 1), (4, 80), (4, 4096))
-# The published models' sizes, with references in fp64 on the GPU.
+# The published models' sizes; the fp64 references run on the GPU.
 MODELS: tuple[Case, ...] = (
     *(cases.adapters(gate, shape, 2048, 2, 64, timed=True) for gate in GATES for shape in _ROWS),
     *(cases.lora(gate, shape, 2048, 5120, 4, 16, timed=True) for gate in GATES for shape in _ROWS),
@@ -434,7 +434,7 @@ ONE_OF_EACH_MODEL = tuple({case.operator: case for case in MODELS}.values())
 
 
 def _holds(case: Case, dtype: torch.dtype, way: str, device: torch.device, repeats: int) -> None:
-    """As `lion-fast check` has it, which also sees that no kernel reads what nobody wrote."""
+    """Compare as `lion-fast check` does, which also detects kernels that read unwritten memory."""
     with computing(way):
         outcome = compare(case, dtype, device, repeats=repeats)
     assert outcome.kernels
@@ -456,7 +456,7 @@ def test_fp16_attention_on_a_gpu(case: Case, device: torch.device) -> None:
 @pytest.mark.gpu
 @by_case(tuple(case for case in MODELS if case.dropout))
 def test_a_cuda_graph_draws_a_mask_at_each_replay(case: Case, device: torch.device) -> None:
-    """One that the generator draws, or the one that belongs to what the seed's memory holds."""
+    """The mask comes from the generator, or from the current value of the seed tensor."""
     given = case.arguments(make_tensors(case, torch.bfloat16, device)) | {"dropout_p": 0.5}
     seed = torch.tensor(1, device=device)
 
@@ -489,7 +489,7 @@ def test_two_hundred_calls_give_the_same_bits(case: Case, way: str, device: torc
 def test_a_cuda_graph_gives_the_same_bits(case: Case, way: str, device: torch.device) -> None:
     arguments = case.arguments(make_tensors(case, torch.bfloat16, device))
     with computing(way) as backend, torch.no_grad():
-        expected = operator_of(case)(**arguments, backend=backend)  # compiles what no capture may
+        expected = operator_of(case)(**arguments, backend=backend)  # compiles the kernels, which a capture cannot
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = operator_of(case)(**arguments, backend=backend)

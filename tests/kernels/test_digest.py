@@ -1,4 +1,4 @@
-"""The digest of what is compiled counts what decides the machine code, and nothing else."""
+"""The digest of the kernels covers everything that determines the machine code, and nothing else."""
 
 import importlib.util
 import itertools
@@ -51,7 +51,7 @@ Make = Callable[..., KernelSpec]
 
 @pytest.fixture
 def make_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """The spec of SOURCE's kernel, with some of the source replaced."""
+    """A function that returns the spec of SOURCE's kernel, with parts of the source replaced."""
     numbers = itertools.count()
 
     def make(*replacements: tuple[str, str]) -> KernelSpec:

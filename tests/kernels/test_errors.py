@@ -1,4 +1,4 @@
-"""What an operator does not take it refuses: a ValueError names the argument, what came and what was expected."""
+"""Every operator rejects unsupported input: a ValueError names the argument, what came and what was expected."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 META = torch.device("meta")
 INT64 = torch.int64
-# Arguments of each operator that fit, each of which a row of `ERRORS` changes.
+# Valid arguments of each operator; each row of `ERRORS` changes some of them.
 FITTING: dict[str, Arguments] = {
     "assemble_inputs": {
         "prefix": zeros(2, 3, 8),
@@ -261,7 +261,7 @@ def test_no_kernel_takes_fp64(case: Any, device: torch.device) -> None:
     assert operator_of(case)(**case.arguments(tensors)).dtype == torch.float64
 
 
-# Those whose dtype is looked at; the others have to have one of theirs, or are cast.
+# Tensors whose dtype is checked; the others must have one of their dtypes, or are cast.
 INTERPRETED = {
     "assemble_inputs": ("prefix", "embedding", "soft_prompt"),
     "gated_gelu": ("gate",),
@@ -277,7 +277,7 @@ INTERPRETED = {
 @pytest.mark.skipif(not interpreting(), reason="the kernels are compiled here")
 @by_case(SMALL)
 def test_the_interpreter_refuses_bfloat16(case: Any) -> None:
-    """It would compute something else, silently; so would backward, for a gradient in bfloat16."""
+    """The interpreter would silently give wrong results, also in backward for a bfloat16 gradient."""
     for name in [name for name in INTERPRETED[case.operator] if name in make(case)]:
         tensors = make(case)
         alone = case.operator in ("assemble_inputs", "residual_layer_norm", "rms_norm") or name == "bias_table"

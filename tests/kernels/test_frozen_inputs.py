@@ -1,4 +1,4 @@
-"""Backward of what is partly frozen: the gradients that are left have the same bits, and the others cost nothing."""
+"""Backward with frozen inputs: the remaining gradients have the same bits, and the others are not computed."""
 
 import importlib
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from lion_kernels import (
     rms_norm,
 )
 
-# The kernels of backward, by the module that launches them.
+# The backward kernels, and the modules that launch them.
 MODULES = {
     "attention": "attention.launch",
     "low_rank": "low_rank.launch",
@@ -33,14 +33,14 @@ KERNELS = {
     "residual_layer_norm": ("residual_layer_norm_backward_kernel",),
     "gated_gelu": ("gated_gelu_backward_kernel",),
 }
-# What they may write; a pointer that is None is not written.
+# The outputs that these kernels may write; a pointer that is None is not written.
 OUTPUTS = {"p_delta", "p_dq", "p_dk", "p_dv", "p_dhidden", "p_dgate", "p_dweight", "p_dbias", "p_dx", "p_dresidual",
            "p_partial", "p_dup"}  # fmt: skip
 Launches = list[tuple[str, set[str]]]
 
 
 class Recorder(NamedTuple):
-    """A kernel that notes its launches, with the outputs they are given."""
+    """A kernel that records its launches and the outputs passed to them."""
 
     kernel: Any
     name: str
@@ -174,7 +174,7 @@ def test_only_what_is_asked_for_is_computed(
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_formulas_too(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the custom ops do on a CPU that does not interpret."""
+    """The custom ops compute these formulas on a CPU without the interpreter."""
     if device.type == "cuda":
         pytest.skip("the kernels are compiled here")
     monkeypatch.setattr("lion_kernels.core.operator.launches_on_cpu", lambda: False)

@@ -1,4 +1,4 @@
-"""What `lion_kernels.gated_gelu` alone promises: no overflow, little saved, less with a checkpoint, and its cost."""
+"""Tests of `gated_gelu` beyond `test_contract.py`: overflow, saved tensors, checkpointing and cost."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-    """The same values in every dtype, as far as it holds them; gates from far left to far right of zero."""
+    """Return the same values in every dtype, up to rounding; gates are on both sides of zero."""
     generator = torch.Generator().manual_seed(0)
     values = {"gate": torch.randn(shape, generator=generator) * 2, "up": torch.randn(shape, generator=generator)}
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
@@ -32,7 +32,7 @@ def test_the_torch_backend(dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's numpy squares the gate
 def test_far_from_zero(device: torch.device) -> None:
-    """Where the GELU is the identity or nothing, nothing overflows."""
+    """Nothing overflows where the GELU is the identity or zero."""
     gate = torch.tensor([-1e30, -100.0, -20.0, 0.0, 20.0, 100.0, 1e30], device=device, requires_grad=True)
     out = gated_gelu(gate, torch.ones_like(gate), backend="triton")
     (dgate,) = torch.autograd.grad(out.sum(), gate)
@@ -54,7 +54,7 @@ def test_backward_saves_the_inputs_alone(device: torch.device) -> None:
 
 
 def test_a_checkpoint_recomputes_it_but_not_the_product_after_it(device: torch.device) -> None:
-    """As the documentation shows: of a trained linear layer's input nothing is held."""
+    """As documented, the input of a trained linear layer is not saved."""
     gate, up = make_inputs((17, 48), torch.float32, device).values()
     weight = torch.randn(32, 48, device=device, requires_grad=True)
     calls, held = [], []

@@ -1,6 +1,6 @@
-"""Task and expert ids that no table has, where nobody may wait for a GPU to look at them: they weigh nothing.
+"""Task and expert ids out of range: they have no weight if checking them would mean waiting for the GPU.
 
-What an operator reads lies amid NaNs, so that a step beyond its bounds shows.
+The gate lies between NaNs in memory, so that an out-of-bounds read shows.
 """
 
 import importlib
@@ -19,7 +19,7 @@ ROWS, EXPERTS, RANK, CHANNELS = 12, 3, 8, 32
 
 
 def make_inputs(operator: str, gate: Tensor, ids: dict[str, Tensor]) -> Inputs:
-    """fp64 inputs with this gate."""
+    """Return fp64 inputs with this gate and these ids."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> Tensor:
@@ -34,7 +34,7 @@ def make_inputs(operator: str, gate: Tensor, ids: dict[str, Tensor]) -> Inputs:
 
 
 def amid_nans(tensor: Tensor) -> Tensor:
-    """The same, with as many NaNs before it and after it in memory."""
+    """Return the same values, with as many NaNs before and after them in memory."""
     storage = torch.full((3 * len(tensor), *tensor.shape[1:]), float("nan")).to(tensor)
     storage[len(tensor) : -len(tensor)] = tensor
     return storage[len(tensor) : -len(tensor)]

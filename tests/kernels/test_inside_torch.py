@@ -1,7 +1,7 @@
-"""Every operator inside what PyTorch wraps around a model: DDP, FSDP2, and a CUDA graph of forward and backward.
+"""Every operator inside PyTorch's wrappers: DDP, FSDP2, and a CUDA graph of forward and backward.
 
-One process each: what the operators have to bear is the wrapping. Two processes are in
-`tests/lion_fast/training/test_distributed.py`; compilation, checkpointing and autocast in each operator's own file.
+One process suffices to test the wrappers. `tests/lion_fast/training/test_distributed.py` uses two processes;
+`test_contract.py` tests compilation, checkpointing and autocast.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ _DROPOUT: dict[str, Any] = {"dropout_p": 0.2, "seed": 1}
 _TASKS = torch.tensor([2, 0])
 _EXPERTS = torch.tensor([[0], [-1], [1], [1], [0], [0], [-1], [1]])
 _TEXT = torch.tensor([[3, 20, 0, 8], [1, 1, 20, 2]])
-# What is called with, what a module holds as parameters, and the rest.
+# The operator, the shapes of its inputs and of its parameters, and its other arguments.
 OPERATORS: dict[str, tuple[Callable[..., Tensor], Sizes, Sizes, dict[str, Any]]] = {
     "mixture_of_adapters channel": (
         lion_kernels.mixture_of_adapters, {"x": (2, 5, 32), "residual": (2, 5, 32)}, _ADAPTERS | {"gate": (3, 2, 32)},
@@ -59,7 +59,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], Sizes, Sizes, dict[str, Any]]]
 
 
 class Layer(nn.Module):
-    """An operator that some of its arguments belong to."""
+    """A module that holds some of an operator's arguments as parameters."""
 
     def __init__(self, operator: Callable[..., Tensor], parameters: dict[str, Tensor], options: dict[str, Any]) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Layer(nn.Module):
 
 
 def make(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Layer, dict[str, Tensor]]:
-    """A layer, and what to call it with."""
+    """Return a layer and its inputs."""
     operator, called_with, held, options = OPERATORS[name]
     generator = torch.Generator().manual_seed(0)
     values = {
@@ -131,7 +131,7 @@ def test_a_cuda_graph_of_forward_and_backward(name: str, device: torch.device) -
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles the kernels and fills what is cached
+    with torch.cuda.stream(side):  # compiles the kernels and fills the caches
         expected = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""What is really launched, as Triton tells it of `lion-fast check` and of the model: `lion_fast.check.launches`."""
+"""The kernel launches of `lion-fast check` and of the model, as `lion_fast.check.launches` records them from Triton."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_every_kernel_is_launched(launches: Launches) -> None:
 
 
 def test_the_model_launches_what_it_should(launches: Launches) -> None:
-    """Each operator in training, and in generation, greedy and of five beams; at both sizes, of the same kernels."""
+    """At both sizes, training launches forward and backward kernels, and generation only forward kernels."""
     by_call: dict[str, set[str]] = {}
     for launch in launches:
         for call in launch["calls"]:
@@ -61,7 +61,7 @@ def test_the_model_launches_what_it_should(launches: Launches) -> None:
 
 
 def test_types_are_those_that_are_compiled(launches: Launches) -> None:
-    """The kernels' own lists leave out no type of an argument."""
+    """The specs for compilation contain every argument type that is launched."""
     compiled: dict[str, dict[str, set[str]]] = {}
     for _, spec in all_specs():
         types = compiled.setdefault(spec.kernel_name, {name: set() for name in spec.kernel.arg_names})
@@ -70,13 +70,13 @@ def test_types_are_those_that_are_compiled(launches: Launches) -> None:
     for launch in launches:
         for name, kind in launch["types"].items():
             known = compiled[launch["kernel"]][name]
-            # An integer that is 1 is a constant, and a stride may need 64 bits.
+            # An integer that is 1 is a constant, and a stride compiled with 64 bits may need only 32.
             accepted = known | {"constexpr"} | ({"i32"} if "i64" in known else set())
             assert kind in accepted, f"{launch['name']}: {name} is launched as {kind}, compiled as {accepted}"
 
 
 def test_the_documented_launches_are_these(launches: Launches) -> None:
-    """Make the page anew with the command that it names wherever a launch has changed."""
+    """If a launch has changed, regenerate the page with the command that it names."""
     found = json.loads((DOCS / "kernels.json").read_text(encoding="utf-8"))
     calls = sorted(kernel["calls"] for kernel in found["kernels"] if "calls" in kernel)
     assert calls == sorted(launch["calls"] for launch in launches)

@@ -1,4 +1,4 @@
-"""What `lion_kernels.mixture_of_adapters` alone promises: tasks that do not mix, an exact residual stream, its cost."""
+"""Tests of `mixture_of_adapters` beyond `test_contract.py`: independent tasks, an exact residual stream, and cost."""
 
 import importlib
 
@@ -33,7 +33,7 @@ def test_autocast_rounds_nothing_but_the_update(backend: str, device: torch.devi
 
 
 def test_cost_is_the_floor_of_the_published_sizes() -> None:
-    """On an H200 16384 tokens of LION-FlanT5-XL take no less than 47 us, and as much backward, for the rows alone."""
+    """On an H200, 16384 tokens of LION-FlanT5-XL take at least 47 us, and as long backward, for the rows alone."""
     forward, backward = MODULE.cost(16384, 2048, 2, 64, torch.bfloat16)
     assert floor_seconds(forward, H200, torch.bfloat16) == pytest.approx(47e-6, rel=0.02)
     assert floor_seconds(backward, H200, torch.bfloat16) == pytest.approx(47e-6, rel=0.05)

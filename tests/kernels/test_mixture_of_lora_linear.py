@@ -1,4 +1,4 @@
-"""What `lion_kernels.mixture_of_lora_linear` alone promises: which of its two ways it takes, and its cost."""
+"""Tests of `mixture_of_lora_linear` beyond `test_contract.py`: the choice of its implementation, and cost."""
 
 import importlib
 
@@ -8,7 +8,7 @@ MODULE = importlib.import_module("lion_kernels.mixture_of_lora_linear")  # the f
 
 
 def test_narrow_products_are_fused_and_wide_ones_left_to_the_library() -> None:
-    """Adding the update afterwards moves y twice more, which a long product hides."""
+    """Adding the update separately moves y two more times, which a long product hides."""
     assert MODULE.fuses(16384, 512, 2048, torch.bfloat16)
     assert not MODULE.fuses(16384, 4096, 4096, torch.bfloat16)
     assert not MODULE.fuses(16384, 512, 2048, torch.float32)

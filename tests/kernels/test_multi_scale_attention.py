@@ -1,4 +1,4 @@
-"""What `lion_kernels.multi_scale_attention` alone promises: head dimensions, masks, its dropout, tiles and cost."""
+"""Tests of `multi_scale_attention` beyond `test_contract.py`: head dimensions, masks, dropout, tiles and cost."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_head_dims_that_no_other_case_has(head_dim: int, device: torch.device) -
 
 
 def test_one_mask_for_all_maps_of_any_dtype(device: torch.device) -> None:
-    """And none for a map where it is None."""
+    """A single mask applies to all maps; in a list, None leaves a map without a mask."""
     q, k = (torch.randn(2, length, 1, 16, device=device) for length in (5, 12))
     mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(2)).to(device) > 0.5
 
@@ -53,7 +53,7 @@ def test_dropout_mask_is_fair() -> None:
     kept = mask > 0
     assert torch.equal(mask.unique(), torch.tensor([0.0, 1.25]))
     assert kept.shape == (3, 2, 50, 211)
-    # 63300 draws: a standard deviation of 0.0016 of the share, 0.005 for what two neighbours share.
+    # 63300 draws: the share kept has a standard deviation of 0.0016, the share of equal neighbours one of 0.005.
     assert abs(kept.double().mean().item() - 0.8) < 0.008
     for a, b in ((kept[:-1], kept[1:]), (kept[:, :1], kept[:, 1:]), (kept[:, :, :-1], kept[:, :, 1:])):
         assert abs((a == b).double().mean().item() - (0.64 + 0.04)) < 0.015
@@ -63,7 +63,7 @@ def test_dropout_mask_is_fair() -> None:
 
 
 def test_dropout_mask_is_philox() -> None:
-    """Known answers of Philox4x32-10 (Random123's kat_vectors), through the share that they keep."""
+    """Compare with known answers of Philox4x32-10 (Random123's kat_vectors)."""
     zeros = (torch.zeros((), dtype=torch.int64),) * 4
     assert [int(x) for x in philox(0, zeros)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = (torch.tensor(0xFFFFFFFF),) * 4

@@ -1,4 +1,4 @@
-"""`tests/kernels/mutations.py` keeps up with the kernels."""
+"""The mutations in `tests/kernels/mutations.py` match the current kernels."""
 
 import shutil
 from pathlib import Path

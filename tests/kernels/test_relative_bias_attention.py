@@ -1,4 +1,4 @@
-"""What `lion_kernels.relative_bias_attention` alone promises: its buckets, masks, steps of decoding and cost."""
+"""Tests of `relative_bias_attention` beyond `test_contract.py`: buckets, masks, decoding steps and cost."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.rounding import OPERATOR_FP32, relative_error
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 127), (64, 1000), (10, 9), (4, 2), (33, 50)])
 def test_buckets_are_the_reference_s(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
-    """At every distance, and beyond max_distance those at max_distance."""
+    """Compare at every distance; beyond max_distance, the bucket is that of max_distance."""
     distance = torch.arange(-10 * max_distance, 10 * max_distance + 1)
     expected = reference_bucket(
         distance, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
@@ -26,7 +26,7 @@ def test_buckets_are_the_reference_s(num_buckets: int, max_distance: int, bidire
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_query_that_attends_nothing_gives_zeros(backend: str, device: torch.device) -> None:
-    """Of the first element all queries, of the second those before the first key that is not padding."""
+    """In the first element these are all queries, in the second those before the first key without padding."""
     case = cases.biased_attention(9, 9, 16, mask=True, decoder=True)
     tensors = make(case, device=device)
     tensors["key_padding_mask"][1] = torch.arange(9) >= 4

@@ -1,4 +1,4 @@
-"""What `lion_kernels.residual_layer_norm` alone promises: its dropout's mask, what it saves, and its cost."""
+"""Tests of `residual_layer_norm` beyond `test_contract.py`: the dropout mask, saved tensors and cost."""
 
 import sys
 from typing import Any
@@ -17,7 +17,7 @@ DROPOUT: dict[str, Any] = {"dropout_p": 0.25, "seed": -(2**40) - 12345}
 
 
 def test_the_mask_is_philox() -> None:
-    """The generator's published answer (Random123's known-answer tests) for key 0 and counter 0."""
+    """Compare with the generator's published answer (Random123's known-answer tests) for key 0 and counter 0."""
     words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     for p in (0.1, 0.39, 0.41, 0.6, 0.61, 0.73, 0.74, 0.87, 0.89, 0.99):
         kept = [word / 2**32 >= p for word in words]
@@ -25,7 +25,7 @@ def test_the_mask_is_philox() -> None:
 
 
 def test_the_mask_drops_a_share_of_p_independently() -> None:
-    """Everywhere, in neighbouring columns and rows, and from seed to seed, within 5 standard deviations."""
+    """Check all values, neighbouring columns and rows, and two seeds, within 5 standard deviations."""
     shape, n = (512, 1003), 512 * 1003
     for p in (0.1, 0.5, 0.9):
         dropped, other = (dropout_mask(shape, p, seed) == 0 for seed in (7, 8))

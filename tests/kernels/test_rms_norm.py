@@ -1,4 +1,4 @@
-"""What `lion_kernels.rms_norm` alone promises: to round where T5LayerNorm rounds, what it saves, and its cost."""
+"""Tests of `rms_norm` beyond `test_contract.py`: T5LayerNorm's rounding, saved tensors and cost."""
 
 import sys
 from typing import Any
@@ -16,7 +16,7 @@ EPS = 1e-6
 
 
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The same values in every dtype, as far as it holds them."""
+    """Return the same values in every dtype, up to rounding."""
     generator = torch.Generator().manual_seed(0)
     values = {"x": torch.randn(shape, generator=generator) * 3, "weight": torch.randn(shape[-1], generator=generator)}
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
@@ -28,7 +28,7 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 def test_rounds_where_t5_rounds(
     x_dtype: torch.dtype, weight_dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """Bit for bit in half precision, where one rounding more or less changes a quarter of the values."""
+    """In half precision, one rounding more or less would change a quarter of the values."""
     norm = T5LayerNorm(176, EPS)
     inputs = make_inputs((33, 176), torch.float32)
     norm.weight.data = inputs["weight"].detach().to(weight_dtype)
@@ -38,7 +38,7 @@ def test_rounds_where_t5_rounds(
         got = rms_norm(x, norm.weight, EPS, backend=backend)
     assert got.dtype == expected.dtype == weight_dtype
     if weight_dtype == torch.float16:
-        # The sums' order differs, which shows where the normalised value falls in the middle between two numbers.
+        # The order of sums differs, which shows only where a normalised value lies midway between two numbers.
         assert (got != expected).float().mean() < 0.005
     torch.testing.assert_close(got, expected)
 

@@ -1,11 +1,11 @@
-"""Loops, classes and waits as they are read from machine code, and how many programs a multiprocessor takes."""
+"""Parsing of loops, instruction classes and waits in machine code, and the number of programs per multiprocessor."""
 
 import pytest
 
 from lion_kernels.aot.occupancy import programs_per_multiprocessor
 from lion_kernels.aot.sass import class_of, inner_loops, main_loop, parse
 
-# As cuobjdump prints it: the address, the instruction with its predicate, its encoding, of which a line stands alone.
+# Main loops. `sass` formats them like cuobjdump, with addresses, and encodings that continue on a line of their own.
 PIPELINED = [
     "WARPGROUP.ARRIVE",
     "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT",
@@ -33,7 +33,7 @@ def sass(*instructions: str) -> str:
 
 
 def looping(body: list[str], before: int) -> list[str]:
-    """`body` as a loop that stands after so many instructions."""
+    """Return `body` as a loop that follows `before` instructions."""
     return [*body, f"@P0 BRA {16 * before:#x}"]
 
 
@@ -99,7 +99,7 @@ def test_waits_within_a_chain_are_told_from_those_after_it(body: list[str], chai
 @pytest.mark.parametrize(
     ("registers", "warps", "shared", "expected"),
     [
-        # 168 registers are 5376 a warp: three warps a scheduler, 12 in all.
+        # 168 registers are 5376 per warp, which allows three warps per scheduler, 12 in total.
         (168, 4, 39168, (3, "registers")),
         (169, 4, 39168, (2, "registers")),
         (124, 8, 49152, (2, "registers")),

@@ -1,4 +1,4 @@
-"""What all operators share: the choice of a backend, of tile sizes, and the arithmetic of costs."""
+"""The modules that all operators share: the choice of a backend and of tile sizes, and the arithmetic of costs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ("asked", "device", "interprets", "chosen"),
     [
         ("auto", CPU, False, "torch"),
-        ("auto", CPU, True, "torch"),  # the interpreter is for tests: nobody gets it unasked
+        ("auto", CPU, True, "torch"),  # the interpreter is for tests and must be requested
         ("auto", CUDA, False, "triton"),
         ("triton", CPU, True, "triton"),
         ("triton", CUDA, False, "triton"),
@@ -49,7 +49,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_imports_without_triton() -> None:
-    """On macOS and Windows there is no triton; the operators run in PyTorch."""
+    """Without triton, as on macOS and Windows, the operators run in PyTorch."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -78,7 +78,7 @@ def test_tf32_is_used_only_where_torch_uses_it(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of tables with one, of a GPU that is the current one."""
+    """A folder with one table of tile sizes, for the current GPU."""
     table = {"op": {"many": {"BM": 256}, "few": {"num_warps": 2}}}
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(table), encoding="utf-8")
     monkeypatch.setattr(tuned_sizes, "FOLDER", tmp_path)

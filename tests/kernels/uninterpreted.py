@@ -1,4 +1,4 @@
-"""What the tests of the ahead-of-time report share: a report without complaints, and Python that compiles kernels."""
+"""Helpers for tests of the ahead-of-time report: a report without complaints, and a process that compiles kernels."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ GOOD = Report(
 
 
 def run_uninterpreted(*command: str | Path) -> subprocess.CompletedProcess:
-    """Python in a process of its own, because this one may interpret its kernels."""
+    """Run Python in a new process that compiles kernels, since this one may interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
