@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 UNFINISHED = ".unfinished"
 
@@ -59,7 +60,8 @@ def whole_directory(
 
     Args:
         target: where it goes; replaced if it exists.
-        aside: where it is written until then, on the disk of `target`; by default beside it, or in it where it stays.
+        aside: where it is written until then, on the disk of `target`; replaced if it exists, and the same for all
+            processes. By default, for one process, a new directory beside `target`, or in it if it stays.
         keep_others: leave an existing `target`, which may be the working directory or a mount, in its place, with its
             other files.
         finish: called with the directory when all is written, before it is brought to the disk.
@@ -71,8 +73,10 @@ def whole_directory(
     """
     stays = keep_others and target.exists()
     if aside is None:
-        aside = (target if stays else target.parent) / f"{target.name}{UNFINISHED}"
-    if first:
+        # A name of its own: nobody's directory is in the way, and two processes with one target do not meet.
+        aside = (target if stays else target.parent) / f".{target.name}-{uuid4().hex[:8]}{UNFINISHED}"
+        aside.mkdir(parents=True)
+    elif first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     wait_for_all()

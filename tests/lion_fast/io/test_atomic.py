@@ -34,8 +34,6 @@ def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_directory_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    (tmp_path / f"model{UNFINISHED}").mkdir()
-    (tmp_path / f"model{UNFINISHED}" / "left by a kill").touch()
     for content in ("old", "new"):
         with whole_directory(target, finish=lambda directory: (directory / "list").touch()) as aside:
             (aside / content).mkdir()
@@ -45,6 +43,26 @@ def test_a_directory_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         interrupted(whole_directory(target), "torn")
     assert names_in(tmp_path) == ["model", "model/list", "model/new", "model/new/weights"]
+
+
+def test_a_directory_named_aside_is_replaced(tmp_path: Path) -> None:
+    aside = tmp_path / "model.unfinished"
+    aside.mkdir()
+    (aside / "left by a kill").touch()
+    with whole_directory(tmp_path / "model", aside=aside) as given:
+        (given / "weights").touch()
+    assert names_in(tmp_path) == ["model", "model/weights"]
+
+
+def test_no_other_directory_is_touched(tmp_path: Path) -> None:
+    """Neither the user's own of a similar name, nor that of another process with the same target."""
+    own = tmp_path / f"model{UNFINISHED}"
+    own.mkdir()
+    (own / "mine").touch()
+    with whole_directory(tmp_path / "model") as one, whole_directory(tmp_path / "model") as other:
+        assert len({one, other, own}) == 3
+        (other / "weights").touch()
+    assert (own / "mine").exists()
 
 
 def test_a_directory_may_keep_its_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
