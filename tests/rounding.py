@@ -34,6 +34,10 @@ TWO_WAYS = {"rtol": 1e-4, "atol": 1e-5}
 # For the loss of such a model, a mean over tokens that averages rounding out. The largest difference seen is 2.4e-7.
 LOSS_TWO_WAYS = 1e-5
 
+# Results computed from the golden vision tower's states, compared with the golden values.
+AFTER_VISION = "activations after vision"
+GRADIENTS_AFTER_VISION = "gradients after vision"
+
 # Errors of the golden values against fp64. The files are fixed, so only fp64's own rounding differs between machines.
 GOLDEN_DISTANCE = {
     "vision": 4.89e-7,
@@ -55,6 +59,8 @@ WORST = {
     "logits of one sample": 2.8e-5,
     "loss": 6.5e-7,
     "gradients": 3.6e-4,
+    AFTER_VISION: 1.3e-5,
+    GRADIENTS_AFTER_VISION: 2.7e-4,
 }
 
 # For the loss at each step of the golden training run, the largest error up to that step. A difference grows by a

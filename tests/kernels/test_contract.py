@@ -125,6 +125,15 @@ def test_pytorch_keeps_fp64_in_fp64(case: Case) -> None:
     expect_close(got, reference(case, tensors), 1e-12)
 
 
+@by_case_and_way(tuple(case for case in SMALL if case.operator in LOW_RANK), "formula")
+def test_low_rank_formulas_in_fp64(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other operators' formulas store statistics in fp32."""
+    monkeypatch.setattr("lion_kernels.low_rank.launch.why_unsupported", lambda x: None)
+    tensors = make(case, torch.float64)
+    with computing(way) as backend:
+        expect_close(run(case, tensors, backend), reference(case, tensors), 1e-12)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "half of a packed last dimension": lambda x: torch.cat([x, torch.ones_like(x)], -1)[..., : x.shape[-1]],
     "every other channel": lambda x: x.repeat_interleave(2, -1)[..., ::2],
