@@ -216,9 +216,8 @@ def test_opcheck(case: Case, way: str, device: torch.device) -> None:
 
 
 @poisoned
-@by_case_and_way(tuple(case for case in SMALL if case.operator not in LOW_RANK), "formula")
+@by_case_and_way(SMALL, "formula")
 def test_opcheck_of_formulas(case: Case, way: str, device: torch.device) -> None:
-    """Low-rank operators are left out: their formulas give up_weight's gradient other strides than the kernels do."""
     _opcheck(case, way, device)
 
 

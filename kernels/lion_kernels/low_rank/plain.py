@@ -72,7 +72,7 @@ def plain_backward(
     if relu:
         dhidden = dhidden * (hidden > 0)
     needs_hidden, needs_down_weight, needs_down_bias, needs_up_weight, needs_up_bias, needs_gate = needs
-    return Gradients(
+    found = (
         dhidden if needs_hidden else None,
         (dhidden.t() @ x).view(down_weight.shape) if needs_down_weight else None,
         dhidden.sum(0).view(down_weight.shape[:2]) if needs_down_bias else None,
@@ -80,6 +80,8 @@ def plain_backward(
         dup_bias if needs_up_bias else None,
         dgate.to(gate.gate.dtype) if needs_gate else None,
     )
+    # `einsum` permutes strides as it likes; the kernels and the fakes do not.
+    return Gradients(*(None if gradient is None else gradient.contiguous() for gradient in found))
 
 
 def _plain_factor(gate: KernelGate, rows: int) -> Tensor:
