@@ -75,22 +75,24 @@ def _generation(pictures: int, beams: int, tokens: int, size: str = "LION-FlanT5
     return Headline("generation", label, shape, ("generation",), "model_generation")
 
 
+_XL = {"channels": 2048, "experts": 2, "rank": 64}
+_XL_WORDS = "D 2048, E 2, r 64, channel gates"
+_MIXED = {"gate": "channel", "tasks": "mixed", "batch": 16, "length": 1024, **_XL}
+_ENCODER = {"stack": "encoder", "batch": 16, "queries": 417, "keys": 417}
+
 # On a GPU, at the sizes of LION-FlanT5-XL; sparse gates have XXL's width.
 HEADLINES: tuple[Headline, ...] = (
     Headline(
         "mixture_of_adapters",
-        "16 x 1024 tokens, D 2048, E 2, r 64, channel gates, mixed tasks",
-        # The suite of mixture_of_adapters has a single task for all sequences, which is less work.
-        {"gate": "channel", "tasks": "mixed", "batch": 16, "length": 1024, "channels": 2048, "experts": 2, "rank": 64},
+        f"16 x 1024 tokens, {_XL_WORDS}, mixed tasks",
+        _MIXED,  # the suite of mixture_of_adapters has a single task for all sequences, which is less work
     ),
     Headline(
         "mixture_of_adapters",
-        "5 x 1 tokens (a step of decoding), D 2048, E 2, r 64, channel gates",
-        {"gate": "channel", "tasks": "one", "batch": 5, "length": 1, "channels": 2048, "experts": 2, "rank": 64},
+        f"5 x 1 tokens (a step of decoding), {_XL_WORDS}",
+        {"gate": "channel", "tasks": "one", "batch": 5, "length": 1, **_XL},
         (FORWARD,),
-        elsewhere=(
-            Source("mixture_of_adapters", {"channels": 2048, "experts": 2, "rank": 64, "tokens": 5}, (FORWARD,)),
-        ),
+        elsewhere=(Source("mixture_of_adapters", {**_XL, "tokens": 5}, (FORWARD,)),),
     ),
     Headline(
         "mixture_of_adapters",
@@ -100,7 +102,7 @@ HEADLINES: tuple[Headline, ...] = (
     Headline(
         "mixture_of_lora_linear",
         "16 x 1024 tokens, 2048 to 2048, E 2, r 64, channel gates, mixed tasks",
-        {"gate": "channel", "tasks": "mixed", "batch": 16, "length": 1024, "channels": 2048, "experts": 2, "rank": 64},
+        _MIXED,
     ),
     Headline(
         "mixture_of_lora_linear",
@@ -124,11 +126,8 @@ HEADLINES: tuple[Headline, ...] = (
         "relative_bias_attention",
         "T5's encoder: 16 x 32 heads of 64, 417 queries and keys; no gradient of the table",
         {"stack": "encoder", "batch": 16, "heads": 32, "queries": 417, "keys": 417, "head_dim": 64},
-        elsewhere=(  # its backward also computes the table's gradient
-            Source(
-                "relative_bias_attention", {"stack": "encoder", "batch": 16, "queries": 417, "keys": 417}, (FORWARD,)
-            ),
-        ),
+        # Its backward also computes the table's gradient.
+        elsewhere=(Source("relative_bias_attention", _ENCODER, (FORWARD,)),),
     ),
     Headline(
         "relative_bias_attention",
@@ -168,21 +167,12 @@ def _beside_the_original(part: str) -> Headline:
 # On a CPU: the shapes of the operators' own suites for which all peers are measured, including torch.compile, and the
 # parts of the model that are compared with the original.
 CPU_HEADLINES: tuple[Headline, ...] = (
+    _on_a_cpu("mixture_of_adapters", f"320 tokens, {_XL_WORDS}", {**_XL, "tokens": 320}),
+    _on_a_cpu("mixture_of_adapters", f"1,280 tokens, {_XL_WORDS}", {**_XL, "tokens": 1280}, ("forward+backward",)),
     _on_a_cpu(
         "mixture_of_adapters",
-        "320 tokens, D 2048, E 2, r 64, channel gates",
-        {"channels": 2048, "experts": 2, "rank": 64, "tokens": 320},
-    ),
-    _on_a_cpu(
-        "mixture_of_adapters",
-        "1,280 tokens, D 2048, E 2, r 64, channel gates",
-        {"channels": 2048, "experts": 2, "rank": 64, "tokens": 1280},
-        ("forward+backward",),
-    ),
-    _on_a_cpu(
-        "mixture_of_adapters",
-        "5 x 1 tokens (a step of decoding), D 2048, E 2, r 64, channel gates",
-        {"channels": 2048, "experts": 2, "rank": 64, "tokens": 5},
+        f"5 x 1 tokens (a step of decoding), {_XL_WORDS}",
+        {**_XL, "tokens": 5},
         (FORWARD,),
     ),
     _on_a_cpu(
