@@ -7,11 +7,10 @@ from typing import Any
 
 from benchmarks.harness import scaling
 from benchmarks.harness.headline import SUITE
-from benchmarks.harness.results import Entry, Run
+from benchmarks.harness.results import DIRECTIONS, Entry, Run
 from lion_fast.extras import require
 
 _COLORS = {"ours": "#0b6e4f", "eager": "#b23a48", "original": "#b23a48", "floor": "#6c757d"}
-DIRECTIONS = ("forward", "backward", "forward+backward")
 _OTHERS = ("#3a6ea5", "#c77d0a", "#7b4b94", "#4d908e", "#577590", "#9c6644", "#2f3e46", "#d62828")
 
 
@@ -113,24 +112,35 @@ def _row_of(entry: Entry) -> str:
     return entry.shape["operator"] if entry.suite == SUITE else entry.suite
 
 
+def _by_operator(figure: Any, entries: Sequence[Entry], inches: tuple[float, float]) -> tuple[Any, list[str]]:
+    """Return axes with a row for each operator, as high as the first of `inches`, and the operators from below."""
+    operators = list(dict.fromkeys(map(_row_of, entries)))[::-1]
+    figure.set_size_inches(8, inches[0] * len(operators) + inches[1])
+    axes = figure.subplots()
+    axes.set_yticks(range(len(operators)), [operator.replace("_", " ") for operator in operators])
+    return axes, operators
+
+
+def _legend(figure: Any, panels: Iterable[Any], columns: int) -> None:
+    """Put a legend of all panels below the chart, with each word once."""
+    words = {word: handle for axes in panels for handle, word in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(words.values(), words.keys(), loc="outside lower center", ncols=columns)
+
+
 def _peers(figure: Any, run: Run) -> bool:
     entries = [entry for entry in run.entries if entry.ratio and entry.peer != entry.baseline and entry.direction]
-    suites = list(dict.fromkeys(_row_of(entry) for entry in entries))
-    if not suites:
+    if not entries:
         return False
-    figure.set_size_inches(8, 0.75 * len(suites) + 1.6)
-    axes = figure.subplots()
+    axes, operators = _by_operator(figure, entries, (0.75, 1.6))
     colors = _colors(sorted({entry.peer for entry in entries}))
-    for place, suite in enumerate(reversed(suites)):
-        peers = sorted(
-            {entry.peer for entry in entries if _row_of(entry) == suite}, key=lambda peer: ("lion" not in peer, peer)
-        )
-        for number, peer in enumerate(peers):
-            ratios = [
-                entry.ratio[0] for entry in entries if entry.ratio and (_row_of(entry), entry.peer) == (suite, peer)
-            ]
-            height = place + (0.3 - 0.6 * number / (len(peers) - 1) if len(peers) > 1 else 0)
-            speeds = [1 / ratio for ratio in ratios]
+    for place, operator in enumerate(operators):
+        ratios: dict[str, list[float]] = {}
+        for entry in entries:
+            if entry.ratio and _row_of(entry) == operator:
+                ratios.setdefault(entry.peer, []).append(entry.ratio[0])
+        for number, peer in enumerate(sorted(ratios, key=lambda peer: ("lion" not in peer, peer))):
+            height = place + (0.3 - 0.6 * number / (len(ratios) - 1) if len(ratios) > 1 else 0)
+            speeds = [1 / ratio for ratio in ratios[peer]]
             axes.scatter(speeds, [height] * len(speeds), s=16, alpha=0.7, color=colors[peer], label=peer)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
@@ -138,35 +148,27 @@ def _peers(figure: Any, run: Run) -> bool:
     steps = [step for step in (0.1, 0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low <= step <= high]
     axes.set_xticks(steps, [f"{step:g}x" for step in steps])
     axes.minorticks_off()
-    axes.set_yticks(range(len(suites)), [suite.replace("_", " ") for suite in reversed(suites)])
     axes.set_xlabel("speed against eager PyTorch in the same run (right of 1: faster); a dot a shape and direction")
     figure.suptitle(f"Speed beside peers, {run.device}", x=0.01, ha="left", fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=5)
+    _legend(figure, [axes], 5)
     return True
 
 
 def _floors(figure: Any, run: Run) -> bool:
-    entries = [entry for entry in run.entries if entry.floor_seconds]
-    suites = list(dict.fromkeys(_row_of(entry) for entry in entries))
-    if not suites:
+    entries = [entry for entry in run.entries if entry.reached]
+    if not entries:
         return False
-    figure.set_size_inches(8, 0.6 * len(suites) + 1.4)
-    axes = figure.subplots()
-    for place, suite in enumerate(reversed(suites)):
+    axes, operators = _by_operator(figure, entries, (0.6, 1.4))
+    for place, operator in enumerate(operators):
         for offset, kind in ((0.17, "ours"), (-0.17, "eager")):
-            chosen = [e for e in entries if _row_of(e) == suite and (e.ours if kind == "ours" else e.peer == kind)]
-            reached = [100 * entry.floor_seconds / entry.seconds[0] for entry in chosen]  # type: ignore[operator]
+            chosen = [e for e in entries if _row_of(e) == operator and (e.ours if kind == "ours" else e.peer == kind)]
+            reached = [100 * (entry.reached or 0) for entry in chosen]
             axes.scatter(reached, [place + offset] * len(reached), s=16, alpha=0.6, color=_COLORS[kind], label=kind)
-    axes.set_yticks(range(len(suites)), [suite.replace("_", " ") for suite in reversed(suites)])
     axes.axvline(100, color="black", linewidth=1)
     words = "floor / time, per cent; a dot a shape and direction (beyond 100: inputs that stay in a cache)"
     axes.set(xlim=(0, None), xlabel=words)
     figure.suptitle(f"Achieved against the floor, {run.device}", x=0.01, ha="left", fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=2)
+    _legend(figure, [axes], 2)
     return True
 
 
@@ -192,10 +194,7 @@ def _operator(suite: str, figure: Any, runs: Sequence[Run]) -> bool:
         row[0].set_yticks([-place for place in range(len(labels))], labels)
         row[0].set_ylim(-len(labels) + 0.4, 0.6)
         row[0].set_ylabel(f"{run.device}\n{entries[0].dtype}")
-    legend = {
-        word: handle for axes in panels.flat for handle, word in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5)
+    _legend(figure, panels.flat, 5)
     figure.suptitle(f"{suite}: median and middle 60 %", x=0.01, ha="left", fontsize=10)
     return True
 
@@ -214,12 +213,9 @@ def _adapters(figure: Any, run: Run) -> bool:
         _plot(axes, curves, _colors(curves))
         floors = sorted({(entry.shape[axis], 1e3 * (entry.floor_seconds or 0)) for entry in chosen})
         axes.plot(*zip(*floors, strict=True), color=_COLORS["floor"], linestyle=":", label="floor of this device")
-        axes.set(xscale="log", yscale="log", xlabel=axis)
-        ticks = sorted({entry.shape[axis] for entry in chosen})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
+        _log_axes(axes, sorted({entry.shape[axis] for entry in chosen}), xlabel=axis)
     panels[0].set_ylabel("ms, forward+backward")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _legend(figure, panels[:1], 4)
     point = ", ".join(f"{name} {value}" for name, value in base.items())
     figure.suptitle(f"Mixture of adapters, measured on {run.device}; elsewhere {point}", x=0.01, ha="left", fontsize=10)
     return True
@@ -239,12 +235,10 @@ def _growth(figure: Any, run: Run) -> bool:
         guide = [1e3 * first.seconds[0] * (value / values[0]) ** power for value in values]
         words = "proportional to the batch" if power == 1 else "proportional to the pixels"
         axes.plot(values, guide, color=_COLORS["floor"], linestyle=":", label=words)
-        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms a training step")
-        axes.set_xticks(values, [str(value) for value in values])
+        _log_axes(axes, values, xlabel=axis, ylabel="ms a training step")
         low, high = axes.get_ylim()
         steps = [step for step in (20, 50, 100, 200, 500, 1000, 2000) if low <= step <= high]
         axes.set_yticks(steps, [str(step) for step in steps])
-        axes.minorticks_off()
         axes.legend()
     figure.suptitle(f"A small LION's training step, measured on {run.device}", x=0.01, ha="left", fontsize=10)
     return True
@@ -265,22 +259,23 @@ def _model_of_gpus(figure: Any, _: None) -> bool:
     panels[3].set(xscale="log", yscale="log", xlabel="batch", ylabel="us", title="a layer's attention by batch")
     sizes = [112, 224, 336, 448, 672, 896]
     panels[4].plot(sizes, [1e6 * scaling.vision_attention(size) for size in sizes], marker="o", markersize=3)
-    panels[4].set(
-        xscale="log", yscale="log", xlabel="image size", ylabel="us", title="a layer's attention by image size"
-    )
-    panels[4].set_xticks(sizes, [str(size) for size in sizes])
-    panels[4].minorticks_off()
+    _log_axes(panels[4], sizes, xlabel="image size", ylabel="us", title="a layer's attention by image size")
     step, gpus = scaling.joint_step(), [1, 2, 4, 8, 16, 32, 64, 128, 256]
     for number, words in enumerate(("exchange waits", "exchange hides behind backward")):
         shares = [100 * scaling.efficiency(count, step)[number] for count in gpus]
         panels[5].plot(gpus, shares, marker="o", markersize=3, label=words)
     panels[5].axvline(scaling.GPUS_IN_A_MACHINE, color=_COLORS["floor"], linestyle=":")
-    panels[5].set(xscale="log", ylim=(0, 105), xlabel="GPUs", ylabel="% of linear", title="joint training by GPUs")
-    panels[5].set_xticks(gpus, [str(count) for count in gpus])
-    panels[5].minorticks_off()
+    _log_axes(panels[5], gpus, yscale="linear", ylim=(0, 105), xlabel="GPUs", ylabel="% of linear")
+    panels[5].set_title("joint training by GPUs")
     panels[5].legend(loc="lower left")
     figure.suptitle("A MODEL, NOT A MEASUREMENT: floors on an H200 in bf16, and many of them", x=0.01, ha="left")
     return True
+
+
+def _log_axes(axes: Any, ticks: Sequence[int], yscale: str = "log", **settings: Any) -> None:
+    axes.set(xscale="log", yscale=yscale, **settings)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
 
 
 def _curves(entries: Iterable[Entry], axis: str) -> dict[str, list[tuple[float, float, float, float]]]:

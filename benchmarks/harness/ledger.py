@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.harness.headline import CPU_HEADLINES, HEADLINES, SUITE, Headline
 from benchmarks.harness.results import Entry, Run
-from benchmarks.harness.units import time_in_words
+from benchmarks.harness.units import percent, time_in_words
 
 EXPECTED = ("NVIDIA H100", "NVIDIA H200")  # GPUs with a table even without runs
 MISSING = "not measured yet"
@@ -51,13 +51,6 @@ class Row:
     ours: Entry | None = None
     others: int = 0
     peer: Entry | None = None
-
-    @property
-    def reached(self) -> float | None:
-        """The share of the floor."""
-        if self.ours is None or self.ours.floor_seconds is None:
-            return None
-        return self.ours.floor_seconds / self.ours.seconds[0]
 
     @property
     def ratio(self) -> float | None:
@@ -124,11 +117,11 @@ def _row(headline: Headline, direction: str, runs: Sequence[Run]) -> Row:
             found = [e for e in run.entries if (e.suite, e.direction, e.shape) == wanted and e.dtype in dtypes]
             if found:
                 ours, peers = [e for e in found if e.ours], [e for e in found if not e.ours]
-                return Row(headline, direction, run, _fastest(ours), max(0, len(ours) - 1), _fastest(peers))
+                return Row(headline, direction, run, fastest(ours), max(0, len(ours) - 1), fastest(peers))
     return Row(headline, direction)
 
 
-def _fastest(entries: Sequence[Entry]) -> Entry | None:
+def fastest(entries: Sequence[Entry]) -> Entry | None:
     return min(entries, key=lambda entry: entry.seconds[0], default=None)
 
 
@@ -140,7 +133,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.ours is None:
         return "**no correct result**", "", peer, "", *when
     form = f" ({row.ours.peer})" if row.others else ""
-    reached = "" if row.reached is None else f"{row.reached:.0%}"
+    reached = percent(row.ours.reached)
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
     return time_in_words(row.ours.seconds[0]) + form, reached, peer, ratio, *when
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.harness import charts, ledger, scaling
 from benchmarks.harness.results import Entry, Run, load_all
-from benchmarks.harness.units import size_in_words, time_in_words
+from benchmarks.harness.units import percent, size_in_words, time_in_words
 
 LEDGER = """\
 # Benchmarks
@@ -110,11 +110,9 @@ def summary(run: Run) -> Iterator[str]:
     """Yield our best form in every comparison: its time, its share of the baseline's, and its share of the floor."""
     yield f"{'median':>10} {'of baseline':>12} {'floor':>6}  {run.title}"
     for group, entries in _groups(run).items():
-        if ours := [entry for entry in entries if entry.ours]:
-            best = min(ours, key=lambda entry: entry.seconds[0])
-            ratio = f"{best.ratio[0]:.2f}" if best.ratio else ""
-            reached = f"{best.floor_seconds / best.seconds[0]:.0%}" if best.floor_seconds else ""
-            yield f"{time_in_words(best.seconds[0]):>10} {ratio:>12} {reached:>6}  {group}: {best.peer}"
+        if best := ledger.fastest([entry for entry in entries if entry.ours]):
+            time, reached = time_in_words(best.seconds[0]), percent(best.reached)
+            yield f"{time:>10} {_ratio(best):>12} {reached:>6}  {group}: {best.peer}"
 
 
 def _sections(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
@@ -175,13 +173,10 @@ def _training_steps(run: Run) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for entry in entries:
         base = next((other for other in entries if (other.group, other.peer) == (entry.group, entry.baseline)), None)
-        ratio = f"{entry.ratio[0]:.2f}" if entry.ratio else ""
-        memory = f"{entry.peak_bytes / base.peak_bytes:.0%}" if base and base.peak_bytes and entry.peak_bytes else ""
-        reached = f"{entry.floor_seconds / entry.seconds[0]:.0%}" if entry.floor_seconds else ""
+        memory = entry.peak_bytes / base.peak_bytes if base and base.peak_bytes and entry.peak_bytes else None
         yield (
-            f"| {entry.label} | {entry.peer} | {time_in_words(entry.seconds[0])} ({time_in_words(entry.seconds[1])} to "
-            f"{time_in_words(entry.seconds[2])}) | {entry.other['images_per_second']:.1f} | {ratio} | "
-            f"{size_in_words(entry.peak_bytes)} | {memory} | {reached} |"
+            f"| {entry.label} | {entry.peer} | {_times(entry)} | {entry.other['images_per_second']:.1f} | "
+            f"{_ratio(entry)} | {size_in_words(entry.peak_bytes)} | {percent(memory)} | {percent(entry.reached)} |"
         )
     yield ""
 
@@ -205,6 +200,15 @@ def _profile(entry: Entry, base: Entry) -> str:
     return text + "\n"
 
 
+def _times(entry: Entry) -> str:
+    median, low, high = map(time_in_words, entry.seconds)
+    return f"{median} ({low} to {high})"
+
+
+def _ratio(entry: Entry) -> str:
+    return f"{entry.ratio[0]:.2f}" if entry.ratio else ""
+
+
 def _baseline(run: Run, entry: Entry) -> Entry:
     return next(other for other in run.entries if (other.group, other.peer) == (entry.group, entry.baseline))
 
@@ -221,12 +225,11 @@ def _wins(run: Run) -> Iterator[str]:
     lost = []
     compared = 0
     for entries in _groups(run).values():
-        ours, peers = [e for e in entries if e.ours], [e for e in entries if not e.ours]
-        if not ours or not peers or entries[0].suite == "growth":
+        best = ledger.fastest([entry for entry in entries if entry.ours])
+        peer = ledger.fastest([entry for entry in entries if not entry.ours])
+        if not best or not peer or best.suite == "growth":
             continue
         compared += 1
-        best = min(ours, key=lambda entry: entry.seconds[0])
-        peer = min(peers, key=lambda entry: entry.seconds[0])
         if peer.seconds[2] < best.seconds[1] or peer.seconds[0] < 0.95 * best.seconds[0]:
             lost.append((best, peer))
     if not compared:
@@ -284,13 +287,11 @@ def _tables(run: Run, drawn: dict[str, Path]) -> Iterator[str]:
         yield "|---|---|---|---|---|---|---|---|"
         for entry in entries:
             label = f"{ledger.label(entry)}, {entry.direction}" if entry.direction else entry.group
-            ratio = f"{entry.ratio[0]:.2f}" if entry.ratio and entry.peer != entry.baseline else ""
-            reached = f"{entry.floor_seconds / entry.seconds[0]:.0%}" if entry.floor_seconds else ""
+            ratio = _ratio(entry) if entry.peer != entry.baseline else ""
             error = f"{entry.error:.0e}" if entry.error is not None else ""
             yield (
-                f"| {label} | {entry.peer} | {time_in_words(entry.seconds[0])} ({time_in_words(entry.seconds[1])} to "
-                f"{time_in_words(entry.seconds[2])}) | {ratio} | {reached} | {size_in_words(entry.peak_bytes)} | "
-                f"{size_in_words(entry.saved_bytes)} | {error} |"
+                f"| {label} | {entry.peer} | {_times(entry)} | {ratio} | {percent(entry.reached)} | "
+                f"{size_in_words(entry.peak_bytes)} | {size_in_words(entry.saved_bytes)} | {error} |"
             )
         yield ""
 

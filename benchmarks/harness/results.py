@@ -19,6 +19,7 @@ from lion_fast.io.atomic import write_json
 FORMAT = 1
 COUNTERS = "ncu.json"  # beside a GPU's results: its profiler's counters of single launches
 OURS = "lion"  # prefix of this project's peers
+DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Entry:
     @property
     def ours(self) -> bool:
         return self.peer.startswith(OURS)
+
+    @property
+    def reached(self) -> float | None:
+        """The share of the floor."""
+        return self.floor_seconds / self.seconds[0] if self.floor_seconds else None
 
     @property
     def label(self) -> str:
@@ -104,11 +110,11 @@ def describe_machine(folder: Path) -> dict[str, Any]:
     `LION_BENCH_COMMIT` gives the commit of a copy without its history.
     """
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
-    now = datetime.now(UTC)
+    now, cpu = datetime.now(UTC), _cpu_name()
     return {
         **environment(),
-        "device": device_name(),
-        "cpu": cpu_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {os.cpu_count()} cores",
+        "cpu": cpu,
         "cpu_cores": os.cpu_count(),
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "load_average": None if load is None else round(load[0], 2),
@@ -120,12 +126,7 @@ def describe_machine(folder: Path) -> dict[str, Any]:
     }
 
 
-def device_name() -> str:
-    """Return the GPU's name, or the CPU's without a GPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {os.cpu_count()} cores"
-
-
-def cpu_name() -> str:
+def _cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -1,4 +1,4 @@
-"""Times and sizes in words."""
+"""Times, sizes and shares in words; nothing for a missing value."""
 
 
 def time_in_words(seconds: float) -> str:
@@ -12,3 +12,7 @@ def size_in_words(nbytes: int | None) -> str:
     if nbytes is None:
         return ""
     return f"{nbytes / 1e6:.0f} MB" if nbytes >= 10e6 else f"{nbytes / 1e6:.2f} MB"
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
