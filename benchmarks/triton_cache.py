@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,14 +58,10 @@ class What:
     model's benchmarked training step.
     """
 
-    dtypes: tuple[str, ...]
-    operators: tuple[str, ...]
+    dtypes: Sequence[str]
+    operators: Sequence[str]
     timed: bool
     model: bool
-
-    def arguments(self) -> list[str]:
-        switches = [f"--{'' if on else 'no-'}{name}" for name, on in (("timed", self.timed), ("model", self.model))]
-        return ["--dtypes", *self.dtypes, *(["--operators", *self.operators] if self.operators else []), *switches]
 
 
 def make(out: Path, what: What, processes: int) -> None:
@@ -128,9 +125,9 @@ def record(folder: Path, what: What, processes: int) -> dict[str, int]:
         environment |= SETTINGS | {"TRITON_CACHE_DIR": str(folder), "TRITON_LIBCUDA_PATH": libraries}
         paths = [*(str(ROOT / part) for part in (".", "kernels", "reference")), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        command = [sys.executable, __file__, "record", *what.arguments()]
+        command = [sys.executable, __file__, "record", json.dumps(asdict(what))]
         running = [
-            subprocess.Popen([*command, "--share", f"{n}/{processes}"], env=environment, stdout=subprocess.PIPE)
+            subprocess.Popen([*command, str(n), str(processes)], env=environment, stdout=subprocess.PIPE)
             for n in range(processes)
         ]
         counts: Counter[str] = Counter(found=0, compiled=0, built=0)
@@ -242,22 +239,20 @@ def main() -> int:
     unpacking.add_argument("folder", type=Path)
     for action in (making, verifying):
         action.add_argument("--processes", type=int, default=2)
-    for action in (making, recording):
-        action.add_argument("--operators", nargs="+", default=[], metavar="NAME", help="default: all")
-        action.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-        timed = "what the check takes the time of, too, in bfloat16 (default: yes)"
-        action.add_argument("--timed", action=argparse.BooleanOptionalAction, default=True, help=timed)
-        model = "the benchmark's step of training of LION-FlanT5-XL, too (default: yes)"
-        action.add_argument("--model", action=argparse.BooleanOptionalAction, default=True, help=model)
-    recording.add_argument("--share", required=True)
+    making.add_argument("--operators", nargs="+", default=[], metavar="NAME", help="default: all")
+    making.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    timed = "what the check takes the time of, too, in bfloat16 (default: yes)"
+    making.add_argument("--timed", action=argparse.BooleanOptionalAction, default=True, help=timed)
+    model = "the benchmark's step of training of LION-FlanT5-XL, too (default: yes)"
+    making.add_argument("--model", action=argparse.BooleanOptionalAction, default=True, help=model)
+    recording.add_argument("what", type=json.loads)
+    for name in ("number", "count"):
+        recording.add_argument(name, type=int)
     args = parser.parse_args()
-    if args.action in ("make", "record"):
-        what = What(tuple(args.dtypes), tuple(args.operators), args.timed, args.model)
-        if args.action == "make":
-            make(args.file, what, args.processes)
-        else:
-            number, _, count = args.share.partition("/")
-            print(json.dumps(record_share(what, int(number), int(count))))
+    if args.action == "make":
+        make(args.file, What(args.dtypes, args.operators, args.timed, args.model), args.processes)
+    elif args.action == "record":
+        print(json.dumps(record_share(What(**args.what), args.number, args.count)))
     elif args.action == "unpack":
         try:
             unpack(args.file, args.folder)
