@@ -50,7 +50,6 @@ def run(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     settings: Settings | None = None,
-    show: bool = True,
 ) -> dict[str, Any]:
     """Train every arm for every seed, and write the results as `claims.json`, `claims.md` and `images/claims.png`.
 
@@ -61,7 +60,6 @@ def run(
         frozen_from: a checkpoint of the quickstart, whose stand-ins all arms share.
         seeds: for initial weights, data order and wrong tags; at least two, to estimate the spread.
         settings: `Settings()` if None.
-        show: print every result and the paths of the files.
 
     Returns:
         The content of `claims.json`.
@@ -75,17 +73,17 @@ def run(
     require("quickstart", "matplotlib")  # needed for the chart at the end
     if len(set(seeds)) != len(seeds) or not 2 <= len(seeds) <= MAX_SEEDS:
         raise ValueError(f"seeds: expected 2 to {MAX_SEEDS} different ones, got {list(seeds)}")
-    output_dir, say = Path(output_dir), print if show else _silence
+    output_dir = Path(output_dir)
     experiment = Experiment(output_dir, frozen_from, settings or Settings())
     results = []
     for seed in seeds:
         for arm in ARMS:
             result = experiment.result(arm, seed)
-            say(f"seed {seed}, {arm.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in result["accuracy"].items()))
+            print(f"seed {seed}, {arm.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in result["accuracy"].items()))
             results.append(result)
     report = {"seeds": list(seeds), **experiment.identity, "results": results}
     write_report(output_dir, report)
-    say(f"written to {output_dir}: claims.md, claims.json, images/claims.png")
+    print(f"written to {output_dir}: claims.md, claims.json, images/claims.png")
     return report
 
 
@@ -254,7 +252,3 @@ def _digest(model: LionForCausalLM) -> str:
             digest.update(name.encode())
             digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _silence(*_: object) -> None:
-    pass

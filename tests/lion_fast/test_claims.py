@@ -21,7 +21,7 @@ ARM = {arm.name: arm for arm in ARMS}
 @pytest.fixture(scope="module")
 def output_dir(quickstart_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("claims")
-    run(path, quickstart_dir / "checkpoint", seeds=SEEDS, settings=SMOKE, show=False)
+    run(path, quickstart_dir / "checkpoint", seeds=SEEDS, settings=SMOKE)
     return path
 
 
@@ -50,7 +50,7 @@ def test_what_is_done_is_not_done_again(
         return original(self, arm, seed)
 
     monkeypatch.setattr(Experiment, "_train_and_measure", remember)
-    run(output_dir, quickstart_dir / "checkpoint", seeds=SEEDS, settings=SMOKE, show=False)
+    run(output_dir, quickstart_dir / "checkpoint", seeds=SEEDS, settings=SMOKE)
     assert trained == [("shared", 4)]
     without_seconds = [
         [{k: v for k, v in each.items() if k != "cpu_seconds"} for each in json.loads(text)["results"]]
