@@ -4,25 +4,13 @@
 LION-FlanT5-XL's and XXL's (D 2048 and 4096, 32128 tokens, a prefix of 289); the table is frozen.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.side_by_side import (
-    DEVICE,
-    DTYPE,
-    INTERLEAVED,
-    Inputs,
-    Operator,
-    Suite,
-    draw,
-    leaf,
-    measure,
-    seeded,
-)
-from benchmarks.shapes import ON_GPU, by_backend, cases, one_compiled, star
+from benchmarks.harness.side_by_side import DEVICE, DTYPE, Inputs, Operator, Shape, Suite, draw, leaf, seeded
+from benchmarks.shapes import ON_GPU, by_backend, compare_peers, star
 from lion_kernels.assemble_inputs import assemble_inputs, cost
 from lion_reference import assemble_inputs as reference
 
@@ -32,13 +20,11 @@ LENGTH = 64
 SOFT_PROMPT_ID = 32099
 BATCHES = (1, 16, 64) if ON_GPU else (1, 4)
 SHAPES = star({"batch": BATCHES[-1], "channels": 2048}, {"batch": BATCHES, "channels": (2048, 4096)})
-pytestmark = INTERLEAVED
 
 
-def make_inputs(shape: dict[str, int]) -> Inputs:
+def make_inputs(batch: int, prefix: int, length: int, channels: int) -> Inputs:
     generator = seeded()
-    batch, channels, length = shape["batch"], shape["channels"], shape.get("length", LENGTH)
-    sizes = {"prefix": (batch, shape.get("prefix", PREFIX_LENGTH), channels), "soft_prompt": (channels,)}
+    sizes = {"prefix": (batch, prefix, channels), "soft_prompt": (channels,)}
     trained = {name: draw(*size, generator=generator) for name, size in sizes.items()}
     input_ids = torch.randint(0, SOFT_PROMPT_ID, (batch, length), generator=generator, device=DEVICE)
     input_ids[:, 3] = SOFT_PROMPT_ID
@@ -61,13 +47,10 @@ PEERS: dict[str, Operator] = {
 }
 
 
-def peers(shape: dict[str, int]) -> dict[str, Operator]:
-    return one_compiled(PEERS, shape, SHAPES)
-
-
-@cases(SHAPES, peers)
-def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
+def suite(shape: Shape) -> Suite:
+    sizes = shape["batch"], shape.get("prefix", PREFIX_LENGTH), shape.get("length", LENGTH), shape["channels"]
     reads = partial(reference, soft_prompt_id=SOFT_PROMPT_ID)
-    suite = Suite("assemble_inputs", peers(shape), plain=eager, reference=reads)
-    costs = cost(shape["batch"], PREFIX_LENGTH, LENGTH, shape["channels"], DTYPE)
-    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)
+    return Suite("assemble_inputs", PEERS, eager, reads, partial(make_inputs, *sizes), cost(*sizes, DTYPE))
+
+
+bench = compare_peers(suite, SHAPES)

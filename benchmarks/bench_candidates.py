@@ -7,29 +7,27 @@ rounding. `lion-fast bench --tune` searches more widely, and takes longer.
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from benchmarks.bench_headline import OURS, ROWS, case_of, sizes
+from benchmarks.bench_headline import OURS, ROWS, sizes, suite_of
 from benchmarks.harness.headline import BACKWARD, FORWARD, Headline
 from benchmarks.harness.side_by_side import (
     COMPILE_ONLY,
     DTYPE,
     INTERLEAVED,
     SECONDS,
-    Inputs,
-    Operator,
     Turn,
     interleave,
     report,
     skip_after_deadline,
+    turn,
 )
 from benchmarks.shapes import ON_GPU
-from lion_fast.check.compare import Draw, relative_error
+from lion_fast.check.compare import relative_error
 from lion_fast.check.tuning import Key, Sizes, allowed
 from lion_kernels.core.backend import interpreting
 from lion_kernels.core.tuned_sizes import overriding
@@ -98,86 +96,62 @@ CANDIDATES: tuple[Candidate, ...] = (
 GROUPS = tuple(dict.fromkeys((candidate.operator, candidate.direction) for candidate in CANDIDATES))
 
 
-@dataclass
-class Comparison:
-    """Seconds per peer and round, and the reasons of candidates without a time."""
-
-    times: dict[str, list[float]] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-
-
 def row_of(operator: str) -> Headline:
     return next(row for row in ROWS if row.operator == operator)
 
 
-class Call:
-    """One direction of an operator on its headline's inputs, with any sizes."""
+def overridden(given: Turn, entries: dict[Key, Sizes], gathered: dict[Key, Sizes] | None = None) -> Turn:
+    """Return a call with other sizes; `gathered` receives the entries that the timed kernels look up."""
+    prepare, call = given
 
-    def __init__(self, operator: str, direction: str) -> None:
-        self.direction, row = direction, row_of(operator)
-        self.inputs: Inputs = case_of(row).make_inputs()
-        self.wanted = [value for value in self.inputs.values() if value.requires_grad]
-        self.run: Operator = case_of(row).suite.operators[OURS]
-        self.draw = Draw(next(iter(self.inputs.values())).device)
+    def before() -> Any:
+        with overriding(entries):
+            return prepare() if prepare else None
 
-    def turn(self, entries: dict[Key, Sizes], gathered: dict[Key, Sizes] | None = None) -> Turn:
-        """Return the call to time; `gathered` receives the entries that its kernels look up."""
-        gathered = {} if gathered is None else gathered
-
-        def forward(_: Any = None) -> Tensor:
-            with overriding(entries):
-                return self.run(**self.inputs)
-
-        def without_gradients(_: Any) -> Tensor:
-            with overriding(entries) as seen, torch.no_grad():
-                out = self.run(**{name: value.detach() for name, value in self.inputs.items()})
+    def timed(prepared: Any) -> Any:
+        with overriding(entries) as seen:
+            out = call(prepared)
+        if gathered is not None:
             gathered.update(seen)
-            return out
+        return out
 
-        def backward(out: Tensor) -> tuple[Tensor, ...]:
-            with overriding(entries) as seen:
-                gradients = torch.autograd.grad(out, self.wanted, self.draw(out))
-            gathered.update(seen)
-            return gradients
+    return (before if prepare else None), timed
 
-        return (None, without_gradients) if self.direction == FORWARD else (forward, backward)
 
-    def results(self, entries: dict[Key, Sizes], gathered: dict[Key, Sizes] | None = None) -> tuple[Tensor, ...]:
-        prepare, call = self.turn(entries, gathered)
-        out = call(prepare() if prepare else None)
-        return out if isinstance(out, tuple) else (out,)
+def results(given: Turn) -> tuple[Tensor, ...]:
+    prepare, call = given
+    out = call(prepare() if prepare else None)
+    return out if isinstance(out, tuple) else (out,)
 
 
 @functools.lru_cache(maxsize=1)
-def compare(operator: str, direction: str) -> Comparison:
-    """Time all candidates of one direction of an operator in turn with the shipped sizes."""
-    call, found = Call(operator, direction), Comparison()
+def compare(operator: str, direction: str) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return the times of one direction of an operator, in turns, and why the other candidates have none."""
+    suite, problems = suite_of(row_of(operator)), {}
+    call = turn(suite.operators[OURS], suite.make_inputs(), direction)
     looked_up: dict[Key, Sizes] = {}
-    shipped = call.results({}, looked_up)
+    shipped = results(overridden(call, {}, looked_up))
     keys = [(key, ", ".join(key)) for key in looked_up]
-    turns = {SHIPPED: call.turn({})}
+    turns = {SHIPPED: overridden(call, {})}
     for candidate in CANDIDATES:
         if (candidate.operator, candidate.direction) != (operator, direction):
             continue
         entries = {key: candidate.sizes for key, words in keys if re.match(candidate.kernel, words)}
         if not entries:
-            found.problems[candidate.peer] = (
-                f"no kernel looks up {candidate.kernel!r}, but {[words for _, words in keys]}"
-            )
+            problems[candidate.peer] = f"no kernel looks up {candidate.kernel!r}, but {[words for _, words in keys]}"
             continue
         try:
-            worst = max(map(relative_error, call.results(entries), (value.double() for value in shipped)))
+            worst = max(map(relative_error, results(overridden(call, entries)), (value.double() for value in shipped)))
         except Exception as error:  # too large for the GPU or not compilable
-            found.problems[candidate.peer] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            problems[candidate.peer] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         if worst <= allowed(DTYPE):
-            turns[candidate.peer] = call.turn(entries)
+            turns[candidate.peer] = overridden(call, entries)
         else:
-            found.problems[candidate.peer] = f"another result, relative error {worst:.1e}"
+            problems[candidate.peer] = f"another result, relative error {worst:.1e}"
     if COMPILE_ONLY:
         pytest.skip("compiled, and not measured: LION_BENCH_COMPILE_ONLY is set")
-    found.times = interleave(turns, graphs=True)
-    return found
+    return interleave(turns, graphs=True), problems
 
 
 @pytest.mark.parametrize(
@@ -198,19 +172,18 @@ def bench(benchmark: Any, operator: str, direction: str, peer: str) -> None:
     if COMPILE_ONLY and peer != SHIPPED:
         pytest.skip("compiled with what is shipped")
     skip_after_deadline()
-    found = compare(operator, direction)
-    if peer in found.problems:
-        pytest.skip(f"{peer} has no time here: {found.problems[peer]}")
+    times, problems = compare(operator, direction)
+    if peer in problems:
+        pytest.skip(f"{peer} has no time here: {problems[peer]}")
     why = {candidate.peer: candidate.why for candidate in CANDIDATES}
     report(
         benchmark,
-        found.times,
+        times,
         peer,
         baseline=SHIPPED,
         group=f"candidates, {operator}, {direction}",
         suite="candidates",
         direction=direction,
         shape={"operator": operator, **sizes(row_of(operator))},
-        dtype=str(DTYPE).removeprefix("torch."),
         **({"why": why[peer]} if peer in why else {}),
     )

@@ -5,33 +5,21 @@ of LION-FlanT5-XL's feed-forward (5120) and of XXL's (10240). Liger-Kernel's GEG
 tanh approximation.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.side_by_side import (
-    DTYPE,
-    INTERLEAVED,
-    Inputs,
-    Operator,
-    Suite,
-    draw,
-    leaf,
-    measure,
-    seeded,
-)
-from benchmarks.shapes import MANY, TOKENS, by_backend, cases, compiled_at_base, star
+from benchmarks.harness.side_by_side import DTYPE, Inputs, Operator, Shape, Suite, draw, leaf, seeded
+from benchmarks.shapes import MANY, TOKENS, by_backend, compare_peers, star
 from lion_kernels.gated_gelu import cost, gated_gelu
 from lion_reference import gated_gelu as reference
 
 BASE = {"channels": 5120}
-pytestmark = INTERLEAVED
 
 
-def make_inputs(shape: dict[str, int]) -> Inputs:
+def make_inputs(shape: Shape) -> Inputs:
     generator = seeded()
     size = shape["tokens"], shape["channels"]
     return {name: leaf(draw(*size, generator=generator)) for name in ("gate", "up")}
@@ -48,12 +36,9 @@ PEERS: dict[str, Operator] = {
 }
 
 
-def peers(shape: dict[str, int]) -> dict[str, Operator]:
-    return compiled_at_base(PEERS, shape, BASE)
-
-
-@cases(star({**BASE, "tokens": MANY}, {"tokens": TOKENS, "channels": (5120, 10240)}), peers)
-def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
-    suite = Suite("gated_gelu", peers(shape), plain=eager, reference=reference)
+def suite(shape: Shape) -> Suite:
     costs = cost(shape["tokens"], shape["channels"], DTYPE)
-    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)
+    return Suite("gated_gelu", PEERS, eager, reference, partial(make_inputs, shape), costs)
+
+
+bench = compare_peers(suite, star({**BASE, "tokens": MANY}, {"tokens": TOKENS, "channels": (5120, 10240)}), BASE)

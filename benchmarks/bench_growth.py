@@ -5,42 +5,30 @@ Tokens, adapters and rank vary in `bench_mixture_of_adapters` and `bench_mixture
 """
 
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from benchmarks import bench_model
-from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, interleave, report, skip_after_deadline
+from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, alternate, report, skip_after_deadline
 
 AXES = {"batch": (1, 2, 4, 8), "image size": (56, 112, 168, 224, 336)}
 SECONDS = 3.0
 pytestmark = [INTERLEAVED, pytest.mark.skipif(DEVICE.type != "cpu", reason="measures the CPU")]
-_last: dict[str, dict[str, list[float]]] = {}
 
 
-def batch_of(size: int, image_size: int) -> dict[str, Tensor]:
-    batch = {name: value[:1].repeat_interleave(size, 0) for name, value in bench_model.make_batch().items()}
-    return {**batch, "pixel_values": torch.randn(size, 3, image_size, image_size)}
-
-
-def step(lion: Any, batch: dict[str, Tensor]) -> Callable[[Any], None]:
-    return lambda _: bench_model.training_step(lion, batch)
-
-
+@functools.cache
 def curve(axis: str) -> dict[str, list[float]]:
-    if axis not in _last:
-        lion = bench_model.model("torch").train()
-        calls = {}
-        for value in AXES[axis]:
-            size, image_size = (value, 112) if axis == "batch" else (1, value)
-            resized = copy.deepcopy(lion)
-            resized.set_image_size(image_size)
-            calls[str(value)] = None, step(resized, batch_of(size, image_size))
-        _last[axis] = interleave(calls, SECONDS)
-    return _last[axis]
+    lion = bench_model.model("torch").train()
+    calls = {}
+    for value in AXES[axis]:
+        size, image_size = (value, 112) if axis == "batch" else (1, value)
+        resized = copy.deepcopy(lion)
+        resized.set_image_size(image_size)
+        batch = bench_model.one_sample(size, image_size)
+        calls[str(value)] = functools.partial(bench_model.training_step, resized, batch)
+    return alternate(calls, SECONDS)
 
 
 @pytest.mark.parametrize(("axis", "value"), [(axis, value) for axis, values in AXES.items() for value in values])
@@ -56,5 +44,4 @@ def bench(benchmark: Callable, axis: str, value: int) -> None:
         suite="growth",
         direction="training step",
         shape={axis: value, **fixed},
-        dtype="float32",
     )

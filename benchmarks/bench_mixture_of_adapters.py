@@ -4,38 +4,37 @@
 task; tokens, channels, adapters and rank vary one at a time.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.side_by_side import (
-    DEVICE,
-    DTYPE,
-    INTERLEAVED,
-    Inputs,
-    Operator,
-    Suite,
-    draw,
-    leaf,
-    measure,
-    seeded,
-)
-from benchmarks.shapes import by_backend, cases, compiled_at_base, mixtures, sequences
+from benchmarks.harness.side_by_side import DEVICE, DTYPE, Inputs, Operator, Shape, Suite, draw, leaf, seeded
+from benchmarks.shapes import by_backend, compare_peers, mixtures, sequences
 from lion_kernels import mixture_of_adapters
 from lion_kernels.mixture_of_adapters import cost
 from lion_reference import mixture_of_adapters as reference
 
 BASE = {"channels": 2048, "experts": 2, "rank": 64}
 TASKS = 2
-pytestmark = INTERLEAVED
 
 
-def make_inputs(shape: dict[str, int]) -> Inputs:
+def gate_of(shape: Shape, generator: torch.Generator) -> Inputs:
+    """Return channel gates per task, or the weights of k experts per row."""
+    (batch, length), experts = sequences(shape), shape["experts"]
+    if shape.get("gate") == "sparse":
+        scores = draw(batch, length, experts, generator=generator)
+        values, ids = scores.softmax(-1).topk(shape["chosen"])
+        return {"gate": leaf(values), "expert_ids": ids}
+    tasks = torch.arange(batch) % TASKS if shape.get("tasks") == "mixed" else torch.ones(batch, dtype=torch.int64)
+    gate = draw(TASKS, experts, shape["channels"], generator=generator)
+    return {"gate": leaf(gate), "task_ids": tasks.to(DEVICE)}
+
+
+def make_inputs(shape: Shape) -> Inputs:
     generator = seeded()
-    batch, length = sequences(shape["tokens"])
+    batch, length = sequences(shape)
     channels, experts, rank = (shape[name] for name in BASE)
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
@@ -47,9 +46,8 @@ def make_inputs(shape: dict[str, int]) -> Inputs:
         "down_bias": randn(experts, rank),
         "up_weight": randn(experts, channels, rank, scale=rank**-0.5),
         "up_bias": randn(experts, channels),
-        "gate": randn(TASKS, experts, channels),
+        **gate_of(shape, generator),
         "residual": randn(batch, length, channels),
-        "task_ids": torch.ones(batch, dtype=torch.int64, device=DEVICE),
     }
 
 
@@ -69,12 +67,10 @@ PEERS: dict[str, Operator] = {
 }
 
 
-def peers(shape: dict[str, int]) -> dict[str, Operator]:
-    return compiled_at_base(PEERS, shape, BASE)
+def suite(shape: Shape) -> Suite:
+    batch, length = sequences(shape)
+    costs = cost(batch * length, shape["channels"], shape.get("chosen", shape["experts"]), shape["rank"], DTYPE)
+    return Suite("mixture_of_adapters", PEERS, reference, reference, partial(make_inputs, shape), costs)
 
 
-@cases(mixtures(BASE), peers)
-def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
-    suite = Suite("mixture_of_adapters", peers(shape), plain=reference, reference=reference)
-    costs = cost(shape["tokens"], *(shape[name] for name in BASE), DTYPE)
-    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)
+bench = compare_peers(suite, mixtures(BASE), BASE)

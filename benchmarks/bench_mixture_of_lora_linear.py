@@ -6,41 +6,29 @@ each" assigns one adapter to each sequence, as in PEFT's batches of mixed adapte
 """
 
 import functools
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.side_by_side import (
-    DEVICE,
-    DTYPE,
-    INTERLEAVED,
-    Inputs,
-    Operator,
-    Suite,
-    draw,
-    leaf,
-    measure,
-    seeded,
-)
-from benchmarks.shapes import ON_GPU, by_backend, cases, compiled, mixtures, sequences
+from benchmarks.bench_mixture_of_adapters import gate_of
+from benchmarks.harness.side_by_side import DEVICE, DTYPE, Inputs, Operator, Shape, Suite, draw, leaf, seeded
+from benchmarks.shapes import ON_GPU, by_backend, compare_peers, mixtures, sequences
 from lion_kernels import mixture_of_lora_linear
 from lion_kernels.mixture_of_lora_linear import cost
 from lion_reference import mixture_of_lora_linear as reference
 
 BASE = {"channels": 2048, "experts": 8, "rank": 8}
-pytestmark = INTERLEAVED
 try:
     import peft
 except ImportError:
     peft = None
 
 
-def make_inputs(shape: dict) -> Inputs:
+def make_inputs(shape: Shape) -> Inputs:
     generator = seeded()
-    batch, length = sequences(shape["tokens"])
+    batch, length = sequences(shape)
     channels, experts, rank = (shape[name] for name in BASE)
 
     randn = partial(draw, generator=generator)
@@ -50,6 +38,8 @@ def make_inputs(shape: dict) -> Inputs:
         "lora_a": leaf(randn(experts, rank, channels, scale=channels**-0.5)),
         "lora_b": leaf(randn(experts, channels, rank, scale=rank**-0.5)),
     }
+    if "gate" in shape:
+        return {**inputs, **gate_of(shape, generator)}
     if shape["routing"] == "soft":
         return {**inputs, "gate": leaf(randn(batch, length, experts).softmax(-1))}
     ids = torch.randint(0, experts, (batch, 1), generator=generator, device=DEVICE)
@@ -105,16 +95,14 @@ ALIKE = ("experts",) if ON_GPU else tuple(BASE)
 SHAPES += [{"routing": "one each", **shape} for shape in mixtures(BASE) if all(shape[n] == BASE[n] for n in ALIKE)]
 
 
-def peers(shape: dict) -> dict[str, Operator]:
-    left_out = {"PEFT"} if shape["routing"] == "soft" else set()  # PEFT has no weights per row
-    left_out |= set() if compiled(shape, BASE) else {"torch.compile"}
-    return {name: peer for name, peer in PEERS.items() if name not in left_out}
-
-
-@cases(SHAPES, peers)
-def bench(benchmark: Callable, shape: dict, direction: str, peer: str) -> None:
-    suite = Suite("mixture_of_lora_linear", peers(shape), plain=plain, reference=plain)
+def suite(shape: Shape) -> Suite:
     channels, experts, rank = (shape[name] for name in BASE)
-    experts = experts if shape["routing"] == "soft" else 1
-    costs = cost(shape["tokens"], channels, channels, experts, rank, DTYPE)
-    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)
+    batch, length = sequences(shape)
+    chosen = 1 if shape.get("routing") == "one each" else shape.get("chosen", experts)
+    costs = cost(batch * length, channels, channels, chosen, rank, DTYPE)
+    left_out = {"PEFT"} if shape.get("routing") == "soft" else set()  # PEFT has no weights per row
+    operators = {name: peer for name, peer in PEERS.items() if name not in left_out}
+    return Suite("mixture_of_lora_linear", operators, plain, plain, partial(make_inputs, shape), costs)
+
+
+bench = compare_peers(suite, SHAPES, BASE)

@@ -15,15 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness.side_by_side import DEVICE, DTYPE, INTERLEAVED, relative_error, report, skip_after_deadline
+from benchmarks.harness.side_by_side import DEVICE, DTYPE, INTERLEAVED, report, skip_after_deadline
 from benchmarks.harness.work import Timed, timed
 from benchmarks.original import original_lion
+from benchmarks.shapes import ON_GPU
 from lion_fast import LionConfig, LionForCausalLM
+from lion_fast.check.compare import relative_error
 from lion_fast.configuration_lion import FLAN_T5_XL
 from lion_fast.training.stages import STAGES, freeze_for_stage
 
-BACKENDS = ["torch", "triton"] if DEVICE.type == "cuda" else ["torch"]
-BATCH = 8 if DEVICE.type == "cuda" else 2
+BACKENDS = ["torch", "triton"] if ON_GPU else ["torch"]
+BATCH = 8 if ON_GPU else 2
+IMAGE_SIZE = 224 if ON_GPU else 112
 NEW_TOKENS = 16
 SECONDS = 3.0  # for the turns of one job
 # Relative bounds of the loss and of all gradients together. In fp32, the forms' losses differed by up to 2e-6 over
@@ -71,46 +74,63 @@ SMALL: dict[str, Any] = {
         "projection_size": 352,
     },
 }
+SIZES = LARGE if ON_GPU else SMALL
 
 
-def build(backend: str, sizes: dict[str, Any]) -> LionForCausalLM:
-    """Build the model for joint training, with random up-projections of the adapters, which are zero in a new model."""
+def random_lion(backend: str, sizes: dict[str, Any], attention: str | None = None) -> LionForCausalLM:
+    """Return a model with random up-projections of the adapters, which are zero in a new model."""
     config = LionConfig(kernel_backend=backend, **sizes)
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        made = LionForCausalLM(config)
+        made = LionForCausalLM._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "up_proj" in name:
                 parameter.normal_(std=0.02)
-        # Logits of a few units, as in a trained model. A new head's are of tens, and give probabilities so small that
-        # they slow the CPU down.
-        made.language_model.lm_head.weight.mul_(config.text_config.hidden_size**-0.5)
+    return made
+
+
+def build(backend: str, sizes: dict[str, Any]) -> LionForCausalLM:
+    """Return the model for joint training."""
+    made = random_lion(backend, sizes)
+    # Logits of a few units, as in a trained model. A new head's are of tens, and give probabilities so small that they
+    # slow the CPU down.
+    with torch.no_grad():
+        made.language_model.lm_head.weight.mul_(made.config.text_config.hidden_size**-0.5)
     freeze_for_stage(made, STAGES[-1])
     return made
 
 
 @functools.cache
 def model(backend: str) -> LionForCausalLM:
-    return build(backend, LARGE if DEVICE.type == "cuda" else SMALL).to(DTYPE)
+    return build(backend, SIZES).to(DTYPE)
 
 
-def make_batch() -> dict[str, Tensor]:
-    """Return questions of 64 tokens and answers of 16, with one task per batch as in the original."""
+def make_batch(pictures: int = BATCH, question: int = 32) -> dict[str, Tensor]:
+    """Return prompts of 64 tokens and answers of 16, with one task per batch as in the original.
+
+    Args:
+        question: tokens of the Q-Former's text.
+    """
     generator = torch.Generator().manual_seed(0)
-    size = 224 if DEVICE.type == "cuda" else 112
 
     def ids(length: int) -> Tensor:
-        return torch.randint(2, 30000, (BATCH, length), generator=generator)
+        return torch.randint(2, 30000, (pictures, length), generator=generator)
 
     batch = {
-        "pixel_values": torch.randn(BATCH, 3, size, size, generator=generator).to(DTYPE),
+        "pixel_values": torch.randn(pictures, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(DTYPE),
         "input_ids": ids(64),
-        "qformer_input_ids": ids(32),
-        "task_ids": torch.ones(BATCH, dtype=torch.long),
+        "qformer_input_ids": ids(question),
+        "task_ids": torch.ones(pictures, dtype=torch.long),
         "labels": ids(16),
     }
     return {name: value.to(DEVICE) for name, value in batch.items()}
+
+
+def one_sample(pictures: int, image_size: int = IMAGE_SIZE) -> dict[str, Tensor]:
+    """Return a batch that repeats the texts of one sample, with different images."""
+    batch = {name: value[:1].repeat_interleave(pictures, 0) for name, value in make_batch().items()}
+    return {**batch, "pixel_values": torch.randn(pictures, 3, image_size, image_size, dtype=DTYPE, device=DEVICE)}
 
 
 def prefix(lion: LionForCausalLM, batch: dict[str, Tensor]) -> None:
@@ -141,31 +161,30 @@ def forms() -> dict[str, LionForCausalLM]:
     }
 
 
-def loss_and_gradients(lion: LionForCausalLM) -> tuple[Tensor, Tensor]:
-    """Return the loss, and the gradients of all trained parameters in one vector, on a CPU in fp64."""
+def loss_and_gradients(lion: LionForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the loss, and the gradients of all trained parameters in one vector."""
+    trained = [parameter for parameter in lion.parameters() if parameter.requires_grad]
+    loss = lion(**batch).loss
+    return loss.detach(), torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)])
 
-    def compute(lion: LionForCausalLM, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        trained = [parameter for parameter in lion.parameters() if parameter.requires_grad]
-        batch = make_batch()
-        loss = lion.train()(**batch | {"pixel_values": batch["pixel_values"].to(dtype)}).loss
-        return loss.detach(), torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)])
 
-    loss, gradients = compute(lion, DTYPE)
-    if DEVICE.type == "cpu":
-        _, gradients = compute(copy.deepcopy(lion).double(), torch.float64)
+def in_double(lion: LionForCausalLM, batch: dict[str, Tensor]) -> tuple[LionForCausalLM, dict[str, Tensor]]:
+    return copy.deepcopy(lion).double(), {**batch, "pixel_values": batch["pixel_values"].double()}
+
+
+def result_of(lion: LionForCausalLM) -> tuple[Tensor, Tensor]:
+    """Return the loss, and the gradients, on a CPU in fp64."""
+    loss, gradients = loss_and_gradients(lion.train(), make_batch())
+    if not ON_GPU:
+        _, gradients = loss_and_gradients(*in_double(lion, make_batch()))
     return loss, gradients
 
 
 @functools.cache
-def errors() -> dict[str, tuple[float, float]]:
+def errors() -> dict[str, tuple[float, ...]]:
     """Return each form's errors of loss and gradients relative to the original's."""
-    expected = [value.double() for value in loss_and_gradients(forms()["original"])]
-
-    def error(lion: LionForCausalLM) -> tuple[float, float]:
-        loss, gradients = map(relative_error, loss_and_gradients(lion), expected)
-        return loss, gradients
-
-    return {name: error(lion) for name, lion in forms().items()}
+    expected = [value.double() for value in result_of(forms()["original"])]
+    return {name: tuple(map(relative_error, result_of(lion), expected)) for name, lion in forms().items()}
 
 
 @functools.cache
@@ -195,7 +214,6 @@ def bench(benchmark: Callable, job: str, form: str) -> None:
         suite="model",
         direction=job,
         shape={"pictures": BATCH},
-        dtype=str(DTYPE).removeprefix("torch."),
         floor_seconds=floor,
         peak_bytes=peaks[form],
         error=errors()[form][0],

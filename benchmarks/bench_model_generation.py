@@ -14,18 +14,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks.bench_model import LARGE, SMALL
-from benchmarks.harness.side_by_side import DEVICE, DTYPE, INTERLEAVED, report, skip_after_deadline
+from benchmarks.bench_model import ON_GPU, SIZES, make_batch, random_lion
+from benchmarks.harness.side_by_side import DTYPE, INTERLEAVED, report, skip_after_deadline
 from benchmarks.harness.work import Timed, timed
 from benchmarks.original import use_original_adapters
-from lion_fast import LionConfig, LionForCausalLM
+from lion_fast import LionForCausalLM
 from lion_fast.check.timing import quantiles
 
-ON_GPU = DEVICE.type == "cuda"
 NEW_TOKENS = 20 if ON_GPU else 4
-PROMPT_TOKENS = 64  # tags and instruction
+QUESTION = 12  # tokens of the Q-Former's text
 BOUND = 2e-2 if DTYPE.itemsize < 4 else 1e-5  # relative, of the loss
 SECONDS = 60.0 if ON_GPU else 3.0  # for the turns of one job
 MANY = 64 if ON_GPU else 4
@@ -57,15 +55,7 @@ pytestmark = INTERLEAVED
 
 @functools.cache
 def model(kernel_backend: str, original: bool) -> LionForCausalLM:
-    """Return a model with random up-projections of the adapters, which are zero in a new model."""
-    config = LionConfig(kernel_backend=kernel_backend, **(LARGE if ON_GPU else SMALL))
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        made = LionForCausalLM._from_config(config, attn_implementation="eager" if original else None)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "up_proj" in name:
-                parameter.normal_(std=0.02)
+    made = random_lion(kernel_backend, SIZES, "eager" if original else None)
     if original:
         use_original_adapters(made)
     return made.requires_grad_(False).to(DTYPE).eval()
@@ -80,22 +70,10 @@ def folded(kernel_backend: str, original: bool) -> LionForCausalLM:
     return twin
 
 
-def make_batch(pictures: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    size = 224 if ON_GPU else 112
-    batch = {
-        "pixel_values": torch.randn(pictures, 3, size, size, generator=generator).to(DTYPE),
-        "input_ids": torch.randint(2, 30000, (pictures, PROMPT_TOKENS), generator=generator),
-        "qformer_input_ids": torch.randint(2, 30000, (pictures, 12), generator=generator),
-        "task_ids": torch.ones(pictures, dtype=torch.long),
-    }
-    return {name: value.to(DEVICE) for name, value in batch.items()}
-
-
 @torch.no_grad()
 def loss_of(lion: LionForCausalLM) -> float:
-    batch = make_batch(2)
-    return lion(**batch, labels=batch["input_ids"][:, :NEW_TOKENS]).loss.item()
+    batch = make_batch(2, QUESTION)
+    return lion(**batch | {"labels": batch["input_ids"][:, :NEW_TOKENS]}).loss.item()
 
 
 @functools.cache
@@ -111,7 +89,8 @@ def lion_of(way: Way) -> LionForCausalLM:
 
 def captioning(way: Way, job: str) -> Callable[[], None]:
     pictures, beams = JOBS[job]
-    lion, batch = lion_of(way), make_batch(pictures)
+    lion, batch = lion_of(way), make_batch(pictures, QUESTION)
+    del batch["labels"]
     search: dict[str, Any] = {"num_beams": beams, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
     if way.cache is not None:
         search["cache_implementation"] = way.cache
@@ -147,7 +126,6 @@ def bench(benchmark: Any, job: str, way: str) -> None:
         suite="model_generation",
         direction="generation",
         shape={"pictures": pictures, "beams": beams},
-        dtype=str(DTYPE).removeprefix("torch."),
         floor_seconds=floor,
         peak_bytes=peaks[way],
         error=error(way),

@@ -14,20 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.harness.side_by_side import (
-    DEVICE,
-    DTYPE,
-    FLEX_FORWARD,
-    INTERLEAVED,
-    Inputs,
-    Operator,
-    Suite,
-    draw,
-    leaf,
-    measure,
-    seeded,
-)
-from benchmarks.shapes import cases, one_compiled
+from benchmarks.harness.side_by_side import DTYPE, FLEX_FORWARD, Inputs, Operator, Shape, Suite, draw, leaf, seeded
+from benchmarks.shapes import ON_GPU, by_backend, compare_peers
 from lion_kernels import multi_scale_attention
 from lion_kernels.multi_scale_attention import cost
 from lion_reference import multi_scale_attention as reference
@@ -37,22 +25,23 @@ try:
 except ImportError:
     flash_attn_func = None
 
-BATCHES = (1, 4) if DEVICE.type == "cpu" else (1, 16, 64)
-# queries, maps of 257 keys, heads, head_dim
-PARTS = {"EVA": (257, 1, 16, 88), "aggregator": (257, 2, 16, 88), "Q-Former": (32, 1, 12, 64)}
-SHAPES = [{"part": part, "batch": batch} for part in PARTS for batch in BATCHES]
+BATCHES = (1, 16, 64) if ON_GPU else (1, 4)
+PARTS = {
+    "EVA": {"queries": 257, "maps": 1, "heads": 16, "head_dim": 88},
+    "aggregator": {"queries": 257, "maps": 2, "heads": 16, "head_dim": 88},
+    "Q-Former": {"queries": 32, "maps": 1, "heads": 12, "head_dim": 64},
+}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-pytestmark = INTERLEAVED
 
 
-def make_inputs(shape: dict) -> Inputs:
+def make_inputs(q: Tensor, k: Tensor, maps: int) -> Inputs:
+    """Draw inputs of the sizes of `q` and `k`."""
     generator = seeded()
-    queries, maps, heads, head_dim = PARTS[shape["part"]]
 
-    def randn(length: int) -> Tensor:
-        return leaf(draw(shape["batch"], length, heads, head_dim, generator=generator))
+    def randn(like: Tensor) -> Tensor:
+        return leaf(draw(*like.shape, generator=generator))
 
-    return {"q": randn(queries), **{f"{name}{s}": randn(257) for s in range(maps) for name in ("k", "v")}}
+    return {"q": randn(q), **{f"{name}{s}": randn(k) for s in range(maps) for name in ("k", "v")}}
 
 
 def gathered(operator: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Operator:
@@ -97,27 +86,25 @@ PEERS: dict[str, Operator] = {
     "SDPA": map_by_map(sdpa),
     "FlexAttention": map_by_map(flex),
     "torch.compile": torch.compile(gathered(reference)),
-    "lion_kernels-torch": gathered(partial(multi_scale_attention, backend="torch")),
+    **{name: gathered(ours) for name, ours in by_backend(multi_scale_attention).items()},
 }
-if DEVICE.type == "cuda":
+if ON_GPU:
     PEERS |= {
         "SDPA-flash": map_by_map(sdpa_by(SDPBackend.FLASH_ATTENTION)),
         "SDPA-cuDNN": map_by_map(sdpa_by(SDPBackend.CUDNN_ATTENTION)),
         "SDPA-efficient": map_by_map(sdpa_by(SDPBackend.EFFICIENT_ATTENTION)),
-        "lion_kernels-triton": gathered(partial(multi_scale_attention, backend="triton")),
     }
     if flash_attn_func is not None:
         PEERS["flash-attn"] = map_by_map(flash_attn_func)
 
 
-def peers(shape: dict) -> dict[str, Operator]:
-    return one_compiled(PEERS, shape, SHAPES)
+def suite(shape: Shape) -> Suite:
+    sizes = {"maps": 1, "keys": 257, **PARTS.get(shape.get("part", ""), {}), **shape}
+    heads = sizes["heads"], sizes["head_dim"]
+    q, k = (torch.empty(sizes["batch"], sizes[n], *heads, dtype=DTYPE, device="meta") for n in ("queries", "keys"))
+    formula, inputs = gathered(reference), partial(make_inputs, q, k, sizes["maps"])
+    costs = cost(q, [k] * sizes["maps"])
+    return Suite("multi_scale_attention", PEERS, formula, formula, inputs, costs, forward_only=FLEX_FORWARD)
 
 
-@cases(SHAPES, peers)
-def bench(benchmark: Callable, shape: dict, direction: str, peer: str) -> None:
-    formula = gathered(reference)
-    suite = Suite("multi_scale_attention", peers(shape), formula, formula, forward_only=FLEX_FORWARD)
-    queries, maps, heads, head_dim = PARTS[shape["part"]]
-    q, k = (torch.empty(shape["batch"], length, heads, head_dim, dtype=DTYPE) for length in (queries, 257))
-    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), cost(q, [k] * maps))
+bench = compare_peers(suite, [{"part": part, "batch": batch} for part in PARTS for batch in BATCHES])

@@ -6,7 +6,7 @@ the training step those of a small model (`bench_model.SMALL`), with AdamW as co
 original. Dropout is off, so that the results can be compared.
 """
 
-import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_model
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, interleave, relative_error, report, skip_after_deadline
+from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, alternate, report, skip_after_deadline
 from benchmarks.original import OriginalRam, original_lion
 from lion_fast import RamTagger
+from lion_fast.check.compare import relative_error
 from lion_fast.configuration_lion import LionAggregatorConfig
 from lion_fast.model.aggregator import LionAggregator
 from lion_fast.tagging.configuration_ram import RamConfig
@@ -63,28 +64,22 @@ def aggregator() -> Pair:
     ours.load_state_dict(original.state_dict())
     maps, grad = torch.randn(1, 3, 257, WIDTH), torch.randn(1, 257, WIDTH)
 
-    def forward_original() -> Tensor:
-        return original(maps[:, 0], [maps[:, 1], maps[:, 2]])
+    forms: dict[str, tuple[torch.nn.Module, Callable[[], Tensor]]] = {
+        "original": (original, lambda: original(maps[:, 0], [maps[:, 1], maps[:, 2]])),
+        "lion_fast": (ours, lambda: ours(maps)),
+    }
 
-    def forward_ours() -> Tensor:
-        return ours(maps)
+    def step(module: torch.nn.Module, forward: Callable[[], Tensor]) -> None:
+        forward().backward(grad)
+        module.zero_grad()
 
-    def step(forward: Callable[[], Tensor], module: torch.nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            forward().backward(grad)
-            module.zero_grad()
-
-        return run
-
-    def values(forward: Callable[[], Tensor], module: torch.nn.Module) -> Tensor:
+    def values(module: torch.nn.Module, forward: Callable[[], Tensor]) -> Tensor:
         out = forward()
         gradients = torch.autograd.grad(out, list(module.parameters()), grad)
         return torch.cat([value.detach().flatten() for value in (out, *gradients)])
 
-    return Pair(
-        {"original": step(forward_original, original), "lion_fast": step(forward_ours, ours)},
-        lambda: {"original": values(forward_original, original), "lion_fast": values(forward_ours, ours)},
-    )
+    calls = {name: functools.partial(step, *form) for name, form in forms.items()}
+    return Pair(calls, lambda: {name: values(*form) for name, form in forms.items()})
 
 
 def training_step() -> Pair:
@@ -104,15 +99,10 @@ def training_step() -> Pair:
 
         return run
 
-    def gradients(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(model(**batch).loss, trained)])
-
-    double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     before = {  # computed before a step changes the parameters
-        "original": gradients(original, batch),
-        "lion_fast": gradients(ours, batch),
-        "exact": gradients(copy.deepcopy(ours).double(), double),
+        "original": bench_model.loss_and_gradients(original, batch)[1],
+        "lion_fast": bench_model.loss_and_gradients(ours, batch)[1],
+        "exact": bench_model.loss_and_gradients(*bench_model.in_double(ours, batch))[1],
     }
     return Pair({"original": step(original, fused=False), "lion_fast": step(ours, fused=True)}, lambda: before)
 
@@ -132,7 +122,6 @@ def ram_tagging() -> Pair:
 
 
 PAIRS = {"aggregator": aggregator, "training step": training_step, "RAM tagging": ram_tagging}
-_last: dict[str, tuple[dict[str, list[float]], dict[str, dict[str, Any]], tuple[float, float]]] = {}
 
 
 def spent(call: Callable[[], Any]) -> dict[str, float]:
@@ -146,22 +135,17 @@ def spent(call: Callable[[], Any]) -> dict[str, float]:
     return {"products": round(products, 3), **dict(list(shares.items())[:6])}
 
 
+@functools.lru_cache(maxsize=1)
 def compare(part: str) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]], tuple[float, float]]:
     """Return times, additional information about each form, and the error with its bound."""
-    if part not in _last:
-        _last.clear()
-        pair = PAIRS[part]()
-        outputs = pair.outputs()
-        exact = outputs.get("exact", outputs["original"]).double()
-        error = relative_error(outputs["lion_fast"], exact)
-        bound = max(BOUND, 2 * relative_error(outputs["original"], exact))
-        assert error <= bound, f"wrong {part} (relative error {error:.1e}, allowed {bound:.1e}), so no time"
-        notes = {
-            name: {"peak_bytes": peak_bytes(call, DEVICE), "spent": spent(call)} for name, call in pair.calls.items()
-        }
-        calls = {name: (None, lambda _, call=call: call()) for name, call in pair.calls.items()}
-        _last[part] = interleave(calls, SECONDS), notes, (error, bound)
-    return _last[part]
+    pair = PAIRS[part]()
+    outputs = pair.outputs()
+    exact = outputs.get("exact", outputs["original"]).double()
+    error = relative_error(outputs["lion_fast"], exact)
+    bound = max(BOUND, 2 * relative_error(outputs["original"], exact))
+    assert error <= bound, f"wrong {part} (relative error {error:.1e}, allowed {bound:.1e}), so no time"
+    notes = {name: {"peak_bytes": peak_bytes(call, DEVICE), "spent": spent(call)} for name, call in pair.calls.items()}
+    return alternate(pair.calls, SECONDS), notes, (error, bound)
 
 
 @pytest.mark.parametrize("form", ["original", "lion_fast"])
@@ -177,7 +161,6 @@ def bench(benchmark: Callable, part: str, form: str) -> None:
         group=part,
         suite="original",
         shape={"part": part},
-        dtype="float32",
         **notes[form],
         error=error,
         bound=bound,

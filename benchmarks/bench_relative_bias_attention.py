@@ -14,45 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.harness.side_by_side import (
-    DEVICE,
-    DTYPE,
-    FLEX_FORWARD,
-    INTERLEAVED,
-    Inputs,
-    Operator,
-    Suite,
-    draw,
-    leaf,
-    measure,
-    seeded,
-)
-from benchmarks.shapes import cases, one_compiled
+from benchmarks.harness.side_by_side import DTYPE, FLEX_FORWARD, Inputs, Operator, Shape, Suite, draw, leaf, seeded
+from benchmarks.shapes import ON_GPU, by_backend, compare_peers
 from lion_kernels import relative_bias_attention
 from lion_kernels.relative_bias_attention import cost
 from lion_reference import relative_bias_attention as reference
 from lion_reference.relative_bias_attention import relative_position_bucket
 
 HEADS, HEAD_DIM, BUCKETS, MAX_DISTANCE = 32, 64, 32, 128
-ENCODER = [(1, 417)] if DEVICE.type == "cpu" else [(1, 417), (16, 417), (16, 1024)]
-DECODER = [(1, 64), (5, 64)] if DEVICE.type == "cpu" else [(1, 64), (5, 64), (64, 64)]
+ENCODER = [(1, 417), (16, 417), (16, 1024)] if ON_GPU else [(1, 417)]
+DECODER = [(1, 64), (5, 64), (64, 64)] if ON_GPU else [(1, 64), (5, 64)]
 SHAPES = [{"stack": "encoder", "batch": batch, "queries": n, "keys": n} for batch, n in ENCODER]
 SHAPES += [{"stack": "decoder", "batch": batch, "queries": 1, "keys": keys} for batch, keys in DECODER]
-pytestmark = INTERLEAVED
 
 
-def make_inputs(shape: dict) -> Inputs:
+def make_inputs(q: Tensor, k: Tensor, learn_bias: bool) -> Inputs:
+    """Draw inputs of the sizes of `q` and `k`."""
     generator = seeded()
-
-    def randn(*size: int, scale: float = 1.0) -> Tensor:
-        return leaf(draw(*size, generator=generator, scale=scale))
-
-    return {
-        "q": randn(shape["batch"], shape["queries"], HEADS, HEAD_DIM, scale=HEAD_DIM**-0.5),
-        "k": randn(shape["batch"], shape["keys"], HEADS, HEAD_DIM),
-        "v": randn(shape["batch"], shape["keys"], HEADS, HEAD_DIM),
-        "bias_table": randn(BUCKETS, HEADS),
+    _, _, heads, head_dim = q.shape
+    inputs = {
+        "q": leaf(draw(*q.shape, generator=generator, scale=head_dim**-0.5)),
+        "k": leaf(draw(*k.shape, generator=generator)),
+        "v": leaf(draw(*k.shape, generator=generator)),
+        "bias_table": leaf(draw(BUCKETS, heads, generator=generator)),
     }
+    inputs["bias_table"].requires_grad_(learn_bias)
+    return inputs
 
 
 @functools.cache
@@ -98,24 +85,17 @@ PEERS: dict[str, Operator] = {
     "SDPA with a mask": sdpa,
     "FlexAttention": flex(torch.compile(flex_attention)),
     "torch.compile": torch.compile(in_decoder(reference)),
-    "lion_kernels-torch": in_decoder(partial(relative_bias_attention, backend="torch")),
+    **{name: in_decoder(ours) for name, ours in by_backend(relative_bias_attention).items()},
 }
-if DEVICE.type == "cuda":
-    PEERS["lion_kernels-triton"] = in_decoder(partial(relative_bias_attention, backend="triton"))
 
 
-def peers(shape: dict) -> dict[str, Operator]:
-    return one_compiled(PEERS, shape, SHAPES)
+def suite(shape: Shape, learn_bias: bool = True) -> Suite:
+    decoder, heads = shape["stack"] == "decoder", (shape.get("heads", HEADS), shape.get("head_dim", HEAD_DIM))
+    q, k = (torch.empty(shape["batch"], shape[n], *heads, dtype=DTYPE, device="meta") for n in ("queries", "keys"))
+    operators = {name: partial(peer, decoder=decoder) for name, peer in PEERS.items()}
+    formula, inputs = partial(in_decoder(reference), decoder=decoder), partial(make_inputs, q, k, learn_bias)
+    costs = cost(q, k, causal=decoder, learn_bias=learn_bias)
+    return Suite("relative_bias_attention", operators, formula, formula, inputs, costs, forward_only=FLEX_FORWARD)
 
 
-def suite(shape: dict) -> Suite:
-    called = {name: partial(peer, decoder=shape["stack"] == "decoder") for name, peer in peers(shape).items()}
-    formula = partial(in_decoder(reference), decoder=shape["stack"] == "decoder")
-    return Suite("relative_bias_attention", called, formula, formula, forward_only=FLEX_FORWARD)
-
-
-@cases(SHAPES, peers)
-def bench(benchmark: Callable, shape: dict, direction: str, peer: str) -> None:
-    q, k = (torch.empty(shape["batch"], shape[n], HEADS, HEAD_DIM, dtype=DTYPE) for n in ("queries", "keys"))
-    costs = cost(q, k, causal=shape["stack"] == "decoder", learn_bias=True)
-    measure(benchmark, suite(shape), peer, direction, shape, partial(make_inputs, shape), costs)
+bench = compare_peers(suite, SHAPES)

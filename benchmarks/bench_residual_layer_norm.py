@@ -5,26 +5,14 @@ aggregator's (D 1408) and the Q-Former's (D 768), 257 tokens per image, without 
 another mask.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.side_by_side import (
-    DEVICE,
-    DTYPE,
-    INTERLEAVED,
-    Inputs,
-    Operator,
-    Suite,
-    draw,
-    leaf,
-    measure,
-    seeded,
-)
-from benchmarks.shapes import ON_GPU, by_backend, cases, one_compiled, star
+from benchmarks.harness.side_by_side import DTYPE, Inputs, Operator, Shape, Suite, draw, leaf, seeded
+from benchmarks.shapes import ON_GPU, by_backend, compare_peers, star
 from lion_kernels.residual_layer_norm import cost, residual_layer_norm
 from lion_reference import residual_layer_norm as reference
 
@@ -37,10 +25,9 @@ TOKENS = 257
 EPS = 1e-12
 IMAGES = (1, 16, 64, 256) if ON_GPU else (1, 4)
 SHAPES = star({"images": IMAGES[-1], "channels": 1408}, {"images": IMAGES, "channels": (768, 1408)})
-pytestmark = INTERLEAVED
 
 
-def make_inputs(shape: dict[str, int]) -> Inputs:
+def make_inputs(shape: Shape) -> Inputs:
     generator = seeded()
     rows, channels = (shape["images"], shape.get("tokens", TOKENS), shape["channels"]), (shape["channels"],)
     sizes = {"x": rows, "residual": rows, "weight": channels, "bias": channels, "x_bias": channels}
@@ -56,18 +43,17 @@ PEERS: dict[str, Operator] = {
     "torch.compile": torch.compile(eager),
     **by_backend(residual_layer_norm, eps=EPS),
 }
-if DEVICE.type == "cuda" and liger_layer_norm is not None:
+if ON_GPU and liger_layer_norm is not None:
     PEERS["Liger"] = lambda x, residual, weight, bias, x_bias: liger_layer_norm(
         x + x_bias + residual, weight, bias, EPS
     )
 
 
-def peers(shape: dict[str, int]) -> dict[str, Operator]:
-    return one_compiled(PEERS, shape, SHAPES)
+def suite(shape: Shape) -> Suite:
+    rows, dropout = shape["images"] * shape.get("tokens", TOKENS), shape.get("dropout", 0.0) > 0
+    costs = cost(rows, shape["channels"], DTYPE, dropout=dropout)
+    reads = partial(reference, eps=EPS)
+    return Suite("residual_layer_norm", PEERS, eager, reads, partial(make_inputs, shape), costs)
 
 
-@cases(SHAPES, peers)
-def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
-    suite = Suite("residual_layer_norm", peers(shape), plain=eager, reference=partial(reference, eps=EPS))
-    costs = cost(shape["images"] * TOKENS, shape["channels"], DTYPE)
-    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)
+bench = compare_peers(suite, SHAPES)

@@ -4,26 +4,14 @@
 LION-FlanT5-XL's (D 2048); tokens and channels vary one at a time.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.side_by_side import (
-    DEVICE,
-    DTYPE,
-    INTERLEAVED,
-    Inputs,
-    Operator,
-    Suite,
-    draw,
-    leaf,
-    measure,
-    seeded,
-)
-from benchmarks.shapes import by_backend, cases, compiled_at_base, rows
+from benchmarks.harness.side_by_side import DTYPE, Inputs, Operator, Shape, Suite, draw, leaf, seeded
+from benchmarks.shapes import CHANNELS, MANY, ON_GPU, TOKENS, by_backend, compare_peers, star
 from lion_kernels.rms_norm import cost, rms_norm
 from lion_reference import rms_norm as reference
 
@@ -34,10 +22,9 @@ except ImportError:
 
 BASE = {"channels": 2048}
 EPS = 1e-6
-pytestmark = INTERLEAVED
 
 
-def make_inputs(shape: dict[str, int]) -> Inputs:
+def make_inputs(shape: Shape) -> Inputs:
     generator = seeded()
     values = {
         "x": draw(shape["tokens"], shape["channels"], generator=generator),
@@ -63,16 +50,13 @@ PEERS: dict[str, Operator] = {
     "torch.compile": torch.compile(eager),
     **by_backend(rms_norm, eps=EPS),
 }
-if DEVICE.type == "cuda" and liger_rms_norm is not None:
+if ON_GPU and liger_rms_norm is not None:
     PEERS["Liger"] = lambda x, weight: liger_rms_norm(x, weight, EPS, in_place=False)
 
 
-def peers(shape: dict[str, int]) -> dict[str, Operator]:
-    return compiled_at_base(PEERS, shape, BASE)
-
-
-@cases(rows(**BASE), peers)
-def bench(benchmark: Callable, shape: dict[str, int], direction: str, peer: str) -> None:
-    suite = Suite("rms_norm", peers(shape), plain=eager, reference=partial(reference, eps=EPS))
+def suite(shape: Shape) -> Suite:
     costs = cost(shape["tokens"], shape["channels"], DTYPE)
-    measure(benchmark, suite, peer, direction, shape, partial(make_inputs, shape), costs)
+    return Suite("rms_norm", PEERS, eager, partial(reference, eps=EPS), partial(make_inputs, shape), costs)
+
+
+bench = compare_peers(suite, star({"tokens": MANY, **BASE}, {"tokens": TOKENS, "channels": CHANNELS}), BASE)

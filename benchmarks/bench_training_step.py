@@ -22,19 +22,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_model
-from benchmarks.bench_model import BACKENDS, DTYPE, LARGE, SMALL
+from benchmarks.bench_model import BACKENDS, DTYPE, ON_GPU, SIZES, one_sample
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, interleave, rates, report, skip_after_deadline
+from benchmarks.harness.side_by_side import DEVICE, INTERLEAVED, alternate, rates, report, skip_after_deadline
+from benchmarks.harness.work import work
 from benchmarks.original import original_lion
 from lion_fast import LionForCausalLM
 from lion_fast.check.timing import quantiles
 from lion_fast.training.memory import checkpoint_blocks
 from lion_kernels.core.cost import Cost, floor_seconds
 
-ON_GPU = DEVICE.type == "cuda"
 HALF = DTYPE.itemsize < 4
 BY_BLOCK = "torch.compile by block"
 QUICK = ("original", "lion_fast")
@@ -67,7 +66,7 @@ def with_dropout(sizes: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def models() -> dict[str, LionForCausalLM]:
     """Return ours and the original's forms, which share the frozen parameters."""
-    ours = bench_model.build(BACKENDS[-1], with_dropout(LARGE if ON_GPU else SMALL))
+    ours = bench_model.build(BACKENDS[-1], with_dropout(SIZES))
     for parameter in ours.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPE)
@@ -99,12 +98,6 @@ def compile_blocks(module: nn.Module) -> None:
 
 def model_of(peer: str) -> LionForCausalLM:
     return models().get(peer, models()["original"])
-
-
-def batch_of(pictures: int) -> dict[str, Tensor]:
-    """Return a batch with one task, as in the original."""
-    batch = {name: value[:1].repeat_interleave(pictures, 0) for name, value in bench_model.make_batch().items()}
-    return {**batch, "pixel_values": torch.randn_like(batch["pixel_values"])}
 
 
 def loss_of(call: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
@@ -140,7 +133,7 @@ def error_and_bound() -> tuple[float, float]:
     Tests check the gradients, which are chaotic with random weights. In fp32, those of the small model differ between
     both forms by 5e-3 to 3e-2, depending on the CPU. Losses differ by at most 2e-6.
     """
-    batch = batch_of(min(PICTURES))
+    batch = one_sample(min(PICTURES))
     with torch.no_grad():
         ours, original = (loss_of(models()[name].eval(), batch).item() for name in ("lion_fast", "original"))
     return abs(ours - original) / abs(original), 2e-2 if HALF else 1e-5
@@ -150,10 +143,9 @@ def error_and_bound() -> tuple[float, float]:
 def flops_per_image() -> int:
     """Return the operations of all matrix products, forward and backward."""
     model = models()["original"].train()
-    with FlopCounterMode(display=False) as counter:
-        loss_of(model, batch_of(1)).backward()
+    flops = work(lambda: loss_of(model, one_sample(1)).backward(), ()).flops
     model.zero_grad()
-    return counter.get_total_flops()
+    return flops
 
 
 def together(peer: str) -> tuple[str, ...]:
@@ -170,7 +162,7 @@ def compare(pictures: int, checkpointed: bool, peers: tuple[str, ...]) -> Compar
     if checkpointed:  # the last case, so it stays enabled
         for model in models().values():
             checkpoint_blocks(model)
-    batch, steps = batch_of(pictures), {}
+    batch, steps = one_sample(pictures), {}
     losses: dict[str, float] = {}
     for peer in peers:
         step, held = make_step(peer, batch)
@@ -186,7 +178,7 @@ def compare(pictures: int, checkpointed: bool, peers: tuple[str, ...]) -> Compar
         torch.cuda.empty_cache()
     for peer, loss in losses.items():  # random numbers differ, so the losses are only similar
         assert loss == pytest.approx(losses.get("original", loss), rel=0.05), f"{peer} has another loss, so no time"
-    found.times = interleave({peer: (None, lambda _, s=step: s()) for peer, step in steps.items()}, SECONDS)
+    found.times = alternate(steps, SECONDS)
     return found
 
 
@@ -210,7 +202,6 @@ def bench(benchmark: Callable, pictures: int, checkpointed: bool, peer: str) -> 
         group=f"training step, {pictures} pictures{', checkpointed' if checkpointed else ''}",
         suite=f"training_step_{pictures}",  # one file per suite, because each may be measured separately
         shape={"pictures": pictures, "checkpointed": checkpointed},
-        dtype=str(DTYPE).removeprefix("torch."),
         floor_seconds=found.floor,
         peak_bytes=found.peaks[peer],
         **({"error": error, "bound": bound} if peer == "lion_fast" else {}),

@@ -12,17 +12,16 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from benchmarks.bench_headline import OURS, ROWS, case_of
-from benchmarks.harness.headline import Headline
+from benchmarks.bench_headline import OURS, ROWS, suite_of
 from benchmarks.harness.results import COUNTERS, describe_machine, run_folder
 from benchmarks.harness.runs import ROOT
-from benchmarks.harness.side_by_side import DEVICE, Operator
+from benchmarks.harness.side_by_side import DEVICE, turn
 from lion_fast.io.atomic import write_json
 
 OPERATORS = ("mixture_of_adapters", "multi_scale_attention", "relative_bias_attention")
@@ -40,28 +39,20 @@ METRICS = re.compile(
     r"|launch__(registers_per_thread|waves_per_multiprocessor|grid_size|block_size|occupancy_limit_\w+)"
 )
 STALL = re.compile(r"issue_stalled_(\w+?)_per_issue_active")
-
-
-class Segment(NamedTuple):
-    """A call whose kernels are counted."""
-
-    row: Headline
-    direction: str
-
-
 COUNTED = [next(row for row in ROWS if row.operator == operator) for operator in OPERATORS]
-SEGMENTS = tuple(Segment(row, direction) for row in COUNTED for direction in row.directions)
+SEGMENTS = tuple((row, direction) for row in COUNTED for direction in row.directions)  # whose kernels are counted
 
 
 def run() -> None:
     """Run every segment once, warm, with the profiler on from before its marker to its end."""
     for row in COUNTED:
-        calls = calls_of(row)
+        suite = suite_of(row)
+        inputs = suite.make_inputs()
         for direction in row.directions:
-            prepare, call = calls[direction]
+            prepare, call = turn(suite.operators[OURS], inputs, direction)
             for _ in range(2):
-                call(prepare())
-            given = prepare()
+                call(prepare() if prepare else None)
+            given = prepare() if prepare else None
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.profiler.start()
@@ -71,24 +62,6 @@ def run() -> None:
                 torch.cuda.synchronize()
                 torch.cuda.profiler.stop()
             print(f"ran {row.operator}, {direction}", flush=True)
-
-
-def calls_of(row: Headline) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """Return, by direction, the preparation and the counted call."""
-    case = case_of(row)
-    operator: Operator = case.suite.operators[OURS]
-    inputs = case.make_inputs()
-    wanted = [value for value in inputs.values() if value.requires_grad]
-    grad = torch.randn_like(operator(**inputs))
-
-    def without_gradients(_: Any) -> Any:
-        with torch.no_grad():
-            return operator(**{name: value.detach() for name, value in inputs.items()})
-
-    return {
-        "forward": (lambda: None, without_gradients),
-        "backward": (lambda: operator(**inputs), lambda out: torch.autograd.grad(out, wanted, grad)),
-    }
 
 
 def kernels_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -105,10 +78,10 @@ def kernels_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     if not 0 < markers <= len(SEGMENTS):  # fewer if it was cut off
         raise ValueError(f"expected 1 to {len(SEGMENTS)} markers ({MARKER}) among {len(rows)} kernels, got {markers}")
     segments = iter(SEGMENTS)
-    segment = SEGMENTS[0]
+    headline, direction = SEGMENTS[0]
     for row in rows:
         if MARKER in row["Kernel Name"]:
-            segment = next(segments)
+            headline, direction = next(segments)
             continue
         metrics = {
             name: float(value.replace(",", ""))
@@ -117,9 +90,9 @@ def kernels_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         }
         yield {
             "kernel": row["Kernel Name"],
-            "operator": segment.row.operator,
-            "label": segment.row.label,
-            "direction": segment.direction,
+            "operator": headline.operator,
+            "label": headline.label,
+            "direction": direction,
             "metrics": metrics,
         }
 
@@ -172,9 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
     for line in table(kernels):
         print(line)
     counted = {(kernel["operator"], kernel["direction"]) for kernel in kernels}
-    missing = [segment for segment in SEGMENTS if (segment.row.operator, segment.direction) not in counted]
-    for segment in missing:
-        print(f"not counted: {segment.row.operator}, {segment.direction}")
+    missing = [(row.operator, direction) for row, direction in SEGMENTS if (row.operator, direction) not in counted]
+    for operator, direction in missing:
+        print(f"not counted: {operator}, {direction}")
     return 1 if missing else 0
 
 

@@ -88,14 +88,15 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(operator: Operator, name: str = "lion_kernels-x", peer: str | None = None, direction: str = "forward+backward"):
-    alone = frozenset({"forward alone"})
-    suite = Suite("product", {"eager": right, name: operator}, plain=right, reference=right, forward_only=alone)
+    """Measure anew."""
+    side_by_side._last.clear()
+    suite = Suite("product", {"eager": right, name: operator}, right, right, make_inputs, (Cost(1, 0), Cost(1, 0)))
     recorder = Recorder()
-    measure(recorder, suite, peer or name, direction, {"rows": 5}, make_inputs, (Cost(1, 0), Cost(1, 0)))
+    measure(recorder, replace(suite, forward_only=frozenset({"forward alone"})), peer or name, direction, {"rows": 5})
     return recorder
 
 
-@pytest.mark.parametrize("direction", side_by_side.DIRECTIONS)
+@pytest.mark.parametrize("direction", results.DIRECTIONS)
 def test_correct_results_are_timed(direction: str) -> None:
     recorder = run(right, direction=direction)
     assert len(recorder.times) >= side_by_side.MIN_ROUNDS
@@ -114,7 +115,6 @@ def test_wrong_results_are_not_timed(operator: Operator, tensor: str) -> None:
     with pytest.raises(AssertionError, match=rf"wrong {tensor} \(relative error .*\), so no time"):
         run(operator)
     assert run(operator, peer="eager").times  # correct peers are still timed
-    side_by_side._last.clear()
     with pytest.raises(pytest.skip.Exception, match=rf"a peer has no time here: wrong {tensor}"):
         run(operator, "a peer")
 
@@ -122,7 +122,6 @@ def test_wrong_results_are_not_timed(operator: Operator, tensor: str) -> None:
 def test_a_peer_that_does_not_run_is_skipped_and_ours_fails() -> None:
     with pytest.raises(pytest.skip.Exception, match="no kernel for this"):
         run(unable, "a peer")
-    side_by_side._last.clear()
     with pytest.raises(RuntimeError, match="no kernel for this"):
         run(unable)
 
@@ -136,7 +135,6 @@ def test_a_peer_without_backward_is_timed_forward_only() -> None:
     with pytest.raises(pytest.skip.Exception, match="forward alone has no backward"):
         run(forward_alone, "forward alone", direction="backward")
     assert run(forward_alone, "forward alone", peer="eager").times
-    side_by_side._last.clear()
     with pytest.raises(pytest.skip.Exception, match="wrong out"):
         run(wrong_output, "forward alone", direction="forward")
 
@@ -196,9 +194,7 @@ def replace_environment(run: Run, **changed: str) -> Run:
 
 def test_a_slowed_kernel_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = results.save(make_run(entry(right)), tmp_path / "a")
-    side_by_side._last.clear()
     same = results.save(make_run(entry(right)), tmp_path / "b")
-    side_by_side._last.clear()
     after = results.save(make_run(entry(slowed)), tmp_path / "c")
     assert harness.main(["compare", str(before), str(after)]) == 1
     out = capsys.readouterr().out
@@ -301,7 +297,7 @@ def test_every_operator_has_a_suite_with_correct_peers(operator: str) -> None:
     assert len(recorder.extra_info["ratio"]) == 3
     ((_, compared),) = side_by_side._last
     assert not compared.problems
-    assert set(compared.memory) == set(suite.peers(shape)) - compared.suite.forward_only
+    assert set(compared.memory) == set(compared.suite.operators) - compared.suite.forward_only
 
 
 def test_the_commit_of_a_copy_without_history_can_be_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,18 +8,15 @@ import pytest
 from benchmarks import counters
 from benchmarks.harness import results
 
-HEAD = [
-    "ID",
-    "Kernel Name",
-    "gpu__time_duration.sum",
-    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
-    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
-    "launch__thread_count",
-]
-UNITS = ["", "", "ns", "%", "%", "%", "inst", "inst", "thread"]
+UNITS = {
+    "gpu__time_duration.sum": "ns",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "%",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "%",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "%",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": "inst",
+    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": "inst",
+    "launch__thread_count": "thread",
+}
 
 
 def line(cells: list[object]) -> str:
@@ -28,7 +25,8 @@ def line(cells: list[object]) -> str:
 
 def page(kernels: list[str]) -> str:
     rows = [[n, name, f"{1000 * (n + 1):,}", 61.5, 12.25, 50, 3.5, 0.25, 128] for n, name in enumerate(kernels)]
-    return "==PROF== Connected\n" + "".join(map(line, [HEAD, UNITS, *rows]))
+    heads = ["ID", "Kernel Name", *UNITS], ["", "", *UNITS.values()]
+    return "==PROF== Connected\n" + "".join(map(line, [*heads, *rows]))
 
 
 def marked(*kernels: str) -> list[str]:

@@ -20,20 +20,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.memory import peak_bytes, saved_bytes
+from benchmarks.harness.results import OURS
+from lion_fast.check.compare import Draw, name_of, relative_error, results_of
 from lion_fast.check.timing import Clock, as_it_is, captured, measure_rates, quantiles
 from lion_kernels.core.cost import Cost, Device, floor_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-DIRECTIONS = ("forward", "backward", "forward+backward")
 FP32_BOUND = 1e-5
 FLEX_FORWARD = frozenset() if DEVICE.type == "cuda" else frozenset({"FlexAttention"})  # no backward on a CPU
-OURS = "lion"  # prefix of this project's operators
 SECONDS = float(os.environ.get("LION_BENCH_SECONDS", "0.25"))  # for the turns of one comparison, on a CPU
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 # Tests only compile, in parallel (pytest -n): with empty caches, compilation takes the most time.
 COMPILE_ONLY = os.environ.get("LION_BENCH_COMPILE_ONLY", "0") == "1"
 Inputs = dict[str, Tensor]
+Shape = Mapping[str, Any]
 Operator = Callable[..., Tensor]
 Turn = tuple[
     Callable[[], Any] | None, Callable[[Any], Any]
@@ -42,15 +43,16 @@ Turn = tuple[
 
 @dataclass(frozen=True)
 class Suite:
-    """An operator's peers.
+    """An operator's peers at one shape.
 
     Attributes:
         name: of the operator; it groups the results.
-        operators: by name; each is called with the inputs as keyword arguments.
+        operators: by name; each is called with the inputs as keyword arguments. Times are divided by those of "eager".
         plain: the same mathematics in plain PyTorch. In half precision, our error may be twice as large, a peer's four
             times.
         reference: likewise, for fp64.
-        baseline: the one of `operators` that the others' times are divided by.
+        make_inputs: returns the inputs, with those that require a gradient.
+        costs: of forward and backward in the measured dtype.
         forward_only: those of `operators` without backward on this device.
         timed: by name, the function to time instead of the one of `operators` that is compared with the reference; used
             for dropout, whose masks differ between peers.
@@ -60,14 +62,15 @@ class Suite:
     operators: Mapping[str, Operator]
     plain: Operator
     reference: Operator
-    baseline: str = "eager"
+    make_inputs: Callable[[], Inputs]
+    costs: Sequence[Cost]
     forward_only: frozenset[str] = frozenset()
     timed: Mapping[str, Operator] = field(default_factory=dict)
 
 
 @dataclass
 class Comparison:
-    """All peers of one suite on one set of inputs.
+    """All peers of one suite on the same inputs.
 
     Attributes:
         problems: why a peer has no time: it is wrong (an AssertionError), or it does not run here.
@@ -77,7 +80,6 @@ class Comparison:
 
     suite: Suite
     inputs: Inputs
-    costs: Sequence[Cost]
     problems: dict[str, Exception] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     memory: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -99,12 +101,13 @@ class Comparison:
             allowed = bounds if peer.startswith(OURS) else of_peers
             try:
                 if peer in self.suite.forward_only:
-                    out = self._calls(operator, "forward")[1](None)
+                    out = turn(operator, self.inputs, "forward")[1](None)
                     self.errors[peer] = _worst({"out": out}, exact, allowed)
                     continue
                 self.errors[peer] = _worst(results(operator, self.inputs), exact, allowed)
-                both = self._calls(operator, "forward+backward")[1]
-                self.memory[peer] = peak_bytes(both, DEVICE), saved_bytes(operator, self.inputs)
+                _, both = turn(operator, self.inputs, "forward+backward")
+                peak = peak_bytes(functools.partial(both, None), DEVICE)
+                self.memory[peer] = peak, saved_bytes(operator, self.inputs)
             except Exception as error:
                 # Its frames hold allocations, and an autograd graph that a later capture would wait for.
                 error.__context__ = error.__cause__ = None
@@ -114,67 +117,58 @@ class Comparison:
         """Return each correct peer's time in every round; the times of a round are taken in succession."""
         if direction not in self.times:
             unable = self.suite.forward_only if direction != "forward" else ()
-            left_out = {*self.problems, *unable}
-            operators = {**self.suite.operators, **self.suite.timed}
-            right = {peer: op for peer, op in operators.items() if peer not in left_out}
-            calls = {peer: self._calls(op, direction) for peer, op in right.items()}
+            right = {peer: op for peer, op in self.suite.operators.items() if peer not in {*self.problems, *unable}}
+            timed = self.suite.timed
+            calls = {peer: turn(timed.get(peer, op), self.inputs, direction) for peer, op in right.items()}
             self.times[direction] = interleave(calls, graphs=True, refused=self.not_graphs)
         return self.times[direction]
 
     def floor(self, direction: str) -> float:
-        forward, backward = (floor_seconds(cost, rates(), DTYPE) for cost in self.costs)
+        forward, backward = (floor_seconds(cost, rates(), DTYPE) for cost in self.suite.costs)
         return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
 
-    def _calls(self, operator: Operator, direction: str) -> Turn:
-        wanted = [value for value in self.inputs.values() if value.requires_grad]
-        detached = {name: value.detach() for name, value in self.inputs.items()}
 
-        def forward(_: Any = None) -> Tensor:
-            return operator(**self.inputs)
+def turn(operator: Operator, inputs: Inputs, direction: str) -> Turn:
+    """Return the call of one direction; forward alone keeps nothing for backward."""
+    wanted = [value for value in inputs.values() if value.requires_grad]
+    detached = {name: value.detach() for name, value in inputs.items()}
 
-        def without_gradients(_: Any = None) -> Tensor:
-            with torch.no_grad():
-                return operator(**detached)
+    def forward() -> Tensor:
+        return operator(**inputs)
 
-        def backward(out: Tensor) -> Any:
-            return torch.autograd.grad(out, wanted, self._gradient(out))
+    def without_gradients(_: None) -> Tensor:
+        with torch.no_grad():
+            return operator(**detached)
 
-        if direction == "forward":
-            return None, without_gradients
-        if direction == "backward":
-            return forward, backward
-        return None, lambda _=None: backward(forward())
+    def backward(out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, wanted, _gradient(out.shape, out.dtype))
 
-    def _gradient(self, out: Tensor) -> Tensor:
-        if not hasattr(self, "_grad"):
-            self._grad = draw(*out.shape, generator=seeded(1)).to(out)
-        return self._grad
+    if direction == "forward":
+        return None, without_gradients
+    return (forward, backward) if direction == "backward" else (None, lambda _: backward(forward()))
 
 
-def measure(
-    benchmark: Any,
-    suite: Suite,
-    peer: str,
-    direction: str,
-    shape: Mapping[str, Any],
-    make_inputs: Callable[[], Inputs],
-    costs: Sequence[Cost],
-) -> None:
+@functools.cache
+def _gradient(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return an output's gradient, drawn by the first call, which is not timed."""
+    return draw(*size, generator=seeded(1)).to(dtype)
+
+
+def measure(benchmark: Any, suite: Suite, peer: str, direction: str, shape: Shape) -> None:
     """Report the time of one peer if its result is correct. The first call times all peers, in turns.
 
     The calling test has the marker `INTERLEAVED`, with which pytest-benchmark's clock returns the times taken here.
 
     Args:
-        shape: sizes that distinguish this comparison from the suite's others, for tables and curves.
-        costs: of forward and backward in the measured dtype.
+        shape: sizes that distinguish this comparison from others of the suite's name, for tables and curves.
     """
     skip_after_deadline()
     if COMPILE_ONLY:
-        _compile(suite, peer, make_inputs())
-    comparison = _comparison(suite, tuple(shape.items()), make_inputs, costs)
+        _compile(suite, peer, suite.make_inputs())
+    comparison = _comparison(suite, tuple(shape.items()))
     if peer in comparison.problems:
         problem = comparison.problems[peer]
-        if peer == suite.baseline or peer.startswith(OURS):
+        if peer == "eager" or peer.startswith(OURS):
             raise problem
         pytest.skip(f"{peer} has no time here: {str(problem) or type(problem).__name__}")
     if peer in suite.forward_only and direction != "forward":
@@ -186,12 +180,11 @@ def measure(
         benchmark,
         seconds,
         peer,
-        baseline=suite.baseline,
+        baseline="eager",
         group=f"{suite.name}, {', '.join(f'{key} {value}' for key, value in shape.items())}, {direction}",
         suite=suite.name,
         direction=direction,
         shape=dict(shape),
-        dtype=str(DTYPE).removeprefix("torch."),
         floor_seconds=comparison.floor(direction),
         peak_bytes=peak,
         saved_bytes=saved,
@@ -219,12 +212,13 @@ def _compile(suite: Suite, peer: str, inputs: Inputs) -> None:
 _last: list[tuple[Any, Comparison]] = []
 
 
-def _comparison(suite: Suite, key: tuple, make_inputs: Callable[[], Inputs], costs: Sequence[Cost]) -> Comparison:
+def _comparison(suite: Suite, key: tuple) -> Comparison:
     if not _last or _last[0][0] != (suite.name, key):
         _last.clear()  # to free the inputs' memory
+        _gradient.cache_clear()
         gc.collect()
         torch.compiler.reset()  # static shapes for every compiled peer, and no recompilation limit
-        comparison = Comparison(suite, make_inputs(), costs)
+        comparison = Comparison(suite, suite.make_inputs())
         comparison.check()
         _last.append(((suite.name, key), comparison))
     return _last[0][1]
@@ -270,6 +264,11 @@ def interleave(
     return {name: [read() for read in reads] for name, reads in taken.items()}
 
 
+def alternate(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Return the times of calls without preparation, as `interleave` does."""
+    return interleave({name: (None, lambda _, call=call: call()) for name, call in calls.items()}, seconds)
+
+
 def _by_clock(calls: Mapping[str, Turn]) -> dict[str, Callable[[], Callable[[], float]]]:
     """Time a single thread by its CPU time, which excludes other processes, and several by wall time."""
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -289,10 +288,10 @@ def _on_gpu(
 ) -> dict[str, Callable[[], Callable[[], float]]]:
     clock, taken = Clock(DEVICE), {}
     for name, (prepare, call) in calls.items():
-        turn = captured(prepare, call, DEVICE) if graphs else as_it_is(prepare, call, "not asked to be a graph")
-        if graphs and turn.refused and refused is not None:
-            refused[name] = turn.refused
-        taken[name] = functools.partial(clock, turn)
+        made = captured(prepare, call, DEVICE) if graphs else as_it_is(prepare, call, "not asked to be a graph")
+        if graphs and made.refused and refused is not None:
+            refused[name] = made.refused
+        taken[name] = functools.partial(clock, made)
     return taken
 
 
@@ -312,7 +311,7 @@ def report(
 ) -> None:
     """Pass one peer's times to pytest-benchmark, with `info` and its ratio to `baseline`, round by round."""
     benchmark.group = group
-    benchmark.extra_info.update(peer=peer, **info)
+    benchmark.extra_info.update(peer=peer, dtype=name_of(DTYPE), **info)
     if baseline in seconds:
         pairs = zip(seconds[peer], seconds[baseline], strict=True)
         ratio = quantiles([mine / other for mine, other in pairs])
@@ -341,21 +340,14 @@ def rates() -> Device:
         return measure_rates(DEVICE, (DTYPE,))
     source, target = torch.ones(2**28, dtype=torch.int8), torch.ones(2**28, dtype=torch.int8)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    taken = interleave(
-        {"copy": (None, lambda _: target.copy_(source)), "product": (None, lambda _: torch.mm(a, b))}, 0.5
-    )
+    taken = alternate({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b)}, 0.5)
     copy, product = (quantiles(taken[name]).median for name in ("copy", "product"))
     return Device("cpu", 2 * source.nbytes / copy, {"float32": 2 * 2048**3 / product})
 
 
 def results(operator: Operator, inputs: Inputs) -> Inputs:
     """Return the output, and the gradients by input, for an output gradient that is exact in every dtype."""
-    out = operator(**inputs)
-    generator = torch.Generator(out.device).manual_seed(1)
-    grad = torch.randn(out.shape, generator=generator, device=out.device).to(torch.bfloat16).to(out)
-    wanted = [name for name, value in inputs.items() if value.requires_grad]
-    gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], grad)
-    return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+    return results_of(lambda given: operator(**given), inputs, Draw(DEVICE))
 
 
 def _worst(got: Inputs, exact: Inputs, bounds: Mapping[str, float]) -> tuple[float, float]:
@@ -365,10 +357,6 @@ def _worst(got: Inputs, exact: Inputs, bounds: Mapping[str, float]) -> tuple[flo
             raise AssertionError(f"wrong {name} (relative error {error:.1e}, allowed {bounds[name]:.1e}), so no time")
     worst = max(errors, key=lambda name: errors[name] / bounds[name])
     return errors[worst], bounds[worst]
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return ((got.double() - exact).norm() / exact.norm()).item()
 
 
 def _like_leaf(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.side_by_side import DEVICE, DTYPE, interleave, rates
+from benchmarks.harness.side_by_side import DEVICE, DTYPE, alternate, rates
 from lion_kernels.core.cost import Cost, floor_seconds
 
 
@@ -28,8 +28,7 @@ def timed(calls: Mapping[str, Callable[[], Any]], original: Iterable[Tensor], se
     """Run `calls` in turns for about `seconds`; the floor is that of the call named "original" with its weights."""
     peaks = {name: peak_bytes(call, DEVICE) for name, call in calls.items()}
     floor = floor_seconds(work(calls["original"], original), rates(), DTYPE)
-    turns = {name: (None, lambda _, call=call: call()) for name, call in calls.items()}
-    return Timed(interleave(turns, seconds), peaks, floor)
+    return Timed(alternate(calls, seconds), peaks, floor)
 
 
 def work(call: Callable[[], Any], weights: Iterable[Tensor]) -> Cost:
