@@ -1,4 +1,4 @@
-"""The golden model, converted as users convert it, and small random models of every kind."""
+"""The golden model, converted as users convert it, the quickstart's results, and the kernels' launches."""
 
 import json
 from collections.abc import Callable
@@ -8,30 +8,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from lion_fast import LionConfig, LionForCausalLM, LionProcessor
+from lion_fast.cli import main
+from lion_fast.configuration_lion import FLAN_T5_XL
 from lion_fast.conversion.lion import convert_checkpoint
-from lion_fast.demo.answering import Answerer
 from lion_fast.quickstart import run
-from lion_fast.quickstart.vocabulary import build_text_tokenizer, scene_texts
-from tests.lion_fast.tiny import NO_DROPOUT, PART, QFORMER, T5, VISION, scene_processor
-
-DECODER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
-TEXT_CONFIGS = {"t5": T5, **{family: {"model_type": family, **DECODER} for family in ("llama", "qwen2", "qwen3")}}
 
 
 class Golden(NamedTuple):
@@ -88,11 +72,42 @@ def golden_batch(golden: Golden, converted: Path) -> Callable[[str], dict[str, T
 
 
 @pytest.fixture(scope="session")
+def published() -> dict[str, LionForCausalLM]:
+    """Models of the published sizes, on the meta device."""
+    sizes = {"XL": {}, "XXL": {"d_model": 4096, "d_ff": 10240, "num_heads": 64}}
+    with torch.device("meta"):
+        return {
+            f"LION-FlanT5-{size}": LionForCausalLM(LionConfig(text_config={**FLAN_T5_XL, **text}))
+            for size, text in sizes.items()
+        }
+
+
+@pytest.fixture(scope="session")
 def quickstart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the quickstart for a few steps and return its output directory."""
     path = tmp_path_factory.mktemp("quickstart")
     run(path, seed=5, smoke=True, show=False)
     return path
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs `lion-fast` with arguments and options of any type, here in this process.
+
+    It returns the exit status and what was printed to standard output and to standard error.
+    """
+
+    def run(*arguments: Any, **options: Any) -> tuple[Any, str, str]:
+        argv = [*arguments]
+        for name, value in options.items():
+            argv += [f"--{name.replace('_', '-')}", value]
+        try:
+            status = main([str(argument) for argument in argv])
+        except SystemExit as exit_of_argparse:
+            status = exit_of_argparse.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture
@@ -107,91 +122,3 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(KernelInterface, "__getitem__", launch)
     return names
-
-
-@pytest.fixture(scope="session")
-def make_config() -> Callable[..., LionConfig]:
-    """Return a function that makes configurations of models of a few thousand parameters, for any language model."""
-
-    def make(text: str = "t5", **overrides: Any) -> LionConfig:
-        settings: dict[str, Any] = {
-            "vision_config": VISION,
-            "qformer_config": {**QFORMER, **NO_DROPOUT, "vocab_size": 64, "max_position_embeddings": 32},
-            "aggregator_config": {
-                **PART,
-                **NO_DROPOUT,
-                "num_attention_heads": 4,
-                "feature_layers": [2, 1, 0],
-                "projection_size": 40,
-            },
-            "text_config": TEXT_CONFIGS[text],
-            "num_query_tokens": 4,
-            "adapter_rank": 8,
-            "soft_prompt_token_id": 5,
-        }
-        return LionConfig(**{**settings, **overrides})
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_model(make_config: Callable[..., LionConfig]) -> Callable[..., LionForCausalLM]:
-    """Return a function that makes small models whose up-projections are not zero, as a new model's are."""
-
-    def make(text: str = "t5", seed: int = 0, **overrides: Any) -> LionForCausalLM:
-        torch.manual_seed(seed)
-        model = LionForCausalLM(make_config(text, **overrides))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "up_proj" in name or ("aggregator" in name and "output.dense" in name):
-                    parameter.normal_(std=0.1)
-        return model.eval()
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_answerer(make_config: Callable[..., LionConfig], make_model: Callable[..., LionForCausalLM]) -> Callable:
-    """Return a function that makes small models, with random answers, and a processor for any ASCII text."""
-    texts = scene_texts(40)
-
-    def make(text: str = "t5", **overrides: Any) -> Answerer:
-        tokenizer = build_text_tokenizer(texts)
-        if text != "t5":  # a decoder-only model's prompts must not end with EOS
-            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
-        processor = scene_processor(40, tokenizer, is_encoder_decoder=text == "t5", max_txt_len=32)
-        vocabularies = {
-            "text_config": {**TEXT_CONFIGS[text], "vocab_size": len(processor.tokenizer)},
-            "qformer_config": {
-                **make_config().qformer_config.to_dict(),
-                "vocab_size": len(processor.qformer_tokenizer),
-            },
-            "soft_prompt_token_id": processor.soft_prompt_token_id,
-        }
-        model = make_model(text, **{**vocabularies, **overrides})
-        model.generation_config.update(num_beams=1, max_new_tokens=8, repetition_penalty=1.0)
-        return Answerer(model, processor)
-
-    return make
-
-
-@pytest.fixture
-def make_batch() -> Callable[..., dict[str, Tensor]]:
-    """Return a function that makes random inputs for the models of `make_model`, with alternating tasks."""
-
-    def make(batch: int = 3, image_size: int = 28, labels: bool = False, seed: int = 0) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-
-        def ids(length: int) -> Tensor:
-            return torch.randint(6, 64, (batch, length), generator=generator)
-
-        made = {
-            "pixel_values": torch.randn(batch, 3, image_size, image_size, generator=generator),
-            "input_ids": ids(7),
-            "qformer_input_ids": ids(5),
-            "task_ids": torch.arange(batch) % 2,
-        }
-        made["input_ids"][:, 1] = 5  # the soft prompt's token
-        return {**made, "labels": ids(4)} if labels else made
-
-    return make

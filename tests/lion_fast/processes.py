@@ -1,8 +1,10 @@
-"""Processes for tests to kill, forked from a server that has imported everything, so that they start at once."""
+"""Processes: those to kill or to connect, forked from a server that has imported everything, and Python anew."""
 
 import multiprocessing
 import os
 import runpy
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+PATIENCE = 300  # seconds to wait for a process: ends a hang, and is long enough for a busy machine
 
 
 @contextmanager
@@ -32,5 +36,37 @@ def starting(script: Path, preload: Sequence[str]) -> Iterator[Callable[..., Any
         return process
 
     with pytest.MonkeyPatch.context() as patch:  # for the server, which starts with the first process
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        patch.setenv("PYTHONPATH", import_path())
         yield begin
+
+
+def import_path() -> str:
+    return os.pathsep.join(path for path in sys.path if path)
+
+
+def finish(*processes: Any) -> None:
+    for process in processes:
+        process.join(timeout=PATIENCE)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * len(processes)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run_python(*arguments: Any, **environment: str) -> str:
+    """Run Python with this process's import path, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": import_path()} | environment,
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -30,6 +30,7 @@ from lion_reference import LION, LIONOutput
 from tests.golden.computing import until_end
 from tests.golden.subjects import float64_throughout, lion_groups, reference_groups
 from tests.interpreter import large_tiles
+from tests.lion_fast.gradients import train
 from tests.rounding import GOLDEN_DISTANCE, WORST, expect_golden_curve, expect_within, relative_error
 
 TASKS = ("region_level", "image_level")
@@ -74,7 +75,6 @@ ON_PYTORCH = pytest.mark.parametrize("model", ["sdpa", "eager"], indirect=True)
 SLOW_TESTS = pytest.mark.skipif(
     not os.environ.get("LION_SLOW_TESTS"), reason="minutes in Triton's interpreter: set LION_SLOW_TESTS"
 )
-ON_KERNELS = pytest.mark.parametrize("model", [KERNELS], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager", KERNELS])
@@ -182,7 +182,7 @@ def test_generated_tokens(
     assert until_end(ids) == until_end(expected)
 
 
-@ON_KERNELS
+@pytest.mark.parametrize("model", [KERNELS], indirect=True)
 @pytest.mark.parametrize(
     ("task", "sample", "repetition_penalty", "beams"),
     [
@@ -288,15 +288,8 @@ def train_twelve_steps(
     recipe = golden.meta["adamw"]
     assert sorted(len(group["params"]) for group in groups) == sorted(golden.meta["group_sizes"])
     optimizer = torch.optim.AdamW(groups, lr=recipe["lr"], betas=(0.9, 0.999))
-    losses = []
-    for step in range(len(recipe["losses"])):
-        batch = golden_batch("image_level" if step % 2 == 0 else "region_level")
-        loss = model(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)}).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return losses
+    batches = [golden_batch("region_level" if step % 2 else "image_level") for step in range(len(recipe["losses"]))]
+    return train(model, ({**batch, "pixel_values": batch["pixel_values"].to(dtype)} for batch in batches), optimizer)
 
 
 def groups_of(model: LionForCausalLM, golden) -> list[dict]:

@@ -1,6 +1,5 @@
 """Behind the page: answers equal those of `generate`, and the insight shows the model's real attention and gates."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lion_fast import RamConfig, RamTagger
 from lion_fast.data.templates import TEMPLATES
 from lion_fast.demo.answering import (
     MAX_TAGS,
@@ -24,6 +22,7 @@ from lion_fast.demo.pictures import for_display, gate_chart, heat_map
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.model import attention
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+from tests.lion_fast.tiny import make_answerer, make_model, make_tagger
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 BOX = "[0.100,0.200,0.300,0.400]"
@@ -72,7 +71,7 @@ def test_tags_are_tidied() -> None:
 
 @pytest.mark.parametrize("text", ["t5", "llama"])
 @pytest.mark.parametrize("task", [None, "image_level", "region_level"])
-def test_an_answer_equals_that_of_generate(make_answerer: Callable[..., Answerer], text: str, task: str | None) -> None:
+def test_an_answer_equals_that_of_generate(text: str, task: str | None) -> None:
     answerer = make_answerer(text)
     answer = answerer.answer(PICTURE, "place", "the star", "star,red", task)
     assert answer.task == (task or "region_level")
@@ -82,7 +81,7 @@ def test_an_answer_equals_that_of_generate(make_answerer: Callable[..., Answerer
     assert answer.text == answerer.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 
-def test_calls_from_threads_give_the_same_answers(make_answerer: Callable[..., Answerer]) -> None:
+def test_calls_from_threads_give_the_same_answers() -> None:
     answerer = make_answerer()
     questions = [f"What is {word}?" for word in ("here", "red", "the star", "left")]
     alone = [answerer.answer(PICTURE, "answer", question) for question in questions]
@@ -94,7 +93,7 @@ def test_calls_from_threads_give_the_same_answers(make_answerer: Callable[..., A
     assert alone[0].insight.shares != pytest.approx(alone[1].insight.shares)
 
 
-def test_the_tags_of_the_tagger_are_returned_unchanged(make_answerer: Callable[..., Answerer]) -> None:
+def test_the_tags_of_the_tagger_are_returned_unchanged() -> None:
     answerer = make_answerer()
     assert answerer.tags_of(PICTURE) == ""
     seen = []
@@ -103,15 +102,12 @@ def test_the_tags_of_the_tagger_are_returned_unchanged(make_answerer: Callable[.
     assert seen == [PICTURE]
 
 
-def test_a_checkpoint_is_loaded_with_its_tagger(make_answerer: Callable[..., Answerer], tmp_path: Path) -> None:
+def test_a_checkpoint_is_loaded_with_its_tagger(tmp_path: Path) -> None:
     answerer = make_answerer()
     answerer.model.save_pretrained(tmp_path)
     answerer.processor.save_pretrained(tmp_path)
     assert Answerer.from_pretrained(tmp_path, torch.device("cpu")).tagger is None
-    vision = {"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
-    sizes = {"label_size": 16, "projection_size": 24, "hidden_size": 32, "intermediate_size": 48}
-    tagger = RamTagger(RamConfig(vision_config=vision, num_tags=3, **sizes), ["red", "sign", "star"], [0.0, 1.0, 0.0])
-    tagger.save_pretrained(tmp_path / "ram")
+    make_tagger(["red", "sign", "star"], [0.0, 1.0, 0.0]).save_pretrained(tmp_path / "ram")
     loaded = Answerer.from_pretrained(tmp_path, torch.device("cpu"))
     assert loaded.tags_of(PICTURE) == "red, star"
     assert loaded.answer(PICTURE, "caption").text == answerer.answer(PICTURE, "caption").text
@@ -129,7 +125,7 @@ def inside(answerer: Answerer):
     return batch, ids, look_inside(model, batch, ids)
 
 
-def test_shares_and_map_equal_the_cross_attention_of_transformers(make_answerer: Callable[..., Answerer]) -> None:
+def test_shares_and_map_equal_the_cross_attention_of_transformers() -> None:
     answerer = make_answerer()
     batch, ids, insight = inside(answerer)
     for stack in (answerer.model.language_model.encoder, answerer.model.language_model.decoder):
@@ -145,9 +141,7 @@ def test_shares_and_map_equal_the_cross_attention_of_transformers(make_answerer:
     assert insight.maps[0].class_token == pytest.approx(float(expected[0]), rel=1e-5)
 
 
-def test_maps_equal_the_attention_of_the_aggregator(
-    make_answerer: Callable[..., Answerer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maps_equal_the_attention_of_the_aggregator(monkeypatch: pytest.MonkeyPatch) -> None:
     answerer = make_answerer()
     answerer.model.aggregator.set_attn_implementation("eager")
     used = {}
@@ -176,9 +170,7 @@ def test_maps_equal_the_attention_of_the_aggregator(
         ("qwen3", "ALL", 0, ["Q-Former", "aggregator", "aggregator", "aggregator"]),
     ],
 )
-def test_every_kind_of_model_has_its_insight(
-    make_answerer: Callable[..., Answerer], text: str, visual_input: str, parts: int, readers: list[str]
-) -> None:
+def test_every_kind_of_model_has_its_insight(text: str, visual_input: str, parts: int, readers: list[str]) -> None:
     answerer = make_answerer(text, visual_input=visual_input)
     *_, insight = inside(answerer)
     assert len(insight.shares) == parts
@@ -189,7 +181,7 @@ def test_every_kind_of_model_has_its_insight(
     assert not any(module._forward_hooks for module in answerer.model.modules())
 
 
-def test_hooks_are_removed_when_the_model_fails(make_answerer: Callable[..., Answerer]) -> None:
+def test_hooks_are_removed_when_the_model_fails() -> None:
     answerer = make_answerer()
     batch, ids, _ = inside(answerer)
     with pytest.raises(ValueError, match="task_ids"):
@@ -197,7 +189,7 @@ def test_hooks_are_removed_when_the_model_fails(make_answerer: Callable[..., Ans
     assert not any(module._forward_hooks for module in answerer.model.modules())
 
 
-def test_gates_are_routers_times_scales(make_model: Callable) -> None:
+def test_gates_are_routers_times_scales() -> None:
     model = make_model()
     gates = adapter_gates(model)
     assert gates.layers == ("encoder 0", "encoder 1", "decoder 0", "decoder 1")
@@ -214,7 +206,7 @@ def test_gates_are_routers_times_scales(make_model: Callable) -> None:
     assert gates.mean[2, 0, 0] == 1
 
 
-def test_without_a_router_the_gate_is_the_scale(make_model: Callable) -> None:
+def test_without_a_router_the_gate_is_the_scale() -> None:
     gates = adapter_gates(make_model("llama", num_adapters=1))
     assert gates.layers == ("0", "1")
     assert gates.mean.tolist() == [[[1.0], [1.0]]] * 2
@@ -230,7 +222,7 @@ def test_a_heat_map_is_bright_where_the_weights_are() -> None:
     assert quarters[1, 0] > quarters[0, 0]
 
 
-def test_a_chart_names_the_task_and_all_adapters(make_model: Callable) -> None:
+def test_a_chart_names_the_task_and_all_adapters() -> None:
     chart = gate_chart(adapter_gates(make_model()), "region_level")
     for words in ("gate for region_level", "region adapter", "image adapter"):
         assert f"<!-- {words} -->" in chart  # matplotlib's comment before the glyphs

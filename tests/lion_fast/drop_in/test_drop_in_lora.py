@@ -18,13 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from lion_fast import apply_lion_kernels
 from tests.extras import needs
-from tests.lion_fast.gradients import expect_same_gradients
+from tests.lion_fast.gradients import Results, copied_gradients, expect_same, expect_same_bits, expect_same_gradients
+from tests.lion_fast.tiny import make_batch, make_model
 from tests.rounding import TWO_WAYS
 
 peft = needs("peft", "test")
 
 NAMES = ["first", "__base__", "second"]
-Results = tuple[Tensor, dict[str, Tensor]]
+IDS = torch.randint(0, 32, (3, 5), generator=torch.Generator().manual_seed(0))
 
 
 def make_llama(**settings: Any) -> nn.Module:
@@ -67,11 +68,6 @@ def make_peft(base: nn.Module | None = None, **first: Any) -> Any:
     return model.eval()
 
 
-@pytest.fixture
-def ids() -> Tensor:
-    return torch.randint(0, 32, (3, 5), generator=torch.Generator().manual_seed(0))
-
-
 def loss_of(model: Any, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Return a loss to which every sample contributes equally, for any number of samples."""
     logits = model(input_ids=ids, **kwargs).logits
@@ -82,7 +78,7 @@ def results_of(model: Any, ids: Tensor, **kwargs: Any) -> Results:
     model.zero_grad()
     loss, logits = loss_of(model, ids, **kwargs)
     loss.backward()
-    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), copied_gradients(model)
 
 
 def one_at_a_time(model: Any, ids: Tensor, names: list[str]) -> Results:
@@ -98,31 +94,20 @@ def one_at_a_time(model: Any, ids: Tensor, names: list[str]) -> Results:
         loss, of_row = loss_of(model, row[None])
         loss.backward()
         logits.append(of_row)
-    return torch.cat(logits).detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def expect_same(got: Results, expected: Results) -> None:
-    assert (got[0] - expected[0]).norm() < 1e-5 * expected[0].norm()
-    expect_same_gradients(got[1], expected[1])
-
-
-def expect_same_bits(got: Results, expected: Results) -> None:
-    assert torch.equal(got[0], expected[0])
-    assert got[1].keys() == expected[1].keys()
-    assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
+    return torch.cat(logits).detach(), copied_gradients(model)
 
 
 @pytest.mark.parametrize("active", [["first"], ["second"], ["first", "second"]])
-def test_active_adapters_compute_the_same_as_peft(ids: Tensor, launches: list[str], active: list[str]) -> None:
+def test_active_adapters_compute_the_same_as_peft(launches: list[str], active: list[str]) -> None:
     model = make_peft()
     model.base_model.set_adapter(active)
-    expected = results_of(model, ids)
+    expected = results_of(model, IDS)
     result = apply_lion_kernels(model, backend="triton")
-    expect_same(results_of(model, ids), expected)
+    expect_same(results_of(model, IDS), expected)
     assert launches.count("update_kernel") + launches.count("linear_kernel") >= 4  # q_proj and down_proj of two layers
     launches.clear()
     result.undo()
-    expect_same_bits(results_of(model, ids), expected)
+    expect_same_bits(results_of(model, IDS), expected)
     assert not launches
 
 
@@ -142,14 +127,14 @@ def test_lora_modules_are_rewired() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_batch_may_mix_adapters_in_training(ids: Tensor, launches: list[str], backend: str, training: bool) -> None:
-    expected = one_at_a_time(make_peft(), ids, NAMES)
+def test_a_batch_may_mix_adapters_in_training(launches: list[str], backend: str, training: bool) -> None:
+    expected = one_at_a_time(make_peft(), IDS, NAMES)
     model = make_peft().train(training)
     if training:
         with pytest.raises(ValueError, match="when the model is in training mode"):
-            model(input_ids=ids, adapter_names=NAMES)
+            model(input_ids=IDS, adapter_names=NAMES)
     apply_lion_kernels(model, backend)
-    expect_same(results_of(model, ids, adapter_names=NAMES), expected)
+    expect_same(results_of(model, IDS, adapter_names=NAMES), expected)
     assert bool(launches) == (backend == "triton")
     assert model.base_model.training == training
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -157,23 +142,24 @@ def test_a_batch_may_mix_adapters_in_training(ids: Tensor, launches: list[str], 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_keep_the_names_of_their_batch(ids: Tensor, backend: str, reentrant: bool) -> None:
+def test_checkpointed_layers_keep_the_names_of_their_batch(backend: str, reentrant: bool) -> None:
     """Each forward pass has its own names, when several precede backward."""
     model = make_peft().train()
     apply_lion_kernels(model, backend)
-    expected = results_of(model, ids, adapter_names=NAMES)
-    reverse = results_of(model, ids, adapter_names=NAMES[::-1])
+    expected = results_of(model, IDS, adapter_names=NAMES)
+    reverse = results_of(model, IDS, adapter_names=NAMES[::-1])
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    expect_same(results_of(model, ids, adapter_names=NAMES), expected)
+    expect_same(results_of(model, IDS, adapter_names=NAMES), expected)
     model.zero_grad()
-    losses = [loss_of(model, ids, adapter_names=names)[0] for names in (NAMES, NAMES[::-1])]
+    losses = [loss_of(model, IDS, adapter_names=names)[0] for names in (NAMES, NAMES[::-1])]
     sum(losses).backward()
-    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    expect_same_gradients(got, {name: gradient + reverse[1][name] for name, gradient in expected[1].items()})
+    expect_same_gradients(
+        copied_gradients(model), {name: gradient + reverse[1][name] for name, gradient in expected[1].items()}
+    )
 
 
-def test_names_lost_by_a_checkpoint_raise(ids: Tensor) -> None:
+def test_names_lost_by_a_checkpoint_raise() -> None:
     """The base model's own checkpoint loses the names; other names would silently give wrong results."""
 
     class Checkpointed(nn.Module):
@@ -189,33 +175,33 @@ def test_names_lost_by_a_checkpoint_raise(ids: Tensor) -> None:
     model = make_peft(Checkpointed(), target_modules=["hidden"]).train()
     apply_lion_kernels(model, backend="triton")
     with pytest.raises(RuntimeError, match=r"adapter_names: a layer of a batch that mixes adapters is computed again"):
-        model(input_ids=ids, adapter_names=NAMES).sum().backward()
-    model(input_ids=ids).sum().backward()
+        model(input_ids=IDS, adapter_names=NAMES).sum().backward()
+    model(input_ids=IDS).sum().backward()
 
 
-def test_other_lora_layers_mix_as_in_peft(ids: Tensor) -> None:
+def test_other_lora_layers_mix_as_in_peft() -> None:
     model = make_peft(target_modules=["embed_tokens", "q_proj"])
-    expected = results_of(model, ids, adapter_names=NAMES)
+    expected = results_of(model, IDS, adapter_names=NAMES)
     result = apply_lion_kernels(model.train(), backend="triton")
     assert ("Embedding", "no operator for layer.Embedding") in {(m.class_name, m.reason) for m in result.left}
-    expect_same(results_of(model, ids, adapter_names=NAMES), expected)
+    expect_same(results_of(model, IDS, adapter_names=NAMES), expected)
 
 
-def test_wrong_names_raise_in_peft_and_leave_no_hooks(ids: Tensor) -> None:
+def test_wrong_names_raise_in_peft_and_leave_no_hooks() -> None:
     model = make_peft().train()
     apply_lion_kernels(model, backend="triton")
-    expected = results_of(model, ids)
+    expected = results_of(model, IDS)
     for names, message in (
         (["third"] * 3, r"non-existing adapter\(s\): third"),
         (["first"], "Length of `adapter_names`"),
     ):
         with pytest.raises(ValueError, match=message):
-            model(input_ids=ids, adapter_names=names)
+            model(input_ids=IDS, adapter_names=names)
         assert model.base_model.training
-        expect_same_bits(results_of(model, ids), expected)
+        expect_same_bits(results_of(model, IDS), expected)
 
 
-def test_dropout_has_the_random_numbers_of_peft(ids: Tensor, launches: list[str]) -> None:
+def test_dropout_has_the_random_numbers_of_peft(launches: list[str]) -> None:
     """The same seed gives the same logits and gradients; several active adapters are left to PEFT, and listed."""
     model = make_peft(lora_dropout=0.5).train()
     found: list[tuple[Results, Results]] = []
@@ -229,7 +215,7 @@ def test_dropout_has_the_random_numbers_of_peft(ids: Tensor, launches: list[str]
         for active in (["first"], ["first", "second"]):
             model.base_model.set_adapter(active)
             torch.manual_seed(0)
-            both.append(results_of(model, ids))
+            both.append(results_of(model, IDS))
         found.append((both[0], both[1]))
     for got, expected in zip(found[1], found[0], strict=True):
         expect_same(got, expected)
@@ -238,10 +224,10 @@ def test_dropout_has_the_random_numbers_of_peft(ids: Tensor, launches: list[str]
     layer(torch.ones(3, 5, 16))
     assert "update_kernel" in launches
     torch.manual_seed(1)
-    assert not torch.equal(results_of(model, ids)[0], found[1][1][0])
+    assert not torch.equal(results_of(model, IDS)[0], found[1][1][0])
 
 
-def test_a_mixed_batch_drops_inputs_per_adapter(ids: Tensor) -> None:
+def test_a_mixed_batch_drops_inputs_per_adapter() -> None:
     class Halves(nn.Module):
         """A deterministic dropout, so that samples one by one are the oracle."""
 
@@ -257,33 +243,33 @@ def test_a_mixed_batch_drops_inputs_per_adapter(ids: Tensor) -> None:
                 module.lora_dropout["first"] = Halves()
         return model.train()
 
-    expected = one_at_a_time(make(), ids, NAMES)
+    expected = one_at_a_time(make(), IDS, NAMES)
     model = make()
     apply_lion_kernels(model, backend="triton")
-    expect_same(results_of(model, ids, adapter_names=NAMES), expected)
-    assert not torch.allclose(results_of(model.eval(), ids, adapter_names=NAMES)[0], expected[0])
+    expect_same(results_of(model, IDS, adapter_names=NAMES), expected)
+    assert not torch.allclose(results_of(model.eval(), IDS, adapter_names=NAMES)[0], expected[0])
 
 
-def test_dora_is_not_rewired(ids: Tensor) -> None:
+def test_dora_is_not_rewired() -> None:
     model = make_peft(use_dora=True)
-    expected = results_of(model, ids)
+    expected = results_of(model, IDS)
     result = apply_lion_kernels(model, backend="triton")
     reasons = {module.reason for module in result.left if module.class_name == "Linear"}
     assert reasons == {"PEFT computes the adapters that are 'first' Dora", "every adapter is 'first' Dora"}
-    expect_same(results_of(model, ids), expected)
+    expect_same(results_of(model, IDS), expected)
     with pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
-        model(input_ids=ids, adapter_names=NAMES)
+        model(input_ids=IDS, adapter_names=NAMES)
 
 
 @pytest.mark.parametrize("case", ["merged", "disabled"])
-def test_merged_and_disabled_adapters(ids: Tensor, case: str) -> None:
+def test_merged_and_disabled_adapters(case: str) -> None:
     model = make_peft()
     result = apply_lion_kernels(model, backend="triton")
     (model.merge_adapter if case == "merged" else model.base_model.disable_adapter_layers)()
     with torch.no_grad():
-        got = model(input_ids=ids).logits
+        got = model(input_ids=IDS).logits
         result.undo()
-        torch.testing.assert_close(got, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
     if case == "merged":
         model.unmerge_adapter()
 
@@ -313,23 +299,23 @@ def test_half_precision_keeps_the_dtypes_of_peft() -> None:
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_and_pickles(ids: Tensor, make_copy: Callable[[Any], Any]) -> None:
+def test_copies_and_pickles(make_copy: Callable[[Any], Any]) -> None:
     model = make_peft().train()
-    expected = results_of(model, ids)
+    expected = results_of(model, IDS)
     apply_lion_kernels(model, backend="triton")
-    mixed = results_of(model, ids, adapter_names=NAMES)
+    mixed = results_of(model, IDS, adapter_names=NAMES)
     twin = make_copy(model)
-    expect_same_bits(results_of(twin, ids, adapter_names=NAMES), mixed)
+    expect_same_bits(results_of(twin, IDS, adapter_names=NAMES), mixed)
     apply_lion_kernels(twin).undo()
-    expect_same_bits(results_of(twin, ids), expected)
+    expect_same_bits(results_of(twin, IDS), expected)
     with pytest.raises(ValueError, match="when the model is in training mode"):
-        twin(input_ids=ids, adapter_names=NAMES)
+        twin(input_ids=IDS, adapter_names=NAMES)
 
 
-def test_saved_as_before_and_loaded_by_peft(ids: Tensor, tmp_path: Path) -> None:
+def test_saved_as_before_and_loaded_by_peft(tmp_path: Path) -> None:
     model = make_peft()
     with torch.no_grad():
-        expected = model(input_ids=ids).logits
+        expected = model(input_ids=IDS).logits
     keys, storage = list(model.state_dict()), [value.data_ptr() for value in model.state_dict().values()]
     apply_lion_kernels(model, backend="triton")
     assert list(model.state_dict()) == keys
@@ -337,41 +323,41 @@ def test_saved_as_before_and_loaded_by_peft(ids: Tensor, tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make_llama(), tmp_path / "first").eval()
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        assert torch.equal(loaded(input_ids=IDS).logits, expected)
 
 
-def test_adapters_can_be_added_later(ids: Tensor) -> None:
+def test_adapters_can_be_added_later() -> None:
     """Rewired layers support a new adapter; undoing works as before."""
     model = make_peft()
     result = apply_lion_kernels(model, backend="triton")
     model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.set_adapter("third")
-    got = results_of(model, ids)
+    got = results_of(model, IDS)
     result.undo()
-    expect_same(got, results_of(model, ids))
+    expect_same(got, results_of(model, IDS))
 
 
-def test_the_forward_pass_compiles(ids: Tensor) -> None:
+def test_the_forward_pass_compiles() -> None:
     model = make_peft()
     with torch.no_grad():
-        expected = model(input_ids=ids).logits
+        expected = model(input_ids=IDS).logits
         apply_lion_kernels(model, backend="triton")
         compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_t5(ids: Tensor) -> None:
+def test_t5() -> None:
     """Attention, norms and feed-forward are rewired, unless an attention other than sdpa is requested; beams work."""
     model = make_peft(make_t5(), target_modules=["q", "wo"])
     beams = {"num_beams": 2, "max_new_tokens": 2, "adapter_names": NAMES}
 
     def run() -> tuple[Results, Tensor]:
-        results = results_of(model.train(), ids, decoder_input_ids=ids, adapter_names=NAMES)
-        return results, model.eval().generate(input_ids=ids, **beams)
+        results = results_of(model.train(), IDS, decoder_input_ids=IDS, adapter_names=NAMES)
+        return results, model.eval().generate(input_ids=IDS, **beams)
 
     with torch.no_grad():
-        tokens = model.generate(input_ids=ids, **beams)
-    expected = results_of(model, ids, decoder_input_ids=ids, adapter_names=NAMES)
+        tokens = model.generate(input_ids=IDS, **beams)
+    expected = results_of(model, IDS, decoder_input_ids=IDS, adapter_names=NAMES)
     config = model.base_model.model.encoder.config
     result = apply_lion_kernels(model, backend="triton")
     got, got_tokens = run()
@@ -389,7 +375,7 @@ def test_t5(ids: Tensor) -> None:
     }
 
 
-def test_lora_on_lion(make_model: Any, make_batch: Any) -> None:
+def test_lora_on_lion() -> None:
     model = peft.get_peft_model(
         make_model(kernel_backend="torch"), peft.LoraConfig(r=4, target_modules=["q", "query"], init_lora_weights=False)
     )

@@ -1,6 +1,6 @@
 """`LionPipeline`: answers equal those of the processor and `generate` for every form of images and questions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lion_fast.demo.answering import Answerer
 from lion_fast.io.boxes import parse_boxes
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.model.prompts import CAPTION_INSTRUCTION
+from tests.lion_fast.tiny import make_answerer
 
 IMAGES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 60 + seed, 3), dtype=np.uint8))
@@ -26,7 +27,7 @@ TAGS = [None, "star, red", ["red", "sign"], "", "sign"]
 
 
 @pytest.fixture(scope="module")
-def answerer(make_answerer: Callable[..., Answerer]) -> Answerer:
+def answerer() -> Answerer:
     return make_answerer()
 
 

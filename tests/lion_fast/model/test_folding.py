@@ -13,26 +13,20 @@ from lion_fast.model.adapters import MixtureOfAdapters
 from lion_fast.model.folded_adapters import FoldedAdapters, StackedAdapters
 from lion_kernels.core.backend import interpreting
 from tests.golden.computing import until_end
+from tests.lion_fast.tiny import make_batch, make_model
 from tests.rounding import TWO_WAYS, relative_error
 
-Make = Callable[..., LionForCausalLM]
-MakeBatch = Callable[..., dict[str, Tensor]]
 TASKS = ("region_level", "image_level")
 
 
-@pytest.fixture
-def make(make_model: Make) -> Make:
-    """Return a function that makes models with random scales, routers and biases, as after training."""
-
-    def model(*args, **overrides) -> LionForCausalLM:
-        made = make_model(*args, **overrides)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in made.named_parameters():
-                if ".adapter." in name and not name.endswith(("down_proj.weight", "up_proj.weight")):
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        return made
-
+def make(*args, **overrides) -> LionForCausalLM:
+    """Make a model with random scales, routers and biases, as after training."""
+    model = make_model(*args, **overrides)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapter." in name and not name.endswith(("down_proj.weight", "up_proj.weight")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -55,7 +49,7 @@ def in_reference(adapters: MixtureOfAdapters, hidden: Tensor, residual: Tensor, 
 )
 @pytest.mark.parametrize("num_adapters", [1, 2])
 @torch.no_grad()
-def test_a_folded_mixture_equals_the_reference(make: Make, num_adapters: int, backend: str) -> None:
+def test_a_folded_mixture_equals_the_reference(num_adapters: int, backend: str) -> None:
     model = make(num_adapters=num_adapters, kernel_backend=backend)
     (adapters, *_) = (module for module in model.modules() if isinstance(module, MixtureOfAdapters))
     hidden, residual, task_ids = torch.randn(5, 3, 32), torch.randn(5, 3, 32), torch.tensor([0, 1, 1, 0, 1])
@@ -71,7 +65,7 @@ def test_a_folded_mixture_equals_the_reference(make: Make, num_adapters: int, ba
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_mixed_batch_has_the_same_answers(make: Make, make_batch: MakeBatch, family: str) -> None:
+def test_a_mixed_batch_has_the_same_answers(family: str) -> None:
     model, batch = make(family), make_batch(batch=4, labels=True)
     labels = batch.pop("labels")
     with torch.no_grad():
@@ -87,7 +81,7 @@ def test_a_mixed_batch_has_the_same_answers(make: Make, make_batch: MakeBatch, f
         assert torch.equal(twin(**batch, labels=labels).logits, folded)
 
 
-def test_dtypes(make: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
+def test_dtypes(tmp_path: Path) -> None:
     """In half precision, folding does not increase the error; a folded model may be cast."""
     model, batch = make(), make_batch(labels=True)
     exact = model(**batch).logits.detach()
@@ -104,7 +98,7 @@ def test_dtypes(make: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
         assert model.double()(**batch).logits.dtype == torch.float64
 
 
-def test_training_a_folded_model_is_refused(make: Make, make_batch: MakeBatch) -> None:
+def test_training_a_folded_model_is_refused() -> None:
     model, batch = make().train(), make_batch(labels=True)
     model.fold_adapters()
     with pytest.raises(RuntimeError, match=r"folded adapters get no gradients: call unfold_adapters\(\)"):
@@ -121,7 +115,7 @@ def test_training_a_folded_model_is_refused(make: Make, make_batch: MakeBatch) -
     assert all(p.grad is not None for n, p in model.named_parameters() if ".adapter." in n)
 
 
-def test_a_folded_model_is_saved_unfolded(make: Make, make_batch: MakeBatch, tmp_path: Path) -> None:
+def test_a_folded_model_is_saved_unfolded(tmp_path: Path) -> None:
     model, batch = make(), make_batch(labels=True)
     names, plain = model.state_dict().keys(), model(**batch).logits
     model.fold_adapters()
@@ -132,7 +126,7 @@ def test_a_folded_model_is_saved_unfolded(make: Make, make_batch: MakeBatch, tmp
     assert torch.equal(loaded.eval()(**batch).logits, plain)
 
 
-def test_folding_again_uses_the_current_weights(make: Make, make_batch: MakeBatch) -> None:
+def test_folding_again_uses_the_current_weights() -> None:
     model, batch = make(), make_batch(labels=True)
     model.fold_adapters()
     with torch.no_grad():
@@ -145,14 +139,14 @@ def test_folding_again_uses_the_current_weights(make: Make, make_batch: MakeBatc
         torch.testing.assert_close(folded, model(**batch).logits, **TWO_WAYS)
 
 
-def test_offloaded_adapters_cannot_be_folded(make: Make) -> None:
+def test_offloaded_adapters_cannot_be_folded() -> None:
     model = make().to("meta")
     with pytest.raises(RuntimeError, match="fold_adapters: expected the adapters' parameters in memory"):
         model.fold_adapters()
 
 
 @torch.no_grad()
-def test_a_folded_mixture_compiles(make: Make) -> None:
+def test_a_folded_mixture_compiles() -> None:
     (adapters, *_) = (module for module in make().modules() if isinstance(module, MixtureOfAdapters))
     adapters.fold()
     given = torch.randn(2, 3, 32), torch.randn(2, 3, 32), torch.tensor([0, 1])

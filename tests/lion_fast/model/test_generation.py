@@ -20,22 +20,17 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast import LionForCausalLM
 from tests.extras import needs
+from tests.lion_fast.tiny import Batch, make_batch, make_model
 from tests.rounding import TWO_WAYS
 
-Make = Callable[..., LionForCausalLM]
-MakeBatch = Callable[..., dict[str, Tensor]]
 FAMILIES = ("t5", "llama")
+BATCH = make_batch(batch=2)
 GREEDY = {"num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 6, "min_new_tokens": 6}
 
 
 @pytest.fixture(params=FAMILIES)
-def model(make_model: Make, request: pytest.FixtureRequest) -> LionForCausalLM:
+def model(request: pytest.FixtureRequest) -> LionForCausalLM:
     return make_model(request.param)
-
-
-@pytest.fixture
-def batch(make_batch: MakeBatch) -> dict[str, Tensor]:
-    return make_batch(batch=2)
 
 
 def answers(model: LionForCausalLM, ids: Tensor) -> list[list[int]]:
@@ -44,11 +39,11 @@ def answers(model: LionForCausalLM, ids: Tensor) -> list[list[int]]:
     return [row[: row.index(1)] if 1 in row else row for row in rows]
 
 
-def rows_of(batch: dict[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
+def rows_of(batch: Batch, rows: slice | Tensor) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in batch.items()}
 
 
-def padded_batch(make_batch: MakeBatch, size: int, family: str) -> dict[str, Tensor]:
+def padded_batch(size: int, family: str) -> dict[str, Tensor]:
     """Make prompts and questions of different lengths, padded on the family's side, with alternating tasks."""
     batch = make_batch(batch=size)
     padding = torch.arange(size) % 5
@@ -62,11 +57,9 @@ def padded_batch(make_batch: MakeBatch, size: int, family: str) -> dict[str, Ten
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_of_32_equals_32_batches_of_one(
-    make_model: Make, make_batch: MakeBatch, family: str, num_beams: int
-) -> None:
+def test_a_batch_of_32_equals_32_batches_of_one(family: str, num_beams: int) -> None:
     """Each single sample is cut to its own length, without padding."""
-    model, batch = make_model(family), padded_batch(make_batch, 32, family)
+    model, batch = make_model(family), padded_batch(32, family)
     search = {"num_beams": num_beams, "max_new_tokens": 4}
     together = answers(model, model.generate(**batch, **search))
     assert len({tuple(answer) for answer in together}) > 4  # they depend on the input
@@ -78,7 +71,7 @@ def test_a_batch_of_32_equals_32_batches_of_one(
         assert answers(model, model.generate(**one, **search)) == [answer], index
 
 
-def test_a_mixed_batch_equals_the_batches_of_its_tasks(make_batch: MakeBatch, model: LionForCausalLM) -> None:
+def test_a_mixed_batch_equals_the_batches_of_its_tasks(model: LionForCausalLM) -> None:
     batch = make_batch(batch=6)
     search = {"num_beams": 3, "max_new_tokens": 5}
     together = answers(model, model.generate(**batch, **search))
@@ -90,22 +83,22 @@ def test_a_mixed_batch_equals_the_batches_of_its_tasks(make_batch: MakeBatch, mo
     assert other != together
 
 
-def test_several_sequences_per_sample(model: LionForCausalLM, batch: dict[str, Tensor]) -> None:
-    best = model.generate(**batch, num_beams=3, max_new_tokens=5)
-    beams = model.generate(**batch, num_beams=3, num_return_sequences=3, max_new_tokens=5)
+def test_several_sequences_per_sample(model: LionForCausalLM) -> None:
+    best = model.generate(**BATCH, num_beams=3, max_new_tokens=5)
+    beams = model.generate(**BATCH, num_beams=3, num_return_sequences=3, max_new_tokens=5)
     assert answers(model, beams[::3]) == answers(model, best)
     assert len({tuple(row) for row in beams[:3].tolist()}) == 3
     torch.manual_seed(0)
     sampled = model.generate(
-        **batch, do_sample=True, num_beams=1, num_return_sequences=20, temperature=5.0, top_p=1.0, max_new_tokens=3
+        **BATCH, do_sample=True, num_beams=1, num_return_sequences=20, temperature=5.0, top_p=1.0, max_new_tokens=3
     )
     assert sampled.shape[0] == 40
     assert len({tuple(row) for row in sampled[:20].tolist()}) > 10
 
 
-def test_sampling_from_the_likeliest_token_is_greedy(model: LionForCausalLM, batch: dict[str, Tensor]) -> None:
-    sampled = model.generate(**batch, **GREEDY, do_sample=True, top_k=1)
-    assert torch.equal(sampled, model.generate(**batch, **GREEDY))
+def test_sampling_from_the_likeliest_token_is_greedy(model: LionForCausalLM) -> None:
+    sampled = model.generate(**BATCH, **GREEDY, do_sample=True, top_k=1)
+    assert torch.equal(sampled, model.generate(**BATCH, **GREEDY))
 
 
 class Letters:
@@ -115,9 +108,7 @@ class Letters:
         return "".join(f"<{int(token)}>" for token in ids)
 
 
-def test_answers_are_streamed(
-    model: LionForCausalLM, make_batch: MakeBatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_are_streamed(model: LionForCausalLM, capsys: pytest.CaptureFixture[str]) -> None:
     batch = make_batch(batch=1)
     ids = model.generate(**batch, **GREEDY)
     whole = Letters().decode(ids[0].tolist())
@@ -153,9 +144,9 @@ class Long(StoppingCriteria):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_constraints(model: LionForCausalLM, batch: dict[str, Tensor], num_beams: int) -> None:
+def test_constraints(model: LionForCausalLM, num_beams: int) -> None:
     search = {**GREEDY, "num_beams": num_beams}
-    free = answers(model, model.generate(**batch, **search))
+    free = answers(model, model.generate(**BATCH, **search))
     given: list[tuple[dict[str, Any], Callable[[list[int]], bool]]] = [
         ({"prefix_allowed_tokens_fn": lambda sample, ids: [7, 8]}, lambda row: set(row) <= {7, 8}),
         ({"bad_words_ids": [[token] for token in free[0]]}, lambda row: not set(row) & set(free[0])),
@@ -167,76 +158,72 @@ def test_constraints(model: LionForCausalLM, batch: dict[str, Tensor], num_beams
         ({"logits_processor": LogitsProcessorList([Always(12)])}, lambda row: set(row) == {12}),
     ]
     for settings, holds in given:
-        for row in answers(model, model.generate(**batch, **search, **settings)):
+        for row in answers(model, model.generate(**BATCH, **search, **settings)):
             assert len(row) == 6, settings
             assert holds(row), (settings, row)
 
 
-def test_forced_first_tokens(make_model: Make, batch: dict[str, Tensor]) -> None:
+def test_forced_first_tokens() -> None:
     """transformers expects a start token in the prompt's ids; a decoder-only model's prompt has embeddings instead."""
     llama = make_model("llama")
-    assert {row[1] for row in answers(llama, llama.generate(**batch, **GREEDY, forced_bos_token_id=9))} == {9}
+    assert {row[1] for row in answers(llama, llama.generate(**BATCH, **GREEDY, forced_bos_token_id=9))} == {9}
     t5 = make_model("t5")
-    assert {row[0] for row in answers(t5, t5.generate(**batch, **GREEDY, forced_bos_token_id=9))} == {9}
+    assert {row[0] for row in answers(t5, t5.generate(**BATCH, **GREEDY, forced_bos_token_id=9))} == {9}
     begun = torch.tensor([[0, 20, 21]] * 2)
-    ids = t5.generate(**batch, **GREEDY, decoder_input_ids=begun)
+    ids = t5.generate(**BATCH, **GREEDY, decoder_input_ids=begun)
     assert torch.equal(ids[:, :3], begun)
-    logits = t5(**batch, decoder_input_ids=ids[:, :3]).logits[:, -1]
+    logits = t5(**BATCH, decoder_input_ids=ids[:, :3]).logits[:, -1]
     logits[:, 1] = -torch.inf
     assert torch.equal(ids[:, 3], logits.argmax(-1))
 
 
-def test_stopping_criteria(model: LionForCausalLM, batch: dict[str, Tensor]) -> None:
-    ids = model.generate(**batch, **GREEDY, stopping_criteria=StoppingCriteriaList([Long(3)]))
-    assert torch.equal(ids, model.generate(**batch, **GREEDY)[:, :3])
+def test_stopping_criteria(model: LionForCausalLM) -> None:
+    ids = model.generate(**BATCH, **GREEDY, stopping_criteria=StoppingCriteriaList([Long(3)]))
+    assert torch.equal(ids, model.generate(**BATCH, **GREEDY)[:, :3])
 
 
-def test_scores_are_returned(model: LionForCausalLM, batch: dict[str, Tensor]) -> None:
-    out = model.generate(**batch, **GREEDY, output_scores=True, output_logits=True, return_dict_in_generate=True)
-    assert torch.equal(out.sequences, model.generate(**batch, **GREEDY))
+def test_scores_are_returned(model: LionForCausalLM) -> None:
+    out = model.generate(**BATCH, **GREEDY, output_scores=True, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, model.generate(**BATCH, **GREEDY))
     assert len(out.scores) == 6
     chosen = torch.stack(out.scores, 1).argmax(-1)
     assert torch.equal(chosen, out.sequences[:, -6:])
     answer = out.sequences[:, -6:]
-    torch.testing.assert_close(torch.stack(out.logits, 1), model(**batch, labels=answer).logits, **TWO_WAYS)
-    beams = model.generate(**batch, num_beams=3, max_new_tokens=3, output_scores=True, return_dict_in_generate=True)
+    torch.testing.assert_close(torch.stack(out.logits, 1), model(**BATCH, labels=answer).logits, **TWO_WAYS)
+    beams = model.generate(**BATCH, num_beams=3, max_new_tokens=3, output_scores=True, return_dict_in_generate=True)
     assert beams.sequences_scores.shape == (2,)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_encoder_outputs_are_shared_by_several_calls(
-    make_model: Make, batch: dict[str, Tensor], num_beams: int
-) -> None:
+def test_encoder_outputs_are_shared_by_several_calls(num_beams: int) -> None:
     model = make_model("t5")
     settings = {**GREEDY, "num_beams": num_beams}
-    expected = model.generate(**batch, **settings)
-    inputs = model(**batch, inputs_only=True)
+    expected = model.generate(**BATCH, **settings)
+    inputs = model(**BATCH, inputs_only=True)
     encoder = model.language_model.get_encoder()
     encoded = encoder(
-        inputs_embeds=inputs.inputs_embeds, attention_mask=inputs.attention_mask, task_ids=batch["task_ids"]
+        inputs_embeds=inputs.inputs_embeds, attention_mask=inputs.attention_mask, task_ids=BATCH["task_ids"]
     )
-    given = {"attention_mask": inputs.attention_mask, "task_ids": batch["task_ids"]}
+    given = {"attention_mask": inputs.attention_mask, "task_ids": BATCH["task_ids"]}
     for _ in range(2):
         outputs = BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
         assert torch.equal(model.generate(encoder_outputs=outputs, **given, **settings), expected)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_static_cache_gives_the_same_tokens(model: LionForCausalLM, batch: dict[str, Tensor], num_beams: int) -> None:
+def test_a_static_cache_gives_the_same_tokens(model: LionForCausalLM, num_beams: int) -> None:
     settings = {**GREEDY, "num_beams": num_beams}
-    expected = model.generate(**batch, **settings)
-    assert torch.equal(model.generate(**batch, **settings, cache_implementation="static"), expected)
+    expected = model.generate(**BATCH, **settings)
+    assert torch.equal(model.generate(**BATCH, **settings, cache_implementation="static"), expected)
     model.fold_adapters()
-    assert torch.equal(model.generate(**batch, **settings, cache_implementation="static"), expected)
+    assert torch.equal(model.generate(**BATCH, **settings, cache_implementation="static"), expected)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_compiled_step_gives_the_same_tokens(
-    model: LionForCausalLM, batch: dict[str, Tensor], num_beams: int
-) -> None:
+def test_a_compiled_step_gives_the_same_tokens(model: LionForCausalLM, num_beams: int) -> None:
     """With a static cache, a few graphs serve all steps, and another call compiles no more."""
     search = {**GREEDY, "num_beams": num_beams, "cache_implementation": "static"}
-    expected = model.generate(**batch, **search)
+    expected = model.generate(**BATCH, **search)
     torch._dynamo.reset()
     graphs: list[int] = []
 
@@ -245,18 +232,16 @@ def test_a_compiled_step_gives_the_same_tokens(
         return graph.forward
 
     model.language_model.compile(fullgraph=True, backend=backend)
-    assert torch.equal(model.generate(**batch, **search), expected)
+    assert torch.equal(model.generate(**BATCH, **search), expected)
     seen = len(graphs)
     assert 0 < seen <= 4
-    assert torch.equal(model.generate(**batch, **search), expected)
+    assert torch.equal(model.generate(**BATCH, **search), expected)
     assert len(graphs) == seen
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_of_the_whole_model_may_be_offloaded(
-    make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str
-) -> None:
+def test_parameters_of_the_whole_model_may_be_offloaded(tmp_path: Path, family: str) -> None:
     """The parameters that belong to no part are loaded by the model's call, which `generate` uses."""
     accelerate = needs("accelerate", "train")
     model, batch = make_model(family), make_batch()

@@ -1,26 +1,16 @@
 """An image that is encoded once gives the same answers as an image that is encoded for each question."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor
 
-from lion_fast import ImageFeatures, LionForCausalLM, LionProcessor
-from tests.golden.computing import until_end
+from lion_fast import ImageFeatures
 from tests.lion_fast.gradients import gradients_of
-
-Make = Callable[..., LionForCausalLM]
-MakeBatch = Callable[..., dict[str, Tensor]]
-TASKS = ("region_level", "image_level")
+from tests.lion_fast.tiny import make_batch, make_model
 
 
 @pytest.mark.parametrize("family", ["t5", "qwen3"])
 @pytest.mark.parametrize("visual_input", ["ALL", "QFORMER", "AGGREGATOR"])
-def test_encoded_images_are_bit_equal_to_pixels(
-    make_model: Make, make_batch: MakeBatch, visual_input: str, family: str
-) -> None:
+def test_encoded_images_are_bit_equal_to_pixels(visual_input: str, family: str) -> None:
     model, batch = make_model(family, visual_input=visual_input), make_batch(labels=True)
     rest = {name: value for name, value in batch.items() if name != "pixel_values"}
     expected = model(**batch)
@@ -30,15 +20,15 @@ def test_encoded_images_are_bit_equal_to_pixels(
     assert torch.equal(out.visual_prefix, expected.visual_prefix)
     assert torch.equal(out.logits, expected.logits)
     del rest["labels"], batch["labels"]
-    assert torch.equal(
-        model.generate(**rest, image_features=features, max_new_tokens=4), model.generate(**batch, max_new_tokens=4)
-    )
-    vision = model.get_vision_features(batch["pixel_values"])
-    assert torch.equal(model.get_visual_prefix(model.encode_images(vision_features=vision), rest["qformer_input_ids"]),
-                       expected.visual_prefix)  # fmt: skip
+    for beams in (1, 5):
+        search = {"num_beams": beams, "max_new_tokens": 4}
+        tokens = model.generate(**batch, **search)
+        assert torch.equal(model.generate(**rest, image_features=features, **search), tokens)
+    features = model.encode_images(vision_features=model.get_vision_features(batch["pixel_values"]))
+    assert torch.equal(model.get_visual_prefix(features, rest["qformer_input_ids"]), expected.visual_prefix)
 
 
-def test_several_questions_about_an_image(make_model: Make, make_batch: MakeBatch) -> None:
+def test_several_questions_about_an_image() -> None:
     """Vision tower and aggregator run once for two images, however many questions are asked."""
     model, batch = make_model(), make_batch(batch=5, labels=True)
     pixels, rest = batch["pixel_values"][:2], {n: v for n, v in batch.items() if n not in ("pixel_values", "labels")}
@@ -58,7 +48,7 @@ def test_several_questions_about_an_image(make_model: Make, make_batch: MakeBatc
         assert calls == []
 
 
-def test_gradients_reach_the_aggregator_through_encoded_images(make_model: Make, make_batch: MakeBatch) -> None:
+def test_gradients_reach_the_aggregator_through_encoded_images() -> None:
     model, batch = make_model(), make_batch(labels=True)
     _, expected = gradients_of(model, {**batch, "pixel_values": batch["pixel_values"][[0, 0, 1]]})
     model.zero_grad()
@@ -95,7 +85,7 @@ def test_features_are_indexed_repeated_and_moved() -> None:
     assert len(without) == 2
 
 
-def test_exactly_one_image_input_is_accepted(make_model: Make, make_batch: MakeBatch) -> None:
+def test_exactly_one_image_input_is_accepted() -> None:
     model, batch = make_model(), make_batch(labels=True)
     features = model.encode_images(batch["pixel_values"])
     with pytest.raises(ValueError, match=r"pixel_values: expected either .*, got pixel_values and image_features"):
@@ -109,43 +99,3 @@ def test_exactly_one_image_input_is_accepted(make_model: Make, make_batch: MakeB
     del batch["pixel_values"]
     with pytest.raises(ValueError, match=r"input_ids: expected \[2, L\], got \[3, 7\]"):
         model(**batch, image_features=features[:2])
-
-
-@pytest.fixture(scope="module")
-def model(converted: Path) -> LionForCausalLM:
-    return LionForCausalLM.from_pretrained(converted).eval()
-
-
-def test_golden_tokens_of_images_encoded_once(model: LionForCausalLM, golden, golden_batch: Callable) -> None:
-    """Both tasks, with one and five beams, and a batch that mixes both use the same features."""
-    batches = {task: golden_batch(task) for task in TASKS}
-    features = model.encode_images(batches["image_level"]["pixel_values"])
-    for batch in batches.values():
-        del batch["pixel_values"], batch["labels"]
-    for task, batch in batches.items():
-        for beams in (1, 5):
-            ids = model.generate(
-                **batch, image_features=features, num_beams=beams, repetition_penalty=1.5, max_new_tokens=20
-            )
-            expected = golden.expected[f"{task}.generate.beams{beams}.rp1.5"]
-            assert until_end(ids) == until_end(expected)
-    mixed = {name: torch.cat([batch[name] for batch in batches.values()]) for name in batches["image_level"]}
-    ids = model.generate(**mixed, image_features=features[[0, 1, 2, 3] * 2], max_new_tokens=20)
-    expected = torch.cat([golden.expected[f"{task}.generate.beams5.rp1.5"] for task in TASKS])
-    assert until_end(ids) == until_end(expected)
-
-
-def test_golden_questions_about_one_image(
-    model: LionForCausalLM, converted: Path, golden, golden_batch: Callable
-) -> None:
-    """An image encoded once gives the same tokens for all four questions as four copies of its pixels."""
-    batch = golden_batch("image_level")
-    pixels = batch.pop("pixel_values")[:1]
-    del batch["labels"]
-    expected = model.generate(pixel_values=pixels.expand(4, -1, -1, -1), **batch, max_new_tokens=20)
-    features = model.encode_images(pixels).repeat_interleave(4)
-    questions = LionProcessor.from_pretrained(converted)(
-        images=None, text=golden.meta["questions"], tags=golden.meta["tags"], task="image_level"
-    )
-    assert "pixel_values" not in questions
-    assert torch.equal(model.generate(image_features=features, **questions, max_new_tokens=20), expected)

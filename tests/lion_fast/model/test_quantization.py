@@ -1,41 +1,34 @@
 """Quantization: which layers are quantized, how much memory that saves, and answers if bitsandbytes is installed."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lion_fast import LionConfig, LionForCausalLM
-from lion_fast.configuration_lion import FLAN_T5_XL
+from lion_fast import LionForCausalLM
 from lion_fast.model.quantization import KEPT_MODULES, keep_trained_modules
 from lion_fast.model.vision import FusedProjection
 from lion_fast.training.stages import STAGES
 from tests.extras import needs
+from tests.lion_fast.tiny import FAMILIES, make_batch, make_config, make_model
 from tests.rounding import relative_error
 
-Make = Callable[..., LionForCausalLM]
-MakeBatch = Callable[..., dict[str, Tensor]]
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "generation.md"
-FAMILIES = ("t5", "llama", "qwen2", "qwen3")
-XXL = {"d_model": 4096, "d_ff": 10240, "num_heads": 64}
 # Widths that are multiples of the block size of bitsandbytes' four-bit kernel for CPUs.
 WIDE: dict[str, Any] = {
-    "vision_config": {
-        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128,
-        "image_size": 28, "patch_size": 14,
-    },
-    "aggregator_config": {
-        "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 24, "feature_layers": [2, 1, 0],
-        "projection_size": 40,
-    },
-}  # fmt: skip
+    "vision_config": {"hidden_size": 64, "intermediate_size": 128},
+    "aggregator_config": {"hidden_size": 64},
+}
+WIDE_TEXT: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 64, "d_ff": 128, "d_kv": 16},
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+}
 
 
 def quantized(model: LionForCausalLM, subclasses: bool = False) -> set[str]:
@@ -65,7 +58,7 @@ def weight_bytes(model: LionForCausalLM, bits: int) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantizers_convert_only_frozen_layers(make_config: Callable[..., LionConfig], family: str) -> None:
+def test_quantizers_convert_only_frozen_layers(family: str) -> None:
     with torch.device("meta"):
         model = LionForCausalLM(make_config(family))
     found = quantized(model, subclasses=True)
@@ -79,7 +72,7 @@ def test_quantizers_convert_only_frozen_layers(make_config: Callable[..., LionCo
     assert found - quantized(model) == {f"vision_model.blocks.{block}.attn.qkv" for block in range(3)}
 
 
-def test_the_fused_projection_can_be_replaced(make_model: Make, make_batch: MakeBatch) -> None:
+def test_the_fused_projection_can_be_replaced() -> None:
     """A quantizer replaces it with a layer whose call takes no bias."""
     model, batch = make_model(), make_batch()
     expected = model.get_vision_features(batch["pixel_values"])
@@ -111,13 +104,6 @@ def test_configurations_exclude_the_kept_modules(setting: str) -> None:
     assert getattr(keep_trained_modules(own), setting) == ["qformer"]
 
 
-@pytest.fixture(scope="module")
-def published() -> dict[str, LionForCausalLM]:
-    sizes = {"LION-FlanT5-XL": FLAN_T5_XL, "LION-FlanT5-XXL": {**FLAN_T5_XL, **XXL}}
-    with torch.device("meta"):
-        return {name: LionForCausalLM(LionConfig(text_config=text)) for name, text in sizes.items()}
-
-
 def test_the_memory_table_in_the_docs_is_computed(published: dict[str, LionForCausalLM]) -> None:
     rows = re.findall(r"^\| (LION-\S+) \| (.*) \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert [name for name, _ in rows] == list(published)
@@ -140,15 +126,9 @@ def test_xl_in_bfloat16_leaves_room_on_24_gigabytes(published: dict[str, LionFor
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_answers_in_fewer_bits(make_model: Make, make_batch: MakeBatch, tmp_path: Path, family: str, bits: int) -> None:
+def test_answers_in_fewer_bits(tmp_path: Path, family: str, bits: int) -> None:
     needs("bitsandbytes", "quantize")
-    text = make_model(family).config.text_config.to_dict()
-    t5, decoder = (
-        {"d_model": 64, "d_ff": 128, "d_kv": 16},
-        {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
-    )
-    text |= t5 if family == "t5" else decoder
-    model, batch = make_model(text_config=text, **WIDE), make_batch(labels=True)
+    model, batch = make_model(family, text=WIDE_TEXT[family], **WIDE), make_batch(labels=True)
     expected = model(**batch).logits
     model.save_pretrained(tmp_path / "full")
     settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32)

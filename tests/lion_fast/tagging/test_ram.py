@@ -12,11 +12,13 @@ from lion_fast.conversion.ram import RamConversionReport, convert_ram
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.modeling_ram import RamTagger, read_tags, read_thresholds
+from tests.lion_fast.tiny import make_tagger
 from tests.rounding import relative_error
 
 # Some tens of fp32 roundings of 6e-8 each, over a dozen blocks.
 TOLERANCE = 1e-5
 GRADIENT = Image.linear_gradient("L")
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def weights_of(report: RamConversionReport) -> dict[str, Tensor]:
@@ -41,22 +43,7 @@ def images(golden_dir) -> list[Path]:
 
 @pytest.fixture
 def tiny() -> RamTagger:
-    torch.manual_seed(0)
-    config = RamConfig(
-        vision_config={"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4},
-        num_tags=6,
-        label_size=16,
-        projection_size=24,
-        hidden_size=32,
-        intermediate_size=48,
-        initializer_range=0.3,
-    )
-    return RamTagger(config, ["a", "b", "c", "d", "e", "f"], [0.5] * 6).eval()
-
-
-@pytest.fixture
-def pixels() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return make_tagger("abcdef", [0.5] * 6)
 
 
 @pytest.fixture
@@ -139,19 +126,19 @@ def test_a_tag_must_exceed_its_own_threshold(tiny, probabilities):
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 512])
-def test_logits_do_not_depend_on_the_chunk_size(tiny, pixels, size, monkeypatch):
-    expected = tiny.logits(pixels).detach()  # with gradients, which compute all tags at once
+def test_logits_do_not_depend_on_the_chunk_size(tiny, size, monkeypatch):
+    expected = tiny.logits(PIXELS).detach()  # with gradients, which compute all tags at once
     monkeypatch.setattr("lion_fast.tagging.modeling_ram._TAGS_AT_A_TIME", size)
     with torch.no_grad():
         # Products of other shapes are summed in another order: 3.5e-7 was seen.
-        assert relative_error(tiny.logits(pixels), expected) < 3e-6
+        assert relative_error(tiny.logits(PIXELS), expected) < 3e-6
 
 
-def test_tagging_has_no_dropout_in_training_mode(tiny, pixels, probabilities):
+def test_tagging_has_no_dropout_in_training_mode(tiny, probabilities):
     # With dropout, about half of the probabilities would fall below these thresholds in each of ten calls.
     tiny.tag_thresholds = (probabilities - 1e-5).tolist()
     tiny.train()
-    assert not torch.equal(tiny.logits(pixels), tiny.logits(pixels))
+    assert not torch.equal(tiny.logits(PIXELS), tiny.logits(PIXELS))
     assert tiny([GRADIENT] * 10, batch_size=1) == ["a, b, c, d, e, f"] * 10
 
 
@@ -166,12 +153,12 @@ def test_tagging_restores_the_mode_of_every_module(tiny):
     assert [module.training for module in tiny.modules()] == modes
 
 
-def test_labels_are_projected_once(tiny, pixels):
+def test_labels_are_projected_once(tiny):
     calls = []
     tiny.tag_head.layers[0].query.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        first = tiny.logits(pixels)
-        second = tiny.logits(pixels)
+        first = tiny.logits(PIXELS)
+        second = tiny.logits(PIXELS)
     assert len(calls) == 1
     assert torch.equal(first, second)
 
@@ -209,40 +196,40 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_cached_projections_follow_the_weights(tiny, pixels, change):
+def test_cached_projections_follow_the_weights(tiny, change):
     with torch.no_grad():
-        before = tiny.logits(pixels)
+        before = tiny.logits(PIXELS)
     CHANGES[change](tiny)
     fresh = RamTagger(tiny.config).to(tiny.dtype).eval()
     fresh.load_state_dict(tiny.state_dict())
     with torch.no_grad():
-        after, expected = tiny.logits(pixels), fresh.logits(pixels)
+        after, expected = tiny.logits(PIXELS), fresh.logits(PIXELS)
     assert not torch.equal(after, before)
     assert torch.equal(after, expected)
 
 
-def test_cached_projections_are_not_shared_with_a_copy(tiny, pixels):
+def test_cached_projections_are_not_shared_with_a_copy(tiny):
     with torch.no_grad():
-        before = tiny.logits(pixels)
+        before = tiny.logits(PIXELS)
         twin = copy.deepcopy(tiny)
         optimizer_step(twin)
-        assert not torch.equal(twin.logits(pixels), before)
-        assert torch.equal(tiny.logits(pixels), before)
+        assert not torch.equal(twin.logits(PIXELS), before)
+        assert torch.equal(tiny.logits(PIXELS), before)
 
 
-def test_projections_cached_under_autocast_are_only_used_under_autocast(tiny, pixels):
+def test_projections_cached_under_autocast_are_only_used_under_autocast(tiny):
     twin = copy.deepcopy(tiny)
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            rough = tiny.logits(pixels)
-        assert torch.equal(tiny.logits(pixels), twin.logits(pixels))
-        assert not torch.equal(tiny.logits(pixels), rough.float())
+            rough = tiny.logits(PIXELS)
+        assert torch.equal(tiny.logits(PIXELS), twin.logits(PIXELS))
+        assert not torch.equal(tiny.logits(PIXELS), rough.float())
 
 
-def test_gradients_reach_the_label_embeddings(tiny, pixels):
+def test_gradients_reach_the_label_embeddings(tiny):
     with torch.no_grad():
-        tiny.logits(pixels)
-    tiny.logits(pixels).sum().backward()
+        tiny.logits(PIXELS)
+    tiny.logits(PIXELS).sum().backward()
     missing = [name for name, parameter in tiny.named_parameters() if parameter.grad is None]
     assert missing == []
     assert tiny.tag_head.label_embed.grad.abs().sum() > 0

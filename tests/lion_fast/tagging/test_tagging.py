@@ -21,8 +21,8 @@ from transformers import (
     SiglipProcessor,
 )
 
-from lion_fast import LionProcessor, RamTagger, ZeroShotTagger
-from lion_fast.conversion.ram import convert_ram
+from lion_fast import LionProcessor, ZeroShotTagger
+from tests.lion_fast.tiny import make_tagger
 from tests.rounding import between
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "generation.md").read_text(encoding="utf-8")
@@ -68,14 +68,15 @@ def test_a_tagger_needs_images(processor: LionProcessor) -> None:
         processor(None, "Why?", tags=lambda images: ["dog"] * len(images))
 
 
-def test_the_processor_accepts_a_ram_tagger(
-    processor: LionProcessor, ram_files: dict[str, Path], tmp_path: Path
-) -> None:
-    convert_ram(**ram_files, out_dir=tmp_path / "ram")
-    tagger = RamTagger.from_pretrained(tmp_path / "ram")
-    images = [ram_files["ram"].with_name(f"image{index}.png") for index in (0, 1, 0)]
-    batch = processor(images, ["Why?"] * 3, tags=tagger)
-    assert torch.equal(batch.input_ids, processor(images, ["Why?"] * 3, tags=tagger(images)).input_ids)
+def test_the_processor_accepts_a_ram_tagger(processor: LionProcessor) -> None:
+    tagger = make_tagger(TAGS, [0.5] * 5)
+    images = [image(0), image(1)]
+    tagger.tag_thresholds = between(tagger.logits(tagger.preprocess(images)).sigmoid()).tolist()
+    tags = tagger(images)
+    assert tags[0] != tags[1]
+    batch = processor([*images, images[0]], ["Why?"] * 3, tags=tagger)
+    expected = processor([*images, images[0]], ["Why?"] * 3, tags=[*tags, tags[0]])
+    assert torch.equal(batch.input_ids, expected.input_ids)
 
 
 def words() -> PreTrainedTokenizerFast:

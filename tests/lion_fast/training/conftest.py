@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from lion_fast import LionConfig, LionForCausalLM
+from lion_fast import LionForCausalLM
 from lion_fast.data import JsonlDataset, write_shards
 from lion_fast.scenes import write_scenes
-from lion_fast.tagging.modeling_ram import RamConfig, RamTagger
 from lion_fast.training import load_recipe
 from lion_fast.training.recipe import Recipe
 from tests.lion_fast.processes import starting
-from tests.lion_fast.tiny import PART, QFORMER, T5, VISION, scene_processor
+from tests.lion_fast.tiny import NO_DROPOUT, make_config, make_tagger, scene_processor
 from tests.lion_fast.training.runs import Files, MakeRecipe
 
 PROCESS = Path(__file__).with_name("training_process.py")
@@ -24,15 +23,13 @@ PROCESS = Path(__file__).with_name("training_process.py")
 def tiny_lion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a joint model of a few thousand parameters for scenes, with dropout."""
     processor = scene_processor(20)
-    text = {"d_model": PART["hidden_size"], "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.1}
-    config = LionConfig(
-        vision_config=VISION,
-        qformer_config={**QFORMER, "vocab_size": len(processor.qformer_tokenizer)},
-        aggregator_config={**PART, "feature_layers": [2, 1, 0], "projection_size": 24},
-        text_config={**T5, **text, "vocab_size": len(processor.tokenizer)},
-        num_query_tokens=4,
+    dropout = dict.fromkeys(NO_DROPOUT, 0.1)
+    config = make_config(
+        processor=processor,
+        qformer_config={**dropout, "max_position_embeddings": 512},
+        aggregator_config={**dropout, "num_attention_heads": 2, "projection_size": 24},
+        text={"d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.1},
         adapter_rank=4,
-        soft_prompt_token_id=processor.soft_prompt_token_id,
     )
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("tiny") / "lion"
@@ -79,12 +76,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture(scope="session")
 def tagger_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tagger of a few thousand parameters that always gives every tag."""
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
-    text = {"label_size": 16, "projection_size": 24, "hidden_size": 32, "intermediate_size": 48}
-    tagger = RamTagger(RamConfig(vision_config=vision, num_tags=2, **text), ["red", "blue"], [0.0, 0.0])
     directory = tmp_path_factory.mktemp("tagger") / "ram"
-    tagger.save_pretrained(directory)
+    make_tagger(["red", "blue"], [0.0, 0.0]).save_pretrained(directory)
     return directory
 
 

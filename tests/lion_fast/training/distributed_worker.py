@@ -1,7 +1,6 @@
 """Worker process of `test_distributed.py`: loss and gradients of a wrapped model on one half of a batch."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,9 @@ def gradient(parameter: nn.Parameter) -> Tensor:
     return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
-KEPT: list[Any] = []  # keeps the wrapped model alive, and with it the process group
-
-
-def main(kind: str, directory: Path) -> None:
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+def main(kind: str, directory: Path, rank: int, port: int, world: int = 2) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model = LionForCausalLM.from_pretrained(directory, kernel_backend="triton").eval()
     freeze_for_stage(model, STAGES[2])
     parallel = wrapped(model, kind)
@@ -51,11 +47,10 @@ def main(kind: str, directory: Path) -> None:
         torch.save({"loss": total, "gradients": gradients}, directory / f"{kind}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    KEPT.append(parallel)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
     # On a busy machine, a worker once hung while freeing its process group after the other worker had exited. The group
     # is destroyed above, and nothing is freed here.
     os._exit(0)
+
+
+if __name__ == "__main__":
+    main(**globals()["ARGUMENTS"])

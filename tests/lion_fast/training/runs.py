@@ -1,7 +1,6 @@
-"""Helpers: data of a run, its results, and its processes."""
+"""Helpers: data of a run, its results, and runs on several processes."""
 
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from lion_fast.training import saving
 from lion_fast.training.recipe import Recipe
+from tests.lion_fast.processes import finish, free_port
 
 MakeRecipe = Callable[..., Recipe]
-PATIENCE = 300  # seconds to wait for a process: ends a hang, and is long enough for a busy machine
 
 
 class Files(NamedTuple):
@@ -38,21 +37,6 @@ def losses_of(run_dir: Path | str, name: str = "loss") -> list[float]:
 
 def weights_of(run_dir: Path | str) -> dict[str, Tensor]:
     return load_file(Path(run_dir) / "model" / "model.safetensors")
-
-
-def finish(*processes: Any) -> None:
-    for process in processes:
-        process.join(timeout=PATIENCE)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * len(processes)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def run_on(processes: int, start: Callable[..., Any], recipe: Recipe, **arguments: Any) -> None:

@@ -1,49 +1,33 @@
 """Two processes with half a batch each, on the kernels, against one process with the whole batch."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from lion_fast import LionForCausalLM
 from lion_fast.training.stages import STAGES, freeze_for_stage
-from tests.lion_fast.gradients import expect_same_gradients
+from lion_kernels.core.backend import interpreting
+from tests.lion_fast.gradients import expect_same_gradients, gradients_of
+from tests.lion_fast.processes import finish, free_port, starting
+from tests.lion_fast.tiny import make_batch, make_model
 from tests.rounding import LOSS_TWO_WAYS
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.skipif(not interpreting(), reason="the processes have no GPU, so kernels run in Triton's interpreter only")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_match_one(
-    make_model: Callable[..., LionForCausalLM], make_batch: Callable[..., dict[str, Tensor]], tmp_path: Path, kind: str
-) -> None:
+def test_two_processes_match_one(tmp_path: Path, kind: str) -> None:
     """Loss and gradients agree, under `DistributedDataParallel` and under `fully_shard` (FSDP2), with gloo."""
     model, batch = make_model(kernel_backend="torch"), make_batch(batch=4, labels=True)
     batch["labels"][0, 1:] = -100
     model.save_pretrained(tmp_path)
     torch.save(batch, tmp_path / "batch.pt")
     freeze_for_stage(model, STAGES[2])
-    loss = model(**batch).loss
-    loss.backward()
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = Path(__file__).with_name("distributed_worker.py")
-    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "reference"))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # always gloo on the CPU and Triton's interpreter
-    run = subprocess.run(
-        [*command, worker, kind, tmp_path], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr
-
+    loss, expected = gradients_of(model, batch)
+    port = free_port()
+    with starting(Path(__file__).with_name("distributed_worker.py"), ["lion_fast.training.stages"]) as start:
+        finish(*(start(kind=kind, directory=tmp_path, rank=rank, port=port) for rank in range(2)))
     result = torch.load(tmp_path / f"{kind}.pt")
-    torch.testing.assert_close(result["loss"], loss.detach(), rtol=LOSS_TWO_WAYS, atol=0)
-    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(result["loss"], loss, rtol=LOSS_TWO_WAYS, atol=0)
     expect_same_gradients(result["gradients"], expected)

@@ -12,11 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import lion_kernels
 from lion_fast import LionConfig, LionForCausalLM
-from lion_fast.cli import main
 from lion_fast.training.memory import SavedTensors, Shapes, checkpoint_blocks, counting_saved_tensors, estimate
 from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
+from tests.lion_fast.tiny import make_batch
 
-SHAPES = Shapes(batch_size=3, text_tokens=7, question_tokens=5, answer_tokens=4)
+SHAPES = Shapes(batch_size=3, text_tokens=7, question_tokens=5, answer_tokens=4)  # of `make_batch`
 
 
 def config_for(tiny_lion: Path, stage: int, **changes: Any) -> LionConfig:
@@ -24,23 +24,6 @@ def config_for(tiny_lion: Path, stage: int, **changes: Any) -> LionConfig:
     return LionConfig.from_dict(
         {**config, "visual_input": STAGES[stage - 1].visual_input, "num_adapters": None, **changes}
     )
-
-
-def batch_for(config: LionConfig) -> dict[str, Tensor]:
-    size, generator = config.vision_config.image_size, torch.Generator().manual_seed(0)
-
-    def ids(length: int) -> Tensor:
-        return torch.randint(6, 20, (SHAPES.batch_size, length), generator=generator)
-
-    return {
-        "pixel_values": torch.randn(SHAPES.batch_size, 3, size, size, generator=generator),
-        "input_ids": ids(SHAPES.text_tokens),
-        "attention_mask": torch.ones(SHAPES.batch_size, SHAPES.text_tokens, dtype=torch.long),
-        "qformer_input_ids": ids(SHAPES.question_tokens),
-        "qformer_attention_mask": torch.ones(SHAPES.batch_size, SHAPES.question_tokens, dtype=torch.long),
-        "task_ids": torch.arange(SHAPES.batch_size) % 2,
-        "labels": ids(SHAPES.answer_tokens),
-    }
 
 
 @pytest.mark.parametrize(("stage", "backend"), [(1, "torch"), (3, "torch"), (3, "triton")])
@@ -52,7 +35,7 @@ def test_the_estimate_equals_the_measured_memory(tiny_lion: Path, stage: int, ba
     again = estimate(config, STAGES[stage - 1], SHAPES, gradient_checkpointing=True, **settings)
     model = LionForCausalLM(config).train()
     freeze_for_stage(model, STAGES[stage - 1])
-    batch = batch_for(config)
+    batch = make_batch(labels=True, masks=True)
     with counting_saved_tensors(model) as plain:
         loss = model(**batch).loss
     assert kept.activations == pytest.approx(plain.nbytes, rel=1e-3)
@@ -78,7 +61,7 @@ def test_frozen_parts_keep_no_activations_and_get_no_gradients(tiny_lion: Path) 
     for stage in STAGES[:3]:
         model = LionForCausalLM(config_for(tiny_lion, stage.number)).train()
         freeze_for_stage(model, stage)
-        batch = batch_for(model.config)
+        batch = make_batch(labels=True, masks=True)
         with counting_saved_tensors(model) as saved:
             features = model.get_vision_features(batch["pixel_values"])
         assert saved.nbytes == 0
@@ -156,14 +139,15 @@ def test_the_estimate_scales_with_shards_and_batch_size(tiny_lion: Path) -> None
     assert large.total - large.activations == one.total - one.activations
 
 
-def test_the_command_prints_a_table(tiny_lion: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table(tiny_lion: Path, run_cli: Callable) -> None:
     argv = ["memory", "--stage", "3", "batch.per_process=2", "--text-tokens", "9"]
-    assert main([*argv, "--model", str(tiny_lion)]) == 0
-    table = capsys.readouterr().out
+    status, table, _ = run_cli(*argv, model=tiny_lion)
+    assert status == 0
     assert "stage 3, bf16, 2 samples a device, 9 tokens of text" in table
     rows = [line for line in table.splitlines() if line.startswith("activations")]
     kept, checkpointed, fused, fused_checkpointed = map(float, rows[0].split()[1:])
     assert fused_checkpointed <= checkpointed < kept
     assert fused < kept
-    assert main(argv) == 2
-    assert "model: expected --size, or a LION directory" in capsys.readouterr().err
+    status, _, err = run_cli(*argv)
+    assert status == 2
+    assert "model: expected --size, or a LION directory" in err

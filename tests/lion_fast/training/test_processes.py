@@ -13,7 +13,9 @@ import torch
 
 from lion_fast import LionForCausalLM
 from lion_fast.training import RecipeError, saving, train
-from tests.lion_fast.training.runs import PATIENCE, Files, MakeRecipe, finish, free_port, losses_of, run_on, weights_of
+from lion_fast.training.recipe import Recipe
+from tests.lion_fast.processes import PATIENCE, finish, free_port
+from tests.lion_fast.training.runs import Files, MakeRecipe, losses_of, run_on, weights_of
 from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS
 
 
@@ -88,18 +90,14 @@ def test_two_processes_match_one(make_recipe: MakeRecipe, start: Callable[..., A
     evaluation = (*files.overrides(), "data.evaluate.image_level=['scenes:1:5']", "evaluation.every=6")
     one = make_recipe(3, *evaluation, name="one")
     train(one)
-    expected = losses_of(one.output_dir)
     two = make_recipe(3, *evaluation, name="two")
     run_on(2, start, two)
-    assert losses_of(two.output_dir) == pytest.approx(expected, rel=LOSS_TWO_WAYS)
-    assert losses_of(two.output_dir, "eval_loss") == pytest.approx(
-        losses_of(one.output_dir, "eval_loss"), rel=LOSS_TWO_WAYS
-    )
-    assert len(losses_of(one.output_dir, "eval_loss")) == 1
+    expect_same_losses(two, one)
     sharded = make_recipe(3, *files.overrides(), "checkpoints.keep=1", name="sharded")
     for world, until in ((2, 2), (1, 4), (2, 6)):
         run_on(world, start, sharded, engine="fsdp2", resume=True, stop_after=until)
     progress = saving.checkpoints(Path(sharded.output_dir))[0] / "progress.json"
+    expected = losses_of(one.output_dir)
     assert json.loads(progress.read_text())["losses"] == pytest.approx(expected, rel=LOSS_TWO_WAYS)
     assert_same_model(Path(sharded.output_dir), Path(one.output_dir))
 
@@ -115,14 +113,11 @@ def test_sharded_trainer_matches_one_process(make_recipe: MakeRecipe, start: Cal
     run_on(2, start, sharded)
     run_dir = Path(sharded.output_dir)
     for world in (1, 2):
-        assert losses_of(run_dir) == pytest.approx(losses_of(one.output_dir), rel=LOSS_TWO_WAYS)
-        assert losses_of(run_dir, "eval_loss") == pytest.approx(
-            losses_of(one.output_dir, "eval_loss"), rel=LOSS_TWO_WAYS
-        )
+        expect_same_losses(sharded, one)
         assert_same_model(run_dir, Path(one.output_dir))
         saving.remove(run_dir / "checkpoint-6")
         run_on(world, start, sharded, resume=True)
-    assert losses_of(run_dir) == pytest.approx(losses_of(one.output_dir), rel=LOSS_TWO_WAYS)
+    expect_same_losses(sharded, one)
     model = LionForCausalLM.from_pretrained(run_dir / "model", output_loading_info=True)
     assert not any(model[1].values()), "the final save has all weights and no others"
     with pytest.raises(RecipeError, match=r"parallel: expected 'ddp' without torchrun"):
@@ -140,6 +135,14 @@ def test_sharded_bf16_matches_one_process(make_recipe: MakeRecipe, start: Callab
     dtypes = {name: value.dtype for name, value in weights_of(sharded.output_dir).items()}
     assert dtypes == {name: value.dtype for name, value in weights_of(one.output_dir).items()}
     assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+
+
+def expect_same_losses(recipe: Recipe, expected: Recipe) -> None:
+    """Compare the losses of training and of one evaluation."""
+    for name in ("loss", "eval_loss"):
+        losses = losses_of(expected.output_dir, name)
+        assert losses_of(recipe.output_dir, name) == pytest.approx(losses, rel=LOSS_TWO_WAYS)
+    assert len(losses) == 1
 
 
 def assert_same_model(run_dir: Path, expected_dir: Path) -> None:

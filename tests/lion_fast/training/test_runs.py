@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from lion_fast import LionForCausalLM, LionProcessor
-from lion_fast.cli import main
 from lion_fast.data.order import POSITION
 from lion_fast.training import NonFiniteError, saving, shipped_recipe, train
 from lion_fast.training.building import build_model
@@ -27,9 +26,7 @@ from tests.rounding import LOSS_TWO_WAYS, expect_golden_curve
 
 
 @needing("tensorboard", "train")
-def test_the_command_trains_the_stages_and_carries_over(
-    make_recipe: MakeRecipe, tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_trains_the_stages_and_carries_over(tiny_lion: Path, tmp_path: Path, run_cli: Callable) -> None:
     """Stages 1 and 2 start from frozen parts, stage 3 from both and stage 4 from 3, in bf16 with checkpointing."""
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -46,8 +43,9 @@ def test_the_command_trains_the_stages_and_carries_over(
         4: [f"model.carry_over=[{model[3]}]", image, region, "optimizer.min_lr=0.0"],
     }
     for number, start in starts.items():
-        argv = ["train", "--stage", str(number), "--config", str(config), f"output_dir={tmp_path / f'stage{number}'}"]
-        assert main([*argv, *start]) == 0, capsys.readouterr().err
+        argv = [f"output_dir={tmp_path / f'stage{number}'}", *start, "--stage", number, "--config", config]
+        status, _, err = run_cli("train", *argv)
+        assert status == 0, err
     states = {number: load_file(path / "model.safetensors") for number, path in model.items()}
     base = load_file(tiny_lion / "model.safetensors")
     joint = LionForCausalLM.from_pretrained(model[4])
@@ -64,24 +62,23 @@ def test_the_command_trains_the_stages_and_carries_over(
     sheet = Image.open(tmp_path / "stage1" / "pictures" / "step-2.png")
     assert sheet.size[0] > 640
     assert list((tmp_path / "stage1" / "tensorboard").iterdir())
-    assert main([*argv, *start]) == 2
-    assert "output_dir: expected a directory without checkpoints" in capsys.readouterr().err
+    status, _, err = run_cli("train", *argv)
+    assert status == 2
+    assert "output_dir: expected a directory without checkpoints" in err
 
 
 @needing("tensorboard", "train")
-def test_the_command_reports_errors_in_one_line(
-    tiny_lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_reports_errors_in_one_line(tmp_path: Path, run_cli: Callable) -> None:
     argv = ["train", "--stage", "1", f"output_dir={tmp_path}"]
-    assert main([*argv, "--print-recipe"]) == 0
-    assert capsys.readouterr().out == shipped_recipe(1)
+    status, out, _ = run_cli(*argv, "--print-recipe")
+    assert (status, out) == (0, shipped_recipe(1))
     for more, message in (
         ([], "model: expected a directory in model.frozen_from or model.carry_over, got neither"),
         (["model.carry_over=[absent]", "data.train.image_level=[scenes:0:1]"], "absent: no such directory"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ):
-        assert main([*argv, *more]) == 2
-        err = capsys.readouterr().err
+        status, _, err = run_cli(*argv, *more)
+        assert status == 2
         assert message in err
         assert len(err.strip().splitlines()) == 1
 

@@ -1,9 +1,11 @@
 """Training stages: trained parameters, frozen parameters, and parameters carried over to the next stage."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from lion_fast import LionConfig, LionForCausalLM
+from lion_fast import LionForCausalLM
 from lion_fast.training.stages import (
     STAGES,
     Stage,
@@ -14,43 +16,21 @@ from lion_fast.training.stages import (
     stage_of,
     stage_of_model,
 )
-from tests.lion_fast.tiny import PART, QFORMER, T5, VISION
+from tests.lion_fast.tiny import make_batch, make_config
 
-D_MODEL = 24
-TEXT = {**T5, "vocab_size": 40, "d_model": D_MODEL, "d_ff": 32, "num_heads": 2, "initializer_factor": 1.0}
+NARROW = {"d_model": 24}
 
 
-def build(stage: Stage, seed: int = 0, d_model: int = D_MODEL) -> LionForCausalLM:
+def build(stage: Stage, seed: int = 0, **overrides: Any) -> LionForCausalLM:
     torch.manual_seed(seed)
-    config = LionConfig(
-        vision_config=VISION,
-        qformer_config={**QFORMER, "vocab_size": 30},
-        aggregator_config={**PART, "feature_layers": (2, 1, 0), "projection_size": 32},
-        text_config={**TEXT, "d_model": d_model},
-        visual_input=stage.visual_input,
-        num_query_tokens=4,
-        adapter_rank=4,
-        soft_prompt_token_id=3,
-    )
-    return LionForCausalLM(config)
+    return LionForCausalLM(make_config(visual_input=stage.visual_input, **overrides))
 
 
-def batch_for(stage: Stage) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-
-    def ids(high: int, length: int) -> torch.Tensor:
-        return torch.randint(4, high, (2, length), generator=generator)
-
-    input_ids = ids(40, 6)
-    input_ids[:, 0] = 3  # the soft prompt
-    tasks = {"image_level": 1, "region_level": 0}
-    return {
-        "pixel_values": torch.randn(2, 3, 28, 28, generator=generator),
-        "input_ids": input_ids,
-        "qformer_input_ids": ids(30, 5),
-        "task_ids": torch.tensor([tasks[stage.tasks[0]], tasks[stage.tasks[-1]]]),
-        "labels": ids(40, 4),
-    }
+@torch.no_grad()
+def randomise(*models: LionForCausalLM, part: str = "") -> None:
+    for name, parameter in (named for model in models for named in model.named_parameters()):
+        if part in name:
+            parameter.copy_(torch.randn_like(parameter))
 
 
 # The trained parameters of each stage, by prefixes of their names.
@@ -70,7 +50,10 @@ def test_a_step_changes_exactly_the_trained_parameters(stage: Stage) -> None:
     names = freeze_for_stage(model, stage)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     model.train()
-    model(**batch_for(stage)).loss.backward()
+    tasks = {"image_level": 1, "region_level": 0}
+    batch = make_batch(batch=2, labels=True)
+    batch["task_ids"] = torch.tensor([tasks[stage.tasks[0]], tasks[stage.tasks[-1]]])
+    model(**batch).loss.backward()
     torch.optim.AdamW(parameter_groups(model, lr=1e-2), eps=1e-30).step()
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     expected = {name for name in before if name.startswith(TRAINED[stage.number]) or ".adapter." in name}
@@ -86,10 +69,7 @@ def test_a_step_changes_exactly_the_trained_parameters(stage: Stage) -> None:
 
 def test_single_adapters_become_the_joint_models_adapters() -> None:
     first, second, joint = (build(stage, seed=stage.number) for stage in STAGES[:3])
-    for model in (first, second, joint):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn_like(parameter))
+    randomise(first, second, joint)
     untouched = {name: value.detach().clone() for name, value in joint.named_parameters()}
     written = carry_over(first, STAGES[0], joint, STAGES[2]) + carry_over(second, STAGES[1], joint, STAGES[2])
     sources = {1: dict(first.named_parameters()), 2: dict(second.named_parameters())}
@@ -117,17 +97,14 @@ def test_a_joint_stage_passes_on_everything() -> None:
 
 def test_copy_frozen_copies_only_frozen_parameters() -> None:
     source, target = build(STAGES[2], seed=1), build(STAGES[0], seed=2)
-    for model in (source, target):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn_like(parameter))
+    randomise(source, target)
     before = {name: value.detach().clone() for name, value in target.named_parameters()}
     copy_frozen(source, target)
     given = dict(source.named_parameters())
     for name, value in target.named_parameters():
         assert torch.equal(value, before[name] if STAGES[2].trains(name) else given[name]), name
     with pytest.raises(ValueError, match=r"expected \[.*\] \(target\)"):
-        copy_frozen(source, build(STAGES[0], d_model=32))
+        copy_frozen(source, build(STAGES[0], text=NARROW))
 
 
 def test_stages_are_found_by_number_and_by_model() -> None:
@@ -140,14 +117,10 @@ def test_stages_are_found_by_number_and_by_model() -> None:
 def test_the_joint_model_starts_as_both_experts() -> None:
     """With initial routers, each task uses the adapter of its own stage in every layer."""
     first, second, joint = (build(stage, seed=stage.number) for stage in STAGES[:3])
-    with torch.no_grad():
-        for model in (first, second):
-            for name, parameter in model.named_parameters():
-                if ".adapter." in name:
-                    parameter.copy_(torch.randn_like(parameter))
+    randomise(first, second, part=".adapter.")
     carry_over(first, STAGES[0], joint, STAGES[2])
     carry_over(second, STAGES[1], joint, STAGES[2])
-    hidden, residual = torch.randn(3, 5, D_MODEL), torch.randn(3, 5, D_MODEL)
+    hidden, residual = torch.randn(3, 5, 32), torch.randn(3, 5, 32)
     for expert, task in ((first, 1), (second, 0)):
         own = expert.language_model.encoder.block[1].layer[-1].adapter(hidden, residual, None)
         routed = joint.language_model.encoder.block[1].layer[-1].adapter(hidden, residual, torch.full((3,), task))
@@ -193,5 +166,5 @@ def test_errors_name_the_model_and_the_parameter() -> None:
         freeze_for_stage(first, STAGES[2])
     with pytest.raises(ValueError, match="target: expected a model with visual_input 'ALL'"):
         carry_over(first, STAGES[0], first, STAGES[2])
-    with pytest.raises(ValueError, match=r"soft_prompt: expected \[32\]"):
-        carry_over(first, STAGES[0], build(STAGES[2], d_model=32), STAGES[2])
+    with pytest.raises(ValueError, match=r"soft_prompt: expected \[24\]"):
+        carry_over(first, STAGES[0], build(STAGES[2], text=NARROW), STAGES[2])

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from lion_fast import LionConfig, LionForCausalLM
+from lion_fast import LionForCausalLM
 from lion_fast.inference.bulk import BulkJob
 from lion_fast.scenes import SceneGenerator
 from tests.lion_fast.inference.bulk.inputs import CORRUPT, COUNT
 from tests.lion_fast.processes import starting
-from tests.lion_fast.tiny import NO_DROPOUT, PART, QFORMER, T5, VISION, scene_processor
+from tests.lion_fast.tiny import make_config, scene_processor
 
 PROCESS = Path(__file__).with_name("bulk_process.py")
 
@@ -26,14 +26,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = scene_processor(20)
     strong = {"initializer_range": 0.5}
     torch.manual_seed(0)
-    config = LionConfig(
-        vision_config={**VISION, **strong, "num_hidden_layers": 2},
-        qformer_config={**QFORMER, **NO_DROPOUT, **strong, "vocab_size": len(processor.qformer_tokenizer)},
-        aggregator_config={**PART, **NO_DROPOUT, **strong, "feature_layers": [1, 1, 0], "projection_size": 24},
-        text_config={**T5, "vocab_size": len(processor.tokenizer), "initializer_factor": 1.5},
-        num_query_tokens=4,
-        adapter_rank=8,
-        soft_prompt_token_id=processor.soft_prompt_token_id,
+    config = make_config(
+        processor=processor,
+        vision_config={**strong, "num_hidden_layers": 2},
+        qformer_config={**strong, "max_position_embeddings": 512},
+        aggregator_config={**strong, "num_attention_heads": 2, "feature_layers": [1, 1, 0], "projection_size": 24},
+        text={"initializer_factor": 1.5},
         **strong,
     )
     model = LionForCausalLM(config)

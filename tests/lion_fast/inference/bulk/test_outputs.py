@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from lion_fast.inference.bulk.outputs import Journal, Output, open_output, read_rows
-from tests.extras import needing, needs
+from lion_fast.inference.bulk.outputs import Journal, Output, open_output
+from tests.extras import needing
+from tests.lion_fast.inference.bulk.inputs import by_id, rows_in
 
 NEEDS_PYARROW = needing("pyarrow", "parquet")
 NAMES = ["rows.jsonl", pytest.param("rows.parquet", marks=NEEDS_PYARROW)]
@@ -16,19 +18,11 @@ FIELDS = ("id", "caption", "error")
 
 
 def rows(start: int, stop: int) -> list[dict]:
-    return [{"id": f"ä{n}", "caption": f"a\n“{n}”", "error": None} for n in range(start, stop)]
+    return [{"id": f"ä{n:02}", "caption": f"a\n“{n}”", "error": None} for n in range(start, stop)]
 
 
-def open_rows(path: Path, rows_per_part: int = 4) -> Output:
-    return open_output(path, FIELDS, rows_per_part)
-
-
-def content(path: Path) -> list[dict]:
-    return needs("pyarrow.parquet", "parquet").read_table(path).to_pylist() if path.is_dir() else list(read_rows(path))
-
-
-def by_id(found: list[dict]) -> list[dict]:
-    return sorted(found, key=lambda row: int(row["id"][1:]))
+def open_rows(path: Path) -> Output:
+    return open_output(path, FIELDS, rows_per_part=4)
 
 
 def test_a_line_truncated_at_any_byte_is_removed(tmp_path: Path) -> None:
@@ -41,10 +35,9 @@ def test_a_line_truncated_at_any_byte_is_removed(tmp_path: Path) -> None:
         output = open_rows(path)
         output.settle()
         kept = sum(end <= size for end in ends)
-        assert content(path) == rows(0, kept)
-        writer = output.open(0, 1)
-        writer.append(rows(kept, 3))
-        writer.close()
+        assert rows_in(path) == rows(0, kept)
+        with closing(output.open(0, 1)) as writer:
+            writer.append(rows(kept, 3))
         assert path.read_bytes() == whole
 
 
@@ -69,7 +62,7 @@ def test_rows_of_several_processes_are_merged(tmp_path: Path, name: str) -> None
         writer.close()
     output.settle()
     expected = rows(0, 13) + rows(20, 33)
-    assert by_id(content(output.path)) == expected
+    assert by_id(rows_in(output.path)) == expected
     assert sorted(output.ids()) == sorted(row["id"] for row in expected)
     found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     # Each process wrote full parts; the remaining rows are in parts written at the end.
@@ -82,27 +75,25 @@ def test_moved_rows_are_not_moved_again(tmp_path: Path, name: str) -> None:
     """The kill comes after a journal's rows are moved and before the journal is removed."""
     output = open_rows(tmp_path / name)
     output.settle()
-    writer = output.open(1, 2)
-    writer.append(rows(0, 3))
-    writer.close()
+    with closing(output.open(1, 2)) as writer:
+        writer.append(rows(0, 3))
     (journal,) = output._journals()
     before = journal.read_bytes()
     output.settle()
     journal.write_bytes(before + (json.dumps(rows(3, 4)[0]) + '\n{"id": ').encode())
     output.settle()
-    assert content(output.path) == rows(0, 4)
+    assert rows_in(output.path) == rows(0, 4)
     assert not output._journals()
 
 
 @NEEDS_PYARROW
 def test_an_unfinished_part_is_removed(tmp_path: Path) -> None:
     output = open_rows(tmp_path / "rows.parquet")
-    writer = output.open(0, 1)
-    writer.append(rows(0, 2))
-    writer.close()
+    with closing(output.open(0, 1)) as writer:
+        writer.append(rows(0, 2))
     (output.path / "part-00000.parquet.unfinished").write_bytes(b"PAR1")
     output.settle()
-    assert content(output.path) == rows(0, 2)
+    assert rows_in(output.path) == rows(0, 2)
 
 
 def test_only_one_process_can_open_a_journal(tmp_path: Path) -> None:
@@ -114,11 +105,9 @@ def test_only_one_process_can_open_a_journal(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "1\n"
         with pytest.raises(ValueError, match=r"expected a file that no other process is writing, got .*rows.jsonl"):
             open_rows(path).settle()
-        assert other.stdin is not None
         other.stdin.close()
     open_rows(path).settle()
 

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,34 +15,21 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from lion_fast import LionForCausalLM, LionProcessor, RamTagger
-from lion_fast.cli import main
+from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.inference.bulk import BulkJob, run
-from lion_fast.inference.bulk.outputs import read_rows
 from lion_fast.inference.bulk.running import plan_batches
 from lion_fast.io.boxes import parse_boxes
 from lion_fast.io.images import load_image
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
-from lion_fast.tagging.configuration_ram import RamConfig
 from tests.extras import needing, needs
-from tests.lion_fast.inference.bulk.inputs import CORRUPT, COUNT
+from tests.lion_fast.inference.bulk.inputs import CORRUPT, COUNT, by_id, rows_in
+from tests.lion_fast.processes import PATIENCE, finish, run_python
+from tests.lion_fast.tiny import make_tagger
 from tests.rounding import between
 
 MakeJob = Callable[..., BulkJob]
 Start = Callable[..., Any]
 NEEDS_PYARROW = needing("pyarrow", "parquet")
-PATIENCE = 300  # seconds to wait for a process, also on a busy machine
-
-
-def rows_of(job: BulkJob) -> list[dict[str, Any]]:
-    path = Path(job.out)
-    if path.is_dir():
-        return needs("pyarrow.parquet", "parquet").read_table(path).to_pylist()
-    return list(read_rows(path))
-
-
-def by_id(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: row["id"])
 
 
 @pytest.fixture
@@ -65,7 +50,7 @@ def test_answers_equal_single_calls(make_job: MakeJob, images: Path, ask_singly:
     job = make_job("ask", num_beams=2, max_new_tokens=5)
     summary = run(job, batch_size=7, num_workers=1)
     table = [json.loads(line) for line in (images / "table.jsonl").open()]
-    rows = rows_of(job)
+    rows = rows_in(job.out)
     assert (summary.rows, summary.errors, summary.before) == (COUNT, len(CORRUPT), 0)
     assert Counter(row["id"] for row in rows) == Counter(f"table.jsonl:{n}" for n in range(1, COUNT + 1))
     for row in [row for n, row in enumerate(rows) if n % 3 == 0 or row["image"] in CORRUPT]:
@@ -84,7 +69,7 @@ def test_answers_equal_single_calls(make_job: MakeJob, images: Path, ask_singly:
 def test_boxes_equal_single_calls(make_job: MakeJob, images: Path, ask_singly: Callable[..., str]) -> None:
     job = make_job("locate", text="the red circle", tags="a, b", input=str(images / "pictures" / "0000*.png"))
     assert run(job, batch_size=4, num_workers=0).rows == 5
-    for row in rows_of(job):
+    for row in rows_in(job.out):
         question = LOCATE_INSTRUCTION.format(expression="the red circle")
         answer = ask_singly(row["id"], question, "a, b", task="region_level")
         assert (row["expression"], row["answer"]) == ("the red circle", answer)
@@ -99,7 +84,7 @@ def test_boxes_are_in_pixels(make_job: MakeJob, images: Path, checkpoint: Path, 
     monkeypatch.setattr(LionForCausalLM, "generate", lambda self, **inputs: answer.expand(len(inputs["input_ids"]), -1))
     job = make_job("locate", out="rows.parquet")
     run(job, num_workers=0)
-    rows = [row for row in rows_of(job) if row["error"] is None]
+    rows = [row for row in rows_in(job.out) if row["error"] is None]
     assert len(rows) == COUNT - len(CORRUPT)
     assert all(row["boxes"] == [[8.0, 0.0, 16.0, 32.0]] for row in rows)
 
@@ -130,13 +115,11 @@ def test_kills_change_nothing(make_job: MakeJob, start: Start, captions: bytes, 
             # There is no journal if the kill came after the rows were moved to a part and before it was opened.
             for journal in [path for path in written(job) if path.suffix == ".jsonl"]:
                 os.truncate(journal, max(0, journal.stat().st_size - rng.randrange(1, 30)))
-    process = start(job, **options)
-    process.join(timeout=PATIENCE)
-    assert process.exitcode == 0
+    finish(start(job, **options))
     if out == "rows.jsonl":
         assert Path(job.out).read_bytes() == captions
     else:
-        assert by_id(rows_of(job)) == by_id(parsed(captions))
+        assert by_id(rows_in(job.out)) == by_id(parsed(captions))
     assert run(job).rows == 0, "nothing is left"
     deadline = time.monotonic() + PATIENCE
     while any(map(is_alive, workers)):
@@ -218,18 +201,15 @@ def test_two_processes_share_the_work(make_job: MakeJob, start_two: Callable[...
     summary = run(job, batch_size=3, num_workers=0)
     assert 0 < summary.rows <= COUNT - 60
     assert summary.rows + summary.before == COUNT
-    assert by_id(rows_of(job)) == by_id(parsed(captions))
+    assert by_id(rows_in(job.out)) == by_id(parsed(captions))
     assert [path.name for path in written(job)] == ["rows.jsonl"]
 
 
 @NEEDS_PYARROW
 def test_two_processes_finish(make_job: MakeJob, start_two: Callable[..., list[Any]], captions: bytes) -> None:
     job = make_job(out="rows.parquet")
-    processes = start_two(job)
-    for process in processes:
-        process.join(timeout=PATIENCE)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert by_id(rows_of(job)) == by_id(parsed(captions))
+    finish(*start_two(job))
+    assert by_id(rows_in(job.out)) == by_id(parsed(captions))
 
 
 @pytest.mark.slow
@@ -243,22 +223,13 @@ def test_ray_gives_the_same_rows(make_job: MakeJob, captions: bytes) -> None:
         "ray.init(num_cpus=2, include_dashboard=False, _node_ip_address='127.0.0.1', object_store_memory=10**8); "
         "status = main(sys.argv[1:]); ray.shutdown(); sys.exit(status)"
     )
-    command = [sys.executable, "-c", code, "caption", job.input, "--model", job.model, "--out", job.out]
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = ["-c", code, "caption", job.input, "--model", job.model, "--out", job.out, "--batch-size", 5]
     for already in (0, COUNT // 2):
         if already:
             Path(job.out).write_bytes(b"".join(lines[:already]) + lines[already][:9])
-        done = subprocess.run(
-            [*command, "--batch-size", "5", "--ray-workers", "2"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"{COUNT - already} rows written, {already} existed" in done.stdout
-        assert by_id(rows_of(job)) == by_id(parsed(captions))
+        printed = run_python(*command, "--ray-workers", 2, RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+        assert f"{COUNT - already} rows written, {already} existed" in printed
+        assert by_id(rows_in(job.out)) == by_id(parsed(captions))
 
 
 def test_other_settings_are_rejected(make_job: MakeJob, images: Path, tmp_path: Path) -> None:
@@ -286,10 +257,10 @@ def test_strict_stops_and_can_be_resumed(make_job: MakeJob, captions: bytes) -> 
     job = make_job()
     with pytest.raises(ValueError, match=r"^(00017|sub/00090).png: image .*expected an image file"):
         run(job, batch_size=5, num_workers=0, strict=True)
-    assert 0 < len(rows_of(job)) < COUNT
-    assert all(row["error"] is None for row in rows_of(job))
+    assert 0 < len(rows_in(job.out)) < COUNT
+    assert all(row["error"] is None for row in rows_in(job.out))
     run(job, batch_size=5, num_workers=0)
-    assert by_id(rows_of(job)) == by_id(parsed(captions))
+    assert by_id(rows_in(job.out)) == by_id(parsed(captions))
 
 
 def test_new_images_are_added(make_job: MakeJob, images: Path, tmp_path: Path) -> None:
@@ -302,22 +273,12 @@ def test_new_images_are_added(make_job: MakeJob, images: Path, tmp_path: Path) -
     (folder / "a.png").write_bytes((images / "pictures" / "00003.png").read_bytes())
     summary = run(job, num_workers=0)
     assert (summary.rows, summary.before) == (1, 2)
-    assert [row["id"] for row in rows_of(job)] == ["b.png", "c.png", "a.png"]
+    assert [row["id"] for row in rows_in(job.out)] == ["b.png", "c.png", "a.png"]
 
 
-def test_tags(make_job: MakeJob, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tags(make_job: MakeJob, images: Path, tmp_path: Path, run_cli: Callable) -> None:
     """Tags equal the tagger's own, and a captioning job reads them."""
-    torch.manual_seed(0)
-    config = RamConfig(
-        vision_config={"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4},
-        num_tags=6,
-        label_size=16,
-        hidden_size=24,
-        num_attention_heads=2,
-        intermediate_size=32,
-        projection_size=20,
-    )
-    tagger = RamTagger(config, list("abcdef"), [0.5] * 6).eval()
+    tagger = make_tagger("abcdef", [0.5] * 6)
     folder = images / "pictures" / "sub"
     files = sorted(folder.glob("0009*.png"))
     with torch.no_grad():
@@ -325,33 +286,30 @@ def test_tags(make_job: MakeJob, images: Path, tmp_path: Path, capsys: pytest.Ca
         tagger.tag_thresholds = between(tagger.logits(tagger.preprocess(good)).sigmoid()).tolist()
     tagger.save_pretrained(tmp_path / "ram")
     tagged = tmp_path / "tagged.jsonl"
-    arguments = ["--ram", str(tmp_path / "ram"), "--out", str(tagged), "--workers", "0"]
-    assert main(["tag", str(folder / "0009*.png"), *arguments]) == 0
-    assert "5 rows written, 0 existed" in (out := capsys.readouterr().out)
+    status, out, _ = run_cli("tag", folder / "0009*.png", ram=tmp_path / "ram", out=tagged, workers=0)
+    assert status == 0
+    assert "5 rows written, 0 existed" in out
     assert "1 with an error, first" in out
-    rows = list(read_rows(tagged))
+    rows = rows_in(tagged)
     found = {row["id"]: row["tags"] for row in rows if row["error"] is None}
     assert found == {name: [tag for tag in tagger([name])[0].split(", ") if tag] for name in found}
     assert len({tuple(tags) for tags in found.values()}) > 1
-    assert main(["tag", next(iter(found)), "--ram", str(tmp_path / "ram")]) == 0
-    assert capsys.readouterr().out.strip() == ", ".join(next(iter(found.values())))
+    status, out, _ = run_cli("tag", next(iter(found)), ram=tmp_path / "ram")
+    assert (status, out.strip()) == (0, ", ".join(next(iter(found.values()))))
     job = make_job(input=str(tagged), out="captions.jsonl")
     summary = run(job, num_workers=0)
     assert (summary.rows, summary.errors) == (5, 1)
 
 
-def test_the_command_line_runs_the_same_job(
-    make_job: MakeJob, captions: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_runs_the_same_job(make_job: MakeJob, captions: bytes, run_cli: Callable) -> None:
     job = make_job()
-    arguments = ["--model", job.model, "--out", job.out, "--batch-size", "5", "--workers", "1"]
-    assert main(["caption", job.input, *arguments]) == 0
-    printed = capsys.readouterr()
+    status, out, err = run_cli("caption", job.input, model=job.model, out=job.out, batch_size=5, workers=1)
+    assert status == 0
     assert Path(job.out).read_bytes() == captions
-    assert f"{COUNT} rows written, 0 existed" in printed.out
-    assert "2 with an error, first 00017.png: image (" in printed.out
-    assert f"{COUNT}/{COUNT}" in printed.err
-    assert "image/s" in printed.err
+    assert f"{COUNT} rows written, 0 existed" in out
+    assert "2 with an error, first 00017.png: image (" in out
+    assert f"{COUNT}/{COUNT}" in err
+    assert "image/s" in err
 
 
 @pytest.mark.parametrize(
@@ -370,11 +328,12 @@ def test_the_command_line_runs_the_same_job(
     ],
 )
 def test_bad_arguments_are_reported_in_one_line(
-    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path, arguments: list[str], message: str
+    images: Path, run_cli: Callable, monkeypatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([argument.format(images=images / "pictures") for argument in arguments]) == 2
-    assert message in capsys.readouterr().err
+    status, _, err = run_cli(*(argument.format(images=images / "pictures") for argument in arguments))
+    assert status == 2
+    assert message in err
     assert not list(tmp_path.iterdir())
 
 

@@ -17,7 +17,7 @@ from lion_fast.data import JsonlDataset, write_shards
 from lion_fast.inference.bulk.items import Item, Source
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.preparing import Preparer
-from lion_fast.inference.bulk.sources import find_files, open_source
+from lion_fast.inference.bulk.sources import open_source
 from lion_fast.io.images import load_image
 from tests.extras import needs
 
@@ -209,25 +209,21 @@ def test_shards_of_training_data() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_errors_name_the_input() -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"input: expected a file, a directory, or a pattern .* got absent/\*.png"
-    ):
-        find_files("absent/*.png")
+@pytest.mark.parametrize(
+    ("input", "command", "error", "message"),
+    [
+        ("absent/*.png", "tag", FileNotFoundError, r"input: expected a file, .* pattern .* got absent/\*.png"),
+        ("empty", "tag", FileNotFoundError, r"expected images \(or .tar files\) in the directory empty, found none"),
+        ("photos/[at].*", "tag", ValueError, "expected files of one kind, got .jsonl, images"),
+        ("photos/t.jsonl", "tag", ValueError, "expected lines with 'image', got none in t.jsonl; .* have picture"),
+        ("photos", "ask", ValueError, "question: expected one for all images"),
+    ],
+)
+def test_errors_name_the_input(input: str, command: str, error: type[Exception], message: str) -> None:
     Path("empty").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=r"expected images \(or .tar files\) in the directory empty, found none"
-    ):
-        find_files("empty")
     Path("photos/t.jsonl").write_text('{"picture": "a.png"}\n')
-    with pytest.raises(ValueError, match=r"expected files of one kind, got .jsonl, images"):
-        open_job("photos/[at].*")
-    with pytest.raises(
-        ValueError, match=r"columns: expected lines with 'image', got none in t.jsonl; the lines have picture"
-    ):
-        open_job("photos/t.jsonl")
-    with pytest.raises(ValueError, match="question: expected one for all images"):
-        open_job("photos", "ask")
+    with pytest.raises(error, match=message):
+        open_job(input, command)
 
 
 @pytest.mark.parametrize(
