@@ -23,7 +23,6 @@ from lion_fast.check.cases import CASES, OPERATORS, TIMED, Case, Tensors
 from lion_fast.check.compare import compare, make_tensors, poisoned_memory
 from lion_fast.check.timing import Clock, Seconds, captured, measure, measure_rates, quantiles
 from lion_fast.check.worker import Task, side_by_side
-from lion_fast.cli import main
 from lion_kernels.core.cost import H200, Cost, Device, floor_seconds
 from tests.operators import OPERATORS as PUBLIC_OPERATORS
 
@@ -52,10 +51,10 @@ def test_every_operator_is_checked_and_timed() -> None:
 
 
 @pytest.mark.usefixtures("_smallest_cases")
-def test_correct_operators_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_correct_operators_pass(tmp_path: Path, run_cli: Callable) -> None:
     found = tmp_path / "check.json"
-    assert main(["check", "--dtypes", "float32", "--json", str(found)]) == 0
-    out = capsys.readouterr().out
+    status, out, _ = run_cli("check", dtypes="float32", json=found)
+    assert status == 0
     assert ("The kernels run in Triton's interpreter" in out) == (DEVICE.type == "cpu")
     assert f"{len(OPERATORS)} of {len(OPERATORS)} within bounds" in out
     saved = json.loads(found.read_text(encoding="utf-8"))
@@ -107,18 +106,13 @@ def _dies(*args: Any, **options: Any) -> Tensor:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_operators_fail_with_the_reason(
-    wrong: Operator,
-    problem: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    wrong: Operator, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_cli: Callable
 ) -> None:
     monkeypatch.setattr(lion_kernels, "rms_norm", wrong)
     monkeypatch.setattr(report, "REPEATS", 2)
     found = tmp_path / "check.json"
-    options = ["--operators", "rms_norm", "gated_gelu", "--dtypes", "float32", "--json", str(found)]
-    assert main(["check", *options]) == 1
-    out = capsys.readouterr().out
+    status, out, _ = run_cli("check", "--operators", "rms_norm", "gated_gelu", dtypes="float32", json=found)
+    assert status == 1
     assert f"FAIL rms_norm, {smallest('rms_norm').label}, float32: {problem}" in out
     assert "FAIL gated_gelu" not in out
     assert "1 of 2 within bounds" in out
@@ -126,41 +120,46 @@ def test_wrong_operators_fail_with_the_reason(
 
 
 @pytest.mark.usefixtures("_smallest_cases")
-def test_results_before_an_interruption_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_results_before_an_interruption_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_cli: Callable
+) -> None:
     def interrupted(*args: Any, **options: Any) -> Tensor:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lion_kernels, "rms_norm", interrupted)
     found = tmp_path / "check.json"
-    assert main(["check", "--operators", "gated_gelu", "rms_norm", "--dtypes", "float32", "--json", str(found)]) == 130
+    status, _, _ = run_cli("check", "--operators", "gated_gelu", "rms_norm", dtypes="float32", json=found)
+    assert status == 130
     check = json.loads(found.read_text(encoding="utf-8"))
     (outcome,) = check["outcomes"]
     assert outcome["operator"] == "gated_gelu"
     assert check["problems"] == ["1 of 2 comparisons were not made"]
 
 
-def test_half_precision_may_have_twice_the_error_of_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = smallest("gated_gelu")
-    plain = compare(case, torch.float16, DEVICE, repeats=1)
-    assert not plain.problems
-    right = lion_kernels.gated_gelu
-    monkeypatch.setattr(lion_kernels, "gated_gelu", lambda *args, **options: right(*args, **options) * 1.002)
-    (problem, *_) = compare(case, torch.float16, DEVICE, repeats=1).problems
-    assert re.fullmatch(r"out: error [12]\.\de-03 above its bound \d\.\de-04", problem)
+class Rough(Case):
+    """A case whose plain formula is half as large again as it should be, except in fp64."""
+
+    def reference(self, tensors: Tensors) -> Tensor:
+        out = super().reference(tensors)
+        return out if out.dtype == torch.float64 else out * 1.5
 
 
-def test_an_inaccurate_plain_formula_does_not_loosen_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Rough(Case):
-        def reference(self, tensors: Tensors) -> Tensor:
-            out = super().reference(tensors)
-            return out if out.dtype == torch.float64 else out * 1.5
-
-    case = Rough(**vars(smallest("gated_gelu")))
+@pytest.mark.parametrize(
+    ("kind", "factor", "problem"),
+    [
+        (Case, 1.002, r"out: error [12]\.\de-03 above its bound \d\.\de-04"),
+        (Rough, 1.02, r"out: error 2\.\de-02 above its bound 3\.9e-03"),
+    ],
+)
+def test_half_precision_may_have_twice_the_error_of_an_accurate_plain_formula(
+    kind: type[Case], factor: float, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A formula that is itself inaccurate does not loosen the bound."""
+    case, right = kind(**vars(smallest("gated_gelu"))), lion_kernels.gated_gelu
     assert not compare(case, torch.float16, DEVICE, repeats=1).problems
-    right = lion_kernels.gated_gelu
-    monkeypatch.setattr(lion_kernels, "gated_gelu", lambda *args, **options: right(*args, **options) * 1.02)
-    (problem, *_) = compare(case, torch.float16, DEVICE, repeats=1).problems
-    assert re.fullmatch(r"out: error 2\.\de-02 above its bound 3\.9e-03", problem)
+    monkeypatch.setattr(lion_kernels, "gated_gelu", lambda *args, **options: right(*args, **options) * factor)
+    (found, *_) = compare(case, torch.float16, DEVICE, repeats=1).problems
+    assert re.fullmatch(problem, found)
 
 
 def test_small_gradients_are_judged_over_several_backward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,9 +194,11 @@ def test_every_allocation_is_poisoned() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernels are compiled here")
-def test_the_interpreter_is_chosen_before_triton_is_imported() -> None:
+def test_check_runs_without_installation_and_chooses_the_interpreter_before_triton_is_imported() -> None:
+    """PYTHONPATH suffices, as on a machine where nothing can be installed."""
+    root = Path(lion_fast.__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    environment["PYTHONPATH"] = os.pathsep.join(str(root / folder) for folder in (".", "kernels", "reference"))
     command = [sys.executable, "-m", "lion_fast", "check", "--operators", "rms_norm", "--dtypes", "float32"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -217,13 +218,10 @@ def test_the_interpreter_is_chosen_before_triton_is_imported() -> None:
         (["--dtypes", "float64"], "invalid choice: 'float64'"),
     ],
 )
-def test_errors_name_invalid_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        status = main(["check", *options])
-    except SystemExit as exit_of_argparse:
-        status = exit_of_argparse.code
+def test_errors_name_invalid_options(options: list[str], message: str, run_cli: Callable) -> None:
+    status, _, err = run_cli("check", *options)
     assert status == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, err)
 
 
 def test_quantiles() -> None:
@@ -331,14 +329,3 @@ def test_a_failed_capture_leaves_no_trace() -> None:
     again = captured(None, lambda _: torch.ones(10, device=DEVICE) + 1, DEVICE)
     assert again.refused is None
     assert 0 < Clock(DEVICE)(again)() < 1e-1
-
-
-def test_check_runs_without_installation() -> None:
-    """PYTHONPATH suffices, as on a machine where nothing can be installed."""
-    root = Path(lion_fast.__file__).parents[1]
-    folders = [str(root), str(root / "kernels"), str(root / "reference")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    command = [sys.executable, "-m", "lion_fast", "check", "--help"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "--operators" in run.stdout

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lion_fast import LionForCausalLM, LionProcessor
+from lion_fast import LionForCausalLM, LionProcessor, RamTagger
 from lion_fast.cli import main
 from lion_fast.model.prompts import CAPTION_INSTRUCTION
+from tests.lion_fast.processes import import_path
 
 
 @pytest.fixture
@@ -21,68 +23,62 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    status = main([str(argument) for argument in argv])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_convert_prints_its_report(golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sources = golden.directory
-    arguments = ["--vit", sources / "eva_vit_tiny.pth", "--llm", sources / "flan-t5-tiny"]
-    arguments += ["--bert", sources / "bert-tiny", "--lion", sources / "LION-tiny.pth", "--out", tmp_path / "out"]
-    status, out, _ = run(capsys, "convert", *arguments)
+def test_convert_prints_its_report_and_writes_the_tagger_beside_the_model(
+    golden_files, ram_files, tmp_path: Path, run_cli
+) -> None:
+    """The tagger gives the golden tags; `test_ram.py` tests every stage of `convert_ram`'s."""
+    arguments = golden_files | {"out": tmp_path / "out", "ram": ram_files["ram"]}
+    arguments |= {f"ram_{name}": ram_files[name] for name in ("tags", "thresholds")}
+    status, out, _ = run_cli("convert", **arguments)
     assert status == 0
     assert "LION-tiny.pth: 224 tensors read, 0 ignored" in out
+    assert "ram_tiny.pth: " in out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "lion"
-    status, _, err = run(capsys, "convert", *arguments)
+    tagger = RamTagger.from_pretrained(tmp_path / "out" / "ram", dtype=torch.float32)
+    ram = ram_files["ram"].parent
+    assert tagger([ram / f"image{i}.png" for i in range(3)]) == json.loads((ram / "meta.json").read_text())["tags"]
+    status, _, err = run_cli("convert", **arguments)
     assert status == 2
     assert "out: expected a directory that is empty" in err
 
 
-def test_convert_names_an_unreadable_file(golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sources = golden.directory
-    (tmp_path / "cut.pth").write_bytes((sources / "LION-tiny.pth").read_bytes()[:1000])
-    arguments = ["--vit", sources / "eva_vit_tiny.pth", "--llm", sources / "flan-t5-tiny"]
-    arguments += ["--bert", sources / "bert-tiny", "--lion", tmp_path / "cut.pth", "--out", tmp_path / "out"]
-    status, out, err = run(capsys, "convert", *arguments)
+def test_convert_names_an_unreadable_file(golden_files, tmp_path: Path, run_cli) -> None:
+    (tmp_path / "cut.pth").write_bytes(golden_files["lion"].read_bytes()[:1000])
+    status, out, err = run_cli("convert", **golden_files | {"lion": tmp_path / "cut.pth", "out": tmp_path / "out"})
     assert (status, out) == (2, "")
     assert "cut.pth: not a readable PyTorch checkpoint" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_caption_and_ask_print_the_answer(converted: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_caption_and_ask_print_the_answer(converted: Path, image: Path, run_cli) -> None:
     model, processor = LionForCausalLM.from_pretrained(converted).eval(), LionProcessor.from_pretrained(converted)
     for question, command in ((CAPTION_INSTRUCTION, ["caption", image]), ("What?", ["ask", image, "What?"])):
         batch = processor(images=image, text=question, tags="red, wall", task="image_level")
         ids = model.generate(**batch, num_beams=2, max_new_tokens=7)
         expected = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
-        options = ["--model", converted, "--tags", "red, wall", "--num-beams", 2, "--max-new-tokens", 7]
-        status, out, _ = run(capsys, *command, *options)
+        status, out, _ = run_cli(*command, model=converted, tags="red, wall", num_beams=2, max_new_tokens=7)
         assert (status, out.rstrip("\n")) == (0, expected)
 
 
 def test_locate_draws_the_box(
-    converted: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    converted: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli
 ) -> None:
     """The model answers every question with a box."""
     processor = LionProcessor.from_pretrained(converted)
     answer = processor.tokenizer(["[0.440,0.060,0.650,0.367]"], return_tensors="pt").input_ids
     monkeypatch.setattr(LionForCausalLM, "generate", lambda self, **inputs: answer)
     output = tmp_path / "box.png"
-    status, out, _ = run(capsys, "locate", image, "the plant", "--model", converted, "--output", output)
+    status, out, _ = run_cli("locate", image, "the plant", model=converted, output=output)
     assert status == 0
     assert "box in pixels: [43, 4, 63, 22]" in out
     assert Image.open(output).size == (97, 61)
     assert Image.open(output).convert("RGB").getcolors() != [(97 * 61, (255, 0, 0))]
 
 
-def test_locate_reports_an_answer_without_a_box(
-    converted: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_locate_reports_an_answer_without_a_box(converted: Path, image: Path, tmp_path: Path, run_cli) -> None:
     output = tmp_path / "box.png"
-    options = ["--model", converted, "--output", output, "--num-beams", 1, "--max-new-tokens", 5]
-    status, _, err = run(capsys, "locate", image, "the plant", *options)
+    options = {"model": converted, "output": output, "num_beams": 1, "max_new_tokens": 5}
+    status, _, err = run_cli("locate", image, "the plant", **options)
     assert status == 2
     assert "the model's answer holds no box" in err
     assert not output.exists()
@@ -98,12 +94,10 @@ def test_locate_reports_an_answer_without_a_box(
     ],
 )
 def test_bad_input_is_reported_in_one_line(
-    converted: Path, image: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+    converted: Path, image: Path, run_cli, argv: list[str], message: str
 ) -> None:
-    arguments = [argument.format(image=image) for argument in argv]
-    if "--model" not in arguments:
-        arguments += ["--model", str(converted)]
-    status, out, err = run(capsys, *arguments)
+    options = {} if "--model" in argv else {"model": converted}
+    status, out, err = run_cli(*(argument.format(image=image) for argument in argv), **options)
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
@@ -117,12 +111,10 @@ def test_bad_input_is_reported_in_one_line(
         ("--max-new-tokens", "-1", "expected a whole number of 1 or more, got '-1'"),
     ],
 )
-def test_options_are_checked_before_loading(
-    capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        run(capsys, "caption", "absent.png", f"{option}={value}")
-    assert f"argument {option}: {message}" in capsys.readouterr().err
+def test_options_are_checked_before_loading(run_cli, option: str, value: str, message: str) -> None:
+    status, _, err = run_cli("caption", "absent.png", f"{option}={value}")
+    assert status == 2
+    assert f"argument {option}: {message}" in err
 
 
 def cut(file: Path) -> None:
@@ -150,30 +142,49 @@ def reshape_a_tensor(file: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_reported_in_one_line(
-    converted: Path,
-    image: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    pattern: str,
-    change: Callable[[Path], None],
-    message: str,
+    converted: Path, image: Path, tmp_path: Path, run_cli, pattern: str, change: Callable[[Path], None], message: str
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(converted, model)
     (file,) = model.glob(pattern)
     change(file)
-    status, out, err = run(capfd, "caption", image, "--model", model)
+    status, out, err = run_cli("caption", image, model=model)
     assert (status, out) == (2, "")
     assert f"{model}: " in err
     assert message in err.splitlines()[-1]
 
 
 def test_a_bug_is_not_reported_as_bad_input(
-    converted: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    converted: Path, image: Path, monkeypatch: pytest.MonkeyPatch, run_cli
 ) -> None:
     def generate(self, **inputs):
         raise TypeError("a bug")
 
     monkeypatch.setattr(LionForCausalLM, "generate", generate)
     with pytest.raises(TypeError, match="a bug"):
-        run(capsys, "caption", image, "--model", converted)
+        run_cli("caption", image, model=converted)
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_and_the_page_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", import_path())
+    found, page = tmp_path / "kernels.json", tmp_path / "kernels.md"
+    options = ["--modules", "gated_gelu", "--targets", "sm_90", "gfx942", "--one-each", "--jobs", "2"]
+    assert main(["kernels", *options, "--json", str(found), "--page", str(page)]) == 0
+    kernels = json.loads(found.read_text(encoding="utf-8"))["kernels"]
+    assert {kernel["module"] for kernel in kernels} == {"gated_gelu"}
+    assert all(list(kernel["targets"]) == ["sm_90", "gfx942"] for kernel in kernels)
+    assert "| kernel | warps, stages | sm_90 | gfx942 |" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_module_without_kernels_is_named(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", import_path())
+    assert main(["kernels", "--modules", "gates"]) == 2
+    assert "modules: expected some with kernels, got gates" in capfd.readouterr().err
+
+
+def test_an_unknown_target_is_named(run_cli) -> None:
+    status, _, err = run_cli("kernels", "--targets", "sm_70")
+    assert status == 2
+    assert "invalid choice: 'sm_70'" in err

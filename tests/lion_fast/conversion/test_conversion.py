@@ -11,30 +11,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lion_fast import LionForCausalLM, LionProcessor, RamTagger
-from lion_fast.cli import main
+from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.conversion import lion as conversion
-from lion_fast.conversion.lion import convert_checkpoint, original_name
+from lion_fast.conversion.lion import ConversionReport, convert_checkpoint, original_name
 from lion_fast.io.checkpoints import CheckpointError
-from tests.rounding import relative_error
 
 State = dict[str, Tensor]
 
 
 @pytest.fixture
-def sources(golden_files: dict[str, Path]) -> dict[str, Path]:
-    """The golden model's, for a test to replace some."""
-    return dict(golden_files)
+def convert(golden_files: dict[str, Path], tmp_path: Path) -> Callable[..., ConversionReport]:
+    """Return a function that converts the golden model, or other sources, to `out` in the test's directory."""
+    return lambda **given: convert_checkpoint(**{**golden_files, "out": tmp_path / "out", **given})
 
 
 @pytest.fixture(scope="session")
-def lion_state(golden_files: dict[str, Path]) -> State:
-    return torch.load(golden_files["lion"], weights_only=True)["model"]
-
-
-@pytest.fixture(scope="session")
-def vit_state(golden_files: dict[str, Path]) -> State:
-    return torch.load(golden_files["vit"], weights_only=True)
+def states(golden_files: dict[str, Path]) -> dict[str, State]:
+    """The tensors of the vision tower's and LION's files."""
+    loaded = {source: torch.load(golden_files[source], weights_only=True) for source in ("vit", "lion")}
+    return loaded | {"lion": loaded["lion"]["model"]}
 
 
 @pytest.fixture
@@ -49,15 +44,15 @@ def changed(tmp_path: Path) -> Callable[[str, State], Path]:
     return write
 
 
-def test_tensors_are_bit_equal_to_the_sources(converted: Path, golden, lion_state: State, vit_state: State) -> None:
+def test_tensors_are_bit_equal_to_the_sources(converted: Path, golden, states) -> None:
     index = json.loads((converted / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 3
     tensors: State = {}
     for file in set(index.values()):
         tensors |= load_file(converted / file)
     llm = load_file(golden.directory / "flan-t5-tiny" / "model.safetensors")
-    originals = {**{f"t5_model.{name}": value.bfloat16() for name, value in llm.items()}, **lion_state}
-    originals |= {f"visual_encoder.{name}": value for name, value in vit_state.items()}
+    originals = {**{f"t5_model.{name}": value.bfloat16() for name, value in llm.items()}, **states["lion"]}
+    originals |= {f"visual_encoder.{name}": value for name, value in states["vit"].items()}
     assert len(tensors) == len(originals)
     for name, value in tensors.items():
         original = originals[original_name(name)]
@@ -95,15 +90,13 @@ def test_dimensions_are_read_from_the_files(converted: Path) -> None:
     assert (config.visual_input, config.text_config.dense_act_fn) == ("ALL", "gelu")
 
 
-def test_the_report_lists_what_was_read_and_ignored(
-    sources: dict[str, Path], vit_state: State, changed: Callable, tmp_path: Path
-) -> None:
-    extra = {name.replace("blocks.38.", "blocks.39."): value for name, value in vit_state.items()}
-    extra |= vit_state | {"head.weight": torch.zeros(3)}
-    sources["vit"] = changed("vit.pth", extra)
-    report = convert_checkpoint(**sources, out=tmp_path / "out")
-    assert report.read[str(sources["vit"])] == len(vit_state)
-    ignored = report.ignored[str(sources["vit"])]
+def test_the_report_lists_what_was_read_and_ignored(convert: Callable, states, changed: Callable) -> None:
+    extra = {name.replace("blocks.38.", "blocks.39."): value for name, value in states["vit"].items()}
+    extra |= states["vit"] | {"head.weight": torch.zeros(3)}
+    vit = changed("vit.pth", extra)
+    report = convert(vit=vit)
+    assert report.read[str(vit)] == len(states["vit"])
+    ignored = report.ignored[str(vit)]
     assert "head.weight" in ignored
     assert sum(name.startswith("blocks.39.") for name in ignored) == len(ignored) - 1 == 13
     assert "head.weight" in str(report) or "and" in str(report)
@@ -113,17 +106,16 @@ def test_the_report_lists_what_was_read_and_ignored(
 
 @pytest.mark.parametrize("visual_input", ["QFORMER", "AGGREGATOR"])
 def test_a_stage_checkpoint_gives_a_model_with_one_adapter(
-    sources: dict[str, Path], golden_batch, lion_state: State, changed: Callable, tmp_path: Path, visual_input: str
+    convert: Callable, golden_batch, states, changed: Callable, tmp_path: Path, visual_input: str
 ) -> None:
     absent = {
         "QFORMER": ("fusion_adapter.", "ln_adapter.", "adapter_proj."),
         "AGGREGATOR": ("Qformer.", "query_tokens", "ln_vision.", "t5_proj."),
     }[visual_input]
     dropped = (".adapters.1.", ".router_ratio")
-    state = {k: v for k, v in lion_state.items() if not k.startswith(absent) and not any(d in k for d in dropped)}
+    state = {k: v for k, v in states["lion"].items() if not k.startswith(absent) and not any(d in k for d in dropped)}
     del state["soft_prompt_hint"]
-    sources["lion"] = changed("stage.pth", state)
-    convert_checkpoint(**sources, out=tmp_path / "out")
+    convert(lion=changed("stage.pth", state))
     model = LionForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert (model.config.visual_input, model.config.num_adapters) == (visual_input, 1)
     assert model.config.soft_prompt_token_id is None
@@ -134,10 +126,10 @@ def test_a_stage_checkpoint_gives_a_model_with_one_adapter(
 
 @pytest.mark.parametrize("form", ["pytorch_model.bin", "shards"])
 def test_other_formats_of_the_language_model(
-    sources: dict[str, Path], converted: Path, golden_batch, tmp_path: Path, form: str
+    golden_files: dict[str, Path], convert: Callable, converted: Path, golden_batch, tmp_path: Path, form: str
 ) -> None:
     llm = tmp_path / "llm"
-    shutil.copytree(sources["llm"], llm)
+    shutil.copytree(golden_files["llm"], llm)
     (llm / "model.safetensors").chmod(0o644)
     llm.chmod(0o755)
     state = load_file(llm / "model.safetensors")
@@ -151,7 +143,7 @@ def test_other_formats_of_the_language_model(
         (llm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     else:
         torch.save(state, llm / form)
-    report = convert_checkpoint(**{**sources, "llm": llm}, out=tmp_path / "out")
+    report = convert(llm=llm)
     assert report.ignored[str(llm)] == ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight"]
     batch = golden_batch("image_level")
     expected = LionForCausalLM.from_pretrained(converted).eval()(**batch).logits
@@ -159,14 +151,13 @@ def test_other_formats_of_the_language_model(
 
 
 def test_a_frozen_tensor_in_the_lion_checkpoint_takes_precedence(
-    sources: dict[str, Path], lion_state: State, vit_state: State, changed: Callable, tmp_path: Path
+    golden_files: dict[str, Path], convert: Callable, states, changed: Callable, tmp_path: Path
 ) -> None:
-    state = {**lion_state, "visual_encoder.cls_token": vit_state["cls_token"] + 1}
-    sources["lion"] = changed("lion.pth", state)
-    report = convert_checkpoint(**sources, out=tmp_path / "out")
+    state = {**states["lion"], "visual_encoder.cls_token": states["vit"]["cls_token"] + 1}
+    report = convert(lion=changed("lion.pth", state))
     model = LionForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(model.vision_model.cls_token, (vit_state["cls_token"] + 1).float())
-    assert report.ignored[str(sources["vit"])] == ["cls_token"]
+    assert torch.equal(model.vision_model.cls_token, (states["vit"]["cls_token"] + 1).float())
+    assert report.ignored[str(golden_files["vit"])] == ["cls_token"]
 
 
 def without(name: str) -> Callable[[State], State]:
@@ -229,35 +220,33 @@ ADAPTER = "t5_model.decoder.block.1.layer.2.adapter.adapters.1"
     ],
 )
 def test_missing_and_misshapen_tensors_are_named(
-    sources: dict[str, Path],
-    lion_state: State,
-    vit_state: State,
-    changed: Callable,
-    tmp_path: Path,
-    source: str,
-    change: Callable[[State], State],
-    message: str,
+    states, convert: Callable, changed: Callable, tmp_path: Path, source: str, change: Callable, message: str
 ) -> None:
-    sources[source] = changed(f"{source}.pth", change({"lion": lion_state, "vit": vit_state}[source]))
+    path = changed(f"{source}.pth", change(states[source]))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=message):
-        convert_checkpoint(**sources, out=tmp_path / "out")
+        convert(**{source: path})
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.fixture
-def directory_with(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that copies a source directory with other content of a file, or, if None, without the files."""
+def directory_with(golden_files: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies a source directory with other content of a file, or without the files if None.
 
-    def make(source: str, files: str, content: str | None) -> Path:
+    A dict replaces settings of a JSON file.
+    """
+
+    def make(source: str, files: str, content: str | dict | None) -> Path:
         copy = tmp_path / source
-        shutil.copytree(sources[source], copy, copy_function=shutil.copyfile)
+        shutil.copytree(golden_files[source], copy, copy_function=shutil.copyfile)
         copy.chmod(0o755)
-        for name in files.split():
+        for file in (copy / name for name in files.split()):
             if content is None:
-                (copy / name).unlink()
+                file.unlink()
+            elif isinstance(content, dict):
+                file.write_text(json.dumps(json.loads(file.read_text()) | content))
             else:
-                (copy / name).write_text(content)
+                file.write_text(content)
         return copy
 
     return make
@@ -280,35 +269,27 @@ def directory_with(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Pa
     ],
 )
 def test_a_broken_directory_is_named(
-    sources: dict[str, Path],
-    directory_with: Callable[..., Path],
-    tmp_path: Path,
-    source: str,
-    files: str,
-    content: str | dict[str, str] | None,
-    message: str,
+    convert: Callable, directory_with: Callable, tmp_path: Path, source: str, files: str, content: Any, message: str
 ) -> None:
-    if isinstance(content, dict):
-        content = json.dumps(json.loads((sources[source] / files).read_text()) | content)
     with pytest.raises(CheckpointError, match=message):
-        convert_checkpoint(**{**sources, source: directory_with(source, files, content)}, out=tmp_path / "out")
+        convert(**{source: directory_with(source, files, content)})
     assert not (tmp_path / "out").exists()
 
 
 def test_layers_and_start_token_come_from_the_files(
-    sources: dict[str, Path], directory_with: Callable[..., Path], tmp_path: Path
+    golden_files: dict[str, Path], convert: Callable, directory_with: Callable
 ) -> None:
     """Wrong values in config.json are ignored."""
-    settings = json.loads((sources["llm"] / "config.json").read_text()) | {"num_layers": -1, "num_decoder_layers": 1}
+    settings = json.loads((golden_files["llm"] / "config.json").read_text())
+    settings |= {"num_layers": -1, "num_decoder_layers": 1}
     del settings["decoder_start_token_id"]
-    sources["llm"] = directory_with("llm", "config.json", json.dumps(settings))
-    text = convert_checkpoint(**sources, out=tmp_path / "out").config.text_config
+    text = convert(llm=directory_with("llm", "config.json", json.dumps(settings))).config.text_config
     assert (text.num_layers, text.num_decoder_layers, text.decoder_start_token_id) == (2, 2, 0)
 
 
 @pytest.mark.parametrize("form", ["here", "link", "dangling link"])
 def test_the_output_may_be_the_working_directory_or_a_link(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    convert: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     target = tmp_path / "target"
     if form != "dangling link":
@@ -317,44 +298,26 @@ def test_the_output_may_be_the_working_directory_or_a_link(
         monkeypatch.chdir(target)
     else:
         (tmp_path / "link").symlink_to(target)
-    report = convert_checkpoint(**sources, out="." if form == "here" else tmp_path / "link")
+    report = convert(out="." if form == "here" else tmp_path / "link")
     assert {"config.json", "tokenizer.json"} <= {file.name for file in target.iterdir()}
     assert all(file.is_file() and file.parent == target for file in report.files)
     assert not [file for file in target.iterdir() if file.name.startswith(".")]
 
 
-def test_a_nonempty_output_is_refused_and_unchanged(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_nonempty_output_is_refused_and_unchanged(convert: Callable, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="out: expected a directory that is empty"):
-        convert_checkpoint(**sources, out=tmp_path)
+        convert(out=tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
-def test_ram_needs_its_three_files(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_ram_needs_its_three_files(convert: Callable, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="ram_tags, ram_thresholds: expected"):
-        convert_checkpoint(**sources, out=tmp_path / "out", ram=tmp_path / "ram.pth")
-
-
-def test_the_ram_tagger_is_written_beside_the_model(
-    golden_files: dict[str, Path], ram_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command's output gives the golden logits and tags; `test_ram.py` tests every stage."""
-    ram = ram_files["ram"].parent
-    given = golden_files | {"out": tmp_path / "out", "ram": ram_files["ram"]}
-    given |= {f"ram-{name}": ram_files[name] for name in ("tags", "thresholds")}
-    assert main(["convert", *(part for name, path in given.items() for part in (f"--{name}", str(path)))]) == 0
-    assert "ram_tiny.pth: " in capsys.readouterr().out
-    tagger = RamTagger.from_pretrained(tmp_path / "out" / "ram", dtype=torch.float32)
-    images = [ram / f"image{i}.png" for i in range(3)]
-    assert tagger(images) == json.loads((ram / "meta.json").read_text())["tags"]
-    expected = load_file(ram / "expected.safetensors")["logits"]
-    with torch.no_grad():
-        logits = tagger.logits(tagger.preprocess(images))
-    assert relative_error(logits, expected) < 1e-5
+        convert(ram=tmp_path / "ram.pth")
 
 
 def test_a_failure_while_writing_leaves_nothing(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convert: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill_the_disk(*args: Any) -> None:
         (args[1] / "model-00001-of-00009.safetensors").write_bytes(b"half")
@@ -362,5 +325,5 @@ def test_a_failure_while_writing_leaves_nothing(
 
     monkeypatch.setattr(conversion, "write_sharded", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
-        convert_checkpoint(**sources, out=tmp_path / "deep" / "out")
+        convert(out=tmp_path / "deep" / "out")
     assert list((tmp_path / "deep").iterdir()) == []

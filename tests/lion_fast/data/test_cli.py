@@ -4,38 +4,31 @@ from pathlib import Path
 
 import pytest
 
-from lion_fast.cli import main
 from lion_fast.data import DataError, JsonlDataset, add_tags
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    status = main(["data", *map(str, argv)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_check_stops_or_counts(images: Path, write_lines, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_stops_or_counts(images: Path, write_lines, run_cli) -> None:
     region = {"task": "region_level", "answer": "[0.000,0.000,0.500,1.000]", "boxes": [[0, 0, 0.5, 1]]}
     path = write_lines({}, {"image": "cut.jpg"}, region, {"answer": ""}, {"image": "b.png"})
-    status, out, err = run(capsys, "check", path)
+    status, out, err = run_cli("data", "check", path)
     assert (status, out) == (2, "")
     assert f"{path}:4: answer: expected text" in err
-    status, out, _ = run(capsys, "check", path, "--skip-bad")
+    status, out, _ = run_cli("data", "check", path, "--skip-bad")
     assert status == 0
     assert out == f"{path}: 4 samples, 1 region_level, 3 image_level; 1 invalid lines, 1 samples with a bad image\n"
-    status, out, _ = run(capsys, "shards", path, "--out", path.parent / "shards", "--skip-bad")
+    status, out, _ = run_cli("data", "shards", path, "--out", path.parent / "shards", "--skip-bad")
     assert status == 0
     assert out.endswith("3 samples in 1 shards; skipped 1 invalid lines and 1 samples with a bad image\n")
 
 
-def test_convert_counts_and_leaves_no_partial_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_counts_and_leaves_no_partial_file(tmp_path: Path, run_cli) -> None:
     (tmp_path / "list.token").write_text("1.jpg#0\tone\nbad\n", encoding="utf-8")
     arguments = ["convert", "flickr30k", tmp_path / "list.token", "--out", tmp_path / "out.jsonl"]
-    status, _, err = run(capsys, *arguments)
+    status, _, err = run_cli("data", *arguments)
     assert status == 2
     assert "list.token: line 2: expected IMAGE#NUMBER" in err
     assert [path.name for path in tmp_path.iterdir()] == ["list.token"]
-    status, out, _ = run(capsys, *arguments, "--skip-bad")
+    status, out, _ = run_cli("data", *arguments, "--skip-bad")
     assert (status, out) == (0, f"{tmp_path / 'out.jsonl'}: 1 samples; skipped 1 invalid entries\n")
 
 
