@@ -1,12 +1,13 @@
 """The README and the site are correct: commands and code run, link targets exist, and the site builds.
 
-`docs/data.md` has a separate test, which also makes the files that its commands read.
+`docs/data.md` has tests of its own, which also make the files that its commands read.
 """
 
 import ast
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
 from lion_fast.cli import main
+from lion_fast.data import FORMATS, JsonlDataset, parse_record
 from tests.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,9 +49,12 @@ def _after_quickstart(quickstart_dir: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("lion_fast.cli.demo._wait", lambda: None)  # end the command once the page is served
 
 
+# An optional file name, the language, and the content of a block of code.
+BLOCK = re.compile(r"(?:^`([\w.]+)`\n)?^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
 def blocks(page: str, language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], flags=re.MULTILINE | re.DOTALL)
-    return [content for kind, content in fenced if kind == language]
+    return [content for _, kind, content in BLOCK.findall(PAGES[page]) if kind == language]
 
 
 def commands(page: str) -> list[str]:
@@ -162,3 +167,40 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in pages:  # pages must load nothing from the network
         loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(http[^"]+)"', page.read_text())
         assert not loaded, f"{page} loads {loaded}"
+
+
+INTRODUCTION, CONVERSIONS = PAGES["docs/data.md"].split("What follows are the files of each format")
+SECTIONS = CONVERSIONS.split("\n### ")[1:]
+
+
+def test_json_lines_are_valid_records() -> None:
+    lines = BLOCK.findall(INTRODUCTION)[0][2].splitlines()
+    assert [parse_record(line, "docs").task for line in lines] == ["image_level", "region_level"]
+
+
+def test_commands_and_code_about_data_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, (_, _, lines), (_, language, code) = BLOCK.findall(INTRODUCTION)
+    for line in lines.splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    assert language == "python"
+    names: dict = {}
+    exec(compile(code, "docs/data.md", "exec"), names)
+    assert len(names["batch"]) == 4
+    assert {sample["task"] for sample in names["batch"]} <= {"image_level", "region_level"}
+
+
+def test_every_format_has_an_example() -> None:
+    assert sorted(re.findall(r"^lion-fast data convert (\S+)", CONVERSIONS, flags=re.MULTILINE)) == sorted(FORMATS)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=[section.splitlines()[0] for section in SECTIONS])
+def test_conversions_give_the_record_shown(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    *files, (_, _, command), (_, _, result) = BLOCK.findall(section)
+    for name, _, content in files:
+        Path(name).write_text(content, encoding="utf-8")
+    assert main(shlex.split(command)[1:]) == 0
+    written = Path("out.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in written.splitlines()] == [json.loads(line) for line in result.splitlines()]
+    assert len(JsonlDataset("out.jsonl")) == len(result.splitlines())
