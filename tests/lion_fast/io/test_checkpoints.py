@@ -5,15 +5,16 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lion_fast.io.checkpoints import SAFE_INDEX, CheckpointError, open_tensors, scan, write_sharded
+from tests.lion_fast.processes import run_python
 
 MIB = 1024**2
 
@@ -41,26 +42,23 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return values
 
 
-@pytest.mark.parametrize("form", ["bare", "model", "training", "legacy", "safetensors", "bin", "sharded"])
-def test_every_format_reads_the_same(tmp_path: Path, state: dict[str, torch.Tensor], form: str) -> None:
-    path = tmp_path / "checkpoint.pth"
-    if form == "bare":
-        torch.save(state, path)
-    elif form == "model":
-        torch.save({"model": state}, path)
-    elif form == "training":
-        torch.save({"model": state, "optimizer": {"state": {0: {"step": 3}}}, "epoch": 2}, path)
-    elif form == "legacy":
-        torch.save(state, path, _use_new_zipfile_serialization=False)
-    elif form == "safetensors":
-        path = tmp_path / "file.safetensors"
-        save_file(state, path)
-    elif form == "bin":
-        path = tmp_path
-        torch.save(state, path / "pytorch_model.bin")
-    else:
-        path = tmp_path
-        save_shards(state, {"a": "model-1.safetensors", **dict.fromkeys("bc", "model-2.safetensors")}, path)
+FORMATS: dict[str, Callable[[dict[str, torch.Tensor], Path], Any]] = {
+    "bare.pth": torch.save,
+    "model.pth": lambda state, path: torch.save({"model": state}, path),
+    "training.pth": lambda state, path: torch.save({"model": state, "optimizer": {0: {"step": 3}}, "epoch": 2}, path),
+    "legacy.pth": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "file.safetensors": save_file,
+    "pytorch_model.bin": torch.save,
+    "sharded": lambda state, path: save_shards(
+        state, {"a": "1.safetensors", **dict.fromkeys("bc", "2.safetensors")}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_reads_the_same(tmp_path: Path, state: dict[str, torch.Tensor], name: str) -> None:
+    FORMATS[name](state, tmp_path / name)
+    path = tmp_path if name == "pytorch_model.bin" else tmp_path / name
     infos = scan(path)
     assert {name: (info.shape, info.dtype) for name, info in infos.items()} == {
         name: (tuple(value.shape), value.dtype) for name, value in state.items()
@@ -189,9 +187,8 @@ except OSError as error:
     print(error)
 """
     torch.save({"w": torch.zeros(MIB)}, tmp_path / "in.pth")
-    paths = [str(tmp_path / "in.pth"), str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
-    assert f"{tmp_path / 'model.safetensors'}: cannot be written" in done.stdout
+    printed = run_python("-c", code, tmp_path / "in.pth", tmp_path)
+    assert f"{tmp_path / 'model.safetensors'}: cannot be written" in printed
 
 
 @pytest.mark.parametrize("form", ["mapped", "legacy", "several files"])
@@ -217,8 +214,6 @@ tensors = {name: replace(info, dtype=torch.bfloat16) for name, info in scan(sys.
 write_sharded(tensors, Path(sys.argv[2]), max_shard_bytes=32 * 1024**2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    paths = [str(source), str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
-    grown = int(done.stdout) * 1024
+    grown = int(run_python("-c", code, source, tmp_path / "out")) * 1024
     assert grown < (largest + 32 + 8) * MIB  # 8 for what the libraries allocate
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3

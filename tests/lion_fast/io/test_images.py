@@ -32,11 +32,6 @@ def image(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [str, Path, Image.open], ids=["str", "Path", "PIL"])
-def test_paths_and_pil_images_give_the_files_pixels(image, kind):
-    np.testing.assert_array_equal(pixels_of(kind(image)), PIXELS)
-
-
 @pytest.mark.parametrize(
     "array",
     [

@@ -1,6 +1,5 @@
 """The quickstart: every step runs, frozen parts stay unchanged, and the written checkpoint gives the same answers."""
 
-import functools
 import json
 import os
 import signal
@@ -10,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.io.boxes import parse_boxes
@@ -39,26 +37,23 @@ def processor() -> LionProcessor:
     return build_processor()
 
 
-@pytest.fixture(scope="module")
-def output_dir(quickstart_dir: Path) -> Path:
-    return quickstart_dir
-
-
-def test_all_files_are_written(output_dir: Path) -> None:
-    report = json.loads((output_dir / "metrics.json").read_text())
+def test_all_files_are_written(quickstart_dir: Path) -> None:
+    report = json.loads((quickstart_dir / "metrics.json").read_text())
     rows = ["before stage 1", "after stage 1", "after stage 2", "before stage 3", "after stage 3"]
     assert list(report["metrics"]) == rows
     assert all(0 <= share <= 1 for row in report["metrics"].values() for share in row.values())
     assert report["seconds"]["total"] == max(report["seconds"].values())
-    assert all(row in (output_dir / "table.txt").read_text() for row in rows)
+    assert all(row in (quickstart_dir / "table.txt").read_text() for row in rows)
     for name in ("predictions.png", "losses.png"):
-        with Image.open(output_dir / name) as image:
+        with Image.open(quickstart_dir / name) as image:
             assert min(image.size) > 200
 
 
-def test_the_checkpoint_gives_equal_answers_for_images_and_cached_features(output_dir: Path) -> None:
-    model = LionForCausalLM.from_pretrained(output_dir / "checkpoint").eval()
-    processor = LionProcessor.from_pretrained(output_dir / "checkpoint")
+def test_the_checkpoint_answers_from_images_and_cached_features_and_is_measured(
+    quickstart_dir: Path,
+) -> None:
+    model = LionForCausalLM.from_pretrained(quickstart_dir / "checkpoint").eval()
+    processor = LionProcessor.from_pretrained(quickstart_dir / "checkpoint")
     scenes = render(SceneGenerator(2 * SEED + 1, IMAGE_SIZE), 4, processor, "scenes")
     samples = [scenes.samples(i, "rec" if i % 2 else "caption")[0] for i in range(4)]
     batch = processor(
@@ -79,11 +74,6 @@ def test_the_checkpoint_gives_equal_answers_for_images_and_cached_features(outpu
         ).logits
     # Features are cached in float16: a relative error of 2^-11 each, through a few layers.
     assert relative_error(cached, whole) < 20 * 2**-11
-
-
-def test_evaluate_measures_a_loaded_checkpoint(output_dir: Path) -> None:
-    model = LionForCausalLM.from_pretrained(output_dir / "checkpoint")
-    processor = LionProcessor.from_pretrained(output_dir / "checkpoint")
     metrics = evaluate(model, processor, render(SceneGenerator(1, IMAGE_SIZE), 3, processor, "scenes"))
     assert set(metrics.as_dict()) == {"caption_exact_match", "question_accuracy", "grounding_accuracy"}
 
@@ -154,19 +144,13 @@ def test_side_by_side_runs_both_functions_and_reports_failures() -> None:
     assert torch.get_num_threads() == threads
 
 
-@settings(deadline=None)  # the first example builds the tokenizer
-@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1))
-def test_the_tokenizer_restores_any_text(word: str) -> None:
-    tokenizer = text_tokenizer()
+@given(word=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1))
+def test_the_tokenizer_restores_any_text(processor: LionProcessor, word: str) -> None:
+    tokenizer = processor.tokenizer
     if "<" in word:
         return  # the word may be a special token, which decoding skips
     text = f"a {word} on a plain background"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-
-
-@functools.cache
-def text_tokenizer() -> PreTrainedTokenizerBase:
-    return build_processor().tokenizer
 
 
 def test_tokenizers_know_words_coordinates_and_the_soft_prompt(processor: LionProcessor) -> None:

@@ -2,8 +2,6 @@
 
 import hashlib
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from lion_fast.scenes import (
     SceneObject,
     corrupt_tags,
 )
+from tests.lion_fast.processes import run_python
 
 NUM_SCENES = 60
 
@@ -52,8 +51,7 @@ def test_a_scene_depends_on_seed_and_index_alone() -> None:
         "from lion_fast.scenes import SceneGenerator\nfrom tests.lion_fast.scenes.test_scenes import fingerprint\n"
         "print(fingerprint(SceneGenerator(seed=3), [5, 9, 0]))"
     )
-    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert elsewhere.stdout.strip() == here
+    assert run_python("-c", code).strip() == here
     assert fingerprint(SceneGenerator(seed=4), [0, 5, 9]) != here
 
 
