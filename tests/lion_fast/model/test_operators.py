@@ -194,7 +194,7 @@ def test_dropout_is_that_of_a_seed() -> None:
 
 @pytest.mark.parametrize("choice", ["sdpa", "eager"])
 def test_an_attention_that_is_asked_for_stays(tmp_path: Path, calls: Calls, choice: str) -> None:
-    model, batch = make_model(kernel_backend="triton"), make_batch(labels=True)
+    model, batch = make_model(kernel_backend="triton"), make_batch(batch=1, labels=True)
     model.save_pretrained(tmp_path)
     asked = LionForCausalLM.from_pretrained(tmp_path, attn_implementation=choice).eval().to(DEVICE)
     assert asked.config.kernel_backend == "triton"
@@ -211,22 +211,22 @@ def test_attention_part_by_part(tmp_path: Path, calls: Calls) -> None:
     parts = ("vision_config", "qformer_config", "aggregator_config", "text_config")
     chosen = [getattr(model.config, part)._attn_implementation for part in parts]
     assert chosen == ["eager", "sdpa", KERNEL_ATTENTION, KERNEL_ATTENTION]
-    model(**make_batch(labels=True))
+    model(**make_batch(batch=1, labels=True))
     assert calls["multi_scale_attention"] == 2 * 2 + 2  # aggregator, T5's cross-attention
     assert calls["relative_bias_attention"] == 4
 
 
 def test_only_padding_masks_reach_the_kernels() -> None:
     """A mask of queries by keys would lose its rows: it is refused."""
-    batch = make_batch(labels=True)
-    any_mask = torch.ones(3, 1, 4, 4, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match=r"attention_mask: expected padding, bool \[B, 1, 1, Lk\].* \[3, 1, 4, 4\]"):
+    batch = make_batch(batch=1, labels=True)
+    any_mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"attention_mask: expected padding, bool \[B, 1, 1, Lk\].* \[1, 1, 4, 4\]"):
         make_model(kernel_backend="triton")(**batch, decoder_attention_mask=any_mask)
 
 
 def test_other_activations_are_left_to_transformers(calls: Calls) -> None:
     """The tanh form of the GELU, Flan-T5's own, is not the kernel's."""
-    batch, logits = make_batch(labels=True), []
+    batch, logits = make_batch(batch=1, labels=True), []
     for backend in ("torch", "triton"):
         logits.append(make_model(text={"dense_act_fn": "gelu_new"}, kernel_backend=backend)(**batch).logits)
     assert "gated_gelu" not in calls
@@ -241,7 +241,7 @@ def test_a_replaced_embedding_is_called(calls: Calls) -> None:
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    model, batch = make_model(kernel_backend="triton"), make_batch(labels=True)
+    model, batch = make_model(kernel_backend="triton"), make_batch(batch=1, labels=True)
     before = model(**batch).logits
     assert calls.pop("assemble_inputs") == 1
     model.set_input_embeddings(Doubled(64, 32, _weight=model.get_input_embeddings().weight.detach()))
@@ -251,7 +251,7 @@ def test_a_replaced_embedding_is_called(calls: Calls) -> None:
 
 def test_padding_s_row_of_the_embedding_learns_nothing() -> None:
     """As `nn.Embedding` has it, with a table that is trained."""
-    batch = make_batch(labels=True)
+    batch = make_batch(batch=1, labels=True)
     batch["input_ids"][0, 0] = 0
     gradients = [
         gradients_of(make_model("llama", kernel_backend=backend), batch)[1]["language_model.model.embed_tokens.weight"]
@@ -263,7 +263,7 @@ def test_padding_s_row_of_the_embedding_learns_nothing() -> None:
 
 @pytest.mark.parametrize(("family", "backend"), [("t5", "triton"), ("llama", "triton"), ("t5", "torch")])
 def test_the_whole_forward_pass_compiles(family: str, backend: str) -> None:
-    model, batch = make_model(family, kernel_backend=backend), make_batch(labels=True)
+    model, batch = make_model(family, kernel_backend=backend), make_batch(batch=2, labels=True)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 
