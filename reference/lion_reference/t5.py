@@ -132,62 +132,40 @@ class FeedForwardLayer(nn.Module):
         return x + self.dropout(self.DenseReluDense(self.layer_norm(x))) + update
 
 
-class EncoderBlock(nn.Module):
-    def __init__(self, config: T5Config, rank: int, num_adapters: int, has_bias_table: bool) -> None:
+class Block(nn.Module):
+    """Self-attention, in the decoder cross-attention to the encoder's output, and a feed-forward layer."""
+
+    def __init__(self, config: T5Config, rank: int, num_adapters: int, is_decoder: bool, has_bias_table: bool) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(
-            [
-                SelfAttentionLayer(config, is_decoder=False, has_bias_table=has_bias_table),
-                FeedForwardLayer(config, rank, num_adapters),
-            ]
-        )
-
-    def forward(self, x: Tensor, mask: Tensor, bias_table: Tensor, task_ids: Tensor | None) -> Tensor:
-        self_attention, feed_forward = self.layer
-        x = self_attention(x, mask, bias_table)
-        return feed_forward(x, task_ids)
-
-
-class DecoderBlock(nn.Module):
-    def __init__(self, config: T5Config, rank: int, num_adapters: int, has_bias_table: bool) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(
-            [
-                SelfAttentionLayer(config, is_decoder=True, has_bias_table=has_bias_table),
-                CrossAttentionLayer(config),
-                FeedForwardLayer(config, rank, num_adapters),
-            ]
-        )
+        self_attention = SelfAttentionLayer(config, is_decoder, has_bias_table)
+        cross_attention = [CrossAttentionLayer(config)] if is_decoder else []
+        self.layer = nn.ModuleList([self_attention, *cross_attention, FeedForwardLayer(config, rank, num_adapters)])
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor,
-        bias_table: Tensor,
-        task_ids: Tensor | None,
-        context: Tensor,
-        context_mask: Tensor,
+        self, x: Tensor, mask: Tensor, bias_table: Tensor, task_ids: Tensor | None, *context_and_mask: Tensor
     ) -> Tensor:
-        self_attention, cross_attention, feed_forward = self.layer
+        self_attention, *cross_attention, feed_forward = self.layer
         x = self_attention(x, mask, bias_table)
-        x = cross_attention(x, context, context_mask)
+        for layer in cross_attention:
+            x = layer(x, *context_and_mask)
         return feed_forward(x, task_ids)
 
 
 class Stack(nn.Module):
     """The encoder or the decoder, without the embedding."""
 
-    def __init__(self, config: T5Config, block: type[nn.Module], depth: int, rank: int, num_adapters: int) -> None:
+    def __init__(self, config: T5Config, rank: int, num_adapters: int, is_decoder: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(block(config, rank, num_adapters, n == 0) for n in range(depth))
+        depth = config.decoder_depth if is_decoder else config.encoder_depth
+        self.block = nn.ModuleList(Block(config, rank, num_adapters, is_decoder, n == 0) for n in range(depth))
         self.final_layer_norm = RMSNorm(config.width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, task_ids: Tensor | None, *context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, task_ids: Tensor | None, *context_and_mask: Tensor) -> Tensor:
         bias_table = self.get_parameter("block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         x = self.dropout(x)
         for block in self.block:
-            x = cast(Tensor, block(x, mask, bias_table, task_ids, *context))
+            x = cast(Tensor, block(x, mask, bias_table, task_ids, *context_and_mask))
         return self.dropout(self.final_layer_norm(x))
 
 
@@ -195,8 +173,8 @@ class T5(nn.Module):
     def __init__(self, config: T5Config, rank: int, num_adapters: int) -> None:
         super().__init__()
         self.shared = nn.Embedding(config.vocab_size, config.width)
-        self.encoder = Stack(config, EncoderBlock, config.encoder_depth, rank, num_adapters)
-        self.decoder = Stack(config, DecoderBlock, config.decoder_depth, rank, num_adapters)
+        self.encoder = Stack(config, rank, num_adapters, is_decoder=False)
+        self.decoder = Stack(config, rank, num_adapters, is_decoder=True)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def encode(self, inputs_embeds: Tensor, attention_mask: Tensor, task_ids: Tensor | None) -> Tensor:

@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lion_kernels
 from lion_fast.check import cases
 from lion_fast.check.cases import Case, Tensors
-from lion_fast.check.compare import counted_launches, leaves, make_tensors
+from lion_fast.check.compare import Draw, counted_launches, leaves, make_tensors
 from lion_kernels.core.backend import interpreting
 from tests.interpreter import large_tiles
-from tests.kernels.gradients import gradient_of
 from tests.rounding import OPERATOR_FP32, relative_error
 
 LOW_RANK = ("mixture_of_adapters", "mixture_of_lora_linear")
 ATTENTION = ("multi_scale_attention", "relative_bias_attention")
 KEEPS_DTYPES = ("residual_layer_norm", "rms_norm", "gated_gelu", "assemble_inputs")  # also under autocast
 CPU = torch.device("cpu")
+gradient_of = Draw(CPU)
 
 # Ways to compute: "triton", the kernels; "torch", PyTorch; "formula", the custom ops on a CPU without the interpreter;
 # "fused", mixture_of_lora_linear in one kernel, where "triton" adds the update to the library's product.

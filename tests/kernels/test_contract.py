@@ -208,20 +208,10 @@ def test_the_same_call_gives_the_same_bits(case: Case, way: str, device: torch.d
 
 
 @poisoned
-@by_case_and_way(SMALL, "triton", "fused")
+@by_case_and_way(SMALL, "triton", "formula", "fused")
 def test_opcheck(case: Case, way: str, device: torch.device) -> None:
     """Check the custom ops as the operator calls them, for autograd and the compiler: forward, and backward for all
     gradients and for one alone."""
-    _opcheck(case, way, device)
-
-
-@poisoned
-@by_case_and_way(SMALL, "formula")
-def test_opcheck_of_formulas(case: Case, way: str, device: torch.device) -> None:
-    _opcheck(case, way, device)
-
-
-def _opcheck(case: Case, way: str, device: torch.device) -> None:
     with computing(way) as backend:
         tensors = make(case, device=device)
         calls = recorded(case, tensors, backend)

@@ -1,4 +1,7 @@
-"""Every operator rejects unsupported input: a ValueError names the argument, what came and what was expected."""
+"""Every operator rejects unsupported input: a ValueError names the argument, what came and what was expected.
+
+The reference says the same of shapes, ids and the activation.
+"""
 
 from typing import Any
 
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor
 
 import lion_kernels
+import lion_reference
 from lion_kernels.core.backend import interpreting
 from tests.kernels.contract import ATTENTION, SMALL, by_case, make, operator_of, recorded
 
@@ -65,6 +69,53 @@ FITTING: dict[str, Arguments] = {
     "rms_norm": {"x": zeros(3, 8), "weight": zeros(8), "eps": 1e-6},
 }
 DENSE = {"task_ids": None, "gate": zeros(3, 5, 2)}  # of mixture_of_adapters
+# What the reference rejects in the same words, and then what only the kernels do.
+SHARED: dict[str, list[tuple[Arguments, str]]] = {
+    "mixture_of_adapters": [
+        ({"down_weight": zeros(2, 8, 31)}, r"down_weight: expected \[E, r, D\] with D=32 \(from x\), got \[2, 8, 31\]"),
+        ({"down_bias": zeros(2, 7)}, r"down_bias: expected \[2, 8\], got \[2, 7\]"),
+        ({"up_weight": zeros(2, 8, 32)}, r"up_weight: expected \[2, 32, 8\], got \[2, 8, 32\]"),
+        ({"up_bias": zeros(3, 32)}, r"up_bias: expected \[2, 32\], got \[3, 32\]"),
+        ({"residual": zeros(3, 4, 32)}, r"residual: expected \[3, 5, 32\], got \[3, 4, 32\]"),
+        ({"gate": zeros(4, 2, 31)}, r"gate: expected \[R, 2, 32\] with task_ids, got \[4, 2, 31\]"),
+        ({"task_ids": torch.tensor([0, 1])}, r"task_ids: expected leading dimensions .*\[3, 5\].*got \[2\]"),
+        ({"task_ids": torch.tensor([0, 4, 1])}, r"task_ids: expected values from 0 to 3, got \[4\]"),
+        ({"task_ids": torch.tensor([0, -1, 1])}, r"task_ids: expected values from 0 to 3, got \[-1\]"),
+        ({"task_ids": zeros(3)}, "task_ids: expected integers, got torch.float32"),
+        ({"task_ids": None}, r"gate: expected \[..., 2\] \(E from down_weight\), got \[4, 2, 32\]"),
+        ({"expert_ids": zeros(3, 5, 1).long()}, "task_ids, expert_ids: expected at most one"),
+        ({**DENSE, "gate": zeros(3, 4, 2)}, r"gate: expected leading dimensions .*\[3, 5\].*got \[3, 4\]"),
+        (
+            {**DENSE, "expert_ids": zeros(3, 5, 1).long()},
+            r"expert_ids: expected \[3, 5, 2\] \(from gate\), got \[3, 5, 1\]",
+        ),
+        ({**DENSE, "expert_ids": torch.full((3, 5, 2), 2)}, r"expert_ids: expected values from -1 to 1, got \[2\]"),
+        ({"activation": "gelu"}, "activation: expected 'relu' or 'identity', got 'gelu'"),
+    ],
+    "mixture_of_lora_linear": [
+        ({"weight": zeros(40, 31)}, r"weight: expected \[Dout, 32\] \(Din from x\), got \[40, 31\]"),
+        ({"bias": zeros(41)}, r"bias: expected \[40\], got \[41\]"),
+        ({"lora_a": zeros(2, 8, 31)}, r"lora_a: expected \[E, r, 32\] \(Din from x\), got \[2, 8, 31\]"),
+        ({"lora_b": zeros(2, 8, 40)}, r"lora_b: expected \[2, 40, 8\], got \[2, 8, 40\]"),
+        ({"gate": zeros(4, 2, 32)}, r"gate: expected \[R, 2, 40\] with task_ids, got \[4, 2, 32\]"),
+        ({"task_ids": torch.tensor([0, 4, 1])}, r"task_ids: expected values from 0 to 3, got \[4\]"),
+    ],
+    "multi_scale_attention": [
+        ({"values": [zeros(2, 4, 2, 16)]}, "values: expected one per feature map of keys, got 1 for 2 keys"),
+        ({"keys": [], "values": []}, "values: expected one per feature map of keys, got 0 for 0 keys"),
+        ({"keys": [zeros(2, 4, 1, 16)] * 2}, r"keys\[0\]: expected \[2, 'L_s', 2, 16\] .*got \[2, 4, 1, 16\]"),
+        ({"values": [zeros(2, 3, 2, 16)] * 2}, r"values\[0\]: expected \[2, 4, 2, 16\]"),
+        ({"key_padding_mask": zeros(2, 3)}, r"key_padding_mask: expected \[2, 4\] for keys\[0\], got \[2, 3\]"),
+        ({"key_padding_mask": [None]}, r"key_padding_mask: expected 2 \(from keys\), got 1"),
+        ({"scale_gate": zeros(3)}, r"scale_gate: expected \[2\] .*got \[3\]"),
+    ],
+    "relative_bias_attention": [
+        ({"k": zeros(2, 3, 2, 16)}, r"k: expected \[2, 'M >= 4', 2, 16\] .*got \[2, 3, 2, 16\]"),
+        ({"v": zeros(2, 3, 2, 16)}, r"v: expected \[2, 4, 2, 16\] .*got \[2, 3, 2, 16\]"),
+        ({"bias_table": zeros(32, 3)}, r"bias_table: expected \[num_buckets, 2\] .*got \[32, 3\]"),
+        ({"key_padding_mask": zeros(2, 3)}, r"key_padding_mask: expected \[2, 4\] .*got \[2, 3\]"),
+    ],
+}
 ERRORS: dict[str, list[tuple[Arguments, str]]] = {
     "assemble_inputs": [
         ({"embedding": zeros(8)}, r"embedding: expected floating \[vocabulary, D\], got torch.float32 \[8\]"),
@@ -91,26 +142,7 @@ ERRORS: dict[str, list[tuple[Arguments, str]]] = {
         ({"up": zeros(3, 8).to(META)}, r"up: expected .* on cpu \(from gate\), got .* on meta"),
     ],
     "mixture_of_adapters": [
-        ({"down_weight": zeros(2, 8, 31)}, r"down_weight: expected \[E, r, D\] with D=32 \(from x\), got \[2, 8, 31\]"),
-        ({"down_bias": zeros(2, 7)}, r"down_bias: expected \[2, 8\], got \[2, 7\]"),
-        ({"up_weight": zeros(2, 8, 32)}, r"up_weight: expected \[2, 32, 8\], got \[2, 8, 32\]"),
-        ({"up_bias": zeros(3, 32)}, r"up_bias: expected \[2, 32\], got \[3, 32\]"),
-        ({"residual": zeros(3, 4, 32)}, r"residual: expected \[3, 5, 32\], got \[3, 4, 32\]"),
-        ({"gate": zeros(4, 2, 31)}, r"gate: expected \[R, 2, 32\] with task_ids, got \[4, 2, 31\]"),
-        ({"task_ids": torch.tensor([0, 1])}, r"task_ids: expected leading dimensions \[3, 5\].*got \[2\]"),
-        ({"task_ids": torch.tensor([0, 4, 1])}, r"task_ids: expected values from 0 to 3, got \[4\]"),
-        ({"task_ids": torch.tensor([0, -1, 1])}, r"task_ids: expected values from 0 to 3, got \[-1\]"),
-        ({"task_ids": zeros(3)}, "task_ids: expected integers, got torch.float32"),
         ({"task_ids": zeros(3).to(torch.complex64)}, "task_ids: expected integers, got torch.complex64"),
-        ({"task_ids": None}, r"gate: expected \[..., 2\] \(E from down_weight\), got \[4, 2, 32\]"),
-        ({"expert_ids": zeros(3, 5, 1).long()}, "task_ids, expert_ids: expected at most one"),
-        ({**DENSE, "gate": zeros(3, 4, 2)}, r"gate: expected leading dimensions \[3, 5\].*got \[3, 4\]"),
-        (
-            {**DENSE, "expert_ids": zeros(3, 5, 1).long()},
-            r"expert_ids: expected \[3, 5, 2\] \(from gate\), got \[3, 5, 1\]",
-        ),
-        ({**DENSE, "expert_ids": torch.full((3, 5, 2), 2)}, r"expert_ids: expected values from -1 to 1, got \[2\]"),
-        ({"activation": "gelu"}, "activation: expected 'relu' or 'identity', got 'gelu'"),
         ({"up_bias": zeros(2, 32).double()}, r"up_bias: expected torch.float32 \(as x\), got torch.float64"),
         ({"residual": zeros(3, 5, 32).to(META)}, r"residual: expected on cpu \(as x\), got meta"),
         ({"residual": zeros(3, 5, 32).bool()}, "residual: expected a floating dtype, got torch.bool"),
@@ -121,12 +153,6 @@ ERRORS: dict[str, list[tuple[Arguments, str]]] = {
     "mixture_of_lora_linear": [
         ({"x": zeros()}, r"x: expected floating \[..., Din\], got torch.float32 \[\]"),
         ({"gate": zeros(4, 2, 40).bool()}, "gate: expected a floating dtype, got torch.bool"),
-        ({"weight": zeros(40, 31)}, r"weight: expected \[Dout, 32\] \(Din from x\), got \[40, 31\]"),
-        ({"bias": zeros(41)}, r"bias: expected \[40\], got \[41\]"),
-        ({"lora_a": zeros(2, 8, 31)}, r"lora_a: expected \[E, r, 32\] \(Din from x\), got \[2, 8, 31\]"),
-        ({"lora_b": zeros(2, 8, 40)}, r"lora_b: expected \[2, 40, 8\], got \[2, 8, 40\]"),
-        ({"gate": zeros(4, 2, 32)}, r"gate: expected \[R, 2, 40\] with task_ids, got \[4, 2, 32\]"),
-        ({"task_ids": torch.tensor([0, 4, 1])}, r"task_ids: expected values from 0 to 3, got \[4\]"),
         ({"lora_b": zeros(2, 40, 8).double()}, r"lora_b: expected torch.float32 \(as x\), got torch.float64"),
         ({"bias": zeros(40).to(META)}, r"bias: expected on cpu \(as x\), got meta"),
         (
@@ -137,27 +163,16 @@ ERRORS: dict[str, list[tuple[Arguments, str]]] = {
     "multi_scale_attention": [
         ({"q": zeros(2, 3, 16)}, r"q: expected \[B, L, H, Dh\], got \[2, 3, 16\]"),
         ({"q": zeros(2, 3, 2, 16).long()}, "q: expected a floating dtype, got torch.int64"),
-        ({"values": [zeros(2, 4, 2, 16)]}, "values: expected one per feature map of keys, got 1 for 2 keys"),
-        ({"keys": [], "values": []}, "values: expected one per feature map of keys, got 0 for 0 keys"),
-        ({"keys": [zeros(2, 4, 1, 16)] * 2}, r"keys\[0\]: expected \[2, 'L_s', 2, 16\] .*got \[2, 4, 1, 16\]"),
         ({"keys": [zeros(2, 4, 2, 16).to(META)] * 2}, r"keys\[0\]: expected on cpu .*got meta"),
-        ({"values": [zeros(2, 3, 2, 16)] * 2}, r"values\[0\]: expected \[2, 4, 2, 16\]"),
         ({"values": [zeros(2, 4, 2, 16).half()] * 2}, r"values\[0\]: expected torch.float32 .*torch.float16"),
-        ({"key_padding_mask": zeros(2, 3)}, r"key_padding_mask: expected \[2, 4\] for keys\[0\], got \[2, 3\]"),
-        ({"key_padding_mask": [None]}, r"key_padding_mask: expected 2 \(from keys\), got 1"),
-        ({"scale_gate": zeros(3)}, r"scale_gate: expected \[2\] .*got \[3\]"),
         ({"scale_gate": zeros(2).long()}, "scale_gate: expected a floating dtype, got torch.int64"),
     ],
     "relative_bias_attention": [
         ({"q": zeros(2, 4, 16)}, r"q: expected \[B, L, H, Dh\], got \[2, 4, 16\]"),
-        ({"k": zeros(2, 3, 2, 16)}, r"k: expected \[2, 'M >= 4', 2, 16\] .*got \[2, 3, 2, 16\]"),
         ({"k": zeros(2, 4, 2, 16).to(META)}, r"k: expected on cpu .*got meta"),
-        ({"v": zeros(2, 3, 2, 16)}, r"v: expected \[2, 4, 2, 16\] .*got \[2, 3, 2, 16\]"),
         ({"v": zeros(2, 4, 2, 16).half()}, r"v: expected torch.float32 \(from q\), got torch.float16"),
-        ({"bias_table": zeros(32, 3)}, r"bias_table: expected \[num_buckets, 2\] .*got \[32, 3\]"),
         ({"bias_table": zeros(32, 2).long()}, "bias_table: expected a floating dtype, got torch.int64"),
         ({"bias_table": zeros(3, 2)}, "bias_table: expected num_buckets >= 4, got 3"),
-        ({"key_padding_mask": zeros(2, 3)}, r"key_padding_mask: expected \[2, 4\] .*got \[2, 3\]"),
         ({"max_distance": 8}, r"max_distance: expected more than 8 \(from bias_table\), got 8"),
     ],
     "residual_layer_norm": [
@@ -200,7 +215,7 @@ DROPS = ("multi_scale_attention", "relative_bias_attention", "residual_layer_nor
     [
         (operator, change, message)
         for operator, errors in ERRORS.items()
-        for change, message in [*errors, *(DROPOUT if operator in DROPS else []), *EVERY]
+        for change, message in [*SHARED.get(operator, []), *errors, *(DROPOUT if operator in DROPS else []), *EVERY]
     ],
 )
 def test_what_does_not_fit_is_named(operator: str, change: Arguments, message: str) -> None:
@@ -208,6 +223,14 @@ def test_what_does_not_fit_is_named(operator: str, change: Arguments, message: s
     for backend in backends:
         with pytest.raises(ValueError, match=message):
             getattr(lion_kernels, operator)(**{**FITTING[operator], **change, "backend": backend})
+
+
+@pytest.mark.parametrize(
+    ("operator", "change", "message"), [(operator, *row) for operator, rows in SHARED.items() for row in rows]
+)
+def test_the_reference_names_it_too(operator: str, change: Arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(lion_reference, operator)(**FITTING[operator] | change)
 
 
 WIDE, DOUBLE = zeros(1, 8193), zeros(3, 8).double()

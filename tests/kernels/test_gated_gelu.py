@@ -8,26 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lion_fast.check import cases
 from lion_kernels.gated_gelu import cost, gated_gelu
-from lion_reference import gated_gelu as reference
-from tests.kernels.gradients import Inputs, outputs_and_gradients
+from tests.kernels.contract import expect_equal, make, reference, run
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-    """Return the same values in every dtype, up to rounding; gates are on both sides of zero."""
-    generator = torch.Generator().manual_seed(0)
-    values = {"gate": torch.randn(shape, generator=generator) * 2, "up": torch.randn(shape, generator=generator)}
-    return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
+CASE = cases.gated_gelu((17,), 48)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_the_torch_backend(dtype: torch.dtype) -> None:
-    inputs = make_inputs((2, 5, 176), dtype)
-    expected = outputs_and_gradients(reference, inputs)
-    for name, value in outputs_and_gradients(gated_gelu, inputs, backend="torch").items():
-        assert torch.equal(value, expected[name]), name
+    tensors = make(CASE, dtype)
+    expect_equal(run(CASE, tensors, "torch"), reference(CASE, tensors, dtype))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's numpy squares the gate
@@ -41,7 +33,7 @@ def test_far_from_zero(device: torch.device) -> None:
 
 
 def test_backward_saves_the_inputs_alone(device: torch.device) -> None:
-    inputs = make_inputs((17, 48), torch.float32, device)
+    inputs = make(CASE, device=device)
     saved = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -55,7 +47,7 @@ def test_backward_saves_the_inputs_alone(device: torch.device) -> None:
 
 def test_a_checkpoint_recomputes_it_but_not_the_product_after_it(device: torch.device) -> None:
     """As documented, the input of a trained linear layer is not saved."""
-    gate, up = make_inputs((17, 48), torch.float32, device).values()
+    gate, up = make(CASE, device=device).values()
     weight = torch.randn(32, 48, device=device, requires_grad=True)
     calls, held = [], []
 
@@ -86,14 +78,3 @@ def test_cost_counts_what_moves() -> None:
     tensor = 2 * 16384 * 5120
     assert forward.bytes == 3 * tensor
     assert backward.bytes == 5 * tensor
-
-
-@pytest.mark.gpu
-@pytest.mark.xdist_group("memory")
-def test_more_than_2_to_the_31_values(device: torch.device) -> None:
-    row = torch.randn(5120, device=device, dtype=torch.bfloat16)
-    gate = row.expand(2**19, 5120).contiguous().requires_grad_()
-    out = gated_gelu(gate, gate, backend="triton")
-    assert torch.equal(out[-1], out[0])
-    (dgate,) = torch.autograd.grad(out, gate, out.detach())
-    assert torch.equal(dgate[-1], dgate[0])

@@ -22,4 +22,4 @@ def test_a_pattern_that_is_gone_is_said(tmp_path: Path) -> None:
     (tmp_path / "rms_norm.py").write_text("x = 1\nx = 1\n", encoding="utf-8")
     for old, times in (("y = 1", 0), ("x = 1", 2)):
         with pytest.raises(ValueError, match=f"m: expected once in rms_norm.py, found {times} times: {old}"):
-            apply(Mutation("m", "rms_norm.py", old, "z", ()), tmp_path)
+            apply(Mutation("m", "rms_norm.py", old, "z", ""), tmp_path)

@@ -8,6 +8,7 @@ from torch import nn
 
 from lion_reference import LION, LIONOutput, generate
 from tests.golden.computing import until_end
+from tests.golden.subjects import reference_groups
 from tests.rounding import AFTER_VISION, GRADIENTS_AFTER_VISION, expect_golden_curve, expect_within, relative_error
 
 TASKS = ("region_level", "image_level")
@@ -112,24 +113,10 @@ def test_bit_equality(golden_files, inputs, expected, meta, task, task_ids, roun
             assert torch.equal(gradient, wanted), name
 
 
-def parameter_groups(model: LION, weight_decay: float) -> list[dict]:
-    """Return the original's groups: the aggregator is separate, and vectors have no weight decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
-        (is_aggregator, decays): [] for is_aggregator in (False, True) for decays in (True, False)
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith("fusion_adapter."), parameter.ndim >= 2].append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        for (_, decays), parameters in groups.items()
-    ]
-
-
 def test_training_curve(load_behind_vit, inputs, expected, meta, task_ids, rounds_as_golden):
     model = load_behind_vit(torch.float32)
     settings = meta["adamw"]
-    groups = parameter_groups(model, settings["weight_decay"])
+    groups = reference_groups(model, meta["trainable"], settings["weight_decay"])
     assert [len(group["params"]) for group in groups] == meta["group_sizes"]
     optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.999))
     losses = []

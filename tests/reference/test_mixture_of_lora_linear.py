@@ -57,18 +57,3 @@ TASK_GATE = randn(5, 2, EXPERTS, WIDTH_OUT)
 )
 def test_every_gate_follows_the_merged_weights(arguments, gate, factor):
     torch.testing.assert_close(mixture_of_lora_linear(**arguments, **gate), merged(arguments, factor))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": randn(0, WIDTH_IN, WIDTH_OUT)}, r"weight: expected \[Dout, 5\] .*got \[5, 4\]"),
-        ({"bias": randn(0, WIDTH_IN)}, r"bias: expected \[4\], got \[5\]"),
-        ({"lora_a": randn(0, RANK, WIDTH_IN)}, r"lora_a: expected \[E, r, 5\] .*got \[2, 5\]"),
-        ({"lora_b": randn(0, EXPERTS, RANK, WIDTH_OUT)}, r"lora_b: expected \[3, 4, 2\], got \[3, 2, 4\]"),
-        ({"gate": randn(0, BATCH, LENGTH, 2)}, r"gate: expected \[..., 3\] .*got \[2, 3, 2\]"),
-    ],
-)
-def test_errors_name_the_argument(arguments, change, message):
-    with pytest.raises(ValueError, match=message):
-        mixture_of_lora_linear(**{**arguments, "gate": randn(0, EXPERTS), **change})

@@ -80,17 +80,3 @@ def test_dropout_mask_multiplies_the_probabilities(arguments):
     everything = torch.ones(BATCH, LENGTH)
     wanted = attention(**{**arguments, "v": only}, bidirectional=True, causal=False, mask=everything)
     torch.testing.assert_close(out, 2 * wanted)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"k": randn(0, BATCH, 3, HEADS, HEAD_DIM)}, r"k: expected \[2, 'M >= 7', 2, 3\] .*got \[2, 3, 2, 3\]"),
-        ({"v": randn(0, BATCH, 3, HEADS, HEAD_DIM)}, r"v: expected \[2, 7, 2, 3\] .*got \[2, 3, 2, 3\]"),
-        ({"bias_table": randn(0, BUCKETS, 3)}, r"bias_table: expected \[num_buckets, 2\] .*got \[8, 3\]"),
-        ({"key_padding_mask": torch.ones(BATCH, 3)}, r"key_padding_mask: expected \[2, 7\] .*got \[2, 3\]"),
-    ],
-)
-def test_errors_name_the_argument(arguments, change, message):
-    with pytest.raises(ValueError, match=message):
-        relative_bias_attention(**{**arguments, **change})
