@@ -47,11 +47,13 @@ class Reference:
 
 
 class LionFast:
-    """`LionForCausalLM`, converted from the original's files."""
+    """`LionForCausalLM`, converted from the original's files; only what the original trains gets gradients."""
 
     def __init__(self, model: LionForCausalLM, golden: Golden) -> None:
         self.model, self.golden = model.eval(), golden
         self.parameters = {original_name(name): parameter for name, parameter in model.named_parameters()}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in golden.meta["trainable"])
 
     def vision_layers(self, pixel_values: Tensor) -> dict[int, Tensor]:
         states = self.model.vision_model(pixel_values, layers=VISION_LAYERS)

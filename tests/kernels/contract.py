@@ -6,7 +6,7 @@ A case (`lion_fast.check.cases`) has tensors by name, the call in lion_kernels a
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -47,10 +47,10 @@ def changed(case: Case, label: str, change: Callable[[Tensors], Tensors], **opti
 CASES = (
     *cases.CASES,
     cases.adapters("sparse", (2, 40), 40, 3, 8),  # many rows and few experts: no expert is skipped
-    cases.adapters("sparse", (1, 40), 640, 4, 16),  # few rows: without gradients they are split over channels
+    cases.adapters("sparse", (1, 40), 264, 4, 16),  # few rows: without gradients they are split over channels
     cases.adapters("sparse", (2, 9), 48, 16, 24),
-    cases.adapters("channel by row", (2, 9), 640, 2, 64, tasks=6),  # gate rows are gathered, not selected
-    cases.adapters("dense", (1, 40), 640, 4, 16),
+    cases.adapters("channel by row", (2, 9), 264, 2, 64, tasks=6),  # gate rows are gathered, not selected
+    cases.adapters("dense", (1, 40), 264, 4, 16),
     cases.lora("channel by row", (2, 9), 48, 40, 2, 8, tasks=7),
     cases.maps_attention(1, (1,), 8, heads=1),
     cases.maps_attention(129, (65,), 88, batch=1, heads=1, dropout=True),
@@ -75,7 +75,7 @@ CASES = (
     cases.assemble(2, 0, 65, 48, 50),
 )
 
-# Small cases of each form of each operator, for tests that do not depend on sizes. Attention uses its dtype's tiles.
+# Small cases of each form of each operator, for tests that do not depend on sizes.
 SMALL = (
     cases.adapters("channel", (3, 5), 32, 2, 8),
     cases.adapters("dense", (3, 5), 32, 2, 8),
@@ -129,23 +129,22 @@ def by_case_and_way(of: tuple[Case, ...], *ways: str) -> pytest.MarkDecorator:
 
 
 @contextmanager
-def computing(way: str) -> Iterator[str]:
-    """Yield a `backend` that computes in this way; check that it launches kernels, or none."""
+def computing(way: str, *, own_tiles: bool = False) -> Iterator[str]:
+    """Yield a `backend` that computes in this way; check that it launches kernels, or none.
+
+    In the interpreter, attention uses the tiles for 16-bit values, which are up to ten times as fast, unless it must
+    use its dtype's `own_tiles`.
+    """
     if way == "formula" and not interpreting():
         pytest.skip("the custom ops are compiled kernels here")
-    with pytest.MonkeyPatch.context() as patch:
+    lora = importlib.import_module("lion_kernels.mixture_of_lora_linear")
+    with pytest.MonkeyPatch.context() as patch, large_tiles() if interpreting() and not own_tiles else nullcontext():
         if way == "formula":
             patch.setattr("lion_kernels.core.operator.launches_on_cpu", lambda: False)
-        lora = importlib.import_module("lion_kernels.mixture_of_lora_linear")
         patch.setattr(lora, "fuses", lambda *_: way == "fused")
         with counted_launches() as launches:
             yield "torch" if way == "torch" else "triton"
     assert bool(launches) == (way in ("triton", "fused")), f"{way}: launched {dict(launches)}"
-
-
-def in_few_programs(case: Case) -> AbstractContextManager[None]:
-    """Let attention use the tiles for 16-bit values, with which the interpreter is ten times as fast."""
-    return large_tiles() if interpreting() and case.operator in ATTENTION else nullcontext()
 
 
 def operator_of(case: Case) -> Callable[..., Tensor]:
