@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import InstructBlipQFormerModel, PreTrainedModel
+from transformers import InstructBlipQFormerModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.model.adapters import MixtureOfAdapters
 from lion_fast.model.aggregator import LionAggregator
-from lion_fast.model.attention import prefer_kernel_attention
+from lion_fast.model.attention import AttendingModel, prefer_kernel_attention
 from lion_fast.model.generation import LionGenerationMixin, lion_generation_config
 from lion_fast.model.image_features import ImageFeatures
 from lion_fast.model.kernel_modules import PrefixEmbedding, run_on_kernels
@@ -60,7 +60,7 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
+class LionForCausalLM(AttendingModel, LionGenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
     `kernel_backend` (see `LionConfig`) selects lion_kernels or PyTorch for this model alone. Its modules support both
@@ -76,15 +76,9 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
 
     config: LionConfig
     language_model: Any  # one of lion_fast.model.text.LANGUAGE_MODELS
-    config_class = LionConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities: ClassVar[list[str]] = ["image", "text"]
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _no_split_modules: ClassVar[list[str]] = [
         "LionVisionBlock",
         "LionAggregatorBlock",
@@ -135,16 +129,10 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, LionForCausalLM):
+        super()._init_weights(module)
+        if isinstance(module, LionForCausalLM):
             if hasattr(module, "query_tokens"):
-                init.normal_(module.query_tokens, std=std)
+                init.normal_(module.query_tokens, std=self.config.initializer_range)
             if hasattr(module, "soft_prompt"):
                 init.normal_(module.soft_prompt, std=1.0)
 
@@ -152,12 +140,6 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         """Return the blocks of all parts, in the order of `modules()`: the units of sharding and recomputation."""
         names = LionForCausalLM._no_split_modules  # transformers adds the parts' lists to the instance's list
         return [module for module in self.modules() if type(module).__name__ in names]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -317,20 +299,10 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         text = self.embed_text(input_ids)
         return torch.cat([prefix.to(text.device, text.dtype), text], dim=1)
 
-    def _assemble_inputs(
-        self,
-        pixel_values: Tensor | None,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        qformer_input_ids: Tensor | None,
-        qformer_attention_mask: Tensor | None,
-        task_ids: Tensor | None,
-        vision_features: Tensor | None,
-        image_features: ImageFeatures | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the visual prefix, and the language model's input [visual | text] with its mask."""
-        sources = {"pixel_values": pixel_values, "vision_features": vision_features, "image_features": image_features}
-        given = {name: value for name, value in sources.items() if value is not None}
+    def _check_inputs(
+        self, images: dict[str, Any], input_ids: Tensor, attention_mask: Tensor | None, task_ids: Tensor | None
+    ) -> None:
+        given = {name: value for name, value in images.items() if value is not None}
         if len(given) != 1:
             raise ValueError(
                 f"pixel_values: expected either pixel_values, vision_features or image_features, "
@@ -340,16 +312,9 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         expect_shape("input_ids", input_ids, (batch, None))
         # The soft prompt's token may lie beyond the embedding table.
         expect_ids("input_ids", input_ids, self.config.text_config.vocab_size, also=self.config.soft_prompt_token_id)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        expect_shape("attention_mask", attention_mask, tuple(input_ids.shape))
+        if attention_mask is not None:
+            expect_shape("attention_mask", attention_mask, tuple(input_ids.shape))
         self._check_task_ids(task_ids, batch)
-        if image_features is None:
-            image_features = self.encode_images(pixel_values, vision_features)
-        prefix = self.get_visual_prefix(image_features, qformer_input_ids, qformer_attention_mask)
-        inputs_embeds = self._embed(prefix, input_ids)
-        attend_prefix = attention_mask.new_ones(prefix.shape[:2])
-        return prefix, inputs_embeds, torch.cat([attend_prefix, attention_mask], dim=1)
 
     def _check_task_ids(self, task_ids: Tensor | None, batch: int) -> None:
         if task_ids is None:
@@ -401,16 +366,14 @@ class LionForCausalLM(PreTrainedModel, LionGenerationMixin):
         if input_ids is None:
             raise ValueError("input_ids: expected int64 [B, L], got None")
         return_dict = kwargs.pop("return_dict", True)
-        prefix, inputs_embeds, attention_mask = self._assemble_inputs(
-            pixel_values,
-            input_ids,
-            attention_mask,
-            qformer_input_ids,
-            qformer_attention_mask,
-            task_ids,
-            vision_features,
-            image_features,
-        )
+        images = {"pixel_values": pixel_values, "vision_features": vision_features, "image_features": image_features}
+        self._check_inputs(images, input_ids, attention_mask, task_ids)
+        if image_features is None:
+            image_features = self.encode_images(pixel_values, vision_features)
+        prefix = self.get_visual_prefix(image_features, qformer_input_ids, qformer_attention_mask)
+        inputs_embeds = self._embed(prefix, input_ids)  # [visual | text]
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        attention_mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
         if inputs_only:
             return LionOutput(visual_prefix=prefix, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
         if labels is not None:

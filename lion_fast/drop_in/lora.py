@@ -9,7 +9,7 @@ a layer; this module handles both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lion_fast.drop_in.rewiring import Rewirer, has_own_forward, is_plain_linear
 from lion_fast.model.attention import on_kernels
 from lion_kernels import mixture_of_lora_linear
-
-_BASE = "__base__"  # PEFT's name for no adapter
 
 
 class MixedBatch:
@@ -198,7 +196,6 @@ class MixesInTraining:
     """PEFT's `LoraModel` with mixed batches in training."""
 
     operators = "adapter_names in training"
-    kernel_backend: str
     mixed_batch: MixedBatch
     training: bool
 
@@ -223,7 +220,6 @@ class KeepsNames:
     """A layer that gradient checkpointing recomputes with the adapters' names of the first pass."""
 
     operators = "adapter_names in training"
-    kernel_backend: str
     mixed_batch: MixedBatch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,12 +244,10 @@ def _naming(module: Any, names: Sequence[str]) -> Iterator[None]:
         return args, {**kwargs, "adapter_names": names}
 
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper)]
-    hooks = [layer.register_forward_pre_hook(add_names, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(add_names, with_kwargs=True).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _stack(weights: list[Tensor], rank_dim: int) -> Tensor:

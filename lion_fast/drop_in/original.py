@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.model.attention import in_whole_eights, on_kernels
+from lion_fast.model.attention import attention_on_kernels, biased_attention_on_kernels, on_kernels
 from lion_fast.model.kernel_modules import OnKernels, ResidualOutputOnKernels
-from lion_kernels import mixture_of_adapters, multi_scale_attention, relative_bias_attention
+from lion_kernels import mixture_of_adapters
 from lion_kernels.attention.bias import relative_position_bucket
 
 
@@ -26,7 +26,6 @@ class AdapterRouterOnKernels(OnKernels):
     router_idx: int | None  # set by the original on every router before a batch
     router_ratio1: Tensor
     router_ratio2: Tensor
-    training: bool
 
     def is_supported(self, hidden_states: Tensor) -> bool:
         dropped = any(adapter.dropout > 0 for adapter in self.adapters) and self.training
@@ -95,7 +94,6 @@ class VisionAttentionOnKernels(OnKernels):
     attn_drop: nn.Dropout
     proj: nn.Module
     proj_drop: nn.Module
-    training: bool
 
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
         if rel_pos_bias is not None or not on_kernels(self.kernel_backend, x.device):
@@ -105,8 +103,8 @@ class VisionAttentionOnKernels(OnKernels):
             bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        return self.proj_drop(self.proj(_attend(self, query, key, value, None, self.scale, dropout_p)))
+        how = {"dropout_p": self.attn_drop.p if self.training else 0.0, "backend": self.kernel_backend}
+        return self.proj_drop(self.proj(attention_on_kernels(query, key, value, None, self.scale, **how).flatten(2)))
 
 
 class BertAttentionOnKernels(OnKernels):
@@ -118,7 +116,6 @@ class BertAttentionOnKernels(OnKernels):
     value: nn.Module
     num_attention_heads: int
     dropout: nn.Dropout
-    training: bool
 
     def forward(
         self,
@@ -149,8 +146,8 @@ class BertAttentionOnKernels(OnKernels):
             states.unflatten(-1, (self.num_attention_heads, -1))
             for states in (self.key(context), self.value(context), self.query(hidden_states))
         )
-        dropout_p = self.dropout.p if self.training else 0.0
-        attended = _attend(self, query, key, value, mask, query.shape[-1] ** -0.5, dropout_p)
+        how = {"dropout_p": self.dropout.p if self.training else 0.0, "backend": self.kernel_backend}
+        attended = attention_on_kernels(query, key, value, _unmasked(mask), None, **how).flatten(2)
         # BLIP-2 always returns the keys and values, transformers only as part of a decoder.
         returns_past = getattr(self, "is_decoder", True)
         return (attended, (key.transpose(1, 2), value.transpose(1, 2))) if returns_past else (attended,)
@@ -179,7 +176,6 @@ class T5AttentionOnKernels(OnKernels):
     k: nn.Module
     v: nn.Module
     o: nn.Module
-    training: bool
 
     def forward(
         self,
@@ -213,28 +209,19 @@ class T5AttentionOnKernels(OnKernels):
             )
         query = self.q(hidden_states).unflatten(-1, (self.n_heads, -1))
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_value)
-        dropout_p = self.dropout if self.training else 0.0
+        how: dict[str, Any] = {"dropout_p": self.dropout if self.training else 0.0, "backend": self.kernel_backend}
         if cross:
-            attended = _attend(self, query, key, value, mask, 1.0, dropout_p)
+            attended = attention_on_kernels(query, key, value, _unmasked(mask), 1.0, **how)
             # The kernels read the mask; a layer not on them receives what the original would pass on.
             position_bias = query.new_zeros(1, 1, 1, 1) if mask is None else mask
         else:
             position_bias = self._table(hidden_states) if position_bias is None else position_bias
-            attended = relative_bias_attention(
-                in_whole_eights(query),
-                in_whole_eights(key),
-                in_whole_eights(value),
-                position_bias,
-                key_padding_mask=None if mask is None else mask[:, 0, 0] == 0,
-                bidirectional=not self.is_decoder,
-                max_distance=self.relative_attention_max_distance,
-                causal=self.is_decoder and mask is not None,
-                dropout_p=dropout_p,
-                backend=self.kernel_backend,
+            causal = self.is_decoder and mask is not None
+            attended = biased_attention_on_kernels(
+                self, query, key, value, position_bias, _unmasked(mask), causal=causal, **how
             )
-            attended = attended[..., : query.shape[-1]].flatten(2)
         present = (key.transpose(1, 2), value.transpose(1, 2)) if self.is_decoder and use_cache else None
-        return self.o(attended), present, position_bias
+        return self.o(attended.flatten(2)), present, position_bias
 
     def _keys_and_values(
         self, hidden_states: Tensor, key_value_states: Tensor | None, past: tuple[Tensor, Tensor] | None
@@ -296,23 +283,9 @@ def _replaced(module: OnKernels) -> Any:
     return super(OnKernels, module)
 
 
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float
-) -> Tensor:
-    """Return attention [B, L, H * Dh] for [B, L, H, Dh] each.
-
-    The additive padding mask [B, 1, 1, Lk] is zero where keys count.
-    """
-    attended = multi_scale_attention(
-        in_whole_eights(query),
-        [in_whole_eights(key)],
-        [in_whole_eights(value)],
-        scale=scale,
-        key_padding_mask=None if mask is None else mask[:, 0, 0] == 0,
-        dropout_p=dropout_p,
-        backend=module.kernel_backend,
-    )
-    return attended[..., : query.shape[-1]].flatten(2)
+def _unmasked(mask: Tensor | None) -> Tensor | None:
+    """Return where an additive padding mask [B, 1, 1, Lk] lets keys count, bool [B, Lk]."""
+    return None if mask is None else mask[:, 0, 0] == 0
 
 
 def _is_padding(mask: Tensor | None) -> bool:

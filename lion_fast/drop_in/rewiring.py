@@ -9,43 +9,21 @@ restored, too.
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from lion_fast.model.kernel_modules import become, swapped_class
+
 _BEFORE = "_before_kernels"  # attribute that holds the previous state
-
-
-class Swapped:
-    """Base of the classes made by `swapped_class`, which lets pickle and copy recreate them."""
-
-    swapped: ClassVar[tuple[type, type]]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, self.swapped, *state
-
-
-@cache
-def swapped_class(kind: type, original: type) -> type:
-    """Return `original` with the methods of `kind` first, under its own name."""
-    names = ("__module__", "__qualname__", "__doc__")
-    namespace = {name: getattr(original, name) for name in names} | {"swapped": (kind, original)}
-    return type(original.__name__, (Swapped, kind, original), namespace)
 
 
 def _findable(cls: type) -> tuple[type, ...]:
     """Return an importable class, or the arguments of `swapped_class` that made it."""
     return cls.__dict__.get("swapped", (cls,))
-
-
-def _new(kind: type, original: type) -> Any:
-    made: Any = swapped_class(kind, original)
-    return made.__new__(made)
 
 
 @dataclass
@@ -142,9 +120,6 @@ class Rewiring:
         """
         restore(self.model)
 
-    def __repr__(self) -> str:
-        return str(self)
-
     def __str__(self) -> str:
         counts = f"{len(self.rewired)} modules rewired, {len(self.left)} left as they are or in part"
         lines = [f"apply_lion_kernels, backend {self.backend!r}: {counts}"]
@@ -158,6 +133,8 @@ class Rewiring:
                 for (why, class_name, pattern), count in places.items()
             ]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def _pattern(name: str) -> str:
@@ -173,8 +150,7 @@ class Rewirer:
 
     def rewire(self, module: Any, kind: Any) -> None:
         """Give `module` the forward of `kind`, one of the classes with `operators` and `kernel_backend`."""
-        module.__class__ = swapped_class(kind, type(module))
-        module.__dict__["kernel_backend"] = self.result.backend
+        become(swapped_class(kind, type(module)), module, self.result.backend)
         self.list_rewired(module, kind.operators)
 
     def list_rewired(self, module: nn.Module, operators: str) -> None:
@@ -188,7 +164,7 @@ def is_plain_linear(module: Any) -> bool:
     """Return whether calling `module` only applies its parameters, without hooks."""
     return (
         type(module) is nn.Linear
-        and "forward" not in module.__dict__
+        and not has_own_forward(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
@@ -199,7 +175,15 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
-def forward_takes(module: nn.Module, parameters: Iterable[str]) -> bool:
+def forward_takes(module: nn.Module, expected: list[str]) -> bool:
     """Return whether the forward of the module's class starts with these parameters, after self."""
-    expected = list(parameters)
-    return list(inspect.signature(type(module).forward).parameters)[1 : len(expected) + 1] == expected
+    return _parameters(type(module))[: len(expected)] == expected
+
+
+def calls_like(module: nn.Module, kind: Any) -> bool:
+    """Return whether the forward of the module's class starts with the parameters of that of `kind`."""
+    return forward_takes(module, _parameters(kind))
+
+
+def _parameters(cls: Any) -> list[str]:
+    return list(inspect.signature(cls.forward).parameters)[1:]

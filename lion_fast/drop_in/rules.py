@@ -20,7 +20,7 @@ from lion_fast.drop_in.original import (
     T5StackOnKernels,
     VisionAttentionOnKernels,
 )
-from lion_fast.drop_in.rewiring import Rewirer, forward_takes, has_own_forward, is_plain_linear
+from lion_fast.drop_in.rewiring import Rewirer, calls_like, forward_takes, has_own_forward, is_plain_linear
 from lion_fast.model.kernel_modules import (
     DecoderRMSNormOnKernels,
     GatedGeluOnKernels,
@@ -72,22 +72,11 @@ def _vision_objection(attention: Any) -> str | None:
         return "a relative position bias within windows"
     if not is_plain_linear(attention.qkv) or attention.qkv.bias is not None:
         return "qkv is no nn.Linear without bias"
-    return None if forward_takes(attention, ["x", "rel_pos_bias"]) else "its forward does not take (x, rel_pos_bias)"
-
-
-_BERT_ARGUMENTS = (
-    "hidden_states",
-    "attention_mask",
-    "head_mask",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "past_key_value",
-    "output_attentions",
-)
+    return None if calls_like(attention, VisionAttentionOnKernels) else "its forward does not take (x, rel_pos_bias)"
 
 
 def _bert_objection(attention: Any) -> str | None:
-    if not forward_takes(attention, _BERT_ARGUMENTS):
+    if not calls_like(attention, BertAttentionOnKernels):
         return "the attention of another transformers than the original's: choose attn_implementation when loading"
     if getattr(attention, "position_embedding_type", "absolute") not in (None, "absolute"):
         return f"position_embedding_type={attention.position_embedding_type!r}"
@@ -199,25 +188,12 @@ def _rewire_feed_forward_layer(rewirer: Rewirer, layer: Any) -> None:
     rewirer.rewire(layer, AdaptedLayerFFOnKernels)
 
 
-_T5_ARGUMENTS = (
-    "hidden_states",
-    "mask",
-    "key_value_states",
-    "position_bias",
-    "past_key_value",
-    "layer_head_mask",
-    "query_length",
-    "use_cache",
-    "output_attentions",
-)
-
-
 def _rewire_t5_stack(rewirer: Rewirer, stack: Any) -> None:
     """Rewire all attention of a T5 stack or none, because its layers pass their biases on in one form."""
     attentions = [
         m for m in stack.block.modules() if _has("q", "k", "v", "o", "n_heads", "has_relative_attention_bias")(m)
     ]
-    if not attentions or not forward_takes(attentions[0], _T5_ARGUMENTS):
+    if not attentions or not calls_like(attentions[0], T5AttentionOnKernels):
         return
     objections = {objection for objection in map(_t5_objection, attentions) if objection}
     if has_own_forward(stack) or objections:
@@ -234,4 +210,4 @@ def _t5_objection(attention: Any) -> str | None:
         return "the instance has a forward of its own"
     if getattr(attention, "pruned_heads", None):
         return "pruned heads"
-    return None if forward_takes(attention, _T5_ARGUMENTS) else "an attention of another kind in the stack"
+    return None if calls_like(attention, T5AttentionOnKernels) else "an attention of another kind in the stack"

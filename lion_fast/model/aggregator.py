@@ -8,12 +8,11 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lion_fast.configuration_lion import LionAggregatorConfig
-from lion_fast.model.attention import attend
+from lion_fast.model.attention import AttendingModel, attend
 
 
 class LionAggregatorProjections(nn.Module):
@@ -87,18 +86,12 @@ class LionAggregatorBlock(GradientCheckpointingLayer):
         return self.output(self.intermediate(hidden_states), hidden_states)
 
 
-class LionAggregator(PreTrainedModel):
+class LionAggregator(AttendingModel):
     """One block per feature map after the first."""
 
     config: LionAggregatorConfig
-    config_class = LionAggregatorConfig
     base_model_prefix = "aggregator"
     main_input_name = "feature_maps"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _no_split_modules: ClassVar[list[str]] = ["LionAggregatorBlock"]
 
     def __init__(self, config: LionAggregatorConfig):
@@ -106,20 +99,12 @@ class LionAggregator(PreTrainedModel):
         self.blocks = nn.ModuleList([LionAggregatorBlock(config) for _ in config.feature_layers[1:]])
         self.post_init()
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers would infer it from this file's text, where `attend` hides the attention interface
-
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroInitLinear):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     def forward(self, feature_maps: Tensor) -> Tensor:
         """Fuse the feature maps.

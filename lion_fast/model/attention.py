@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -26,6 +26,20 @@ from lion_kernels import multi_scale_attention, relative_bias_attention, resolve
 KERNEL_ATTENTION = "lion_kernels"
 # Model types that the kernels support; they do not support the causal rotary attention of the decoder-only families.
 KERNEL_ATTENTION_TYPES = ("lion_vision", "lion_aggregator", "instructblip_qformer", "t5")
+
+
+class AttendingModel(PreTrainedModel):
+    """A model whose attention is called by `attend`, and which therefore supports every implementation."""
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers would infer it from the text of the class's file, which does not name the interface
 
 
 def on_kernels(kernel_backend: str, device: torch.device) -> bool:
@@ -139,31 +153,55 @@ def kernel_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **bias, **kwargs
         )
     padding = None if attention_mask is None else _padding(attention_mask)
-    head_dim = query.shape[-1]
-    q, k, v = (in_whole_eights(x.transpose(1, 2)) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    how: dict[str, Any] = {"dropout_p": dropout, "backend": config.kernel_backend}
     if position_bias is None or position_bias.numel() == 0:
-        scale = head_dim**-0.5 if scaling is None else scaling
-        out = multi_scale_attention(
-            q, [k], [v], scale=scale, key_padding_mask=padding, dropout_p=dropout, backend=config.kernel_backend
-        )
-    else:
-        t5: Any = module
-        out = relative_bias_attention(
-            q,
-            k,
-            v,
-            position_bias,
-            key_padding_mask=padding,
-            bidirectional=not t5.is_decoder,
-            max_distance=t5.relative_attention_max_distance,
-            causal=t5.is_decoder,
-            dropout_p=dropout,
-            backend=config.kernel_backend,
-        )
-    return out[..., :head_dim], None
+        return attention_on_kernels(q, k, v, padding, scaling, **how), None
+    t5: Any = module
+    return biased_attention_on_kernels(t5, q, k, v, position_bias, padding, causal=t5.is_decoder, **how), None
 
 
-def in_whole_eights(x: Tensor) -> Tensor:
+def attention_on_kernels(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float | None, **how: Any
+) -> Tensor:
+    """Run `multi_scale_attention` on one feature map.
+
+    Args:
+        query: [B, L, H, Dh], as the result; `key` and `value` are [B, Lk, H, Dh].
+        padding: bool [B, Lk], True where a key counts.
+        scale: factor of the scores, Dh^-0.5 if None.
+        how: `dropout_p` and `backend`.
+    """
+    q, k, v = map(_in_whole_eights, (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out = multi_scale_attention(q, [k], [v], scale=scale, key_padding_mask=padding, **how)
+    return out[..., : query.shape[-1]]
+
+
+def biased_attention_on_kernels(
+    t5: Any, query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, padding: Tensor | None, **how: Any
+) -> Tensor:
+    """Run `relative_bias_attention` for an attention `t5` of T5; shapes are those of `attention_on_kernels`.
+
+    Args:
+        bias_table: [num_buckets, H].
+        how: `causal`, `dropout_p` and `backend`.
+    """
+    q, k, v = map(_in_whole_eights, (query, key, value))
+    out = relative_bias_attention(
+        q,
+        k,
+        v,
+        bias_table,
+        key_padding_mask=padding,
+        bidirectional=not t5.is_decoder,
+        max_distance=t5.relative_attention_max_distance,
+        **how,
+    )
+    return out[..., : query.shape[-1]]
+
+
+def _in_whole_eights(x: Tensor) -> Tensor:
     """Pad the head dimension to a multiple of 8 with zeros, which do not change any product."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x

@@ -1,13 +1,14 @@
 """The modules of LION with a forward on lion_kernels.
 
-`run_on_kernels` changes the classes of one model's modules to the classes below, in place; parameters keep their names.
-Each class has two forwards: its own on the kernels, and that of the class it replaces, which runs where
+`run_on_kernels` puts the classes below in front of those of one model's modules, in place; parameters keep their names.
+Such a module has two forwards: its own on the kernels, and that of its previous class, which runs where
 `kernel_backend` resolves to PyTorch. A model on PyTorch therefore computes the same as without these classes.
 
 Each module reads its parameters in its own call, because sharding and offloading load them for that call.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -28,12 +29,36 @@ from lion_fast.model.attention import are_last, attends_on_kernels, on_kernels
 from lion_kernels import assemble_inputs, gated_gelu, residual_layer_norm, rms_norm
 
 
+class Swapped:
+    """Base of the classes made by `swapped_class`, which lets pickle and copy recreate them."""
+
+    swapped: ClassVar[tuple[type, type]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, self.swapped, *state
+
+
+@cache
+def swapped_class(kind: type, original: type) -> type:
+    """Return `original` with the methods of `kind` first, under its own name."""
+    names = ("__module__", "__qualname__", "__doc__")
+    namespace = {name: getattr(original, name) for name in names} | {"swapped": (kind, original)}
+    return type(original.__name__, (Swapped, kind, original), namespace)
+
+
+def _new(kind: type, original: type) -> Any:
+    made: Any = swapped_class(kind, original)
+    return made.__new__(made)
+
+
 class OnKernels:
     """A module that runs `kernel_forward` on the kernels and the replaced class's forward elsewhere."""
 
     operators: ClassVar[str]  # the functions of lion_kernels that it calls
     kernel_backend: str
     kernel_forward: Callable[..., Tensor]
+    training: bool
 
     def is_supported(self, hidden_states: Tensor) -> bool:
         """Return whether the kernel computes the replaced class's formula for this input."""
@@ -54,26 +79,10 @@ class RMSNormOnKernels(OnKernels):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, backend=self.kernel_backend)
 
 
-class LionT5LayerNorm(RMSNormOnKernels, T5LayerNorm):
-    pass
-
-
 class DecoderRMSNormOnKernels(RMSNormOnKernels):
     def is_supported(self, hidden_states: Tensor) -> bool:
         # These families round to the input's dtype; T5 and the kernel round to the weight's.
         return hidden_states.dtype == self.weight.dtype
-
-
-class LionLlamaRMSNorm(DecoderRMSNormOnKernels, LlamaRMSNorm):
-    pass
-
-
-class LionQwen2RMSNorm(DecoderRMSNormOnKernels, Qwen2RMSNorm):
-    pass
-
-
-class LionQwen3RMSNorm(DecoderRMSNormOnKernels, Qwen3RMSNorm):
-    pass
 
 
 class GatedGeluOnKernels(OnKernels):
@@ -92,10 +101,6 @@ class GatedGeluOnKernels(OnKernels):
         if isinstance(weight, Tensor) and weight.dtype != torch.int8:
             hidden_states = hidden_states.to(weight.dtype)
         return self.wo(hidden_states)
-
-
-class LionT5DenseGatedActDense(GatedGeluOnKernels, T5DenseGatedActDense):
-    pass
 
 
 class ResidualLayerNorm(nn.LayerNorm):
@@ -119,23 +124,10 @@ class ResidualOutputOnKernels(OnKernels):
     dense: nn.Module
     dropout: nn.Dropout
     LayerNorm: nn.Module
-    training: bool
 
     def kernel_forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
         dropout_p = self.dropout.p if self.training else 0.0
         return self.LayerNorm(self.dense(hidden_states), residual, dropout_p)
-
-
-class LionQFormerSelfOutput(ResidualOutputOnKernels, InstructBlipQFormerSelfOutput):
-    pass
-
-
-class LionQFormerOutput(ResidualOutputOnKernels, InstructBlipQFormerOutput):
-    pass
-
-
-class LionAggregatorOutputOnKernels(ResidualOutputOnKernels, LionAggregatorOutput):
-    pass
 
 
 class LionT5Attention(T5Attention):
@@ -194,15 +186,14 @@ class PrefixEmbedding(nn.Embedding):
 
 
 ON_KERNELS: dict[type[nn.Module], Any] = {
-    T5LayerNorm: LionT5LayerNorm,
-    LlamaRMSNorm: LionLlamaRMSNorm,
-    Qwen2RMSNorm: LionQwen2RMSNorm,
-    Qwen3RMSNorm: LionQwen3RMSNorm,
-    T5DenseGatedActDense: LionT5DenseGatedActDense,
-    InstructBlipQFormerSelfOutput: LionQFormerSelfOutput,
-    InstructBlipQFormerOutput: LionQFormerOutput,
-    LionAggregatorOutput: LionAggregatorOutputOnKernels,
-    T5Attention: LionT5Attention,
+    T5LayerNorm: RMSNormOnKernels,
+    LlamaRMSNorm: DecoderRMSNormOnKernels,
+    Qwen2RMSNorm: DecoderRMSNormOnKernels,
+    Qwen3RMSNorm: DecoderRMSNormOnKernels,
+    T5DenseGatedActDense: GatedGeluOnKernels,
+    InstructBlipQFormerSelfOutput: ResidualOutputOnKernels,
+    InstructBlipQFormerOutput: ResidualOutputOnKernels,
+    LionAggregatorOutput: ResidualOutputOnKernels,
 }
 
 
@@ -215,7 +206,9 @@ def run_on_kernels(model: PreTrainedModel, kernel_backend: str) -> None:
     for module in model.modules():
         inexact = isinstance(module, T5DenseGatedActDense) and not isinstance(module.act, GELUActivation)
         if type(module) in ON_KERNELS and not inexact:
-            become(ON_KERNELS[type(module)], module, kernel_backend)
+            become(swapped_class(ON_KERNELS[type(module)], type(module)), module, kernel_backend)
+        if type(module) is T5Attention:
+            become(LionT5Attention, module, kernel_backend)
         if isinstance(module, ResidualOutputOnKernels):
             become(ResidualLayerNorm, module.LayerNorm, kernel_backend)
     embedding = model.get_input_embeddings()

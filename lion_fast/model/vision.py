@@ -6,12 +6,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lion_fast.configuration_lion import LionVisionConfig
-from lion_fast.model.attention import attend
+from lion_fast.model.attention import AttendingModel, attend
 
 
 class FusedProjection(nn.Linear):
@@ -79,18 +78,12 @@ class LionPatchEmbedding(nn.Module):
         return self.proj(pixel_values).flatten(2).transpose(1, 2)
 
 
-class LionVisionModel(PreTrainedModel):
+class LionVisionModel(AttendingModel):
     """ViT that returns block outputs, without a norm after the last block."""
 
     config: LionVisionConfig
-    config_class = LionVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _no_split_modules: ClassVar[list[str]] = ["LionVisionBlock"]
 
     def __init__(self, config: LionVisionConfig):
@@ -101,25 +94,14 @@ class LionVisionModel(PreTrainedModel):
         self.blocks = nn.ModuleList([LionVisionBlock(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers would infer it from this file's text, where `attend` hides the attention interface
-
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, LionVisionAttention):
+        super()._init_weights(module)
+        if isinstance(module, LionVisionAttention):
             init.zeros_(module.q_bias)
             init.zeros_(module.v_bias)
         elif isinstance(module, LionVisionModel):
-            init.normal_(module.cls_token, std=std)
-            init.normal_(module.pos_embed, std=std)
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            init.normal_(module.pos_embed, std=self.config.initializer_range)
 
     def set_image_size(self, image_size: int) -> None:
         """Change the input size by bicubic interpolation of the patches' position embeddings.

@@ -159,7 +159,6 @@ class RamTagger(PreTrainedModel):
     """
 
     config: RamConfig
-    config_class = RamConfig
     base_model_prefix = "ram"
     main_input_name = "images"
     input_modalities = "image"
@@ -185,15 +184,9 @@ class RamTagger(PreTrainedModel):
         return True  # transformers would infer it from this file's text, where `attend` hides the attention interface
 
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, RamTagHead):
-            init.normal_(module.label_embed, std=std)
+        super()._init_weights(module)
+        if isinstance(module, RamTagHead):
+            init.normal_(module.label_embed, std=self.config.initializer_range)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
