@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lion_fast.data.order import ProcessBatches, TrainingData, TrainingOrder
@@ -68,6 +69,11 @@ def checked_workers(num_workers: int | None) -> int:
     if num_workers < 0:
         raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
     return num_workers
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes of `torch.distributed`'s default group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def start_method() -> str | None:

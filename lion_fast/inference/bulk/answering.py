@@ -1,13 +1,14 @@
 """The models that fill in the rows: LION, and RAM for tags."""
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
 
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.outputs import Row
-from lion_fast.inference.bulk.preparing import Encode, Inputs, LionEncoder, Prepared, TaggerEncoder
+from lion_fast.inference.bulk.preparing import Encode, Inputs, Prepared, encode_for_lion, encode_for_tagger
 from lion_fast.inference.loading import compute_dtype
 from lion_fast.inference.pipeline import LionPipeline
 from lion_fast.io.checkpoints import naming
@@ -52,7 +53,7 @@ class LionAnswerer(Answerer):
     def __init__(self, job: BulkJob, device: torch.device):
         super().__init__(job, device)
         self.pipeline = LionPipeline(job.model, device=device)
-        self.encode = LionEncoder(job, self.pipeline.processor)
+        self.encode = partial(encode_for_lion, job, self.pipeline.processor)
         limits = {"num_beams": job.num_beams, "max_new_tokens": job.max_new_tokens}
         self.limits = {name: value for name, value in limits.items() if value is not None}
 
@@ -69,7 +70,7 @@ class TagAnswerer(Answerer):
         with naming(job.model, "a directory with a RamTagger"):
             tagger: Any = RamTagger.from_pretrained(job.model, dtype=dtype_of(job, device))
         self.tagger = tagger.to(device)
-        self.encode = TaggerEncoder(tagger.config.vision_config.image_size)
+        self.encode = partial(encode_for_tagger, tagger.config.vision_config.image_size)
 
     def _answers(self, inputs: Inputs, sizes: list[tuple[int, int]]) -> list[Row]:
         images = list(inputs["images"])

@@ -1,7 +1,6 @@
 """Base of all inputs of a bulk job: items with ids, and the fields read from them."""
 
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,21 +111,6 @@ class Source(ABC):
         Raises:
             ValueError, OSError: the input is invalid or cannot be read.
         """
-
-
-class Positions:
-    """Compact list of the positions of inputs, one row of integers each."""
-
-    def __init__(self, width: int):
-        self._width = width
-        self._values = array("q")
-
-    def add(self, *values: int) -> None:
-        self._values.extend(values)
-
-    def array(self) -> np.ndarray:
-        """Return the rows, int64 [n, width]."""
-        return np.frombuffer(self._values, np.int64).reshape(-1, self._width)
 
 
 def sized(files: Sequence[tuple[str, Path]]) -> list[list]:

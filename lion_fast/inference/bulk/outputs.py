@@ -15,9 +15,9 @@ import itertools
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lion_fast.extras import require
 from lion_fast.io.atomic import UNFINISHED, whole_file
@@ -48,7 +48,7 @@ class Journal:
         self._file.truncate(_end_of_last_line(self._file))
         self._file.seek(0, os.SEEK_END)
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Sequence[Row]) -> None:
         """Append rows and sync them to disk."""
         content = memoryview(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
         while content:
@@ -62,15 +62,6 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
-
-
-class Writer(Protocol):
-    """The writer of one process."""
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Append rows and sync them to disk."""
-
-    def close(self) -> None: ...
 
 
 class Output(ABC):
@@ -112,8 +103,8 @@ class Output(ABC):
         """Return the ids of all rows of the output."""
 
     @abstractmethod
-    def open(self, rank: int, world_size: int) -> Writer:
-        """Return the writer of one process; all processes must open theirs before any of them writes."""
+    def open(self, rank: int, world_size: int) -> Journal:
+        """Return the journal of one process; all processes must open theirs before any of them writes."""
 
 
 class JsonlOutput(Output):
@@ -165,8 +156,8 @@ class ParquetOutput(Output):
         for part in self._parts():
             yield from pq.read_table(part, columns=["id"])["id"].to_pylist()
 
-    def open(self, rank: int, world_size: int) -> "_PartWriter":
-        return _PartWriter(self, self.path / f"_rank-{rank:05d}.jsonl", self._next_part() + rank, world_size)
+    def open(self, rank: int, world_size: int) -> "_PartJournal":
+        return _PartJournal(self, self.path / f"_rank-{rank:05d}.jsonl", self._next_part() + rank, world_size)
 
     def write_part(self, number: int, rows: list[Row]) -> None:
         import pyarrow as pa
@@ -188,25 +179,22 @@ class ParquetOutput(Output):
         self.write_part(self._next_part(), rows)
 
 
-class _PartWriter:
-    """The writer of one process, which keeps rows in a journal until they fill a part."""
+class _PartJournal(Journal):
+    """A journal that holds the rows of one process until they fill a part."""
 
     def __init__(self, output: ParquetOutput, path: Path, number: int, step: int):
-        self.output, self.path, self.number, self.step = output, path, number, step
+        super().__init__(path)
+        self.output, self.number, self.step = output, number, step
         self.rows: list[Row] = []
-        self.journal = Journal(path)
 
     def append(self, rows: Sequence[Row]) -> None:
-        self.journal.append(rows)
+        super().append(rows)
         self.rows += rows
         if len(self.rows) >= self.output.rows_per_part:
             self.output.write_part(self.number, self.rows)
             self.number += self.step
             self.rows = []
-            self.journal.clear()
-
-    def close(self) -> None:
-        self.journal.close()
+            self.clear()
 
 
 def open_output(path: Path, fields: Sequence[str], rows_per_part: int = ROWS_PER_PART) -> Output:

@@ -43,35 +43,28 @@ class Preparer:
 
     def __call__(self, positions: Sequence[int] | np.ndarray) -> Prepared:
         rows: list[Row] = []
-        good: list[Row] = []
-        images: list[Image.Image] = []
-        items: list[Item] = []
+        good: list[tuple[Row, Image.Image, Item]] = []
+        asks = self.job.definition.asks
         for index in map(int, positions):
-            rows.append(self.job.row(self.source.id(index)))
+            row = self.job.row(self.source.id(index))
+            rows.append(row)
             try:
                 item = self.source[index]
-                self._describe(rows[-1], item)
-                image = load_image(item.image)
+                row["image"] = item.name
+                if asks is not None:
+                    row[asks] = printable(_text_of(item, self.job))
+                good.append((row, load_image(item.image), item))
             except (ValueError, OSError) as error:
-                _fail(rows[-1], error)
-                continue
-            good.append(rows[-1])
-            images.append(image)
-            items.append(item)
+                _fail(row, error)
         try:
-            inputs = self.encode(images, items) if items else None
+            inputs = self._encoded(good)
         except (ValueError, TypeError):
-            fits = [self._fits(*one) for one in zip(good, images, items, strict=True)]
-            images = [image for image, fit in zip(images, fits, strict=True) if fit]
-            items = [item for item, fit in zip(items, fits, strict=True) if fit]
-            inputs = self.encode(images, items) if items else None
-        return Prepared(rows, inputs, [image.size for image in images])
+            good = [one for one in good if self._fits(*one)]
+            inputs = self._encoded(good)
+        return Prepared(rows, inputs, [image.size for _, image, _ in good])
 
-    def _describe(self, row: Row, item: Item) -> None:
-        row["image"] = item.name
-        asks = self.job.definition.asks
-        if asks is not None:
-            row[asks] = printable(item.text if item.text is not None else self.job.text or "")
+    def _encoded(self, good: list[tuple[Row, Image.Image, Item]]) -> Inputs | None:
+        return self.encode([image for _, image, _ in good], [item for _, _, item in good]) if good else None
 
     def _fits(self, row: Row, image: Image.Image, item: Item) -> bool:
         try:
@@ -82,40 +75,29 @@ class Preparer:
         return True
 
 
-class LionEncoder:
-    """Encoder of images and questions with LION's processor."""
-
-    def __init__(self, job: BulkJob, processor: LionProcessor):
-        self.job, self.processor = job, processor
-
-    def __call__(self, images: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
-        command = self.job.definition
-        texts = [item.text if item.text is not None else self.job.text or "" for item in items]
-        tags = [self.job.tags if self.job.tags is not None else item.tags for item in items]
-        encoded = self.processor(
-            images=list(images),
-            text=[command.instruction.replace("{}", text) for text in texts],
-            tags=tags,
-            task=command.task or "",
-            return_tensors="pt",
-        )
-        return dict(encoded)
+def encode_for_lion(
+    job: BulkJob, processor: LionProcessor, images: Sequence[Image.Image], items: Sequence[Item]
+) -> Inputs:
+    """Encode images and questions with LION's processor."""
+    command = job.definition
+    encoded = processor(
+        images=list(images),
+        text=[command.instruction.replace("{}", _text_of(item, job)) for item in items],
+        tags=[job.tags if job.tags is not None else item.tags for item in items],
+        task=command.task or "",
+        return_tensors="pt",
+    )
+    return dict(encoded)
 
 
-class TaggerEncoder:
-    """Encoder that resizes images to the tagger's input size, so that less data is sent to its process.
+def encode_for_tagger(image_size: int, images: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
+    """Resize images to the tagger's input size in pixels, so that less data is sent to its process."""
+    size = (image_size, image_size)
+    return {"images": np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images])}
 
-    Args:
-        image_size: input size of the tagger in pixels.
-    """
 
-    def __init__(self, image_size: int):
-        self.image_size = image_size
-
-    def __call__(self, images: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
-        size = (self.image_size, self.image_size)
-        resized = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images]
-        return {"images": np.stack(resized)}
+def _text_of(item: Item, job: BulkJob) -> str:
+    return item.text if item.text is not None else job.text or ""
 
 
 def _fail(row: Row, error: Exception) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lion_fast.data.loader import checked_workers, start_method
+from lion_fast.data.loader import checked_workers, rank_and_size, start_method
 from lion_fast.inference.bulk.answering import dtype_of, load_answerer
 from lion_fast.inference.bulk.items import Source
 from lion_fast.inference.bulk.job import BulkJob, record_settings
-from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Output, Row, Writer, open_output
-from lion_fast.inference.bulk.preparing import Prepared, Preparer
+from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Journal, Output, Row, open_output
+from lion_fast.inference.bulk.preparing import Preparer
 from lion_fast.inference.bulk.sources import open_source
 from lion_fast.inference.loading import default_device
 
@@ -82,11 +82,11 @@ def run(
         writer = output.open(rank, world_size)
         _meet(None)
         loader: Any = DataLoader(
-            _Batches(batches, Preparer(job, source, answer.encode)),
+            batches,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=num_workers if batches else 0,
             multiprocessing_context=start_method() if num_workers and batches else None,
-            collate_fn=_as_it_is,
+            collate_fn=Preparer(job, source, answer.encode),
             pin_memory=device.type == "cuda",
         )
         label = job.command if world_size == 1 else f"{job.command}, process {rank + 1} of {world_size}"
@@ -149,7 +149,7 @@ def plan_batches(lengths: np.ndarray, done: np.ndarray, batch_size: int) -> list
 
 def write_all(
     answered: Iterable[Sequence[Row]],
-    writer: Writer,
+    writer: Journal,
     batches: Sequence[np.ndarray],
     done: np.ndarray,
     *,
@@ -178,22 +178,18 @@ def write_all(
     try:
         with progress:
             for batch in answered:
-                bad = [row for row in batch if row["error"] is not None]
+                bad = [f"{row['id']}: {row['error']}" for row in batch if row["error"] is not None]
                 if bad and strict:
                     writer.append([row for row in batch if row["error"] is None])
-                    raise ValueError(_described(bad[0]))
+                    raise ValueError(bad[0])
                 writer.append(batch)
                 rows += len(batch)
                 errors += len(bad)
-                first_error = first_error or (_described(bad[0]) if bad else None)
+                first_error = first_error or next(iter(bad), None)
                 progress.update(len(batch))
     finally:
         writer.close()
     return Summary(rows, errors, first_error, before, time.monotonic() - began)
-
-
-def rank_and_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 @contextmanager
@@ -217,24 +213,3 @@ def _meet(word: Any) -> Any:
         dist.broadcast_object_list(words)
         dist.barrier()
     return words[0]
-
-
-class _Batches(Dataset):
-    """Dataset of prepared batches, in the order of the plan."""
-
-    def __init__(self, batches: Sequence[np.ndarray], prepare: Preparer):
-        self.batches, self.prepare = batches, prepare
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Prepared:
-        return self.prepare(self.batches[index])
-
-
-def _as_it_is(prepared: Any) -> Any:
-    return prepared
-
-
-def _described(row: Row) -> str:
-    return f"{row['id']}: {row['error']}"

@@ -2,12 +2,15 @@
 
 import json
 import tarfile
+from array import array
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from lion_fast.data.records import describe
-from lion_fast.inference.bulk.items import Columns, Item, Positions, Source, printable, sized
+from lion_fast.inference.bulk.items import Columns, Item, Source, printable, sized
 from lion_fast.io.images import image_suffixes
 
 
@@ -24,7 +27,7 @@ class ShardSource(Source):
 
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]]):
         self._names: list[str] = []
-        positions, lengths = Positions(5), []
+        positions, lengths = array("q"), []
         has_text = False
         for file_index, (name, path) in enumerate(files):
             images, texts = _members(path)
@@ -40,7 +43,7 @@ class ShardSource(Source):
                             fields = {}
                     has_text |= columns.text in fields
                     self._names.append(printable(f"{name}/{member}"))
-                    positions.add(file_index, start, size, text_start, text_size)
+                    positions.extend((file_index, start, size, text_start, text_size))
                     lengths.append(columns.length(fields))
         if not self._names:
             raise ValueError(f"input: expected images in {files[0][1]}, found none")
@@ -50,7 +53,7 @@ class ShardSource(Source):
                 "got neither"
             )
         super().__init__(columns, lengths, sized(files))
-        self._shards, self._positions = files, positions.array()
+        self._shards, self._positions = files, np.array(positions).reshape(-1, 5)
 
     def id(self, index: int) -> str:
         return self._names[index]

@@ -16,7 +16,7 @@ from lion_fast.io.images import image_suffixes
 _KINDS = (".jsonl", ".parquet", ".tar")
 
 
-class PictureSource(Source):
+class ImageSource(Source):
     """Source of image files; their ids are their names.
 
     Args:
@@ -58,7 +58,7 @@ def open_source(job: BulkJob) -> Source:
         return ParquetSource(columns, files, image_root)
     if kind == ".tar":
         return ShardSource(columns, files)
-    return PictureSource(columns, files)
+    return ImageSource(columns, files)
 
 
 def find_files(input: str) -> list[tuple[str, Path]]:

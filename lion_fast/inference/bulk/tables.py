@@ -1,6 +1,7 @@
 """Files of JSON lines and Parquet files with an image, or its path, in every row."""
 
 import json
+from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from lion_fast.data.dataset import MAX_LINE_BYTES, lines_with_offsets
 from lion_fast.data.records import describe
 from lion_fast.extras import require
-from lion_fast.inference.bulk.items import Columns, Item, Positions, Source, printable, sized
+from lion_fast.inference.bulk.items import Columns, Item, Source, printable, sized
 
 _CACHED_BYTES = 256 << 20
 
@@ -26,14 +27,14 @@ class JsonlSource(Source):
     """
 
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]], image_root: Path | None):
-        positions, lengths = Positions(3), []
+        positions, lengths = array("q"), []
         seen: set[str] = set()
         for file_index, (_, path) in enumerate(files):
             with path.open("rb") as file:
                 for number, (offset, line) in enumerate(lines_with_offsets(file), 1):
                     if line is not None and not line.strip():
                         continue
-                    positions.add(file_index, offset, number)
+                    positions.extend((file_index, offset, number))
                     try:
                         fields = _parse(line)
                     except ValueError:
@@ -47,7 +48,7 @@ class JsonlSource(Source):
                     f"the lines have {', '.join(sorted(seen)) or 'no fields'}"
                 )
         super().__init__(columns, lengths, sized(files))
-        self._tables, self._image_root, self._positions = files, image_root, positions.array()
+        self._tables, self._image_root, self._positions = files, image_root, np.array(positions).reshape(-1, 3)
 
     def id(self, index: int) -> str:
         file_index, _, number = self._positions[index]
@@ -79,7 +80,7 @@ class ParquetSource(Source):
         import pyarrow.parquet as pq
         from pyarrow import ArrowException
 
-        groups, lengths, start = Positions(4), [np.zeros(0, np.int32)], 0
+        groups, lengths, start = [], [np.zeros(0, np.int32)], 0
         for file_index, (_, path) in enumerate(files):
             file_start = start
             try:
@@ -91,12 +92,12 @@ class ParquetSource(Source):
                     texts = [name for name in (columns.text, columns.tags) if name is not None and name in names]
                     for group in range(file.num_row_groups):
                         lengths.append(_lengths(file, group, texts, columns))
-                        groups.add(file_index, group, start, file_start)
+                        groups.append((file_index, group, start, file_start))
                         start += len(lengths[-1])
             except ArrowException as error:
                 raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
         super().__init__(columns, np.concatenate(lengths), sized(files))
-        self._tables, self._image_root, self._groups = files, image_root, groups.array()
+        self._tables, self._image_root, self._groups = files, image_root, np.array(groups, np.int64).reshape(-1, 4)
         self._cache: OrderedDict[int, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
