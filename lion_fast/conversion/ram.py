@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import SwinConfig
 
-from lion_fast.io.checkpoints import CheckpointError, TensorInfo, open_tensors, scan
+from lion_fast.io.checkpoints import CheckpointError, TensorInfo, read_tensors, scan
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.modeling_ram import RamTagger, read_tags, read_thresholds
 
@@ -203,17 +203,13 @@ def _check(shapes: dict[str, tuple[int, ...]], infos: dict[str, TensorInfo], pat
 
 def _read(shapes: dict[str, tuple[int, ...]], infos: dict[str, TensorInfo]) -> dict[str, Tensor]:
     values = {}
-    for file in {infos[_source_name(name)].file for name in shapes}:
-        with open_tensors(file) as tensors:
-            for name, shape in shapes.items():
-                if infos[source := _source_name(name)].file != file:
-                    continue
-                value = tensors[source]
-                if source.endswith(_FUSED):
-                    value = value.chunk(3)["qkv".index(name.rsplit(".", 2)[1][0])]
-                elif source.endswith(_TABLE):
-                    value = _interpolate_table(value, shape[0])
-                values[name] = value.clone(memory_format=torch.contiguous_format)
+    for name, value in read_tensors({name: infos[_source_name(name)] for name in shapes}):
+        source = _source_name(name)
+        if source.endswith(_FUSED):
+            value = value.chunk(3)["qkv".index(name.rsplit(".", 2)[1][0])]
+        elif source.endswith(_TABLE):
+            value = _interpolate_table(value, shapes[name][0])
+        values[name] = value.clone(memory_format=torch.contiguous_format)
     return values
 
 

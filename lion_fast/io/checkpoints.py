@@ -90,6 +90,15 @@ def open_tensors(file: Path) -> Iterator[Mapping[str, Tensor]]:
     yield tensors
 
 
+def read_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each name with its tensor, file by file."""
+    for file in {info.file for info in infos.values()}:
+        with open_tensors(file) as tensors:
+            for name, info in infos.items():
+                if info.file == file:
+                    yield name, tensors[info.name]
+
+
 def _load_torch(file: Path) -> dict[str, Tensor]:
     with naming(file, "a readable PyTorch checkpoint"):
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lion_fast.conversion.lion import original_name
-from lion_fast.io.checkpoints import CheckpointError, TensorInfo, open_tensors, scan
+from lion_fast.io.checkpoints import CheckpointError, read_tensors, scan
 from lion_fast.modeling_lion import LionForCausalLM
 
 _PARTS = ("query_tokens", "vision_layernorm", "qformer", "qformer_projection")
@@ -53,18 +53,11 @@ def load_qformer(model: LionForCausalLM, path: str | Path) -> list[str]:
             raise CheckpointError(
                 f"{path}: {info.name}: expected {list(parameters[name].shape)}, got {list(info.shape)}"
             )
-    _copy(found, model)
+    for name, value in read_tensors(found):
+        model.get_parameter(name).copy_(value)
     return list(found)
 
 
 def _name_in_transformers(name: str) -> str:
     part, _, rest = name.partition(".")
     return f"{_IN_TRANSFORMERS.get(part, part)}.{rest}" if rest else name
-
-
-def _copy(found: dict[str, TensorInfo], model: LionForCausalLM) -> None:
-    for file in {info.file for info in found.values()}:
-        with open_tensors(file) as values:
-            for name, info in found.items():
-                if info.file == file:
-                    model.get_parameter(name).copy_(values[info.name])
