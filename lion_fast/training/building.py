@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.data.seeding import seed_everything
@@ -12,8 +13,15 @@ from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.training.memory import checkpoint_blocks
 from lion_fast.training.qformer import load_qformer
-from lion_fast.training.recipe import Recipe, RecipeError
-from lion_fast.training.stages import carry_over, copy_frozen, freeze_for_stage, stage_of_model
+from lion_fast.training.recipe import Optimizer, Recipe, RecipeError
+from lion_fast.training.stages import (
+    carry_over,
+    convert_frozen,
+    copy_frozen,
+    freeze_for_stage,
+    parameter_groups,
+    stage_of_model,
+)
 
 
 def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
@@ -49,12 +57,18 @@ def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
         del source
     freeze_for_stage(model, stage)
     if recipe.precision == "bf16":
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        convert_frozen(model, torch.bfloat16)
     if recipe.gradient_checkpointing:
         checkpoint_blocks(model)
     return model, processor
+
+
+def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    """Return AdamW with LION's parameter groups for the parameters that require gradients."""
+    groups = parameter_groups(
+        model, lr=settings.lr, weight_decay=settings.weight_decay, boost_lr_scale=settings.boost_lr_scale
+    )
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def stage_config(config: LionConfig, recipe: Recipe) -> LionConfig:

@@ -1,15 +1,15 @@
 """Evaluation during training: loss, answers, boxes, and drawings of them."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from lion_fast.data.loader import rank_and_size
 from lion_fast.inference.pipeline import generate_texts
 from lion_fast.io.boxes import draw_boxes, iou, parse_boxes
 from lion_fast.io.images import load_image
@@ -17,30 +17,6 @@ from lion_fast.processing_lion import IGNORED
 from lion_fast.training.data import LionCollator, Sample
 
 _TILE, _MARGIN, _LINES, _COLUMNS = 320, 10, 4, 4
-
-
-@dataclass
-class Totals:
-    """Named sums over samples, which `over_processes` adds up over all processes."""
-
-    values: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, value: float) -> None:
-        self.values[name] = self.values.get(name, 0.0) + value
-
-    def over_processes(self, device: torch.device) -> "Totals":
-        if not (dist.is_available() and dist.is_initialized()):
-            return self
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self.values)
-        total = Totals()
-        for part in parts:
-            for name, value in part.items():
-                total.add(name, value)
-        return total
-
-    def share(self, of: str, by: str) -> float | None:
-        return self.values[of] / self.values[by] if self.values.get(by) else None
 
 
 @torch.no_grad()
@@ -73,10 +49,11 @@ def evaluate(
         `grounding_accuracy` over answers with a box, the fraction of first boxes with IoU >= 0.5, where a missing box
         is a miss; and `exact_match` over the other answers.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    rank, world = rank_and_size()
     own = list(indices[rank::world])
     rounds = -(-len(indices) // (world * batch_size))
-    collate, totals, shown = collate or LionCollator(processor), Totals(), []
+    collate, shown = collate or LionCollator(processor), []
+    totals: dict[str, float] = defaultdict(float)
     for round_ in range(rounds):
         chosen = own[round_ * batch_size : (round_ + 1) * batch_size]
         # All processes must run a sharded model equally often: a process without samples left runs any sample.
@@ -89,24 +66,34 @@ def evaluate(
             continue
         if loss is not None:
             tokens = int((batch["labels"] != IGNORED).sum())
-            totals.add("loss", loss.item() * tokens)
-            totals.add("tokens", tokens)
+            totals["loss"] += loss.item() * tokens
+            totals["tokens"] += tokens
         for sample, answer in zip(counted, answers, strict=True):
-            _judge(totals, sample, answer)
+            asked, right = ("placed", "located") if parse_boxes(sample["answer"]) else ("answered", "matched")
+            totals[asked] += 1
+            totals[right] += is_right(answer, sample["answer"])
         shown += list(zip(counted, answers, strict=True))[: pictures - len(shown)]
-    totals = totals.over_processes(device)
-    metrics = {
-        "loss": totals.share("loss", "tokens"),
-        "exact_match": totals.share("matched", "answered"),
-        "grounding_accuracy": totals.share("located", "placed"),
+    totals = _over_processes(totals)
+    shares = {
+        "loss": ("loss", "tokens"),
+        "exact_match": ("matched", "answered"),
+        "grounding_accuracy": ("located", "placed"),
     }
-    return {name: value for name, value in metrics.items() if value is not None}, shown
+    return {name: totals[of] / totals[by] for name, (of, by) in shares.items() if totals[by]}, shown
 
 
-def _judge(totals: Totals, sample: Sample, answer: str) -> None:
-    asked, right = ("placed", "located") if parse_boxes(sample["answer"]) else ("answered", "matched")
-    totals.add(asked, 1)
-    totals.add(right, float(is_right(answer, sample["answer"])))
+def _over_processes(own: dict[str, float]) -> dict[str, float]:
+    """Return the sums over all processes."""
+    _, world = rank_and_size()
+    if world == 1:
+        return own
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, own)
+    totals: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for name, value in part.items():
+            totals[name] += value
+    return totals
 
 
 def is_right(answer: str, true: str) -> bool:
@@ -170,8 +157,3 @@ def evaluated_indices(samples: Dataset, most: int) -> list[int]:
     """Return the indices of up to `most` samples, evenly spaced; the selection is deterministic."""
     count = len(samples)  # type: ignore[arg-type]
     return [number * count // min(most, count) for number in range(min(most, count))]
-
-
-def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the batch's tensors to a device and keep everything else."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

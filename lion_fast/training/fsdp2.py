@@ -29,13 +29,12 @@ from lion_fast.data.order import POSITION
 from lion_fast.data.seeding import seed_everything
 from lion_fast.processing_lion import IGNORED, LionProcessor
 from lion_fast.training import saving
-from lion_fast.training.building import build_model
+from lion_fast.training.building import build_model, build_optimizer
 from lion_fast.training.data import SAMPLE_IDS, LionCollator, open_training_data, training_order
-from lion_fast.training.evaluation import move
 from lion_fast.training.recipe import Recipe, load_recipe
 from lion_fast.training.run import SCHEDULE, prepare_run, schedule_rates
 from lion_fast.training.sharding import gathered_state, shard
-from lion_fast.training.stages import parameter_groups
+from lion_fast.training.stages import trained_parameters
 
 
 def train(
@@ -69,10 +68,7 @@ def train(
     model: Any = shard(whole, recipe.precision)
     model.train()
     settings = recipe.optimizer
-    groups = parameter_groups(
-        model, lr=settings.lr, weight_decay=settings.weight_decay, boost_lr_scale=settings.boost_lr_scale
-    )
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    optimizer = build_optimizer(model, settings)
     schedule = get_scheduler(
         SCHEDULE,
         optimizer,
@@ -132,7 +128,8 @@ def take_step(
         seed_everything(recipe.seed, batch.pop(POSITION), 1)
         model.set_requires_gradient_sync(number == len(micro_batches) - 1)
         # FSDP averages gradients over processes; multiplying by `world` gives the sum over all tokens.
-        loss = model(**move(batch, device), num_items_in_batch=tokens).loss
+        on_device = {name: value.to(device) for name, value in batch.items()}
+        loss = model(**on_device, num_items_in_batch=tokens).loss
         (loss * world).backward()
         total += loss.detach()
     dist.all_reduce(total)
@@ -171,7 +168,7 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sc
     """Load a checkpoint written by any number of processes; return its step and the losses up to that step."""
     shards = str(directory / "shards")
     written = FileSystemReader(shards).read_metadata().state_dict_metadata
-    for name, parameter in _trained(model):
+    for name, parameter in trained_parameters(model):
         # A parameter without a gradient so far has no optimizer state, neither in the checkpoint nor here.
         if f"optimizer.{name}.step" in written:
             empty = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -196,15 +193,11 @@ def save_whole(directory: Path, model: Any, processor: LionProcessor) -> None:
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the content of a checkpoint by name: the trained parameters and their AdamW state."""
-    state = {f"model.{name}": parameter.data for name, parameter in _trained(model)}
-    for name, parameter in _trained(model):
+    state = {f"model.{name}": parameter.data for name, parameter in trained_parameters(model)}
+    for name, parameter in trained_parameters(model):
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"optimizer.{name}.{key}"] = value
     return state
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def main() -> None:

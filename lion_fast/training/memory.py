@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.training.stages import Stage, freeze_for_stage
+from lion_fast.training.stages import Stage, convert_frozen, freeze_for_stage
 
 
 @dataclass(frozen=True)
@@ -145,20 +145,16 @@ def _saved_by_forward(
     """Return the bytes saved by a forward pass, the bytes of each block, and the model on fake tensors."""
     # float16 has the size of bfloat16, and Triton's interpreter supports it.
     half = torch.float16
-    with torch.device("meta"):
+    with FakeTensorMode():
         model = LionForCausalLM(config).train()
-    freeze_for_stage(model, stage)
-    if checkpointed:
-        checkpoint_blocks(model)
-    mode = FakeTensorMode()
-    _fake_parameters(model, mode, half if precision == "bf16" else torch.float32)
-    with (
-        mode,
-        torch.autocast("cpu", dtype=half, enabled=precision == "bf16"),
-        counting_saved_tensors(model) as saved,
-    ):
-        loss = model(**_batch(config, shapes)).loss  # the saved tensors live as long as the loss
-        del loss
+        freeze_for_stage(model, stage)
+        if checkpointed:
+            checkpoint_blocks(model)
+        if precision == "bf16":
+            convert_frozen(model, half)
+        with torch.autocast("cpu", dtype=half, enabled=precision == "bf16"), counting_saved_tensors(model) as saved:
+            loss = model(**_batch(config, shapes)).loss  # the saved tensors live as long as the loss
+            del loss
     return saved.nbytes, saved.blocks, model
 
 
@@ -167,28 +163,6 @@ def checkpoint_blocks(model: LionForCausalLM) -> None:
     # transformers 5.17 has only the older name, which warns in later versions.
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
-
-
-def _fake_parameters(model: nn.Module, mode: FakeTensorMode, frozen_dtype: torch.dtype) -> None:
-    """Replace all parameters and buffers with fake tensors on the CPU; shared tensors stay shared."""
-    fakes: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
-            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-            value: Any = FakeTensor(
-                mode, tensor.detach().to(frozen_dtype if frozen else tensor.dtype), torch.device("cpu")
-            )
-            fakes[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-        return fakes[id(tensor)]
-
-    originals = []  # kept alive, so that no id() is reused
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    originals.append(tensor)
-                    tensors[name] = fake(tensor)  # type: ignore[assignment]
 
 
 def _batch(config: LionConfig, shapes: Shapes) -> dict[str, Tensor]:

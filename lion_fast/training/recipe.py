@@ -277,18 +277,6 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.plain(), sort_keys=False)
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted names of the keys whose values differ."""
-    changed = []
-    for key in dict.fromkeys([*old, *new]):
-        before, after, name = old.get(key), new.get(key), prefix + str(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += changed_keys(before, after, f"{name}.")
-        elif before != after:
-            changed.append(name)
-    return changed
-
-
 def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Check that a run can be resumed with new settings.
 
@@ -299,16 +287,13 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> None:
     Raises:
         RecipeError: keys other than `RESUMABLE_CHANGES` differ; the message names them.
     """
-    old = _renamed(old, warn=False)
-    differing = [
-        key
-        for key in changed_keys(old, new)
-        if not any(key == ok or key.startswith(f"{ok}.") for ok in RESUMABLE_CHANGES)
-    ]
+    before, after = _flat(_renamed(old, warn=False)), _flat(new)
+    changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+    differing = [key for key in changed if not f"{key}.".startswith(tuple(f"{ok}." for ok in RESUMABLE_CHANGES))]
     if differing:
         key = differing[0]
         raise RecipeError(
-            f"{key}: expected {_at(old, key)!r}, as at the start of the run, got {_at(new, key)!r}"
+            f"{key}: expected {before.get(key)!r}, as at the start of the run, got {after.get(key)!r}"
             + (f" (and {', '.join(differing[1:])})" if differing[1:] else "")
         )
 
@@ -380,8 +365,9 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _at(settings: dict[str, Any], key: str) -> Any:
-    value: Any = settings
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values by dotted key."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

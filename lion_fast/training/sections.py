@@ -1,6 +1,7 @@
 """Sections of settings, read strictly: frozen dataclasses that reject values of the wrong type with a precise error."""
 
 import dataclasses
+import json
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Section:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as dicts, lists and values, as `read` takes them."""
-        return _plain(dataclasses.asdict(self))
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # with lists for tuples, which YAML lacks
 
     @classmethod
     def read(cls, settings: dict[str, Any]) -> Self:
@@ -158,9 +159,3 @@ def _expected(value: Any, kind: Any) -> str | None:
     if fits and (kind is bool or not isinstance(value, bool)):
         return None
     return texts.get(kind, "a valid list")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -5,7 +5,6 @@ jointly, with both adapters and routers (paper, section 3.4). Stage 4, the publi
 3. The vision tower and the language model's own weights are frozen in all stages.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +78,16 @@ def freeze_for_stage(model: LionForCausalLM, stage: Stage) -> list[str]:
         ValueError: the model's `visual_input` differs from the stage's.
     """
     _expect_visual_input("model", model, stage)
-    trained = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.trains(name))
-        if parameter.requires_grad:
-            trained.append(name)
-    return trained
+    return [name for name, _ in trained_parameters(model)]
+
+
+def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters that do not require gradients to `dtype`, in place."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
@@ -153,7 +156,8 @@ def parameter_groups(
     Returns:
         Up to four groups with keys `name`, `params`, `lr` and `weight_decay`; empty groups are omitted.
     """
-    norms = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    of_norms = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
     groups = {
         f"{part}_{kind}": {
             "params": [],
@@ -163,19 +167,16 @@ def parameter_groups(
         for part in ("base", "aggregator")
         for kind in ("decay", "no_decay")
     }
-    for name, parameter in _trained(model):
-        plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in norms
+    for name, parameter in trained_parameters(model):
+        plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in of_norms
         part = "aggregator" if name.startswith("aggregator.") else "base"
         groups[f"{part}_{'no_decay' if plain else 'decay'}"]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return names and parameters that require gradients."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _expect_visual_input(argument: str, model: LionForCausalLM, stage: Stage) -> None:

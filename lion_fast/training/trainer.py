@@ -5,10 +5,8 @@ or gradient stops the run or skips the step; evaluation generates answers; param
 accumulation, clipping, schedule, DDP and FSDP2 are the Trainer's.
 """
 
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lion_fast.data.order import POSITION, TrainingData, TrainingOrder
 from lion_fast.data.seeding import seed_everything
+from lion_fast.io.atomic import write_json
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.training import saving
+from lion_fast.training.building import build_optimizer
 from lion_fast.training.data import SAMPLE_IDS, LionCollator, TaskSamples
 from lion_fast.training.evaluation import draw_answers, evaluate, evaluated_indices
 from lion_fast.training.recipe import Recipe
 from lion_fast.training.sharding import gathered_state, shard
-from lion_fast.training.stages import parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -120,14 +119,7 @@ class LionTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            settings = self.recipe.optimizer
-            groups = parameter_groups(
-                self.model if model is None else model,
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                boost_lr_scale=settings.boost_lr_scale,
-            )
-            self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+            self.optimizer = build_optimizer(self.model if model is None else model, self.recipe.optimizer)
         return self.optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -175,11 +167,9 @@ class LionTrainer(Trainer):
         if self.is_world_process_zero() and (lines or images):
             print(f"data.train: skipped {lines} invalid lines and {images} samples with an unreadable image")
 
-    @contextmanager
-    def _written_aside(self, target: Path) -> Iterator[Path]:
+    def _written_aside(self, target: Path) -> AbstractContextManager[Path]:
         first, wait = self.is_world_process_zero(), self.accelerator.wait_for_everyone
-        with saving.written_aside(target, first=first, wait_for_all=wait) as directory:
-            yield directory
+        return saving.written_aside(target, first=first, wait_for_all=wait)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -261,7 +251,7 @@ class _FiniteWatch(TrainerCallback):
         if self._trainer.is_world_process_zero():
             directory.mkdir(parents=True, exist_ok=True)
             shares = [{**batch, "loss": repr(batch["loss"])} for batch in found]
-            file.write_text(json.dumps({"step": step, "batches": shares}, indent=1) + "\n", encoding="utf-8")
+            write_json(file, {"step": step, "batches": shares})
         what = "loss" if guilty else "gradients"
         samples = ", ".join(sample for batch in guilty or found for sample in batch["samples"])
         return f"step {step}: {what} not finite, samples {samples} (all batches of the step: {file})"
