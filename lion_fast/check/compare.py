@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -195,16 +195,12 @@ def poisoned_memory() -> Iterator[None]:
 def counted_launches() -> Iterator[Counter[str]]:
     """Count the launches of each kernel of lion_kernels within the context, compiled or interpreted."""
     counter: Counter[str] = Counter()
-    hooks = []
-    for kernel in all_kernels():
-        hook = functools.partial(_count, counter, kernel.__name__)
-        kernel.add_pre_run_hook(hook)
-        hooks.append((kernel, hook))
-    try:
+    with ExitStack() as stack:
+        for kernel in all_kernels():
+            hook = functools.partial(_count, counter, kernel.__name__)
+            kernel.add_pre_run_hook(hook)
+            stack.callback(kernel.pre_run_hooks.remove, hook)
         yield counter
-    finally:
-        for kernel, hook in hooks:
-            kernel.pre_run_hooks.remove(hook)
 
 
 def _count(counter: Counter[str], kernel: str, /, *args: object, **kwargs: object) -> None:

@@ -7,12 +7,14 @@ launches on sm_90, the number of new ones, and the CPU seconds that these take i
 import json
 import os
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from lion_fast.check.cases import CASES, TIMED
+from lion_fast.check.compare import name_of
 from lion_fast.check.launches import record_cases, recording
 from lion_fast.check.model_launches import record_models
 from lion_kernels.aot.compile import compile_spec
@@ -35,14 +37,9 @@ def _processor_seconds() -> float:
 
 
 def main() -> None:
-    parts: dict[str, Any] = {
-        **{
-            str(dtype).removeprefix("torch."): lambda found, dtype=dtype: record_cases(found, CASES, dtype)
-            for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        },
-        "timed": lambda found: record_cases(found, TIMED, torch.bfloat16),
-        "model": record_models,
-    }
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    parts: dict[str, Any] = {name_of(dtype): partial(record_cases, cases=CASES, dtype=dtype) for dtype in dtypes}
+    parts |= {"timed": partial(record_cases, cases=TIMED, dtype=torch.bfloat16), "model": record_models}
     known: set[tuple[Any, ...]] = set()
     table = {}
     for name, record in parts.items():

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lion_fast.io.atomic import write_json
+
 PACKAGES = ("torch", "triton", "transformers", "numpy", "peft", "flash-attn", "liger-kernel")
 
 
@@ -63,13 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = environment()
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_json(options.json, found)
     if options.rates:
         found["rates"] = rates()
-    text = json.dumps(found, indent=1)
-    if options.json is not None:
-        options.json.write_text(text, encoding="utf-8")
-    print(text)
+        if options.json is not None:
+            write_json(options.json, found)
+    print(json.dumps(found, indent=1))
     return 0
 
 

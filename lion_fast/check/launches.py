@@ -4,7 +4,7 @@
 and computes nothing. A process that interprets its kernels has no such launches.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,9 +13,8 @@ from unittest import mock
 
 import torch
 
-from lion_fast.check.cases import CASES, TIMED, Case
+from lion_fast.check.cases import Case
 from lion_fast.check.compare import leaves, make_tensors, results_of
-from lion_fast.check.report import TIMED_DTYPE
 from lion_fast.check.uncomputed import Uncomputed
 from lion_kernels.core import backend
 from lion_kernels.core.operator import all_kernels
@@ -69,21 +68,6 @@ class Recording:
         return _named([(spec, tuple(calls)) for spec, calls in self._launches.values()])
 
 
-class _Hopper:
-    """The parts of a driver that Triton needs before it compiles."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextmanager
 def recording() -> Iterator[Recording]:
     """Record every launch within the context, for sm_90.
@@ -94,32 +78,25 @@ def recording() -> Iterator[Recording]:
     if backend.interpreting():
         raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
     import triton
+    from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     found = Recording()
+    hopper = SimpleNamespace(  # the parts of a driver that Triton needs before it compiles
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Hopper()))
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", hopper))
         for kernel in all_kernels():  # Triton does not call the compiler for launches in its cache
             kernel.device_caches.clear()
             stack.callback(kernel.device_caches.clear)
-        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", _as_method(found)))
+        # A function, unlike `found.note`, becomes a method: it gets the kernel as its first argument.
+        compile_ = lambda *arguments, **keywords: found.note(*arguments, **keywords)  # noqa: E731
+        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compile_))
         stack.enter_context(backend.launching_on_cpu())
         yield found
-
-
-def _as_method(found: Recording) -> Callable[..., Any]:
-    def note(kernel: Any, *arguments: Any, **keywords: Any) -> Any:
-        return found.note(kernel, *arguments, **keywords)
-
-    return note
-
-
-def record_check(found: Recording, dtypes: Sequence[torch.dtype]) -> None:
-    """Record all launches of `lion-fast check` on a GPU in `dtypes`; its timed cases are in bfloat16 only."""
-    for dtype in dtypes:
-        record_cases(found, CASES, dtype)
-    if TIMED_DTYPE in dtypes:
-        record_cases(found, TIMED, TIMED_DTYPE)
 
 
 def record_cases(found: Recording, cases: Sequence[Case], dtype: torch.dtype) -> None:

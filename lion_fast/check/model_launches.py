@@ -3,19 +3,19 @@
 Models with one layer of each kind have all shapes of the full models. Nothing is computed (`Uncomputed`).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
-from lion_fast.check.launches import Recording, record_check, recording
+from lion_fast.check.cases import CASES, TIMED
+from lion_fast.check.launches import Recording, record_cases, recording
+from lion_fast.check.report import TIMED_DTYPE
 from lion_fast.check.uncomputed import Uncomputed
 from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
+from lion_fast.inference.loading import quiet_transformers
 from lion_fast.modeling_lion import LionForCausalLM
-from lion_fast.training.stages import STAGES, Stage, freeze_for_stage
+from lion_fast.training.stages import STAGES, Stage, convert_frozen, freeze_for_stage
 from lion_kernels.core.specs import KernelSpec
 
 SIZES = {"XL": FLAN_T5_XL, "XXL": FLAN_T5_XXL}
@@ -37,10 +37,12 @@ GENERATIONS = tuple((batch, beams) for batch in (1, 8) for beams in (1, 5))
 NEW_TOKENS = 3  # one step without a cache, and two with it
 
 
-def recorded_launches(dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)) -> list[KernelSpec]:
-    """Return the launches of `lion-fast check` in `dtypes`, and those of the model in bfloat16."""
+def recorded_launches() -> list[KernelSpec]:
+    """Return the launches of `lion-fast check` on a GPU, except those in float16, and of the model in bfloat16."""
     with recording() as found:
-        record_check(found, dtypes)
+        for dtype in (torch.bfloat16, torch.float32):
+            record_cases(found, CASES, dtype)
+        record_cases(found, TIMED, TIMED_DTYPE)
         record_models(found)
     return found.specs()
 
@@ -48,7 +50,7 @@ def recorded_launches(dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.flo
 def record_models(found: Recording) -> None:
     """Record LION-FlanT5-XL and -XXL; training stages run under autocast, as in `lion-fast train`."""
     found.model_sizes = True
-    with _quiet(), Uncomputed():
+    with quiet_transformers(), Uncomputed():
         for size, text in SIZES.items():
             for stage in STAGES:
                 _train(found, size, text, stage)
@@ -61,19 +63,8 @@ def record_models(found: Recording) -> None:
 
 def benchmarked_step() -> None:
     """Run a step of joint training of LION-FlanT5-XL with its loss, as in the training benchmark."""
-    with _quiet(), Uncomputed():
+    with quiet_transformers(), Uncomputed():
         _train(Recording(), "XL", FLAN_T5_XL, STAGES[-1], BENCHMARKED)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the warnings of transformers about an untrained model."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _model(text: dict[str, Any], stage: Stage) -> LionForCausalLM:
@@ -93,9 +84,7 @@ def _train(found: Recording, size: str, text: dict[str, Any], stage: Stage, leng
     """Record a forward and backward pass, and an evaluation's forward."""
     model = _model(text, stage)
     freeze_for_stage(model, stage)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    convert_frozen(model, torch.bfloat16)
     batch = _batch(model.config, TRAINING_BATCH, lengths)
     labels = torch.ones(TRAINING_BATCH, lengths.answer, dtype=torch.long)
     with torch.autocast("cpu", dtype=torch.bfloat16):

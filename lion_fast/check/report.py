@@ -1,6 +1,5 @@
 """All cases in all dtypes: the tables and the JSON of `lion-fast check`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -14,6 +13,7 @@ from lion_fast.check.compare import Outcome, compare, leaves, make_tensors, name
 from lion_fast.check.environment import environment
 from lion_fast.check.timing import Clock, Seconds, measure, measure_rates
 from lion_fast.check.worker import Task, side_by_side
+from lion_fast.io.atomic import write_json
 from lion_kernels.core.backend import interpreting
 from lion_kernels.core.cost import Device, floor_seconds
 
@@ -110,7 +110,7 @@ def run_check(
             _time(check, large, device)
     finally:
         if json_file is not None:
-            json_file.write_text(json.dumps(check.to_json(), indent=1), encoding="utf-8")
+            write_json(json_file, check.to_json())
     for problem in check.problems:
         print(f"FAIL {problem}")
     wrong = sum(bool(outcome.problems) for outcome in check.outcomes)

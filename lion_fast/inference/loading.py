@@ -1,5 +1,7 @@
 """Loading of complete models, and the default device and dtype."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppress the warnings of transformers in this context."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_complete(directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
     """Load a directory's `LionForCausalLM` in evaluation mode, and reject incomplete checkpoints.
 
@@ -29,15 +42,11 @@ def load_complete(directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
     Raises:
         CheckpointError: the checkpoint cannot be loaded, or parameters are missing or have other shapes.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the error below reports missing parameters in one line
-    try:
-        with naming(directory, "a checkpoint of LION that can be loaded"):
-            loaded: Any = LionForCausalLM.from_pretrained(
-                directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
-            )
-    finally:
-        logging.set_verbosity(verbosity)
+    # Without the warnings: the error below reports missing parameters in one line.
+    with quiet_transformers(), naming(directory, "a checkpoint of LION that can be loaded"):
+        loaded: Any = LionForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
     model, info = loaded
     absent = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if absent:
