@@ -154,9 +154,7 @@ def describe(value: Any) -> str:
 
 
 def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: expected text, got {describe(value)}")
-    if not value.strip():
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}: expected text, got {describe(value)}")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"{name}: expected text that UTF-8 can hold, got half a surrogate pair")

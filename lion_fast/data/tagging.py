@@ -1,5 +1,6 @@
 """Tagging of training data: once per image into a file before training, or per image while samples are read."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,8 @@ def add_tags(
         if record.tags is None:
             untagged.setdefault(record.image, index)
     tags: dict[str, tuple[str, ...]] = {}
-    for batch in _batches(dataset, untagged, batch_size):
+    readable = _readable(dataset, untagged)
+    while batch := list(itertools.islice(readable, batch_size)):
         results = tagger([image for _, image in batch])
         if len(results) != len(batch):
             raise ValueError(f"tagger: expected one result per image ({len(batch)}), got {len(results)}")
@@ -88,19 +90,15 @@ def _split(joined: str) -> list[str]:
     return [tag.strip() for tag in joined.split(",") if tag.strip()]
 
 
-def _batches(dataset: JsonlDataset, images: dict[str, int], batch_size: int) -> Iterator[list[tuple[str, Image.Image]]]:
-    """Yield batches of readable images with their names."""
-    batch = []
+def _readable(dataset: JsonlDataset, images: dict[str, int]) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the names of readable images and the images."""
     for name, index in images.items():
         try:
-            batch.append((name, load_image(dataset.image_root / name)))
+            image = load_image(dataset.image_root / name)
         except (OSError, ValueError) as error:
             message = f"{dataset.place(index)}: {error}"
             if dataset.strict:
                 raise DataError(message) from error
             logger.warning("skipped %s", message)
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        else:
+            yield name, image

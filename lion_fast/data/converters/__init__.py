@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lion_fast.data.converters.captions import coco_captions, flickr30k, karpathy, textcaps
-from lion_fast.data.converters.entries import load_json, load_lines
+from lion_fast.data.converters.entries import Format, Options, load_json, load_lines
 from lion_fast.data.converters.questions import aokvqa, gqa, ocr_vqa, vqa
 from lion_fast.data.converters.regions import mdetr, refcoco, visual_genome
-from lion_fast.data.converters.table import Format, Options
 from lion_fast.data.records import DataError, Record
 
 __all__ = ["FORMATS", "Conversion", "Format"]

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from lion_fast.data.converters.entries import Entry, index_by, look_up
-from lion_fast.data.converters.table import Options, Parts
+from lion_fast.data.converters.entries import Entry, Options, Parts, index_by, look_up
 from lion_fast.data.records import Record
 from lion_fast.data.templates import instruction
 

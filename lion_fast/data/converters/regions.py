@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from lion_fast.data.converters.entries import Entry, index_by, look_up
-from lion_fast.data.converters.table import Options, Parts
+from lion_fast.data.converters.entries import Entry, Options, Parts, index_by, look_up
 from lion_fast.data.records import Box, Record
 from lion_fast.data.templates import instruction
 from lion_fast.io.boxes import format_box
