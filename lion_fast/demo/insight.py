@@ -5,7 +5,7 @@ implementation of attention, including the kernels.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,21 +121,15 @@ def adapter_gates(model: LionForCausalLM) -> Gates:
         gate = module.gate(torch.cat([adapter()[0] for adapter in module.adapters])).detach().float().cpu()
         if not module.has_router:
             gate = gate.expand(len(TASKS), -1).unsqueeze(-1)
-        stack, number = _layer_of(name)
-        layers.append(f"{stack} {number}".strip())
+        parts = name.split(".")
+        stack = f"{parts[0]} " if parts[0] in ("encoder", "decoder") else ""  # none in a decoder-only model
+        layers.append(stack + next(part for part in parts if part.isdecimal()))
         values.append(gate.numpy())  # [tasks, adapters, channels]
     gates = np.stack(values)
     low, high = np.percentile(gates, (10, 90), axis=-1)
     count = gates.shape[2]
     adapters = ("region adapter", "image adapter") if count == 2 else tuple(f"adapter {k}" for k in range(count))
     return Gates(tuple(layers), adapters, gates.mean(-1), low, high)
-
-
-def _layer_of(module_name: str) -> tuple[str, int]:
-    """Return a module's stack ("encoder", "decoder", or "" for a single stack) and layer number."""
-    parts = module_name.split(".")
-    stack = parts[0] if parts[0] in ("encoder", "decoder") else ""
-    return stack, int(next(part for part in parts if part.isdecimal()))
 
 
 def _aggregator_attention(model: LionForCausalLM) -> dict[int, _Attention]:
@@ -178,12 +172,10 @@ def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor
     def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
         outputs[module] = output
 
-    hooks = [module.register_forward_hook(keep) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(keep).remove)
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _mean_weights(attentions: Iterable[_Attention], outputs: dict[nn.Module, Tensor]) -> np.ndarray:

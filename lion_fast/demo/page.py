@@ -13,8 +13,8 @@ from PIL import Image
 
 from lion_fast.configuration_lion import TASKS
 from lion_fast.demo.answering import MAX_TAGS, MAX_TEXT, WANTS, Answer, Answerer
+from lion_fast.demo.figures import for_display, insight_html
 from lion_fast.demo.insight import adapter_gates
-from lion_fast.demo.pictures import for_display, insight_html
 from lion_fast.io.boxes import draw_boxes
 from lion_fast.io.images import load_image
 

@@ -106,9 +106,18 @@ def encode(processor: LionProcessor, samples: Sequence[Sample], tags: Sequence[s
     ).data
 
 
-def scenes_with_a_choice(scene_set: SceneSet) -> np.ndarray:
-    """Return the indices of scenes with several objects; a single object is located without reading the expression."""
-    return np.array([i for i, scene in enumerate(scene_set.scenes) if len(scene.objects) > 1])
+def scenes_by_turns(
+    scene_set: SceneSet, kinds: Sequence[str], batch_size: int, rng: np.random.Generator
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield a kind of instruction and the indices of `batch_size` scenes, forever; the kinds take turns.
+
+    Grounding uses scenes with several objects only: a single object is located without reading the expression.
+    """
+    everything = np.arange(len(scene_set))
+    choices = np.array([i for i, scene in enumerate(scene_set.scenes) if len(scene.objects) > 1])
+    while True:
+        for kind in kinds:
+            yield kind, rng.choice(choices if kind == "rec" else everything, size=batch_size)
 
 
 def pick(samples: Sequence[Sample], rng: np.random.Generator) -> Sample:
@@ -126,20 +135,17 @@ def training_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches forever, each with one kind of instruction, in turn, so that a batch has similar lengths.
 
-    Grounding uses scenes with several objects only (see `scenes_with_a_choice`). A fraction `tag_rate` of the batches
-    has tags: `tags`, one string per scene, or those of an imperfect tagger (see `scenes.corrupt_tags`).
+    The scenes are those of `scenes_by_turns`. A fraction `tag_rate` of the batches has tags: `tags`, one string per
+    scene, or those of an imperfect tagger (see `scenes.corrupt_tags`).
     """
-    everything, choices = np.arange(len(scene_set)), scenes_with_a_choice(scene_set)
-    while True:
-        for kind in kinds:
-            scenes = rng.choice(choices if kind == "rec" else everything, size=batch_size)
-            samples = [pick(scene_set.samples(i, kind), rng) for i in scenes]
-            told = None
-            if rng.random() < tag_rate:
-                if tags is None:
-                    told = [", ".join(corrupt_tags(scene_set.scenes[i].tags, rng)) for i in scenes]
-                else:
-                    told = [tags[int(i)] for i in scenes]
-            batch = encode(processor, samples, told)
-            assert scene_set.features is not None
-            yield {**batch, "vision_features": scene_set.features[torch.from_numpy(scenes)].float()}
+    for kind, scenes in scenes_by_turns(scene_set, kinds, batch_size, rng):
+        samples = [pick(scene_set.samples(i, kind), rng) for i in scenes]
+        told = None
+        if rng.random() < tag_rate:
+            if tags is None:
+                told = [", ".join(corrupt_tags(scene_set.scenes[i].tags, rng)) for i in scenes]
+            else:
+                told = [tags[int(i)] for i in scenes]
+        batch = encode(processor, samples, told)
+        assert scene_set.features is not None
+        yield {**batch, "vision_features": scene_set.features[torch.from_numpy(scenes)].float()}

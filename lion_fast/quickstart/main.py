@@ -1,6 +1,5 @@
 """LION's whole training on two CPU cores in minutes, without downloads."""
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lion_fast.extras import require
+from lion_fast.io.atomic import write_json
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
@@ -96,7 +96,7 @@ def run(
     settings = SMOKE if smoke else Settings().scaled(scale)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    say = print if show else _silence
+    say = print if show else lambda *_: None
     start = time.perf_counter()
 
     say("Scenes: coloured shapes and signs, with captions, questions and boxes")
@@ -143,7 +143,7 @@ def run(
     }
     _write(output_dir, joint, processor, test_set, easy_scenes(2 * seed + 1, _SHOWN_SIZE), runs, rows)
     report["seconds"]["total"] = round(time.perf_counter() - start, 1)
-    (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(output_dir / "metrics.json", report, indent=2)
     say(f"\n{format_table(rows)}\n\n{report['seconds']['total']:.0f} seconds in all; written to {output_dir}:")
     for path in sorted(output_dir.iterdir()):
         say(f"  {path.name}")
@@ -220,7 +220,3 @@ def _write(
     draw_grid(pieces, output_dir / "predictions.png")
     draw_curves(runs, output_dir / "losses.png")
     (output_dir / "table.txt").write_text(format_table(rows) + "\n")
-
-
-def _silence(*_: object) -> None:
-    pass

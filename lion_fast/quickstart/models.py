@@ -2,7 +2,7 @@
 
 from transformers import BlipImageProcessorPil
 
-from lion_fast.configuration_lion import LionConfig
+from lion_fast.configuration_lion import FLAN_T5_XL, LionConfig
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.vocabulary import build_qformer_tokenizer, build_text_tokenizer, scene_texts
 
@@ -50,7 +50,7 @@ def build_config(processor: LionProcessor, visual_input: str) -> LionConfig:
             "initializer_range": 0.1,
         },
         text_config={
-            "model_type": "t5",
+            **FLAN_T5_XL,
             "vocab_size": len(processor.tokenizer),
             "d_model": 128,
             "d_kv": 32,
@@ -58,11 +58,7 @@ def build_config(processor: LionProcessor, visual_input: str) -> LionConfig:
             "num_layers": 2,
             "num_decoder_layers": 2,
             "num_heads": 4,
-            "relative_attention_num_buckets": 32,
             "dropout_rate": 0.0,
-            "feed_forward_proj": "gated-gelu",
-            "dense_act_fn": "gelu",
-            "tie_word_embeddings": False,
             "pad_token_id": processor.tokenizer.pad_token_id,
             "eos_token_id": processor.tokenizer.eos_token_id,
             "decoder_start_token_id": processor.tokenizer.pad_token_id,

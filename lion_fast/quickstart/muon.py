@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_MOMENTUM = 0.95  # Nesterov momentum, a running mean of gradients
+_WEIGHT_DECAY = 0.01
 
 
 class Muon(torch.optim.Optimizer):
@@ -17,21 +19,12 @@ class Muon(torch.optim.Optimizer):
     Args:
         parameters: matrices only.
         lr: factor on an update, whose singular values are about sqrt(max(1, rows / columns)).
-        momentum: Nesterov momentum, a running mean of gradients.
-        weight_decay: decoupled weight decay.
         iterations: iterations of the orthogonalisation.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        lr: float = 0.02,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
-        iterations: int = 5,
-    ):
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.02, iterations: int = 5):
         self.iterations = iterations
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -41,14 +34,14 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
-                mean.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(mean, group["momentum"])
+                mean.lerp_(parameter.grad, 1 - _MOMENTUM)
+                update = parameter.grad.lerp(mean, _MOMENTUM)
                 by_shape.setdefault(parameter.shape, []).append((parameter, update))
             for (rows, columns), pairs in by_shape.items():
                 updates = orthogonalise(torch.stack([update for _, update in pairs]), self.iterations)
                 length = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for (parameter, _), update in zip(pairs, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-length)
+                    parameter.mul_(1 - group["lr"] * _WEIGHT_DECAY).add_(update, alpha=-length)
 
 
 def build_optimizers(
@@ -68,7 +61,7 @@ def build_optimizers(
     rest = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in taken]
     return [
         Muon(matrices, lr=muon_lr, iterations=iterations),
-        torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=_WEIGHT_DECAY),
     ]
 
 

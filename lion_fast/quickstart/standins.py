@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lion_fast.model.vision import LionVisionModel
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
-from lion_fast.quickstart.data import SceneSet, encode, pick, scenes_with_a_choice
+from lion_fast.quickstart.data import SceneSet, encode, pick, scenes_by_turns
 from lion_fast.quickstart.loop import Run, train
 from lion_fast.quickstart.muon import build_optimizers
 from lion_fast.quickstart.vocabulary import coordinate_tokens
@@ -109,14 +109,11 @@ def _language_samples(
     scene_set: SceneSet, batch_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, list[Sample]]]:
     """Yield indices of scenes and a sample of each, forever; questions about a single object have double weight."""
-    everything, choices = np.arange(len(scene_set)), scenes_with_a_choice(scene_set)
-    while True:
-        for kind in _LANGUAGE_KINDS:
-            scenes = rng.choice(choices if kind == "rec" else everything, size=batch_size)
-            samples = [scene_set.samples(i, kind) for i in scenes]
-            if kind == "vqa":
-                samples = [each + [q for q in each if q.text.startswith(_LOOKUPS)] for each in samples]
-            yield scenes, [pick(each, rng) for each in samples]
+    for kind, scenes in scenes_by_turns(scene_set, _LANGUAGE_KINDS, batch_size, rng):
+        samples = [scene_set.samples(i, kind) for i in scenes]
+        if kind == "vqa":
+            samples = [each + [q for q in each if q.text.startswith(_LOOKUPS)] for each in samples]
+        yield scenes, [pick(each, rng) for each in samples]
 
 
 class Facts(nn.Module):

@@ -161,6 +161,4 @@ def _paint_background(draw: ImageDraw.ImageDraw, background: str, side: int, rng
                 draw.rectangle((x, y, x + period, y + period), fill=other)
 
 
-@functools.lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+_font = functools.lru_cache(maxsize=64)(ImageFont.load_default)

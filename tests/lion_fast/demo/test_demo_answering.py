@@ -17,8 +17,8 @@ from lion_fast.demo.answering import (
     instruction_for,
     tidy_tags,
 )
+from lion_fast.demo.figures import for_display, gate_chart, heat_map
 from lion_fast.demo.insight import adapter_gates, look_inside
-from lion_fast.demo.pictures import for_display, gate_chart, heat_map
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.model import attention
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
