@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.initialization import no_init_weights
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.modeling_lion import LionForCausalLM
@@ -146,7 +147,9 @@ def _saved_by_forward(
     # float16 has the size of bfloat16, and Triton's interpreter supports it.
     half = torch.float16
     with FakeTensorMode():
-        model = LionForCausalLM(config).train()
+        with no_init_weights():
+            model = LionForCausalLM(config).train()
+        model.tie_weights()
         freeze_for_stage(model, stage)
         if checkpointed:
             checkpoint_blocks(model)
