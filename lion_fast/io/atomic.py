@@ -20,9 +20,17 @@ UNFINISHED = ".unfinished"
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which is renamed to `path` at the end and removed after an error.
 
+    A symbolic link stays a link. A device or a pipe, such as /dev/stdout, is yielded itself, because renaming a file to
+    it would replace it.
+
     Raises:
         OSError: it could not be written; `path` is as it was.
     """
+    linked = path.is_symlink()
+    if (path.exists() and not path.is_file()) or (linked and path.is_relative_to("/dev")):
+        yield path
+        return
+    path = path.resolve() if linked else path
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
         yield unfinished

@@ -1,11 +1,13 @@
 """What is written whole or not at all: files, directories, and directories that keep what is theirs."""
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from lion_fast.io.atomic import UNFINISHED, remove_directory, whole_directory, whole_file, write_json
+from tests.lion_fast.processes import run_python
 
 
 def names_in(directory: Path) -> list[str]:
@@ -30,6 +32,34 @@ def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
         interrupted(whole_file(path))
     assert path.read_text() == "new"
     assert names_in(tmp_path) == ["found.json"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "link.json", tmp_path / "disk" / "found.json"
+    link.symlink_to(file)
+    for content in (1, 2):  # the file is new, and then exists
+        write_json(link, content)
+        assert link.is_symlink()
+        assert file.read_text() == f"{content}\n"
+    assert names_in(tmp_path) == ["disk", "disk/found.json", "link.json"]
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, 1)
+    assert os.read(reader, 9) == b"1\n"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_standard_output_is_written_to() -> None:
+    code = "from pathlib import Path; from lion_fast.io.atomic import write_json; write_json(Path('/dev/stdout'), 1)"
+    before = os.readlink("/dev/stdout")
+    assert run_python("-c", code) == "1\n"
+    assert os.readlink("/dev/stdout") == before
 
 
 def test_a_directory_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
