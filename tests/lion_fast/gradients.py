@@ -43,12 +43,17 @@ def expect_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -
     """Compare each gradient to 3e-4 of its norm, and those of parameters without influence to 1e-6 of the largest norm.
 
     The models are small and in fp32. The largest measured rounding is 5e-5, with an aggregator, whose first layer norm
-    magnifies the rounding of the vision tower (`tests/rounding.py`).
+    magnifies the rounding of the vision tower (`tests/rounding.py`). The gradient of a single number, such as an
+    adapter's scale, is a sum that may cancel: it may also err by 1e-5 of the largest of them, three times what was
+    measured.
     """
     assert got.keys() == expected.keys()
     largest = max(gradient.norm() for gradient in expected.values())
+    numbers = [gradient.abs() for gradient in expected.values() if gradient.numel() == 1]
     for name, gradient in expected.items():
         bound = 1e-6 * largest if name.endswith(WITHOUT_INFLUENCE) else 3e-4 * gradient.norm()
+        if gradient.numel() == 1:
+            bound = max(bound, 1e-5 * max(numbers))
         error = (got[name] - gradient).norm()
         assert error <= bound, f"{name}: {error}, expected at most {bound}"
 
