@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; without a GPU, the kernels run in Triton's interpreter."""
 
+import gc
 import hashlib
 import os
 import sys
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 
 from tests import rounding
-from tests.interpreter import patch_the_language_once
+from tests.interpreter import describe_types_once, patch_the_language_once
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,6 +22,7 @@ from lion_kernels.core.backend import interpreting
 
 if interpreting():
     patch_the_language_once()
+    describe_types_once()
 
 # No deadline for examples: their time depends on the machine, not on the code.
 settings.register_profile(
@@ -40,6 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported libraries from garbage collection, which the interpreter's many objects start often."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that what is freed at exit is
 
 
 def pytest_runtest_logfinish() -> None:

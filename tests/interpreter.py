@@ -1,5 +1,6 @@
 """Patches that make Triton's interpreter several times as fast."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -32,6 +33,44 @@ def patch_the_language_once() -> None:
         return interpreter._LangPatchScope()  # nothing to undo
 
     interpreter._patch_lang = patch_once
+
+
+def describe_types_once() -> None:
+    """Derive what depends only on a dtype or a shape once, not again for each intermediate result.
+
+    Building the types of tensors takes the interpreter longer than computing their values.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    make_block_type, make_tensor, numpy_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    numpy_dtype_of_numbers = functools.cache(numpy_dtype)
+    block_types: dict[tuple[int, ...], dict[str, Any]] = {}
+    tensors: dict[int, tuple[Any, Any, Any]] = {}
+
+    def numpy_dtype_once(dtype: Any) -> Any:
+        dtype = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        return numpy_dtype(dtype) if isinstance(dtype, tl.pointer_type) else numpy_dtype_of_numbers(dtype)
+
+    def make_block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        if sizes not in block_types:
+            make_block_type(self, element_ty, shape)
+            block_types[sizes] = {"shape": self.shape, "numel": self.numel}
+        self.element_ty, self.name = element_ty, f"<{sizes}, {element_ty}>"
+        self.__dict__.update(block_types[sizes])
+
+    def make_tensor_once(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else None
+        if id(shape) not in tensors:
+            make_tensor(self, handle, type)
+            tensors[id(shape)] = (shape, self.shape, self.numel)  # with the shape, so that its id stays its own
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        _, self.shape, self.numel = tensors[id(shape)]
+
+    interpreter._get_np_dtype = numpy_dtype_once
+    tl.block_type.__init__ = make_block_type_once
+    tl.tensor.__init__ = make_tensor_once
 
 
 @contextmanager
