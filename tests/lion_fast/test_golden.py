@@ -70,11 +70,12 @@ SETTINGS = {
     "eager": {"attn_implementation": "eager"},
     "kernels": {"kernel_backend": "triton"},
 }
-KERNELS = pytest.param("kernels", marks=pytest.mark.slow)
 ON_PYTORCH = pytest.mark.parametrize("model", ["sdpa", "eager"], indirect=True)
 SLOW_TESTS = pytest.mark.skipif(
     not os.environ.get("LION_SLOW_TESTS"), reason="minutes in Triton's interpreter: set LION_SLOW_TESTS"
 )
+# tests/golden computes its smaller model on the kernels in every run.
+KERNELS = pytest.param("kernels", marks=SLOW_TESTS)
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager", KERNELS])
@@ -182,7 +183,8 @@ def test_generated_tokens(
     assert until_end(ids) == until_end(expected)
 
 
-@pytest.mark.parametrize("model", [KERNELS], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["kernels"], indirect=True)
 @pytest.mark.parametrize(
     ("task", "sample", "repetition_penalty", "beams"),
     [

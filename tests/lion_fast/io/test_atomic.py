@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from lion_fast.io.atomic import UNFINISHED, remove_directory, whole_directory, whole_file, write_json
-from tests.lion_fast.processes import run_python
 
 
 def names_in(directory: Path) -> list[str]:
@@ -55,10 +54,10 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-def test_standard_output_is_written_to() -> None:
-    code = "from pathlib import Path; from lion_fast.io.atomic import write_json; write_json(Path('/dev/stdout'), 1)"
+def test_standard_output_is_written_to(capfd: pytest.CaptureFixture[str]) -> None:
     before = os.readlink("/dev/stdout")
-    assert run_python("-c", code) == "1\n"
+    write_json(Path("/dev/stdout"), 1)
+    assert capfd.readouterr().out == "1\n"
     assert os.readlink("/dev/stdout") == before
 
 

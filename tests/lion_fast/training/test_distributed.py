@@ -1,4 +1,4 @@
-"""Two processes with half a batch each, on the kernels, against one process with the whole batch."""
+"""Two processes with a sample each, on the kernels, against one process with the whole batch."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.rounding import LOSS_TWO_WAYS
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_match_one(tmp_path: Path, kind: str) -> None:
     """Loss and gradients agree, under `DistributedDataParallel` and under `fully_shard` (FSDP2), with gloo."""
-    model, batch = make_model(kernel_backend="torch"), make_batch(batch=4, labels=True)
+    model, batch = make_model(kernel_backend="torch"), make_batch(batch=2, labels=True)
     batch["labels"][0, 1:] = -100
     model.save_pretrained(tmp_path)
     torch.save(batch, tmp_path / "batch.pt")
