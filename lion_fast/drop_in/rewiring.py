@@ -16,24 +16,19 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lion_fast.model.kernel_modules import become, swapped_class
+from lion_fast.model.kernel_modules import become, class_from, importable, swapped_class
 
 _BEFORE = "_before_kernels"  # attribute that holds the previous state
-
-
-def _findable(cls: type) -> tuple[type, ...]:
-    """Return an importable class, or the arguments of `swapped_class` that made it."""
-    return cls.__dict__.get("swapped", (cls,))
 
 
 @dataclass
 class Before:
     """The previous state of a module: its class, the attributes that changed, the names of those that were added.
 
-    `given` is its new class, as in `_findable`.
+    `previous` and `given`, its new class, are stored as `importable` classes, so that pickle finds them.
     """
 
-    cls: type
+    previous: tuple[type, ...]
     given: tuple[type, ...]
     changed: dict[str, Any]
     added: set[str]
@@ -56,7 +51,7 @@ def remembering(model: nn.Module) -> Iterator[None]:
         changed = {name: value for name, value in had.items() if name not in has or has[name] is not value}
         added = has.keys() - had.keys()
         if changed or added or type(module) is not cls:
-            has[_BEFORE] = Before(cls, _findable(type(module)), changed, added)
+            has[_BEFORE] = Before(importable(cls), importable(type(module)), changed, added)
 
 
 def restore(model: nn.Module) -> None:
@@ -68,14 +63,14 @@ def restore(model: nn.Module) -> None:
     noted = [(name, module) for name, module in model.named_modules() if _BEFORE in module.__dict__]
     for name, module in noted:
         given = module.__dict__[_BEFORE].given
-        if _findable(type(module)) != given:
+        if importable(type(module)) != given:
             raise RuntimeError(
                 f"{name}: expected the class {given[-1].__name__} that apply_lion_kernels gave it, got "
                 f"{type(module).__name__}; undo what changed it since, as FSDP does, and then this"
             )
     for _, module in noted:
         before = module.__dict__.pop(_BEFORE)
-        module.__class__ = before.cls
+        module.__class__ = class_from(*before.previous)
         for name in before.added:
             module.__dict__.pop(name, None)
         module.__dict__.update(before.changed)

@@ -1,8 +1,9 @@
 """The modules of LION with a forward on lion_kernels.
 
-`run_on_kernels` puts the classes below in front of those of one model's modules, in place; parameters keep their names.
-Such a module has two forwards: its own on the kernels, and that of its previous class, which runs where
-`kernel_backend` resolves to PyTorch. A model on PyTorch therefore computes the same as without these classes.
+`run_on_kernels` changes the classes of one model's modules in place; parameters keep their names. A class of
+`ON_KERNELS` is put in front of the module's own; the other classes below replace it. Such a module has two forwards:
+its own on the kernels, and that of its previous class, which runs where `kernel_backend` resolves to PyTorch. A model
+on PyTorch therefore computes the same as without these classes.
 
 Each module reads its parameters in its own call, because sharding and offloading load them for that call.
 """
@@ -36,7 +37,8 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)
-        return _new, self.swapped, *state
+        kind, original = self.swapped
+        return _new, (kind, *importable(original)), *state
 
 
 @cache
@@ -47,8 +49,24 @@ def swapped_class(kind: type, original: type) -> type:
     return type(original.__name__, (Swapped, kind, original), namespace)
 
 
-def _new(kind: type, original: type) -> Any:
-    made: Any = swapped_class(kind, original)
+def importable(cls: type) -> tuple[type, ...]:
+    """Return the importable classes from which `class_from` makes `cls` again: kinds, then the original."""
+    if "swapped" not in cls.__dict__:
+        return (cls,)
+    kind, original = cls.__dict__["swapped"]
+    return kind, *importable(original)
+
+
+def class_from(*classes: type) -> Any:
+    """Return the class whose `importable` classes these are."""
+    *kinds, made = classes
+    for kind in reversed(kinds):
+        made = swapped_class(kind, made)
+    return made
+
+
+def _new(*classes: type) -> Any:
+    made = class_from(*classes)
     return made.__new__(made)
 
 

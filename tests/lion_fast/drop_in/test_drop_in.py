@@ -4,8 +4,9 @@ The kernels run in the interpreter on a CPU, or compiled on a GPU.
 """
 
 import copy
+import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -463,6 +464,24 @@ def test_lion_for_causal_lm_equals_one_loaded_with_the_backend(loaded: str) -> N
     result.undo()
     assert torch.equal(model(**batch).logits, before)
     assert model.config is config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loaded", ["torch", "triton"])
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles_of_a_lion_are_rewired_and_restored(make_copy: Callable[[Any], Any], loaded: str) -> None:
+    """Also if it is on the kernels already, and its modules have classes that no module defines."""
+    model, batch = make_model(kernel_backend=loaded), make_batch(batch=1)
+    before = model(**batch, inputs_only=True).inputs_embeds
+    apply_lion_kernels(model, backend="torch")
+    copied = make_copy(model)
+    assert [type(module) for module in copied.modules()] == [type(module) for module in model.modules()]
+    for each in (model, copied):
+        apply_lion_kernels(each, backend="torch").undo()
+        assert torch.equal(each(**batch, inputs_only=True).inputs_embeds, before)
+    assert [type(module) for module in copied.modules()] == [
+        type(module) for module in make_model(kernel_backend=loaded).modules()
+    ]
 
 
 def test_a_requested_attention_is_kept() -> None:
