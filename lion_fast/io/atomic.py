@@ -20,11 +20,11 @@ UNFINISHED = ".unfinished"
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which is renamed to `path` at the end and removed after an error.
 
-    A symbolic link stays a link. A device or a pipe, such as /dev/stdout, is yielded itself, because renaming a file to
-    it would replace it.
+    A symbolic link stays a link. What is no file, such as a pipe or /dev/stdout, is yielded itself, because renaming a
+    file to it would replace it.
 
     Raises:
-        OSError: it could not be written; `path` is as it was.
+        OSError: it could not be written; a file at `path` is as it was.
     """
     linked = path.is_symlink()
     if (path.exists() and not path.is_file()) or (linked and path.is_relative_to("/dev")):
@@ -79,6 +79,8 @@ def whole_directory(
     Raises:
         OSError: it could not be written; a `target` that is replaced is as it was.
     """
+    if target.is_symlink():
+        target = target.resolve()
     stays = keep_others and target.exists()
     if aside is None:
         # A name of its own: nobody's directory is in the way, and two processes with one target do not meet.

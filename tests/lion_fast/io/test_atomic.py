@@ -54,7 +54,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-def test_standard_output_is_written_to(capfd: pytest.CaptureFixture[str]) -> None:
+def test_standard_output_is_not_replaced(capfd: pytest.CaptureFixture[str]) -> None:
     before = os.readlink("/dev/stdout")
     write_json(Path("/dev/stdout"), 1)
     assert capfd.readouterr().out == "1\n"
@@ -72,6 +72,15 @@ def test_a_directory_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         interrupted(whole_directory(target), "torn")
     assert names_in(tmp_path) == ["model", "model/list", "model/new", "model/new/weights"]
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "old").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    with whole_directory(tmp_path / "model") as aside:
+        (aside / "weights").touch()
+    assert (tmp_path / "model").is_symlink()
+    assert names_in(tmp_path) == ["disk", "disk/weights", "model"]
 
 
 def test_a_directory_named_aside_is_replaced(tmp_path: Path) -> None:
