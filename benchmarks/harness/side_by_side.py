@@ -51,7 +51,7 @@ class Suite:
         plain: the same mathematics in plain PyTorch. In half precision, our error may be twice as large, a peer's four
             times.
         reference: likewise, for fp64.
-        make_inputs: returns the inputs, with those that require a gradient.
+        make_inputs: returns the inputs; those to be trained require a gradient.
         costs: of forward and backward in the measured dtype.
         forward_only: those of `operators` without backward on this device.
         timed: by name, the function to time instead of the one of `operators` that is compared with the reference; used

@@ -87,14 +87,16 @@ def recording() -> Iterator[Recording]:
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
     )
+
+    def note(kernel: Any, *arguments: Any, **keywords: Any) -> Any:  # a function, unlike `found.note`, becomes a method
+        return found.note(kernel, *arguments, **keywords)
+
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", hopper))
         for kernel in all_kernels():  # Triton does not call the compiler for launches in its cache
             kernel.device_caches.clear()
             stack.callback(kernel.device_caches.clear)
-        # A function, unlike `found.note`, becomes a method: it gets the kernel as its first argument.
-        compile_ = lambda *arguments, **keywords: found.note(*arguments, **keywords)  # noqa: E731
-        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compile_))
+        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
         stack.enter_context(backend.launching_on_cpu())
         yield found
 

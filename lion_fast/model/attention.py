@@ -29,7 +29,7 @@ KERNEL_ATTENTION_TYPES = ("lion_vision", "lion_aggregator", "instructblip_qforme
 
 
 class AttendingModel(PreTrainedModel):
-    """A model whose attention is called by `attend`, and which therefore supports every implementation."""
+    """A model whose own attention, if it has any, is called by `attend`, which supports every implementation."""
 
     supports_gradient_checkpointing = True
     _supports_sdpa = True

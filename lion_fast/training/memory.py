@@ -149,7 +149,7 @@ def _saved_by_forward(
     with FakeTensorMode():
         with no_init_weights():
             model = LionForCausalLM(config).train()
-        model.tie_weights()
+        model.tie_weights()  # `no_init_weights` leaves this out, too
         freeze_for_stage(model, stage)
         if checkpointed:
             checkpoint_blocks(model)

@@ -369,5 +369,5 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values by dotted key."""
     flat = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

@@ -91,7 +91,7 @@ def quickstart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run_cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Return a function that runs `lion-fast` with arguments and options of any type, here in this process.
 
     It returns the exit status and what was printed to standard output and to standard error.
@@ -105,7 +105,7 @@ def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
             status = main([str(argument) for argument in argv])
         except SystemExit as exit_of_argparse:
             status = exit_of_argparse.code
-        return status, *capsys.readouterr()
+        return status, *capfd.readouterr()
 
     return run
 

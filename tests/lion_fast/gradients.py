@@ -44,8 +44,8 @@ def expect_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -
 
     The models are small and in fp32. The largest measured rounding is 5e-5, with an aggregator, whose first layer norm
     magnifies the rounding of the vision tower (`tests/rounding.py`). The gradient of a single number, such as an
-    adapter's scale, is a sum that may cancel: it may also err by 1e-5 of the largest of them, three times what was
-    measured.
+    adapter's scale, is a sum that may cancel: it may also err by 1e-5 of the largest such gradient, three times what
+    was measured.
     """
     assert got.keys() == expected.keys()
     largest = max(gradient.norm() for gradient in expected.values())

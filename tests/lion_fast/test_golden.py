@@ -74,7 +74,7 @@ ON_PYTORCH = pytest.mark.parametrize("model", ["sdpa", "eager"], indirect=True)
 SLOW_TESTS = pytest.mark.skipif(
     not os.environ.get("LION_SLOW_TESTS"), reason="minutes in Triton's interpreter: set LION_SLOW_TESTS"
 )
-# tests/golden computes its smaller model on the kernels in every run.
+# tests/golden computes its smaller model on the kernels in every run without a GPU.
 KERNELS = pytest.param("kernels", marks=SLOW_TESTS)
 
 

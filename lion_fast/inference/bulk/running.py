@@ -86,6 +86,7 @@ def run(
             batch_size=None,
             num_workers=num_workers if batches else 0,
             multiprocessing_context=start_method() if num_workers and batches else None,
+            # Without a batch size, the workers call it on each entry of the plan.
             collate_fn=Preparer(job, source, answer.encode),
             pin_memory=device.type == "cuda",
         )
