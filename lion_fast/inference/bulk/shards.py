@@ -53,7 +53,7 @@ class ShardSource(Source):
                 "got neither"
             )
         super().__init__(columns, lengths, sized(files))
-        self._shards, self._positions = files, np.array(positions).reshape(-1, 5)
+        self._shards, self._positions = files, np.asarray(positions).reshape(-1, 5)
 
     def id(self, index: int) -> str:
         return self._names[index]

@@ -48,7 +48,7 @@ class JsonlSource(Source):
                     f"the lines have {', '.join(sorted(seen)) or 'no fields'}"
                 )
         super().__init__(columns, lengths, sized(files))
-        self._tables, self._image_root, self._positions = files, image_root, np.array(positions).reshape(-1, 3)
+        self._tables, self._image_root, self._positions = files, image_root, np.asarray(positions).reshape(-1, 3)
 
     def id(self, index: int) -> str:
         file_index, _, number = self._positions[index]
