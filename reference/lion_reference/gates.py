@@ -62,8 +62,7 @@ def _align(name: str, tensor: Tensor, leading: torch.Size, trailing: int) -> Ten
     fits = len(given) <= len(leading) and all(g in (1, n) for g, n in zip(given, leading, strict=False))
     if not fits:
         raise ValueError(
-            f"{name}: expected leading dimensions like those of x, {list(leading)}, or the first of them, "
-            f"got {list(given)}"
+            f"{name}: expected leading dimensions {list(leading)} (from x) or the first of them, got {list(given)}"
         )
     missing = len(leading) - len(given)
     return tensor.reshape(*given, *[1] * missing, *tensor.shape[len(given) :])
