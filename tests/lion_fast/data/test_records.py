@@ -19,8 +19,8 @@ REGION = VALID | {
     "boxes": [[0.25, 0.1, 0.5, 1]],
 }
 
-shares = st.floats(0, 1)
-boxes = st.tuples(shares, shares, shares, shares).filter(lambda b: b[0] < b[2] and b[1] < b[3])
+edges = st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True).map(sorted)
+boxes = st.tuples(edges, edges).map(lambda xy: (xy[0][0], xy[1][0], xy[0][1], xy[1][1]))
 text = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1).filter(
     lambda t: t.strip() and not BOX_TEXT.search(t)
 )
