@@ -38,14 +38,19 @@ def patch_the_language_once() -> None:
 def describe_types_once() -> None:
     """Derive what depends only on a dtype or a shape once, not again for each intermediate result.
 
-    Building the types of tensors takes the interpreter longer than computing their values.
+    Building the types of tensors takes the interpreter longer than computing their values. With these patches, equal
+    shapes of blocks are one object.
     """
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     make_block_type, make_tensor, numpy_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    same_dtype, broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_value
+    check_types = TritonSemantic.binary_op_type_checking_impl
     numpy_dtype_of_numbers = functools.cache(numpy_dtype)
     block_types: dict[tuple[int, ...], dict[str, Any]] = {}
+    sizes_of: dict[int, tuple[int, ...]] = {}  # by the id of a shape in `block_types`
     tensors: dict[int, tuple[Any, Any, Any]] = {}
 
     def numpy_dtype_once(dtype: Any) -> Any:
@@ -53,10 +58,11 @@ def describe_types_once() -> None:
         return numpy_dtype(dtype) if isinstance(dtype, tl.pointer_type) else numpy_dtype_of_numbers(dtype)
 
     def make_block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
-        sizes = tuple(getattr(size, "value", size) for size in shape)
+        sizes = sizes_of.get(id(shape)) or tuple(getattr(size, "value", size) for size in shape)
         if sizes not in block_types:
             make_block_type(self, element_ty, shape)
             block_types[sizes] = {"shape": self.shape, "numel": self.numel}
+            sizes_of[id(self.shape)] = sizes
         self.element_ty, self.name = element_ty, f"<{sizes}, {element_ty}>"
         self.__dict__.update(block_types[sizes])
 
@@ -68,9 +74,46 @@ def describe_types_once() -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
         _, self.shape, self.numel = tensors[id(shape)]
 
+    def is_same_dtype(self: Any, other: Any) -> bool:
+        return self is other or same_dtype(self, other)
+
+    def have_same_shape(lhs: Any, rhs: Any) -> bool:
+        return lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape
+
+    def broadcast_if_needed(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        return (lhs, rhs) if have_same_shape(lhs, rhs) else broadcast(self, lhs, rhs)
+
+    def check_types_if_needed(self: Any, lhs: Any, rhs: Any, *given: Any, **options: Any) -> tuple[Any, Any]:
+        tensors_of_numbers = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and not lhs.dtype.is_ptr()
+        if tensors_of_numbers and lhs.dtype is rhs.dtype and have_same_shape(lhs, rhs) and lhs.dtype in COMPUTED:
+            return lhs, rhs
+        return check_types(self, lhs, rhs, *given, **options)
+
+    COMPUTED = (tl.int32, tl.int64, tl.float32, tl.float64)  # results of any operation have the operands' dtype
     interpreter._get_np_dtype = numpy_dtype_once
     tl.block_type.__init__ = make_block_type_once
     tl.tensor.__init__ = make_tensor_once
+    tl.dtype.__eq__ = is_same_dtype
+    TritonSemantic.broadcast_impl_value = broadcast_if_needed
+    TritonSemantic.binary_op_type_checking_impl = check_types_if_needed
+
+
+def check_overflow_in_numpy() -> None:
+    """Check integers for overflow by one NumPy operation, not by five of the interpreter's for each of a kernel's."""
+    import numpy as np
+    from triton.language.semantic import TritonSemantic
+
+    def check_overflow(self: Any, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
+        dtype = lhs.type.scalar
+        if dtype.int_bitwidth < 64:
+            exact = getattr(np, NUMPY[operation.__name__])(lhs.handle.data.astype(np.int64), rhs.handle.data)
+            least, most = dtype.get_int_min_value(), dtype.get_int_max_value()
+            assert ((exact >= least) & (exact <= most)).all(), (
+                f"{dtype} overflow detected for operation {operation.__name__}"
+            )
+
+    NUMPY = {"add": "add", "sub": "subtract", "mul": "multiply"}
+    TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
 
 
 @contextmanager
