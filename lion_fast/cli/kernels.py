@@ -30,10 +30,12 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _run(args: argparse.Namespace) -> int:
     from lion_fast.cli.processes import run_again
     from lion_kernels import HAS_TRITON, interpreting
+    from lion_kernels.aot.compile import selected_specs
     from lion_kernels.aot.report import print_report
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so nothing compiles")
+    selected_specs(args.modules, only_one_each=False)  # names unknown modules before another process starts
     if not interpreting():
         return min(print_report(args, _recorded(args)), 1)
     return run_again(args, interpret=False)
