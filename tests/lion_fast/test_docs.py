@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -41,10 +42,18 @@ WANTING = {
 
 @pytest.fixture
 def _after_quickstart(quickstart_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to a working directory with the results of the quickstart."""
+    """Change to a working directory like a clone's root, with the results of the quickstart.
+
+    Commands that write into their clone write into the copy, because other tests read the pages meanwhile.
+    """
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(quickstart_dir)
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results").symlink_to(ROOT / "benchmarks" / "results")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for name in ("README.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr("benchmarks.harness.__main__.ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lion_fast.cli.demo._wait", lambda: None)  # end the command once the page is served
 
