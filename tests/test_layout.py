@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lion_fast._moved import MOVED
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "lion_fast": ROOT / "lion_fast",
@@ -122,6 +124,12 @@ def test_layers_of_the_kernels(part: str) -> None:
     assert modules
     found = {part_of(module) for name in modules for module, _ in IMPORTS[name] if module.startswith("lion_kernels.")}
     assert found - {part} <= KERNEL_IMPORTS[part]
+
+
+def test_no_module_uses_an_old_name() -> None:
+    for name, imports in IMPORTS.items():
+        names = {part for module, taken in imports for part in (module, f"{module}.{taken}")}
+        assert not [part for part in names for old in MOVED if within(part, f"lion_fast.{old}")], name
 
 
 def test_no_package_imports_the_benchmarks() -> None:

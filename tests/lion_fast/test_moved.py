@@ -22,8 +22,3 @@ def test_an_old_name_is_the_module_at_its_new_one(old: str) -> None:
 def test_a_module_inside_a_moved_package_is_not_loaded_twice() -> None:
     code = "import lion_fast.bulk.job as old, lion_fast.inference.bulk.job as new; assert old is new"
     run_python("-W", "ignore", "-c", code)
-
-
-def test_the_library_itself_uses_no_old_name() -> None:
-    code = "import lion_fast.cli, lion_fast.training, lion_fast.demo.server, lion_fast.check.report"
-    run_python("-W", "error::FutureWarning", "-c", code)
