@@ -1,6 +1,7 @@
 """The experiment on the paper's claims: arms differ in what they say they do, and the command goes on when stopped."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,23 @@ from benchmarks.claims.__main__ import main
 from benchmarks.claims.arms import ARMS, JOINT, REGION, STAGED, replace_tags
 from benchmarks.claims.experiment import SMOKE, Experiment, run
 from benchmarks.claims.report import difference
+from lion_fast.quickstart import evaluation
 from lion_fast.scenes import TAGS
 
 SEEDS = [3, 4]
 ARM = {arm.name: arm for arm in ARMS}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_answers() -> Iterator[None]:
+    """Generate four tokens: models that were trained for a few steps rarely end an answer by themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluation._GREEDY, "max_new_tokens", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
-def output_dir(quickstart_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output_dir(_short_answers: None, quickstart_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("claims")
     run(path, quickstart_dir / "checkpoint", seeds=SEEDS, settings=SMOKE)
     return path
