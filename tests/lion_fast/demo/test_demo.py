@@ -22,19 +22,16 @@ from torch import Tensor
 from lion_fast.cli import demo as command
 from lion_fast.demo.answering import Answerer
 from lion_fast.io.boxes import PALETTE
-from tests.extras import needs
+from tests.extras import needing, needs
 from tests.lion_fast.processes import free_port
 from tests.lion_fast.tiny import make_answerer
 
-needs("gradio", "demo")
 needs("playwright.sync_api", "test")
 
 import httpx  # noqa: E402
-import safehttpx  # noqa: E402
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
 
-from lion_fast.demo.page import MAX_FILE_BYTES  # noqa: E402
-from lion_fast.demo.server import serving  # noqa: E402
+pytestmark = needing("gradio", "demo")  # imported by the tests, because it takes seconds
 
 BLUE, GREEN = (20, 40, 200), (30, 160, 60)
 BOX = "[0.250,0.500,0.750,1.000]"
@@ -71,6 +68,8 @@ def tag(images: list[Image.Image]) -> list[str]:
 @pytest.fixture(scope="module")
 def looked_up() -> Iterator[set[str]]:
     """Return every host that this process resolved while the page was served."""
+    import safehttpx
+
     hosts: set[str] = set()
     real = socket.getaddrinfo
 
@@ -90,6 +89,8 @@ def looked_up() -> Iterator[set[str]]:
 
 @pytest.fixture(scope="module")
 def address(looked_up: set[str]) -> Iterator[str]:
+    from lion_fast.demo.server import serving
+
     answerer = make_answerer()
     answerer.model.generate = script(answerer)  # type: ignore[method-assign]
     answerer.tagger = tag  # type: ignore[assignment]
@@ -250,6 +251,8 @@ NOT_PICTURES = {
 
 
 def test_files_that_are_no_images_are_rejected_with_a_message(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    from lion_fast.demo.page import MAX_FILE_BYTES
+
     page = open_page()
     huge = tmp_path / "huge.bmp"
     huge.write_bytes(b"BM" + bytes(MAX_FILE_BYTES))
@@ -318,6 +321,8 @@ def file_data(path: str, **fields: Any) -> dict:
 
 
 def test_only_paths_of_uploads_are_read(address: str, looked_up: set[str], tmp_path: Path) -> None:
+    from lion_fast.demo.page import MAX_FILE_BYTES
+
     secret = tmp_path / "secret.png"
     secret.write_bytes(image_file())
     for path in (str(secret), "/etc/passwd", "../../etc/passwd", "http://example.org/image.png"):
