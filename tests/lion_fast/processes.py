@@ -24,7 +24,7 @@ def starting(script: Path, preload: Sequence[str]) -> Iterator[Callable[..., Any
         preload: modules that the server imports.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload([*preload, "tests.lion_fast.warm"])
 
     def begin(**arguments: Any) -> Any:
         process = context.Process(

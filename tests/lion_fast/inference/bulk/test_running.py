@@ -23,7 +23,7 @@ from lion_fast.io.images import load_image
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 from tests.extras import needing, needs
 from tests.lion_fast.inference.bulk.inputs import CORRUPT, COUNT, by_id, rows_in
-from tests.lion_fast.processes import PATIENCE, finish, run_python
+from tests.lion_fast.processes import PATIENCE, finish, import_path
 from tests.lion_fast.tiny import make_tagger
 from tests.rounding import between
 
@@ -213,21 +213,23 @@ def test_two_processes_finish(make_job: MakeJob, start_two: Callable[..., list[A
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_rows(make_job: MakeJob, captions: bytes) -> None:
+def test_ray_gives_the_same_rows(
+    make_job: MakeJob, captions: bytes, run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two workers on a local cluster resume a job that was interrupted within a row."""
-    needs("ray", "ray")
+    ray = needs("ray", "ray")
     job, lines = make_job(), captions.splitlines(keepends=True)
     run(job, batch_size=5, num_workers=0)
     Path(job.out).write_bytes(b"".join(lines[: COUNT // 2]) + lines[COUNT // 2][:9])
-    code = (
-        "import ray, sys; from lion_fast.cli import main; "
-        "ray.init(num_cpus=2, include_dashboard=False, _node_ip_address='127.0.0.1', object_store_memory=10**8); "
-        "status = main(sys.argv[1:]); ray.shutdown(); sys.exit(status)"
-    )
-    command = ["caption", job.input, "--model", job.model, "--out", job.out, "--batch-size", 5, "--ray-workers", 2]
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    printed = run_python("-c", code, *command, **environment)
-    assert f"{COUNT - COUNT // 2} rows written, {COUNT // 2} existed" in printed
+    for name, value in (("PYTHONPATH", import_path()), ("OMP_NUM_THREADS", "1"), ("RAY_USAGE_STATS_ENABLED", "0")):
+        monkeypatch.setenv(name, value)  # for the workers
+    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=10**8)
+    try:
+        status, out, err = run_cli("caption", job.input, model=job.model, out=job.out, batch_size=5, ray_workers=2)
+    finally:
+        ray.shutdown()
+    assert status == 0, err
+    assert f"{COUNT - COUNT // 2} rows written, {COUNT // 2} existed" in out
     assert by_id(rows_in(job.out)) == by_id(parsed(captions))
 
 
