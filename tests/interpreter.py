@@ -52,6 +52,7 @@ def describe_types_once() -> None:
     block_types: dict[tuple[int, ...], dict[str, Any]] = {}
     sizes_of: dict[int, tuple[int, ...]] = {}  # by the id of a shape in `block_types`
     tensors: dict[int, tuple[Any, Any, Any]] = {}
+    kept = (tl.int32, tl.int64, tl.float32, tl.float64)  # dtypes that operations compute in if both operands have them
 
     def numpy_dtype_once(dtype: Any) -> Any:
         dtype = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
@@ -85,11 +86,10 @@ def describe_types_once() -> None:
 
     def check_types_if_needed(self: Any, lhs: Any, rhs: Any, *given: Any, **options: Any) -> tuple[Any, Any]:
         tensors_of_numbers = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and not lhs.dtype.is_ptr()
-        if tensors_of_numbers and lhs.dtype is rhs.dtype and have_same_shape(lhs, rhs) and lhs.dtype in COMPUTED:
+        if tensors_of_numbers and lhs.dtype is rhs.dtype and have_same_shape(lhs, rhs) and lhs.dtype in kept:
             return lhs, rhs
         return check_types(self, lhs, rhs, *given, **options)
 
-    COMPUTED = (tl.int32, tl.int64, tl.float32, tl.float64)  # results of any operation have the operands' dtype
     interpreter._get_np_dtype = numpy_dtype_once
     tl.block_type.__init__ = make_block_type_once
     tl.tensor.__init__ = make_tensor_once
@@ -99,20 +99,21 @@ def describe_types_once() -> None:
 
 
 def check_overflow_in_numpy() -> None:
-    """Check integers for overflow by one NumPy operation, not by five of the interpreter's for each of a kernel's."""
+    """Check integers for overflow with NumPy, instead of with several of the interpreter's own operations."""
     import numpy as np
     from triton.language.semantic import TritonSemantic
+
+    functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
     def check_overflow(self: Any, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
         dtype = lhs.type.scalar
         if dtype.int_bitwidth < 64:
-            exact = getattr(np, NUMPY[operation.__name__])(lhs.handle.data.astype(np.int64), rhs.handle.data)
+            exact = functions[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data)
             least, most = dtype.get_int_min_value(), dtype.get_int_max_value()
             assert ((exact >= least) & (exact <= most)).all(), (
                 f"{dtype} overflow detected for operation {operation.__name__}"
             )
 
-    NUMPY = {"add": "add", "sub": "subtract", "mul": "multiply"}
     TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
 
 

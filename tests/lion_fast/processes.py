@@ -37,6 +37,7 @@ def starting(script: Path, preload: Sequence[str]) -> Iterator[Callable[..., Any
 
     with pytest.MonkeyPatch.context() as patch:  # for the server, which starts with the first process
         patch.setenv("PYTHONPATH", import_path())
+        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # the other check initializes CUDA, which forbids forks
         yield begin
 
 

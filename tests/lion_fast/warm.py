@@ -1,4 +1,4 @@
-"""What the server of forked test processes does once, so that each of them need not: see `processes.starting`."""
+"""Work that the server of forked test processes does once, instead of each process (`processes.starting`)."""
 
 import gc
 import tempfile
@@ -9,10 +9,10 @@ from PIL import Image
 from lion_fast import LionForCausalLM
 from tests.lion_fast.tiny import make_model
 
-torch.set_num_threads(1)  # a process that is forked while others compute would wait for them forever
+torch.set_num_threads(1)  # threads do not survive a fork, and a forked process would wait for them forever
 Image.init()
 with tempfile.TemporaryDirectory() as folder:
     make_model().save_pretrained(folder)
     LionForCausalLM.from_pretrained(folder)
 gc.collect()
-gc.freeze()  # so that no process looks through the libraries' objects
+gc.freeze()  # spares the forked processes' garbage collection the libraries' objects

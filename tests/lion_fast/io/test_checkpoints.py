@@ -220,7 +220,7 @@ for source in map(Path, sys.argv[1:]):
     write_sharded(tensors, out, max_shard_bytes=32 * 1024**2)
     print(peak() - before)
 """
-    # glibc returns what is freed at once if this threshold is fixed, and otherwise as its heap happens to lie.
+    # With a fixed threshold, glibc returns freed tensors at once; otherwise that depends on the layout of its heap.
     printed = run_python("-c", code, *sources, MALLOC_MMAP_THRESHOLD_=str(MIB))
     for (source, largest), grown in zip(sources.items(), printed.split(), strict=True):
         assert int(grown) * 1024 < (largest + 32 + 16) * MIB, source  # 16 for what the libraries allocate
