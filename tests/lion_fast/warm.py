@@ -15,4 +15,4 @@ with tempfile.TemporaryDirectory() as folder:
     make_model().save_pretrained(folder)
     LionForCausalLM.from_pretrained(folder)
 gc.collect()
-gc.freeze()  # spares the forked processes' garbage collection the libraries' objects
+gc.freeze()  # so that garbage collection in the forked processes skips the libraries' objects

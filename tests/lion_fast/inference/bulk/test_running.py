@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -218,6 +219,8 @@ def test_ray_gives_the_same_rows(
 ) -> None:
     """Two workers on a local cluster resume a job that was interrupted within a row."""
     ray = needs("ray", "ray")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Ray replaces it, and the handler of SIGTERM
+    handler = signal.getsignal(signal.SIGTERM)
     job, lines = make_job(), captions.splitlines(keepends=True)
     run(job, batch_size=5, num_workers=0)
     Path(job.out).write_bytes(b"".join(lines[: COUNT // 2]) + lines[COUNT // 2][:9])
@@ -225,9 +228,10 @@ def test_ray_gives_the_same_rows(
         monkeypatch.setenv(name, value)  # for the workers
     ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=10**8)
     try:
-        status, out, err = run_cli("caption", job.input, model=job.model, out=job.out, batch_size=5, ray_workers=2)
+        status, out, err = run_cli("caption", job.input, model=job.model, out=job.out, batch_size=2, ray_workers=2)
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, handler)
     assert status == 0, err
     assert f"{COUNT - COUNT // 2} rows written, {COUNT // 2} existed" in out
     assert by_id(rows_in(job.out)) == by_id(parsed(captions))
