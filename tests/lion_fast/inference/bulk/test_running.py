@@ -217,24 +217,26 @@ def test_two_processes_finish(make_job: MakeJob, start_two: Callable[..., list[A
 def test_ray_gives_the_same_rows(
     make_job: MakeJob, captions: bytes, run_cli: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two workers on a local cluster resume a job that was interrupted within a row."""
+    """Two workers run on a local cluster; the second run resumes a job that was interrupted within a row."""
     ray = needs("ray", "ray")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Ray replaces it, and the handler of SIGTERM
     handler = signal.getsignal(signal.SIGTERM)
     job, lines = make_job(), captions.splitlines(keepends=True)
-    run(job, batch_size=5, num_workers=0)
-    Path(job.out).write_bytes(b"".join(lines[: COUNT // 2]) + lines[COUNT // 2][:9])
     for name, value in (("PYTHONPATH", import_path()), ("OMP_NUM_THREADS", "1"), ("RAY_USAGE_STATS_ENABLED", "0")):
         monkeypatch.setenv(name, value)  # for the workers
     ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=10**8)
     try:
-        status, out, err = run_cli("caption", job.input, model=job.model, out=job.out, batch_size=2, ray_workers=2)
+        for already in (0, COUNT // 2):
+            if already:
+                Path(job.out).write_bytes(b"".join(lines[:already]) + lines[already][:9])
+            # With larger batches, Ray merges the blocks of so small a job, and one worker does all of it.
+            status, out, err = run_cli("caption", job.input, model=job.model, out=job.out, batch_size=2, ray_workers=2)
+            assert status == 0, err
+            assert f"{COUNT - already} rows written, {already} existed" in out
+            assert by_id(rows_in(job.out)) == by_id(parsed(captions))
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, handler)
-    assert status == 0, err
-    assert f"{COUNT - COUNT // 2} rows written, {COUNT // 2} existed" in out
-    assert by_id(rows_in(job.out)) == by_id(parsed(captions))
 
 
 def test_other_settings_are_rejected(make_job: MakeJob, images: Path, tmp_path: Path) -> None:
