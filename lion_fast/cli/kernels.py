@@ -35,9 +35,9 @@ def _run(args: argparse.Namespace) -> int:
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so nothing compiles")
-    selected_specs(args.modules, only_one_each=False)  # names unknown modules before another process starts
     if not interpreting():
         return min(print_report(args, _recorded(args)), 1)
+    selected_specs(args.modules, only_one_each=False)  # names unknown modules before another process starts
     return run_again(args, interpret=False)
 
 
