@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 
 from tests import rounding
-from tests.interpreter import describe_types_once, patch_the_language_once, skip_the_overflow_check
+from tests.interpreter import (
+    describe_types_once,
+    patch_the_language_once,
+    skip_needless_conversions,
+    skip_the_overflow_check,
+)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,6 +28,7 @@ from lion_kernels.core.backend import interpreting
 if interpreting():
     patch_the_language_once()
     describe_types_once()
+    skip_needless_conversions()
     skip_the_overflow_check()
 
 # No deadline for examples: their time depends on the machine, not on the code.
@@ -51,7 +57,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # so that what is freed at exit is
+    gc.unfreeze()  # so that objects are freed at exit
 
 
 def pytest_runtest_logfinish() -> None:

@@ -42,17 +42,13 @@ def describe_types_once() -> None:
     shapes of blocks are one object.
     """
     import triton.language as tl
-    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     make_block_type, make_tensor, numpy_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
-    same_dtype, broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_value
-    check_types = TritonSemantic.binary_op_type_checking_impl
     numpy_dtype_of_numbers = functools.cache(numpy_dtype)
     block_types: dict[tuple[int, ...], dict[str, Any]] = {}
     sizes_of: dict[int, tuple[int, ...]] = {}  # by the id of a shape in `block_types`
     tensors: dict[int, tuple[Any, Any, Any]] = {}
-    kept = (tl.int32, tl.int64, tl.float32, tl.float64)  # dtypes that operations keep if both operands have them
 
     def numpy_dtype_once(dtype: Any) -> Any:
         dtype = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
@@ -75,6 +71,23 @@ def describe_types_once() -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
         _, self.shape, self.numel = tensors[id(shape)]
 
+    interpreter._get_np_dtype = numpy_dtype_once
+    tl.block_type.__init__ = make_block_type_once
+    tl.tensor.__init__ = make_tensor_once
+
+
+def skip_needless_conversions() -> None:
+    """Neither convert nor broadcast operands of one dtype and shape.
+
+    Blocks of equal shapes are recognized by `describe_types_once`; without it, nothing is skipped.
+    """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    same_dtype, broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_value
+    check_types = TritonSemantic.binary_op_type_checking_impl
+    kept = (tl.int32, tl.int64, tl.float32, tl.float64)  # dtypes that operations keep if both operands have them
+
     def is_same_dtype(self: Any, other: Any) -> bool:
         return self is other or same_dtype(self, other)
 
@@ -85,14 +98,11 @@ def describe_types_once() -> None:
         return (lhs, rhs) if have_same_shape(lhs, rhs) else broadcast(self, lhs, rhs)
 
     def check_types_if_needed(self: Any, lhs: Any, rhs: Any, *given: Any, **options: Any) -> tuple[Any, Any]:
-        tensors_of_numbers = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and not lhs.dtype.is_ptr()
-        if tensors_of_numbers and lhs.dtype is rhs.dtype and have_same_shape(lhs, rhs) and lhs.dtype in kept:
+        are_tensors = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
+        if are_tensors and lhs.dtype is rhs.dtype and lhs.dtype in kept and have_same_shape(lhs, rhs):
             return lhs, rhs
         return check_types(self, lhs, rhs, *given, **options)
 
-    interpreter._get_np_dtype = numpy_dtype_once
-    tl.block_type.__init__ = make_block_type_once
-    tl.tensor.__init__ = make_tensor_once
     tl.dtype.__eq__ = is_same_dtype
     TritonSemantic.broadcast_impl_value = broadcast_if_needed
     TritonSemantic.binary_op_type_checking_impl = check_types_if_needed

@@ -20,8 +20,8 @@ UNFINISHED = ".unfinished"
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which is renamed to `path` at the end and removed after an error.
 
-    A symbolic link stays a link. What is no file, such as a pipe or /dev/stdout, is yielded itself, because renaming a
-    file to it would replace it.
+    A symbolic link stays a link. A path that is not a file, such as a pipe or /dev/stdout, is yielded itself, because
+    renaming a file to it would replace it.
 
     Raises:
         OSError: it could not be written; a file at `path` is as it was.
