@@ -1,0 +1,1 @@
+"""Seeded campaigns of hostile inputs against every boundary of the library; see `tests/campaign/running.py`."""

@@ -1,0 +1,21 @@
+"""The campaigns: some hundreds of trials of every boundary, or with `LION_SLOW_TESTS` a hundred thousand in all.
+
+`LION_CAMPAIGN_SEED` is the first seed. A bad outcome repeats with `run_trial(boundary, seed)`.
+"""
+
+import os
+
+import pytest
+
+from tests.campaign.running import run_campaign, seeds_of
+
+# Trials of each boundary, by the time that one takes and the variety of its inputs.
+COUNTS: dict[str, int] = {"images": 100}
+SLOW = bool(os.environ.get("LION_SLOW_TESTS"))
+
+
+@pytest.mark.parametrize("boundary", COUNTS)
+def test_every_trial_succeeds_or_names_what_is_wrong(boundary: str) -> None:
+    count = COUNTS[boundary] * (50 if SLOW else 1)
+    bad = run_campaign(boundary, list(seeds_of(int(os.environ.get("LION_CAMPAIGN_SEED", "0")), count)))
+    assert not bad, "\n".join([f"{len(bad)} of {count} outcomes are bad", *map(str, bad[:20])])
