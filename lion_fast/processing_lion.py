@@ -1,9 +1,11 @@
 """Convert images, questions, tags and answers to the inputs of `LionForCausalLM`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import (
     AddedToken,
@@ -15,18 +17,25 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lion_fast.configuration_lion import TASKS
 from lion_fast.io.boxes import draw_boxes, parse_boxes
 from lion_fast.io.checkpoints import CheckpointError, naming
+from lion_fast.io.image_sources import flattened
 from lion_fast.io.images import ImageLike, load_images
+from lion_fast.model.chat import CHAT_TEMPLATE, expect_conversations, with_content
+from lion_fast.model.processor_arguments import (
+    Settings,
+    Tags,
+    brief,
+    sorted_settings,
+    strings,
+    tags_by_sample,
+    task_ids,
+)
 
 TAG_SENTENCE = "According to {soft_prompt}, you are allowed to use or partially use the following tags: [{tags}]. "
 # Without any of these files, a tokenizer silently gets an empty vocabulary.
 _VOCABULARY_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 IGNORED = -100  # label that the loss ignores
-
-Tags = str | Sequence[str] | None
-"""Tags of one image: one string in LION's format (`"dog, cart, man"`), one string per tag, or None."""
 
 Tagger = Callable[[list[Image.Image]], Sequence[Tags]]
 """A function from a list of images to the tags of each: a `RamTagger`, a `ZeroShotTagger` or any other."""
@@ -104,31 +113,41 @@ class LionProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageLike | Sequence[ImageLike] | None,
-        text: str | Sequence[str],
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        text: str | Sequence[str] | None = None,
         tags: Tags | Sequence[Tags] | Tagger = None,
         task: str | Sequence[str] = "image_level",
         text_target: str | Sequence[str] | None = None,
         return_tensors: str | None = "pt",
-        padding: bool = True,
+        allow_urls: bool = False,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Prepare the model's inputs for B images with one question each.
 
         The Q-Former reads the question alone; the language model reads the tag sentence, then the question. With
         `text_target`, the prompt is truncated to `max_txt_len` on the left, which removes hint and tags first; without
-        it, the prompt is never truncated.
+        it, the prompt is not truncated by default.
 
         Args:
-            images: one image or B images, of any type that `io.images.load_image` reads; None for images that the model
-                has already encoded (`encode_images`), which leaves out `pixel_values`.
-            text: one question (or instruction) or B questions.
+            images: one image or B images, of any type that `io.images.load_image` reads; each may be in a list of its
+                own. None for images that the model has already encoded (`encode_images`), which leaves out
+                `pixel_values`.
+            text: one question (or instruction) or B questions. None for the images alone, which leaves out all but
+                `pixel_values`.
             tags: tags of each image: `"dog, cart, man"`, a list of strings, or None or "" for no tag sentence. None for
                 no tags at all. A tagger, such as a `RamTagger`, is called with each distinct image once.
             task: `"image_level"` (captions, questions) or `"region_level"` (boxes), by which the adapters' router
                 chooses; one for all samples or one per sample.
             text_target: one answer or B answers, for training.
             return_tensors: `"pt"`, `"np"`, or None for lists.
-            padding: True, as transformers' pipelines pass it: a batch is always padded to its longest sample.
+            allow_urls: whether a string that is an http or https URL is downloaded, as far as the machine's network
+                allows. Leave it off for URLs of people you do not trust.
+            kwargs: settings as for transformers' processors, also in `text_kwargs`, `images_kwargs` and
+                `common_kwargs`. `padding`: True (default, to the longest row), "max_length" or False. `max_length`:
+                tokens that prompts are truncated and padded to, `max_txt_len` by default; the Q-Former's question
+                never has more than `max_txt_len`. `truncation`: whether prompts are truncated. `pad_to_multiple_of`,
+                `padding_side` (of the prompt), `add_special_tokens` (to the prompt). The image processor's settings,
+                such as `size` and `do_rescale`.
 
         Returns:
             `pixel_values` [B, 3, H, W] float32; `input_ids`, `attention_mask` [B, L]; `qformer_input_ids`,
@@ -137,41 +156,75 @@ class LionProcessor(ProcessorMixin):
 
         Raises:
             FileNotFoundError, ValueError, TypeError: an image cannot be read (see `load_image`).
-            ValueError: the arguments' lengths differ, a question is blank, a task is unknown, the model has no soft
-                prompt for the tags, a question or a tag contains the soft prompt's token, or a tagger gets no images.
-            TypeError: text, tags or tasks are not strings.
+            ValueError: neither images nor text are given, the arguments' lengths differ, a question is blank, a task is
+                unknown, the model has no soft prompt for the tags, a question or a tag contains the soft prompt's
+                token, a tagger gets no images, or a setting has a value that it does not take.
+            TypeError: text, tags or tasks are not strings, or a setting is unknown.
         """
-        if padding is not True:
-            raise ValueError(f"padding: expected True, got {padding!r}")
-        questions = _strings(text, "text")
-        images = None if images is None else load_images(images)
+        if not isinstance(allow_urls, bool):
+            raise TypeError(f"allow_urls: expected True or False, got {brief(allow_urls)}")
+        settings = sorted_settings(kwargs, sorted(self.image_processor.valid_kwargs.__annotations__), return_tensors)
+        questions = None if text is None else strings(text, "text")
+        if images is not None:
+            images = load_images(flattened(images, 1 if questions is None else len(questions)), allow_urls=allow_urls)
+        if questions is None:
+            return self._images_alone(images, settings, {"tags": tags, "text_target": text_target})
         if images is not None and len(images) != len(questions):
             raise ValueError(
                 f"text: expected one question per image, got {len(questions)} for {len(images)} images; "
                 "repeat an image for each of its questions"
             )
+        if not questions:
+            raise ValueError("text: expected at least one question, got none")
         if callable(tags):
-            tags_by_sample = _run_tagger(tags, images)
+            own_tags = _run_tagger(tags, images)
         else:
-            tags_by_sample = _tags_by_sample(tags, len(questions), single=isinstance(text, str))
-        prompts = [
-            self._prompt(*sample, index) for index, sample in enumerate(zip(questions, tags_by_sample, strict=True))
-        ]
-        truncation = {"truncation": True, "max_length": self.max_txt_len}
-        prompt = self.tokenizer(prompts, padding=True, **(truncation if text_target is not None else {}))
-        question = self.qformer_tokenizer(questions, padding=True, **truncation)
-        data = {
-            "input_ids": prompt["input_ids"],
-            "attention_mask": prompt["attention_mask"],
-            "qformer_input_ids": question["input_ids"],
-            "qformer_attention_mask": question["attention_mask"],
-            "task_ids": _task_ids(task, len(questions)),
-        }
+            own_tags = tags_by_sample(tags, len(questions), single=isinstance(text, str))
+        prompts = [self._prompt(*sample, index) for index, sample in enumerate(zip(questions, own_tags, strict=True))]
+        data = self._tokens(prompts, questions, settings, truncation=text_target is not None)
+        data["task_ids"] = task_ids(task, len(questions))
         if images is not None:
-            data["pixel_values"] = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
+            data["pixel_values"] = self._pixels(images, settings)
         if text_target is not None:
-            data["labels"] = self._labels(_strings(text_target, "text_target", len(questions)))
-        return BatchFeature(data, tensor_type=return_tensors)
+            data["labels"] = self._labels(
+                strings(text_target, "text_target", len(questions)), padded=settings.padding is not False
+            )
+        if settings.return_tensors is not None and settings.padding is not True:
+            _expect_equal_lengths(data, settings)
+        return BatchFeature(data, tensor_type=settings.return_tensors)
+
+    def apply_chat_template(self, conversation: Sequence[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
+        """Turn a conversation, or several, into a prompt, or with `tokenize=True` into the model's inputs.
+
+        LION's prompts are plain text, so the default template joins the texts of all messages by line breaks. The
+        published models were trained on single questions: a conversation of several turns is read as one long question.
+
+        Args:
+            conversation: messages, each a dict of `role` and `content`, as transformers' chat templates take them, with
+                one image in all; or a list of such conversations.
+            chat_template: another template, in Jinja.
+            kwargs: as for `ProcessorMixin.apply_chat_template`; `tags`, `task`, `text_target` and `allow_urls` go to
+                the processor's call, as `processor_kwargs` do.
+
+        Raises:
+            ValueError, TypeError: as for the processor's call; a message is not a dict of role and content, or an
+                encoder-decoder is to continue an answer.
+        """
+        several = expect_conversations(conversation)
+        conversations = with_content(conversation if several else [conversation])
+        last = conversations[0][-1]["role"]
+        if self.is_encoder_decoder and (kwargs.get("continue_final_message") or last == "assistant"):
+            raise ValueError(
+                "conversation: expected a question last, because an encoder-decoder cannot continue an answer, got "
+                f"a message of role {last!r}"
+            )
+        own = {name: kwargs.pop(name) for name in ("tags", "task", "text_target", "allow_urls") if name in kwargs}
+        kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **own}
+        return super().apply_chat_template(
+            conversations if several else conversations[0],
+            chat_template or self.chat_template or CHAT_TEMPLATE,  # type: ignore[arg-type]
+            **kwargs,
+        )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -186,28 +239,78 @@ class LionProcessor(ProcessorMixin):
 
     def _prompt(self, question: str, tags: str, index: int) -> str:
         if not question.strip():
-            raise ValueError(f"text[{index}]: expected a question or an instruction, got {question!r}")
+            raise ValueError(f"text[{index}]: expected a question or an instruction, got {brief(question)}")
         for name, value in (("text", question), ("tags", tags)):
             if self.soft_prompt_token is not None and self.soft_prompt_token in value:
                 raise ValueError(
                     f"{name}[{index}]: expected text without {self.soft_prompt_token!r}, the token of the soft prompt, "
-                    f"got {value!r}"
+                    f"got {brief(value)}"
                 )
         if not tags:
             return question
         if self.soft_prompt_token_id is None:
             raise ValueError(
                 f"tags[{index}]: expected none, as the tokenizer has no token for the soft prompt "
-                f"(soft_prompt_token={self.soft_prompt_token!r}), got {tags!r}"
+                f"(soft_prompt_token={self.soft_prompt_token!r}), got {brief(tags)}"
             )
         return self.tag_sentence.format(soft_prompt=self.soft_prompt_token, tags=tags) + question
 
-    def _labels(self, answers: list[str]) -> list[list[int]]:
+    def _images_alone(
+        self, images: list[Image.Image] | None, settings: Settings, others: Mapping[str, Any]
+    ) -> BatchFeature:
+        if images is None:
+            raise ValueError("images: expected images, text or both, got neither")
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected None without text, got {type(value).__name__}")
+        return BatchFeature({"pixel_values": self._pixels(images, settings)}, tensor_type=settings.return_tensors)
+
+    def _pixels(self, images: list[Image.Image], settings: Settings) -> Any:
+        process = self.image_processor
+        if not settings.images:
+            return process(images, return_tensors=settings.return_tensors)["pixel_values"]
+        try:
+            pixels = process(images, return_tensors=settings.return_tensors, **settings.images)["pixel_values"]
+            if not all(np.isfinite(np.asarray(image)).all() for image in pixels):
+                raise ValueError("the pixels are not finite")
+            return pixels
+        except Exception as error:  # it raises anything, such as its own validation's exceptions
+            raise ValueError(
+                f"images_kwargs: expected settings that {type(process).__name__} takes for these images, got "
+                f"{brief(settings.images)} ({' '.join(str(error).split())[:200] or type(error).__name__})"
+            ) from error
+
+    def _tokens(self, prompts: list[str], questions: list[str], settings: Settings, truncation: bool) -> dict[str, Any]:
+        """Return the tokens of prompts and questions; `truncation` is the rule for prompts without a setting."""
+        if settings.truncation is not None:
+            truncation = settings.truncation
+        elif settings.max_length is not None:
+            truncation = True
+        max_length = settings.max_length or self.max_txt_len
+        lengths = {"max_length": max_length} if truncation or settings.padding == "max_length" else {}
+        prompt = self.tokenizer(
+            prompts, padding=settings.padding, truncation=truncation, **lengths, **settings.tokenizer
+        )
+        question = self.qformer_tokenizer(
+            questions,
+            padding=settings.padding,
+            truncation=True,
+            max_length=min(max_length, self.max_txt_len),
+            pad_to_multiple_of=settings.tokenizer.get("pad_to_multiple_of"),
+        )
+        return {
+            "input_ids": prompt["input_ids"],
+            "attention_mask": prompt["attention_mask"],
+            "qformer_input_ids": question["input_ids"],
+            "qformer_attention_mask": question["attention_mask"],
+        }
+
+    def _labels(self, answers: list[str], padded: bool) -> list[list[int]]:
         rows = [
             [*ids[: self.max_target_len - 1], self.tokenizer.eos_token_id]
             for ids in self.tokenizer(answers, add_special_tokens=False).input_ids
         ]
-        longest = max(map(len, rows))
+        longest = max(map(len, rows)) if padded else 0
         return [ids + [IGNORED] * (longest - len(ids)) for ids in rows]
 
 
@@ -266,41 +369,6 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | No
     return next((i for i in ids if tokenizer.convert_ids_to_tokens(i) == token), None)
 
 
-def _strings(value: object, name: str, count: int | None = None) -> list[str]:
-    """Return `value` as a list of strings, checking their number if `count` is given."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise TypeError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
-    for i, string in enumerate(value):
-        if not isinstance(string, str):
-            raise TypeError(f"{name}[{i}]: expected a string, got {type(string).__name__}")
-        if any("\ud800" <= character <= "\udfff" for character in string):
-            raise ValueError(f"{name}[{i}]: expected text that UTF-8 can hold, got half a surrogate pair in {string!r}")
-    if count is not None:
-        _check_count(value, name, count)
-    return list(value)
-
-
-def _check_count(values: Sequence, name: str, count: int) -> None:
-    if len(values) != count:
-        raise ValueError(f"{name}: expected one per image ({count}), got {len(values)}")
-
-
-def _tags_by_sample(tags: Tags | Sequence[Tags], count: int, single: bool) -> list[str]:
-    """Return each sample's tags as one string, "" for none. In a `single` call, a flat list belongs to its sample."""
-    if tags is None:
-        return [""] * count
-    if not isinstance(tags, Sequence):
-        raise TypeError(
-            f"tags: expected None, a string, a list with one entry per image or a tagger, got {type(tags).__name__}"
-        )
-    of_one_sample = isinstance(tags, str) or (single and all(isinstance(tag, str) for tag in tags))
-    entries = [tags] if of_one_sample else tags
-    _check_count(entries, "tags", count)
-    return ["" if entry is None else _joined_tags(entry, f"tags[{i}]") for i, entry in enumerate(entries)]
-
-
 def _run_tagger(tagger: Tagger, images: list[Image.Image] | None) -> list[str]:
     """Return a tagger's tags of each image as one string; equal images are tagged once."""
     if images is None:
@@ -308,20 +376,20 @@ def _run_tagger(tagger: Tagger, images: list[Image.Image] | None) -> list[str]:
     contents = [(image.size, image.tobytes()) for image in images]
     distinct = dict(zip(contents, images, strict=True))
     found = tagger(list(distinct.values()))
-    if isinstance(found, str) or len(found) != len(distinct):
-        raise ValueError(f"tags: expected one entry from the tagger for each of {len(distinct)} images, got {found!r}")
-    tags = dict(zip(distinct, _tags_by_sample(found, len(found), single=False), strict=True))
+    if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != len(distinct):
+        raise ValueError(
+            f"tags: expected one entry from the tagger for each of {len(distinct)} images, got {brief(found)}"
+        )
+    tags = dict(zip(distinct, tags_by_sample(found, len(found), single=False), strict=True))
     return [tags[content] for content in contents]
 
 
-def _joined_tags(tags: object, name: str) -> str:
-    joined = ", ".join(_strings(tags, name))
-    return joined if joined.strip() else ""
-
-
-def _task_ids(task: str | Sequence[str], count: int) -> list[int]:
-    names = [task] * count if isinstance(task, str) else _strings(task, "task", count)
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"task: expected {' or '.join(map(repr, TASKS))}, got {name!r}")
-    return [TASKS.index(name) for name in names]
+def _expect_equal_lengths(data: Mapping[str, Any], settings: Settings) -> None:
+    for name, rows in data.items():
+        lengths = {len(row) for row in rows if isinstance(row, list)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"padding: expected True, or 'max_length' with truncation=True, for "
+                f"return_tensors={settings.return_tensors!r}, got {settings.padding!r} with {name} of {min(lengths)} "
+                f"to {max(lengths)} tokens"
+            )

@@ -14,6 +14,7 @@ from lion_fast.configuration_lion import KERNEL_BACKENDS
 from lion_fast.inference.loading import compute_dtype, default_device, load_complete
 from lion_fast.io.boxes import parse_boxes
 from lion_fast.io.checkpoints import naming
+from lion_fast.io.image_sources import is_one
 from lion_fast.io.images import ImageLike, load_image
 from lion_fast.model.prompts import CAPTION_INSTRUCTION
 from lion_fast.modeling_lion import LionForCausalLM
@@ -142,7 +143,7 @@ class LionPipeline:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-        if isinstance(images, str | bytes | np.ndarray | Tensor) or not isinstance(images, Iterable):
+        if is_one(images) or isinstance(images, np.ndarray | Tensor) or not isinstance(images, Iterable):
             own = tags if tags is None or callable(tags) else [tags]
             (answer,) = self._stream([load_image(images, "images")], text, task, own, 1, generation)
             return answer

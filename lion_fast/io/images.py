@@ -3,14 +3,17 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-ImageLike = Image.Image | str | os.PathLike | bytes | np.ndarray | torch.Tensor
+from lion_fast.io.image_sources import content_of, download, is_one
+
+ImageLike = Image.Image | str | os.PathLike | bytes | BinaryIO | Mapping[str, Any] | np.ndarray | torch.Tensor
 
 MAX_PIXELS = 89_478_485
 """Largest image read from a file, in pixels: a quarter of a GiB as RGB, and the size above which Pillow warns."""
@@ -42,9 +45,11 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
     the current frame of a PIL image.
 
     Args:
-        image: a PIL image of any mode; the path of an image file, or its content as bytes; a numpy array or torch
-            tensor of shape [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4 (if both match, an array is [H, W, C] and
-            a tensor [C, H, W]). Values of arrays: integers 0..255, `uint16` 0..65535, booleans, or floats 0..1.
+        image: a PIL image of any mode; the path of an image file, its content as bytes, or a file opened in binary
+            mode; a row's `{"bytes": ..., "path": ...}`; a data URI; a numpy array or
+            torch tensor of shape [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4 (if both match, an array is
+            [H, W, C] and a tensor [C, H, W]). Values of arrays: integers 0..255, `uint16` 0..65535, booleans, or floats
+            0..1.
         name: name of the image in error messages.
 
     Raises:
@@ -53,6 +58,7 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
             has another shape, or values are out of range or NaN.
         TypeError: `image` has another type.
     """
+    image = content_of(image, name)
     if isinstance(image, str | os.PathLike):
         return _read(os.fspath(image), name)
     if isinstance(image, bytes):
@@ -74,8 +80,13 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
     )
 
 
-def load_images(images: ImageLike | Sequence[ImageLike], name: str = "images") -> list[Image.Image]:
+def load_images(
+    images: ImageLike | Sequence[ImageLike], name: str = "images", *, allow_urls: bool = False
+) -> list[Image.Image]:
     """Load one image, each of a sequence, or each of an array [B, H, W, C] or [B, C, H, W] with `load_image`.
+
+    Args:
+        allow_urls: whether strings that are http or https URLs are downloaded.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: as for `load_image`, with the image's index (`images[3]`); ValueError
@@ -84,11 +95,15 @@ def load_images(images: ImageLike | Sequence[ImageLike], name: str = "images") -
     if isinstance(images, np.ndarray | torch.Tensor):
         if images.ndim != 4:
             return [load_image(images, name)]
-    elif not isinstance(images, Sequence) or isinstance(images, str | bytes):
-        return [load_image(images, name)]
-    if len(images) == 0:
+    elif is_one(images) or not isinstance(images, Sequence):
+        return [load_image(download(images, name) if allow_urls else images, name)]
+    every: Any = images
+    if len(every) == 0:
         raise ValueError(f"{name}: expected at least one image, got none")
-    return [load_image(image, f"{name}[{i}]") for i, image in enumerate(images)]
+    names = [f"{name}[{i}]" for i in range(len(every))]
+    if allow_urls:
+        every = [download(image, own) for image, own in zip(every, names, strict=True)]
+    return [load_image(image, own) for image, own in zip(every, names, strict=True)]
 
 
 def image_suffixes() -> frozenset[str]:
@@ -106,10 +121,9 @@ def load_batches(images: ImageLike | Sequence[ImageLike], batch_size: int) -> It
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-        images = [images]
-    for start in range(0, len(images), batch_size):
-        batch = enumerate(images[start : start + batch_size], start)
+    every: Any = [images] if is_one(images) or not isinstance(images, Sequence) else images
+    for start in range(0, len(every), batch_size):
+        batch = enumerate(every[start : start + batch_size], start)
         yield [load_image(image, f"images[{index}]") for index, image in batch]
 
 

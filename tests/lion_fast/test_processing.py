@@ -1,5 +1,10 @@
 """The processor: tensors equal to the original's, support of every language model, and errors that name their cause."""
 
+import base64
+import http.server
+import io
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -242,7 +247,10 @@ def test_invalid_settings_are_named(settings, message):
         ({"images": [IMAGE] * 2, "text": "a"}, ValueError, "got 1 for 2 images"),
         ({"images": [IMAGE, "no.png"], "text": ["a", "b"]}, FileNotFoundError, r"images\[1\] \(no\.png\)"),
         ({"images": [], "text": []}, ValueError, "images: expected at least one image"),
-        ({"text": None}, TypeError, "text: expected a string or a list of strings, got NoneType"),
+        ({"images": None, "text": None}, ValueError, "images: expected images, text or both, got neither"),
+        ({"images": None, "text": []}, ValueError, "text: expected at least one question, got none"),
+        ({"text": None, "tags": "dog"}, ValueError, "tags: expected None without text, got str"),
+        ({"images": [[IMAGE, IMAGE]]}, ValueError, r"images\[0\]: expected one image for each of 1 texts, got 2"),
         ({"text": b"Why?"}, TypeError, "text: expected a string or a list of strings, got bytes"),
         ({"text": "Why \ud83d?"}, ValueError, r"text\[0\]: expected text that UTF-8 can hold"),
         ({"text": [None]}, TypeError, r"text\[0\]: expected a string, got NoneType"),
@@ -257,12 +265,196 @@ def test_invalid_settings_are_named(settings, message):
         ({"task": 1}, TypeError, "task: expected a string or a list of strings, got int"),
         ({"text_target": ["a", "b"]}, ValueError, r"text_target: expected one per image \(1\), got 2"),
         ({"text_target": [None]}, TypeError, r"text_target\[0\]: expected a string, got NoneType"),
-        ({"padding": "max_length"}, ValueError, "padding: expected True, got 'max_length'"),
+        ({"padding": "none"}, ValueError, "padding: expected one of True, 'longest', .*, got 'none'"),
+        ({"padding": 1}, ValueError, "padding: expected one of .*, got 1"),
+        ({"truncation": "only_second"}, ValueError, "truncation: expected one of .*, got 'only_second'"),
+        ({"max_length": 0}, ValueError, "max_length: expected a whole number of 1 or more, got 0"),
+        ({"max_length": True}, ValueError, "max_length: expected a whole number of 1 or more, got True"),
+        ({"padding_side": "top"}, ValueError, "padding_side: expected 'left' or 'right', got 'top'"),
+        ({"return_tensors": "tf"}, ValueError, "return_tensors: expected 'pt', 'np' or None, got 'tf'"),
+        ({"text_kwargs": [1]}, TypeError, "text_kwargs: expected a dict of arguments, got list"),
+        ({"text_kwargs": {"size": 3}}, TypeError, r"text_kwargs\['size'\]: unexpected argument"),
+        ({"colour": "red"}, TypeError, "colour: unexpected argument; expected some of add_special_tokens, "),
+        ({"padding": True, "text_kwargs": {"padding": False}}, ValueError, "padding: expected it once, got it as an"),
+        ({"videos": [IMAGE]}, ValueError, "videos: expected none, because LION reads images and text"),
+        ({"image_mean": float("nan")}, ValueError, r"images_kwargs: .* \(the pixels are not finite\)"),
+        ({"size": "large"}, ValueError, "images_kwargs: expected settings that BlipImageProcessorPil takes"),
+        (
+            {"images": [IMAGE] * 2, "text": ["a", "bcd"], "padding": False},
+            ValueError,
+            "padding: expected True, .* for return_tensors='pt', got False with input_ids of 2 to 4 tokens",
+        ),
+        (
+            {"images": None, "text": ["a" * 200, "b"], "padding": "max_length"},
+            ValueError,
+            "padding: .* 'max_length' with truncation=True, .*, got 'max_length' with input_ids of 128 to 201 tokens",
+        ),
+        ({"allow_urls": "no"}, TypeError, "allow_urls: expected True or False, got 'no'"),
+        (
+            {"tags": lambda images: 3},
+            ValueError,
+            "tags: expected one entry from the tagger for each of 1 images, got 3",
+        ),
+        ({"padding": "x" * 9999}, ValueError, "^padding: .{0,300}$"),
+        ({"videos": torch.zeros(2, 2)}, ValueError, "^videos: .*$"),
     ],
 )
 def test_errors_name_the_argument(processor, call, error, message):
     with pytest.raises(error, match=message):
         processor(**{"images": IMAGE, "text": QUESTION, **call})
+
+
+def image_file() -> io.BytesIO:
+    file = io.BytesIO()
+    IMAGE.save(file, "PNG")
+    return file
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        image_file(),  # at its end
+        {"bytes": image_file().getvalue(), "path": None},
+        {"bytes": image_file().getvalue(), "path": "no/such/file.png"},
+        "data:image/png;base64," + base64.b64encode(image_file().getvalue()).decode(),
+    ],
+    ids=["open file", "row of a data set", "row with a path", "data URI"],
+)
+def test_an_image_may_be_what_other_libraries_hand_over(processor, image):
+    pixels = processor(IMAGE, QUESTION).pixel_values
+    assert torch.equal(processor(image, QUESTION).pixel_values, pixels)
+    assert torch.equal(processor([image], QUESTION).pixel_values, pixels)
+    assert torch.equal(processor([[image]], [QUESTION]).pixel_values, pixels)
+
+
+def test_a_row_of_a_data_set_may_hold_a_path(processor, tmp_path):
+    IMAGE.save(tmp_path / "a.png")
+    row = {"bytes": None, "path": str(tmp_path / "a.png")}
+    assert torch.equal(processor(row, QUESTION).pixel_values, processor(IMAGE, QUESTION).pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ("https://example.org/a.png", ValueError, "got the URL .*; nothing is downloaded unless .* allow_urls=True"),
+        ("data:image/png,abc", ValueError, "images: expected data:image/...;base64,..., got 'data:image/png,abc'"),
+        ("data:image/png;base64,????", ValueError, "images: expected base64, got '\\?"),
+        ({"bytes": None, "path": None}, ValueError, "images: expected a dict with 'bytes' or 'path', got neither"),
+        ({"image": IMAGE}, TypeError, "images: expected a dict of 'bytes' and 'path', got one with image"),
+        ({"bytes": "abc"}, TypeError, r"images\['bytes'\]: expected bytes, got str"),
+        (io.StringIO("abc"), TypeError, "images: expected a file opened in binary mode, got one that reads str"),
+    ],
+)
+def test_an_image_from_elsewhere_that_is_none_is_named(processor, image, error, message):
+    with pytest.raises(error, match=message):
+        processor(image, QUESTION)
+
+
+class OneImage(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        content = image_file().getvalue()
+        self.send_response(200 if self.path == "/a.png" else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def test_urls_are_downloaded_only_when_allowed(processor):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OneImage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(ValueError, match="nothing is downloaded"):
+            processor(f"{url}/a.png", QUESTION)
+        pixels = processor([f"{url}/a.png"], QUESTION, allow_urls=True).pixel_values
+        assert torch.equal(pixels, processor(IMAGE, QUESTION).pixel_values)
+        with pytest.raises(ValueError, match=r"images: expected an image at .*/b\.png, got HTTP status 404"):
+            processor(f"{url}/b.png", QUESTION, allow_urls=True)
+        server.shutdown()
+    with pytest.raises(OSError, match="images: no answer from http://127"):
+        processor(f"{url}/a.png", QUESTION, allow_urls=True)
+
+
+def test_images_alone_are_processed_alone(processor):
+    alone = processor([IMAGE] * 2)
+    assert alone.keys() == {"pixel_values"}
+    assert torch.equal(alone.pixel_values, processor([IMAGE] * 2, [QUESTION] * 2).pixel_values)
+
+
+@pytest.mark.parametrize("kind", ["t5", *DECODERS])
+def test_padding_and_truncation_are_those_of_transformers(kind):
+    processor = processor_of(kind)
+    texts = ["Why?", QUESTION]
+    plain = processor(None, texts)
+    padded = processor(None, texts, padding="max_length", max_length=40, truncation=True)
+    assert padded.input_ids.shape == padded.qformer_input_ids.shape == (2, 40)
+    assert torch.equal(padded.attention_mask.sum(1), plain.attention_mask.sum(1))
+    assert processor(None, texts, padding="max_length").input_ids.shape == (2, processor.max_txt_len)
+    assert processor(None, texts, max_length=9).input_ids.shape == (2, 9)
+    assert processor(None, texts, pad_to_multiple_of=32).input_ids.shape == (2, 32)
+    unpadded = processor(None, texts, padding=False, return_tensors=None)
+    assert [len(ids) for ids in unpadded["input_ids"]] == plain.attention_mask.sum(1).tolist()
+    long = [LONG * 2]
+    assert processor(None, long, text_target=["a"], truncation=False).input_ids.shape[1] >= 300
+    assert processor(None, long, truncation=True).input_ids.shape == (1, 128)
+    sides = processor(None, texts, padding_side="left").attention_mask
+    assert sides[0, 0] == 0
+    assert sides[0, -1] == 1
+
+
+@pytest.mark.parametrize("group", ["text_kwargs", "common_kwargs"])
+def test_settings_may_come_in_groups(processor, group):
+    flat = processor(IMAGE, QUESTION, padding="max_length", max_length=40, return_tensors="np")
+    grouped = processor(IMAGE, QUESTION, **{group: {"padding": "max_length", "max_length": 40, "return_tensors": "np"}})
+    assert flat.keys() == grouped.keys()
+    assert all(np.array_equal(flat[name], grouped[name]) for name in flat)
+
+
+def test_the_image_processor_takes_its_settings(processor):
+    for settings in ({"size": {"height": 14, "width": 14}}, {"images_kwargs": {"size": {"height": 14, "width": 14}}}):
+        assert processor(IMAGE, QUESTION, **settings).pixel_values.shape == (1, 3, 14, 14)
+    unscaled = processor(IMAGE, QUESTION, do_rescale=False, do_normalize=False).pixel_values
+    assert unscaled.max() > 1
+
+
+CHAT = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": QUESTION}]}]
+
+
+def test_a_chat_is_the_question_about_its_image(processor):
+    expected = processor(IMAGE, QUESTION, task="region_level", tags="dog")
+    asked = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    batch = processor.apply_chat_template(CHAT, **asked, task="region_level", tags="dog", add_generation_prompt=True)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    encoded = base64.b64encode(image_file().getvalue()).decode()
+    for image in ({"url": f"data:image/png;base64,{encoded}"}, {"base64": encoded}):
+        chat = [{"role": "user", "content": [{"type": "image", **image}, *CHAT[0]["content"][1:]]}]
+        several = processor.apply_chat_template([chat, CHAT], **asked)
+        assert torch.equal(several.pixel_values, expected.pixel_values.expand(2, -1, -1, -1))
+    assert processor.apply_chat_template(CHAT) == QUESTION
+    turns = [*CHAT, {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "Is it {{ 3 }}?"}]
+    assert processor.apply_chat_template(turns) == f"{QUESTION}\na dog\nIs it {{{{ 3 }}}}?"
+
+
+@pytest.mark.parametrize(
+    ("chat", "error", "message"),
+    [
+        ([], TypeError, r"conversation: expected a list of messages, got \[\]"),
+        ("Why?", TypeError, "conversation: expected a list of messages, got 'Why\\?'"),
+        ([[]], TypeError, r"conversation\[0\]: expected a list of messages, got \[\]"),
+        ([{"role": "user"}], TypeError, r"conversation\[0\]: expected a dict of 'role' and 'content'"),
+        ([{"content": "Why?"}], TypeError, r"conversation\[0\]: expected a dict of 'role' and 'content'"),
+        ([{"role": "user", "content": ["Why?"]}], TypeError, "text or a list of dicts with 'type', got"),
+        ([*CHAT, {"role": "assistant", "content": "a"}], ValueError, "conversation: expected a question last, because"),
+        ([*CHAT, *CHAT], ValueError, r"images\[0\]: expected one image for each of 1 texts, got 2"),
+        ([{"role": "user", "content": CHAT[0]["content"][:1]}], ValueError, r"text\[0\]: expected a question"),
+    ],
+)
+def test_a_chat_that_is_none_is_named(processor, chat, error, message):
+    with pytest.raises(error, match=message):
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True)
 
 
 def test_the_processor_parses_and_draws_boxes(processor):

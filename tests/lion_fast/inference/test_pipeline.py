@@ -221,5 +221,16 @@ def test_transformers_pipeline_gives_the_same_answers(pipe: LionPipeline, monkey
     assert [texts(record)[0] for record in records] == [answer.text for answer in pipe(IMAGES, QUESTIONS)]
     (record,) = theirs(IMAGES[0], text=QUESTIONS[0])
     assert record["generated_text"].removeprefix(QUESTIONS[0]).strip() == pipe(IMAGES[0], QUESTIONS[0]).text
-    with pytest.raises(ValueError, match="does not have a chat template"):
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+        for image, text in zip(IMAGES, QUESTIONS, strict=True)
+    ]
+    assert [
+        record["generated_text"].strip()
+        for (record,) in theirs(text=chats, task="region_level", batch_size=2, return_full_text=False)
+    ] == [answer.text for answer in pipe(IMAGES, QUESTIONS, "region_level")]
+    (record,) = theirs(text=chats[0])
+    answered = {"role": "assistant", "content": pipe(IMAGES[0], QUESTIONS[0]).text}
+    assert record["generated_text"] == [*chats[0], answered]
+    with pytest.raises(ValueError, match="pixel_values: expected either pixel_values"):
         theirs(text=[{"role": "user", "content": [{"type": "text", "text": "What?"}]}])

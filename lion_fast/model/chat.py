@@ -1,0 +1,57 @@
+"""Conversations as transformers' chat templates take them, and LION's template."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lion_fast.io.image_sources import base64_content
+from lion_fast.model.processor_arguments import brief
+
+# LION's prompts are plain text. The image has no token in it: the model puts the visual tokens before the text.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+  {%- if not loop.first -%}{{ "\\n" }}{%- endif -%}
+  {%- if message.content is string -%}{{ message.content }}
+  {%- else -%}{{ message.content | selectattr("type", "equalto", "text") | map(attribute="text") | join("\\n") }}
+  {%- endif -%}
+{%- endfor -%}"""
+
+
+def expect_conversations(conversation: Any) -> bool:
+    """Check a conversation, or several, and return whether it is several."""
+    if not isinstance(conversation, list | tuple) or not conversation:
+        raise TypeError(f"conversation: expected a list of messages, got {brief(conversation)}")
+    several = isinstance(conversation[0], list | tuple)
+    for place, messages in enumerate(conversation if several else [conversation]):
+        name = f"conversation[{place}]" if several else "conversation"
+        if not isinstance(messages, list | tuple) or not messages:
+            raise TypeError(f"{name}: expected a list of messages, got {brief(messages)}")
+        for number, message in enumerate(messages):
+            content = message.get("content") if isinstance(message, Mapping) else None
+            fits = isinstance(content, str) or (
+                isinstance(content, list | tuple)
+                and all(isinstance(block, Mapping) and isinstance(block.get("type"), str) for block in content)
+            )
+            if not fits or not isinstance(message.get("role"), str):
+                raise TypeError(
+                    f"{name}[{number}]: expected a dict of 'role' and 'content', text or a list of dicts with 'type', "
+                    f"got {brief(message)}"
+                )
+    return several
+
+
+def with_content(conversations: Sequence[Any]) -> list[Any]:
+    """Return conversations in which an image given as `{"type": "image", "base64": ...}` is decoded."""
+    return [[_message_with_content(message, number) for number, message in enumerate(c)] for c in conversations]
+
+
+def _message_with_content(message: Any, number: int) -> Any:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list | tuple):
+        return message
+    blocks = []
+    for block in content:
+        if isinstance(block, Mapping) and block.get("type") == "image" and isinstance(block.get("base64"), str):
+            encoded = block["base64"].removeprefix("data:").rpartition(",")[2]
+            block = {"type": "image", "image": base64_content(encoded, f"conversation[{number}]")}
+        blocks.append(block)
+    return {**message, "content": blocks}
