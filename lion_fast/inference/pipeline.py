@@ -145,7 +145,8 @@ class LionPipeline:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
         if is_one(images) or isinstance(images, np.ndarray | Tensor) or not isinstance(images, Iterable):
             own = tags if tags is None or callable(tags) else [tags]
-            (answer,) = self._stream([load_image(images, "images")], text, task, own, 1, generation)
+            one: Any = images
+            (answer,) = self._stream([load_image(one, "images")], text, task, own, 1, generation)
             return answer
         answers = self._stream(images, text, task, tags, batch_size, generation)
         return list(answers) if isinstance(images, Sequence) else answers

@@ -92,12 +92,12 @@ def load_images(
         FileNotFoundError, ValueError, TypeError: as for `load_image`, with the image's index (`images[3]`); ValueError
             also for an empty sequence.
     """
+    every: Any = images
     if isinstance(images, np.ndarray | torch.Tensor):
         if images.ndim != 4:
             return [load_image(images, name)]
     elif is_one(images) or not isinstance(images, Sequence):
-        return [load_image(download(images, name) if allow_urls else images, name)]
-    every: Any = images
+        return [load_image(download(every, name) if allow_urls else every, name)]
     if len(every) == 0:
         raise ValueError(f"{name}: expected at least one image, got none")
     names = [f"{name}[{i}]" for i in range(len(every))]
