@@ -4,9 +4,10 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, InstructBlipQFormerConfig, PreTrainedConfig
 
+from lion_fast.tasks import TASKS
+
 VISUAL_INPUTS = ("ALL", "QFORMER", "AGGREGATOR")
 KERNEL_BACKENDS = ("auto", "triton", "torch")
-TASKS = ("region_level", "image_level")  # index = task id = row of the routers' tables
 
 
 class LionVisionConfig(PreTrainedConfig):
@@ -237,3 +238,8 @@ FLAN_T5_XL = {
     "decoder_start_token_id": 0,
 }
 FLAN_T5_XXL = {**FLAN_T5_XL, "d_model": 4096, "d_ff": 10240, "num_heads": 64}
+
+
+AutoConfig.register("lion", LionConfig)
+AutoConfig.register("lion_vision", LionVisionConfig)
+AutoConfig.register("lion_aggregator", LionAggregatorConfig)

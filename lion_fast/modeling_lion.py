@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import InstructBlipQFormerModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, InstructBlipQFormerModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
@@ -443,3 +443,8 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tens
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     loss = F.cross_entropy(logits, labels.to(logits.device).flatten(), ignore_index=-100, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+AutoModel.register(LionConfig, LionForCausalLM)
+AutoModelForCausalLM.register(LionConfig, LionForCausalLM)
+AutoModelForImageTextToText.register(LionConfig, LionForCausalLM)

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import (
     AddedToken,
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     BatchFeature,
     BlipImageProcessorPil,
@@ -17,6 +18,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from lion_fast.configuration_lion import LionConfig
 from lion_fast.io.boxes import draw_boxes, parse_boxes
 from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.io.image_sources import flattened
@@ -393,3 +395,6 @@ def _expect_equal_lengths(data: Mapping[str, Any], settings: Settings) -> None:
                 f"return_tensors={settings.return_tensors!r}, got {settings.padding!r} with {name} of {min(lengths)} "
                 f"to {max(lengths)} tokens"
             )
+
+
+AutoProcessor.register(LionConfig, LionProcessor)

@@ -1,10 +1,12 @@
 """The command line, `lion-fast`."""
 
-import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from lion_fast.cli import ask, bench, check, convert, data, demo, kernels, memory, quickstart, tag, train
+from lion_fast.cli.arguments import Parser
 from lion_fast.extras import MissingExtraError
 
 _COMMANDS = (quickstart, convert, data, train, memory, ask, tag, demo, check, kernels, bench)
@@ -16,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     The library raises ValueError and OSError for unusable input, and MissingExtraError for a package that is not
     installed. Any other exception is a bug and propagates with its traceback.
     """
-    parser = argparse.ArgumentParser(prog="lion-fast", description="LION: caption, answer, locate, and train.")
+    _quieten_libraries()
+    parser = Parser(prog="lion-fast", description="LION: caption, answer, locate, and train.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:
         module.add_parsers(commands)
@@ -29,3 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _quieten_libraries() -> None:
+    """Let the libraries that commands use print what concerns the user."""
+    os.environ.setdefault("TQDM_DELAY", "1")  # no progress bars of less than a second
+    # bitsandbytes reports that it found no optional kernels of its own, whether or not anything is quantized.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

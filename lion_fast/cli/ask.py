@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lion_fast.cli import bulk
-from lion_fast.cli.arguments import device, positive_int
+from lion_fast.cli.arguments import device, expect_file, expect_model, positive_int
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 if TYPE_CHECKING:
@@ -17,9 +17,13 @@ DEFAULT_MODEL = Path("runs/quickstart/checkpoint")
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    caption = commands.add_parser("caption", help="describe an image in one sentence")
-    ask = commands.add_parser("ask", help="answer a question about an image")
-    locate = commands.add_parser("locate", help="locate an object and draw a box around it")
+    caption = commands.add_parser("caption", help="describe an image in one sentence", example="photo.jpg")
+    ask = commands.add_parser(
+        "ask", help="answer a question about an image", example="photo.jpg 'What is on the cart?'"
+    )
+    locate = commands.add_parser(
+        "locate", help="locate an object and draw a box around it", example="photo.jpg 'the red circle'"
+    )
     for parser in (caption, ask, locate):
         parser.add_argument("image", metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set")
         parser.add_argument(
@@ -87,11 +91,12 @@ def _locate(args: argparse.Namespace) -> None:
 
 def _answer(args: argparse.Namespace, question: str, task: str) -> "tuple[Image, LionAnswer]":
     """Return the upright image and the model's answer."""
+    expect_model(args.model, "--model")
+    if args.image:
+        expect_file(args.image, "IMAGE")
     from lion_fast.inference.pipeline import LionPipeline
     from lion_fast.io.images import load_image
 
-    if not args.model.is_dir():
-        raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
     image = load_image(args.image, "images")  # before the model, which takes longer to load
     limits = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     given = {name: value for name, value in limits.items() if value is not None}

@@ -29,13 +29,16 @@ def _tune(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.moved[0]}: {_MOVED}")
     if not args.tune:
         raise ValueError("expected --tune; see lion-fast bench --help")
-    from lion_fast.check.tuning import run
-    from lion_fast.cli.processes import run_again
-    from lion_kernels import HAS_TRITON, interpreting
+    from lion_fast.cli.processes import kernels_can_be, run_again
+
+    interprets = args.dry_run and kernels_can_be(interpreted=True)
+    from lion_kernels import HAS_TRITON
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so there is nothing to tune")
-    if args.dry_run and not interpreting():
+    if args.dry_run and not interprets:
         return run_again(args, interpret=True)
+    from lion_fast.check.tuning import run
+
     run(args.table, args.tune_seconds, args.dry_run)
     return 0

@@ -2,6 +2,8 @@
 
 import argparse
 
+from lion_fast.cli.arguments import expect_file
+
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
@@ -21,6 +23,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> None:
+    for name in ("vit", "lion", "ram", "ram_tags", "ram_thresholds"):
+        if getattr(args, name) is not None:
+            expect_file(getattr(args, name), f"--{name.replace('_', '-')}")
     from lion_fast.conversion.lion import convert_checkpoint
 
     report = convert_checkpoint(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lion_fast.cli.arguments import device, positive_int
+from lion_fast.cli.arguments import device, expect_file, positive_int
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -103,7 +103,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from lion_fast.configuration_lion import TASKS
+    from lion_fast.tasks import TASKS
 
     dataset = _open(args)
     for index in range(len(dataset)):
@@ -117,9 +117,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _shards(args: argparse.Namespace) -> None:
+    dataset = _open(args)
     from lion_fast.data import ShardDataset, write_shards
 
-    dataset = _open(args)
     shards = write_shards(dataset, args.out, shard_bytes=args.shard_mb << 20, seed=args.seed)
     written = len(ShardDataset(args.out))
     print(
@@ -140,6 +140,7 @@ def _tag(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace):
+    expect_file(args.file, "JSONL")
     from lion_fast.data import JsonlDataset
 
     return JsonlDataset(args.file, args.image_root, strict=not args.skip_bad)

@@ -4,7 +4,7 @@ import argparse
 import threading
 from pathlib import Path
 
-from lion_fast.cli.arguments import device, positive_int
+from lion_fast.cli.arguments import device, expect_model, positive_int
 from lion_fast.cli.ask import DEFAULT_MODEL
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -31,12 +31,11 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> None:
+    expect_model(args.model, "--model")
     from lion_fast.demo.answering import Answerer
     from lion_fast.extras import require
     from lion_fast.inference.loading import default_device
 
-    if not args.model.is_dir():
-        raise ValueError(f"--model: no directory {args.model}; make one with lion-fast quickstart or lion-fast convert")
     require("demo", "gradio", "matplotlib")
     from lion_fast.demo.server import serving
 

@@ -8,16 +8,20 @@ if TYPE_CHECKING:
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from lion_kernels.aot.report import add_arguments
-
-    parser = commands.add_parser(
+    commands.add_parser(
         "kernels",
         help="compile the kernels ahead of time, for GPUs that need not be present, and report the result",
         description="Compile every kernel and configuration ahead of time and print registers, stack, shared memory, "
         "matrix instructions and widths of memory accesses by architecture. For sm_90, also print the launches that "
         "check and the model make, with the instructions of their main loops. The exit status is 1 if a kernel spills, "
         "does not fit, does not use the matrix units or waits for each of their instructions, unless that is known.",
+        late=_add_arguments,
     )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    from lion_kernels.aot.report import add_arguments
+
     add_arguments(parser)
     parser.add_argument(
         "--without-launches",
@@ -28,14 +32,16 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lion_fast.cli.processes import run_again
-    from lion_kernels import HAS_TRITON, interpreting
+    from lion_fast.cli.processes import kernels_can_be, run_again
+
+    compiles = kernels_can_be(interpreted=False)
+    from lion_kernels import HAS_TRITON
     from lion_kernels.aot.compile import selected_specs
     from lion_kernels.aot.report import print_report
 
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so nothing compiles")
-    if not interpreting():
+    if compiles:
         return min(print_report(args, _recorded(args)), 1)
     selected_specs(args.modules, only_one_each=False)  # names unknown modules before another process starts
     return run_again(args, interpret=False)

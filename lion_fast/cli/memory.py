@@ -34,18 +34,21 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lion_fast.cli.processes import run_again
-    from lion_kernels import HAS_TRITON, interpreting
+    from lion_fast.training.recipe import load_recipe
 
-    if HAS_TRITON and not interpreting():  # the fake tensors are on the CPU
+    recipe = load_recipe(args.stage, args.config, args.overrides)
+    from lion_fast.cli.processes import kernels_can_be, run_again
+
+    interprets = kernels_can_be(interpreted=True)  # the fake tensors are on the CPU
+    from lion_kernels import HAS_TRITON
+
+    if HAS_TRITON and not interprets:
         return run_again(args, interpret=True)
 
     from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
     from lion_fast.training.building import stage_config
     from lion_fast.training.memory import Shapes, as_table, estimate
-    from lion_fast.training.recipe import load_recipe
 
-    recipe = load_recipe(args.stage, args.config, args.overrides)
     if args.size:
         text = {"xl": FLAN_T5_XL, "xxl": FLAN_T5_XXL}[args.size]
         config, name = LionConfig(text_config=text), f"LION-FlanT5-{args.size.upper()}"

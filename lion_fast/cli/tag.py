@@ -9,7 +9,7 @@ from lion_fast.cli.arguments import device
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("tag", help="list what an image shows")
+    parser = commands.add_parser("tag", help="list what an image shows", example="photo.jpg --ram ram")
     parser.add_argument("image", metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set")
     parser.add_argument("--ram", type=Path, required=True, metavar="DIR", help="directory of a RamTagger")
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")

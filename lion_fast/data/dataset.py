@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lion_fast.configuration_lion import TASKS
 from lion_fast.data.records import DataError, Record, parse_record
 from lion_fast.io.images import load_image
+from lion_fast.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 

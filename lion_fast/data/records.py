@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lion_fast.configuration_lion import TASKS
 from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
+from lion_fast.tasks import TASKS
 
 BOX_TEXT = re.compile(r"\[[01]\.\d{3}(?:,[01]\.\d{3}){3}\]")
 """The text of a box as `format_box` writes it."""

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from lion_fast.configuration_lion import TASKS
 from lion_fast.data.dataset import JsonlDataset, SampleDataset, Tagger, Transform, check_task, text_length
 from lion_fast.data.records import DataError, Record, record_from_fields
 from lion_fast.io.atomic import whole_file
 from lion_fast.io.images import load_image
+from lion_fast.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,13 @@ if the image's size is given, 0..1 with the default (1, 1). Sizes are those of t
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lion_fast.io.images import ImageLike, load_image
+if TYPE_CHECKING:
+    from lion_fast.io.images import ImageLike
+
 
 _BOX_TEXT = re.compile(r"\[([0-9., ]+)\]")
 
@@ -80,7 +83,9 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return intersection / union if union > 0 else 0.0
 
 
-def draw_boxes(image: ImageLike, boxes: Sequence[Sequence[float]], labels: Sequence[str] | None = None) -> Image.Image:
+def draw_boxes(
+    image: "ImageLike", boxes: Sequence[Sequence[float]], labels: Sequence[str] | None = None
+) -> Image.Image:
     """Draw boxes on a copy of the image, each in its own colour between dark and light edges.
 
     Args:
@@ -96,6 +101,8 @@ def draw_boxes(image: ImageLike, boxes: Sequence[Sequence[float]], labels: Seque
             differ.
         TypeError: a label is not a string.
     """
+    from lion_fast.io.images import load_image
+
     image = load_image(image)
     if labels is not None and len(labels) != len(boxes):
         raise ValueError(f"labels: expected one per box ({len(boxes)}), got {len(labels)}")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lion_fast.configuration_lion import TASKS
+from lion_fast.tasks import TASKS
 
 Tags = str | Sequence[str] | None
 """Tags of one image: one string in LION's format (`"dog, cart, man"`), one string per tag, or None."""

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig, SwinConfig
+from transformers import AutoConfig, PreTrainedConfig, SwinConfig
 
 
 class RamConfig(PreTrainedConfig):
@@ -68,3 +68,6 @@ SWIN_LARGE_384 = {
     "num_heads": [6, 12, 24, 48],
     "window_size": 12,
 }
+
+
+AutoConfig.register("lion_ram", RamConfig)

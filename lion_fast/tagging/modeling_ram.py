@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel, SwinModel
+from transformers import AutoModel, PreTrainedModel, SwinModel
 from transformers import initialization as init
 from transformers.utils.hub import cached_file
 
@@ -319,3 +319,6 @@ def _read_lines(path: str | os.PathLike) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not a readable text file ({error})") from error
     return [line.strip() for line in text.rstrip().splitlines()]
+
+
+AutoModel.register(RamConfig, RamTagger)

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from lion_fast.configuration_lion import TASKS
+from lion_fast.tasks import TASKS
+from lion_fast.training.definitions import STAGES, Stage, stage_of
 from lion_fast.training.sections import Limits, RecipeError, Section
-from lion_fast.training.stages import STAGES, Stage, stage_of
 
 _Share = Annotated[float, Limits(at_least=0, at_most=1)]
 _Count = Annotated[int, Limits(at_least=1)]
