@@ -42,24 +42,25 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _run(args: argparse.Namespace) -> int:
     import torch
 
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device}")
+    interpret = device.type == "cpu"
+    if interpret and "bfloat16" in (args.dtypes or ()):
+        raise ValueError("--dtypes: bfloat16 needs a GPU, because Triton's interpreter does not compute it correctly")
+    from lion_fast.cli.processes import kernels_can_be, run_again
+
+    can_be = kernels_can_be(interpreted=interpret)
     from lion_fast.check.cases import OPERATORS
     from lion_fast.check.report import run_check
-    from lion_fast.cli.processes import run_again
-    from lion_fast.inference.loading import default_device
-    from lion_kernels import HAS_TRITON, interpreting
+    from lion_kernels import HAS_TRITON
 
     unknown = sorted(set(args.operators or ()) - set(OPERATORS))
     if unknown:
         raise ValueError(f"--operators: expected some of {', '.join(OPERATORS)}, got {', '.join(unknown)}")
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so no kernel runs")
-    device = args.device or default_device()
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {device}")
-    interpret = device.type == "cpu"
-    if interpret and "bfloat16" in (args.dtypes or ()):
-        raise ValueError("--dtypes: bfloat16 needs a GPU, because Triton's interpreter does not compute it correctly")
-    if interpret != interpreting():
+    if not can_be:
         return run_again(args, interpret=interpret)
 
     if interpret:
