@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.processing_utils import ProcessingKwargs
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.io.boxes import draw_boxes, parse_boxes
@@ -122,7 +123,7 @@ class LionProcessor(ProcessorMixin):
         text_target: str | Sequence[str] | None = None,
         return_tensors: str | None = "pt",
         allow_urls: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """Prepare the model's inputs for B images with one question each.
 

@@ -1,8 +1,26 @@
-"""The processor: tensors equal to the original's, support of every language model, and errors that name their cause."""
+"""The processor: tensors equal to the original's, support of every language model, and errors that name their cause.
+
+transformers tests its own processors with a suite that is not part of its package. What it checks, and where it is
+checked here:
+
+- settings saved and loaded, and as JSON: `test_settings_are_saved_and_loaded`, `test_the_configuration_is_json`
+- images alone, text alone, both, neither; `model_input_names`: `test_images_alone_are_processed_alone`,
+  `test_questions_may_come_without_images`, `test_errors_name_the_argument`, `test_return_tensors_selects_the_type`
+- decoding by the tokenizer: `test_generated_ids_decode_to_the_originals_text`
+- arguments given flat, in groups, twice or unknown; settings of the image processor kept and overridden:
+  `test_settings_may_come_in_groups`, `test_the_image_processor_takes_its_settings`, `test_errors_name_the_argument`
+- chats, single and in batches, with images of every kind: `test_a_chat_is_the_question_about_its_image`
+
+Not applicable: defaults for `padding` and `max_length` saved in a tokenizer (LION's are the original's, whatever the
+tokenizer was last used for); a chat template saved with the processor (the file's name is the tokenizer's own, which
+keeps it); prefilled answers, masks of the assistant's tokens, numbers of image tokens (no token stands for the image);
+audio and video.
+"""
 
 import base64
 import http.server
 import io
+import json
 import threading
 
 import numpy as np
@@ -507,6 +525,19 @@ def test_settings_are_saved_and_loaded(tmp_path):
     calls = [p([IMAGE] * 2, ["Why?", QUESTION], tags=["a", "b"], text_target=["c", "d"]) for p in (saved, loaded)]
     assert all(torch.equal(calls[0][name], calls[1][name]) for name in calls[0])
     assert calls[0].input_ids.shape == (2, 9)
+
+
+def test_the_configuration_is_json(processor):
+    settings = json.loads(processor.to_json_string())
+    assert settings["processor_class"] == "LionProcessor"
+    assert settings["max_txt_len"] == 128
+
+
+def test_settings_of_the_image_processor_are_kept(processor):
+    image_processor = BlipImageProcessorPil(size={"height": 28, "width": 28}, rescale_factor=-1)
+    negative = LionProcessor(image_processor, processor.tokenizer, processor.qformer_tokenizer)
+    assert negative(IMAGE, QUESTION).pixel_values.mean() < 0
+    assert negative(IMAGE, QUESTION, rescale_factor=1 / 255).pixel_values.mean() > -1
 
 
 @pytest.mark.parametrize(
