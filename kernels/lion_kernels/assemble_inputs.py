@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.core import operator
+from lion_kernels.core.arguments import FLOATING, as_int64, check_tensors, shown_ids
 from lion_kernels.core.backend import (
     LAUNCH,
+    autocast_dtype,
     choose_backend,
     needs_dispatch,
     on_device,
@@ -85,7 +87,10 @@ def plain_forward(
     is_soft_prompt = input_ids == soft_prompt_id
     text = F.embedding(input_ids.masked_fill(is_soft_prompt, 0), embedding)
     text = torch.where(is_soft_prompt.unsqueeze(-1), soft_prompt.to(text.dtype), text)
-    return torch.cat([prefix.to(text.dtype), text], dim=1)
+    if autocast_dtype(text) is None:
+        return torch.cat([prefix.to(text.dtype), text], dim=1)
+    with torch.autocast(text.device.type, enabled=False):  # which refuses to concatenate in the other half precision
+        return torch.cat([prefix.to(text.dtype), text], dim=1)
 
 
 def plain_backward(grad: Tensor, input_ids: Tensor, soft_prompt_id: int) -> Tensor:
@@ -179,33 +184,39 @@ def assemble_inputs(
     Nothing synchronises with the GPU: for an id beyond the table, the kernel writes NaN and backward ignores the id.
 
     Args:
-        prefix: [B, P, D], floating; its dtype may differ from the embedding's.
+        prefix: [B, P, D], floating; its dtype may differ from the embedding's. B, P, L and D may be 0.
         input_ids: [B, L], int32 or int64.
-        embedding: [vocabulary, D], floating; the language model's table.
+        embedding: [vocabulary, D], floating; the language model's table, of at least one row.
         soft_prompt: [D], floating; its dtype may differ from the embedding's.
-        soft_prompt_id: may lie beyond the table.
+        soft_prompt_id: an int64, which may lie beyond the table.
         backend: "auto", "triton" or "torch". The kernels support fp16, bf16 and fp32; otherwise "auto" is "torch".
 
     Returns:
         [B, P + L, D] in the embedding's dtype, which is the language model's.
 
     Raises:
-        ValueError: invalid shape, dtype, device or backend or, on a CPU, an id beyond the table; the message names the
-            argument.
+        TypeError: an argument of another type; the message names it.
+        ValueError: invalid shape, dtype, layout, device or backend or, on a CPU, an id beyond the table; the message
+            names the argument.
     """
+    soft_prompt_id = as_int64("soft_prompt_id", soft_prompt_id)
     _check(prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
     arguments = (prefix, input_ids, embedding, soft_prompt, soft_prompt_id)
     floating: dict[str, Tensor | None] = {"prefix": prefix, "embedding": embedding, "soft_prompt": soft_prompt}
-    if choose_backend(backend, "assemble_inputs", embedding.device, why_unsupported(floating)) == "torch":
+    chosen = choose_backend(backend, "assemble_inputs", embedding.device, why_unsupported(floating))
+    if chosen == "torch" or not embedding.shape[1]:
         return plain_forward(*arguments)
     return forward_op(*arguments) if needs_dispatch(*floating.values()) else launch_forward(*arguments)
 
 
 def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Tensor, soft_prompt_id: int) -> None:
-    if embedding.dim() != 2 or not embedding.is_floating_point():
+    check_tensors({"prefix": prefix, "input_ids": input_ids, "embedding": embedding, "soft_prompt": soft_prompt})
+    if embedding.dim() != 2 or embedding.dtype not in FLOATING:
         raise ValueError(f"embedding: expected floating [vocabulary, D], got {embedding.dtype} {list(embedding.shape)}")
     vocabulary, channels = embedding.shape
-    if prefix.dim() != 3 or prefix.shape[2] != channels or not prefix.is_floating_point():
+    if not vocabulary:
+        raise ValueError(f"embedding: expected at least one row, got {list(embedding.shape)}")
+    if prefix.dim() != 3 or prefix.shape[2] != channels or prefix.dtype not in FLOATING:
         raise ValueError(
             f"prefix: expected floating [B, P, {channels}] (D from embedding), got {prefix.dtype} {list(prefix.shape)}"
         )
@@ -215,7 +226,7 @@ def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Te
             f"input_ids: expected int32 or int64 [{batch}, L] (B from prefix), "
             f"got {input_ids.dtype} {list(input_ids.shape)}"
         )
-    if soft_prompt.shape != (channels,) or not soft_prompt.is_floating_point():
+    if soft_prompt.shape != (channels,) or soft_prompt.dtype not in FLOATING:
         raise ValueError(
             f"soft_prompt: expected floating [{channels}] (D from embedding), "
             f"got {soft_prompt.dtype} {list(soft_prompt.shape)}"
@@ -226,8 +237,7 @@ def _check(prefix: Tensor, input_ids: Tensor, embedding: Tensor, soft_prompt: Te
     if values_on_host(input_ids):
         strange = (input_ids != soft_prompt_id) & ((input_ids < 0) | (input_ids >= vocabulary))
         if strange.any():
-            ids = input_ids[strange].unique().tolist()
             raise ValueError(
                 f"input_ids: expected ids from 0 to {vocabulary - 1} (from embedding) or soft_prompt_id "
-                f"{soft_prompt_id}, got {ids}"
+                f"{soft_prompt_id}, got {shown_ids(input_ids[strange])}"
             )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.core import operator
+from lion_kernels.core.arguments import FLOATING, check_tensors
 from lion_kernels.core.backend import (
     LAUNCH,
     choose_backend,
@@ -183,7 +184,7 @@ def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """Compute `gate * Phi(gate) * up`, the exact GELU of the gate times up.
 
     Args:
-        gate: [..., D], any leading dimensions, floating. It may be one half of a packed projection.
+        gate: [..., D], any leading dimensions, floating; a dimension may be 0. It may be half of a packed projection.
         up: [..., D] in gate's dtype; it may be the other half.
         backend: "auto", "triton" or "torch". The kernels support fp16, bf16 and fp32; otherwise "auto" is "torch".
 
@@ -191,16 +192,19 @@ def gated_gelu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         [..., D] in gate's dtype; the kernels compute in fp32 and round once.
 
     Raises:
-        ValueError: invalid shape, dtype, device or backend; the message names the argument.
+        TypeError: an argument of another type; the message names it.
+        ValueError: invalid shape, dtype, layout, device or backend; the message names the argument.
     """
     _check(gate, up)
-    if choose_backend(backend, "gated_gelu", gate.device, why_unsupported({"gate": gate})) == "torch":
+    chosen = choose_backend(backend, "gated_gelu", gate.device, why_unsupported({"gate": gate}))
+    if chosen == "torch" or not gate.shape[-1]:
         return F.gelu(gate) * up
     return forward_op(gate, up) if needs_dispatch(gate, up) else launch_forward(gate, up)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
-    if gate.dim() == 0 or not gate.is_floating_point():
+    check_tensors({"gate": gate, "up": up})
+    if gate.dim() == 0 or gate.dtype not in FLOATING:
         raise ValueError(f"gate: expected floating [..., D], got {gate.dtype} {list(gate.shape)}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         raise ValueError(

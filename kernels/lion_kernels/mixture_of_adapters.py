@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lion_kernels.core import operator
+from lion_kernels.core.arguments import FLOATING, check_choice, check_floating, check_tensors
 from lion_kernels.core.backend import choose_backend, needs_dispatch
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.rowwise import as_rows, last_contiguous
@@ -190,18 +191,19 @@ def mixture_of_adapters(
     """Compute `residual + sum_e g_e * (up_e act(down_e x))`, differentiable in every floating-point argument.
 
     Args:
-        x: [..., D], any leading dimensions.
-        down_weight: [E, r, D].
+        x: [..., D], any leading dimensions; any of them may be 0.
+        down_weight: [E, r, D], E and r at least 1, in x's dtype as are the other weights and biases; under autocast any
+            of fp16, bf16 and fp32.
         down_bias: [E, r] or None.
         up_weight: [E, D, r].
         up_bias: [E, D] or None.
         gate: [R, E, D] with `task_ids` (channel gate), [..., k] with `expert_ids` (sparse gate), else [..., E]
             (dense gate). Its leading dimensions match x's from the left; see `lion_kernels.low_rank.gates`.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
-        expert_ids: integers [..., k] in 0..E-1, -1 for none. Ids on a GPU are not checked, which would synchronise:
-            there, and in a compiled graph, an id out of range has zero weight and no gradient. The exception is
-            "torch", which gathers the gate by `task_ids`: PyTorch counts negative ids from the end and fails on ids
-            that are too large.
+        expert_ids: integers [..., k] in 0..E-1, -1 for none; the weights of an expert named twice add up. Ids on a GPU
+            are not checked, which would synchronise: there, and in a compiled graph, an id out of range has zero weight
+            and no gradient. The exception is "torch", which gathers the gate by `task_ids`: PyTorch counts negative ids
+            from the end and fails on ids that are too large.
         residual: [..., D] like x, or None to add nothing.
         activation: "relu" or "identity".
         backend: "auto", "triton" or "torch". "triton" supports fp32, fp16 and bf16; the dtype of gate and residual may
@@ -211,31 +213,36 @@ def mixture_of_adapters(
         [..., D] in x's dtype.
 
     Raises:
-        ValueError: invalid shape, dtype, device, activation or backend; the message names the argument.
+        TypeError: an argument of another type; the message names it.
+        ValueError: invalid shape, dtype, layout, device, activation or backend; the message names the argument.
     """
     adapters = Adapters(down_weight, down_bias, up_weight, up_bias)
-    _check(x, adapters, residual, activation)
+    others = {"residual": residual, "task_ids": task_ids, "expert_ids": expert_ids}
+    check_tensors(
+        {"x": x, "down_weight": down_weight, "up_weight": up_weight, "gate": gate},
+        {"down_bias": down_bias, "up_bias": up_bias, **others},
+    )
+    check_choice("activation", activation, ("relu", "identity"), "'relu' or 'identity'")
+    _check(x, adapters, residual)
     experts, _, channels = down_weight.shape
     given = check_gate(gate, x, experts, channels, task_ids, expert_ids)
-    others = {"gate": gate, "residual": residual, "task_ids": task_ids, "expert_ids": expert_ids}
-    low_rank.check_placement(x, adapters._asdict(), others)
+    low_rank.check_placement(x, adapters._asdict(), {"gate": gate, **others})
     chosen = choose_backend(backend, "mixture_of_adapters", x.device, low_rank.why_unsupported(x))
-    run = run_kernels if chosen == "triton" and x.numel() else plain.compose
+    run = run_kernels if chosen == "triton" and x.numel() and gate.numel() else plain.compose
     return run(x, adapters, given, residual, relu=activation == "relu")
 
 
-def _check(x: Tensor, adapters: Adapters, residual: Tensor | None, activation: str) -> None:
+def _check(x: Tensor, adapters: Adapters, residual: Tensor | None) -> None:
     down_weight, down_bias, up_weight, up_bias = adapters
-    if activation not in ("relu", "identity"):
-        raise ValueError(f"activation: expected 'relu' or 'identity', got {activation!r}")
-    if x.dim() == 0 or not x.is_floating_point():
+    if x.dim() == 0 or x.dtype not in FLOATING:
         raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
-    if residual is not None and not residual.is_floating_point():
-        raise ValueError(f"residual: expected a floating dtype, got {residual.dtype}")
+    if residual is not None:
+        check_floating("residual", residual)
     channels = x.shape[-1]
     if down_weight.dim() != 3 or down_weight.shape[-1] != channels:
         raise ValueError(f"down_weight: expected [E, r, D] with D={channels} (from x), got {list(down_weight.shape)}")
     experts, rank, _ = down_weight.shape
+    low_rank.check_experts("down_weight", down_weight)
     expected = {
         "up_weight": (up_weight, (experts, channels, rank)),
         "down_bias": (down_bias, (experts, rank)),

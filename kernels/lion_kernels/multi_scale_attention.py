@@ -32,7 +32,14 @@ from lion_kernels.attention.maps import (
 )
 from lion_kernels.attention.specs import attention_specs
 from lion_kernels.core import operator
-from lion_kernels.core.backend import choose_backend, needs_dispatch, refuse_uninterpretable
+from lion_kernels.core.arguments import (
+    as_number,
+    check_floating,
+    check_sequence,
+    check_tensors,
+    shown,
+)
+from lion_kernels.core.backend import autocast_dtype, choose_backend, needs_dispatch, refuse_uninterpretable
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.dropout import check_dropout, seed_tensor
 from lion_kernels.core.specs import KernelSpec
@@ -169,10 +176,12 @@ def multi_scale_attention(
     as slices of a packed projection; under autocast they are cast to its dtype.
 
     Args:
-        q: [B, L, H, Dh].
-        keys, values: S tensors [B, L_s, H, Dh] each; the lengths may differ.
-        scale: factor of the scores, Dh^-0.5 by default.
-        key_padding_mask: [B, L_s], nonzero where a key may be attended; one for all maps, or one (or None) per map.
+        q: [B, L, H, Dh]; B, L, H and L_s may be 0.
+        keys, values: lists or tuples of S tensors [B, L_s, H, Dh] each; the lengths may differ.
+        scale: finite factor of the scores, Dh^-0.5 by default.
+        key_padding_mask: [B, L_s], bool, integers or floating, nonzero where a key may be attended; one for all maps,
+            or one (or None) per map. Negative values, which belong to a mask that is added to the scores, are refused
+            if they are on the CPU.
         scale_gate: [S], weights of a sum over the maps.
         dropout_p: probability of dropping an attention weight, independent per map; pass 0 outside training.
         seed: of the dropout, an int64 or an int64 tensor [] on q's device, which a CUDA graph reads at each replay.
@@ -185,12 +194,14 @@ def multi_scale_attention(
         the output is zero.
 
     Raises:
-        ValueError: invalid shape, dtype, device, dropout_p, seed or backend; the message names the argument.
+        TypeError: an argument of another type; the message names it.
+        ValueError: invalid shape, dtype, layout, device, scale, dropout_p, seed or backend; the message names the
+            argument.
     """
     masks = _check(q, keys, values, key_padding_mask, scale_gate)
-    check_dropout(dropout_p, seed, q.device)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = attention.autocast_dtype(q)
+    dropout_p = check_dropout(dropout_p, seed, "q", q)
+    factor = q.shape[-1] ** -0.5 if scale is None else as_number("scale", scale)
+    dtype = autocast_dtype(q)
     if dtype is not None:
         q, keys, values = q.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
     chosen = choose_backend(backend, "multi_scale_attention", q.device, attention.why_unsupported(q))
@@ -215,31 +226,47 @@ def _check(
     scale_gate: Tensor | None,
 ) -> list[Tensor]:
     """Check the arguments; return one contiguous bool mask per map, empty for a map without a mask."""
-    if q.dim() != 4:
-        raise ValueError(f"q: expected [B, L, H, Dh], got {list(q.shape)}")
-    if not q.is_floating_point():
-        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
-    batch, _, heads, head_dim = q.shape
+    check_sequence("keys", keys)
+    check_sequence("values", values)
     if not keys or len(keys) != len(values):
         raise ValueError(f"values: expected one per feature map of keys, got {len(values)} for {len(keys)} keys")
     if key_padding_mask is None or isinstance(key_padding_mask, Tensor):
         key_padding_mask = [key_padding_mask] * len(keys)
+    if not isinstance(key_padding_mask, list | tuple):
+        raise TypeError(
+            f"key_padding_mask: expected a torch.Tensor, a list or tuple, or None, got {shown(key_padding_mask)}"
+        )
     if len(key_padding_mask) != len(keys):
         raise ValueError(f"key_padding_mask: expected {len(keys)} (from keys), got {len(key_padding_mask)}")
-    if scale_gate is not None and tuple(scale_gate.shape) != (len(keys),):
-        raise ValueError(f"scale_gate: expected {[len(keys)]} (from keys), got {list(scale_gate.shape)}")
-    if scale_gate is not None and not scale_gate.is_floating_point():
-        raise ValueError(f"scale_gate: expected a floating dtype, got {scale_gate.dtype}")
+    alike: dict[str, Tensor] = {}
+    optional = {"scale_gate": scale_gate}
+    for s, (k, v, mask) in enumerate(zip(keys, values, key_padding_mask, strict=True)):
+        alike[f"keys[{s}]"], alike[f"values[{s}]"] = k, v
+        if mask is not None:
+            optional[f"key_padding_mask[{s}]"] = mask
+    check_tensors({"q": q, **alike}, optional)
+    attention.check_queries(q)
+    batch, _, heads, head_dim = q.shape
+    if scale_gate is not None:
+        if tuple(scale_gate.shape) != (len(keys),):
+            raise ValueError(f"scale_gate: expected {[len(keys)]} (from keys), got {list(scale_gate.shape)}")
+        check_floating("scale_gate", scale_gate)
+        attention.check_device(q, {"scale_gate": scale_gate})
     masks: list[Tensor] = []
     for s, (k, v, mask) in enumerate(zip(keys, values, key_padding_mask, strict=True)):
         if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, head_dim):
             raise ValueError(f"keys[{s}]: expected {[batch, 'L_s', heads, head_dim]} (from q), got {list(k.shape)}")
         if v.shape != k.shape:
             raise ValueError(f"values[{s}]: expected {list(k.shape)} (from keys[{s}]), got {list(v.shape)}")
-        if mask is not None and mask.shape != k.shape[:2]:
-            raise ValueError(f"key_padding_mask: expected {list(k.shape[:2])} for keys[{s}], got {list(mask.shape)}")
-        attention.check_alike(q, {f"keys[{s}]": k, f"values[{s}]": v})
-        attention.check_device(q, {"key_padding_mask": mask})
-        masks.append(q.new_empty(0, dtype=torch.bool) if mask is None else mask.bool().contiguous())
-    attention.check_device(q, {"scale_gate": scale_gate})
+        if mask is None:
+            masks.append(q.new_empty(0, dtype=torch.bool))
+        else:
+            if mask.shape != k.shape[:2]:
+                raise ValueError(
+                    f"key_padding_mask: expected {list(k.shape[:2])} for keys[{s}], got {list(mask.shape)}"
+                )
+            attention.check_mask("key_padding_mask", mask)
+            attention.check_device(q, {"key_padding_mask": mask})
+            masks.append(mask.bool().contiguous())
+    attention.check_alike(q, alike)
     return masks

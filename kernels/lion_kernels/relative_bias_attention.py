@@ -29,10 +29,13 @@ from lion_kernels.attention.biased import (
 )
 from lion_kernels.attention.specs import attention_specs
 from lion_kernels.core import operator
-from lion_kernels.core.backend import choose_backend, needs_dispatch, refuse_uninterpretable
+from lion_kernels.core.arguments import as_int64, check_flag, check_floating, check_tensors
+from lion_kernels.core.backend import autocast_dtype, choose_backend, needs_dispatch, refuse_uninterpretable
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.dropout import check_dropout, seed_tensor
 from lion_kernels.core.specs import KernelSpec
+
+MAX_DISTANCE = 65536  # the kernels read the bias from a table of 2 * max_distance + 1 values for each head
 
 
 def _bundle(
@@ -163,12 +166,13 @@ def relative_bias_attention(
     packed projection; under autocast they are cast to its dtype. The table's dtype may differ.
 
     Args:
-        q: [B, L, H, Dh], the last L of the M positions of k.
+        q: [B, L, H, Dh], the last L of the M positions of k; B, L, H and M may be 0.
         k, v: [B, M, H, Dh], M >= L.
-        bias_table: [num_buckets, H].
-        key_padding_mask: [B, M], nonzero where a key may be attended.
+        bias_table: [num_buckets, H], with num_buckets at least 2, and 4 if `bidirectional`.
+        key_padding_mask: [B, M], bool, integers or floating, nonzero where a key may be attended. Negative values,
+            which belong to a mask that is added to the scores, are refused if they are on the CPU.
         bidirectional: whether keys before and after the query have separate buckets.
-        max_distance: the distance from which on all distances share a bucket.
+        max_distance: the distance from which on all distances share a bucket, up to 65536.
         causal: whether a query may attend only keys up to its own position.
         dropout_p: probability of dropping an attention weight; pass 0 outside training.
         seed: of the dropout, an int64 or an int64 tensor [] on q's device, which a CUDA graph reads at each replay.
@@ -180,12 +184,16 @@ def relative_bias_attention(
         [B, L, H, Dh]; zero for a query that may attend no key.
 
     Raises:
-        ValueError: invalid shape, dtype, device, max_distance, dropout_p, seed or backend; the message names the
-            argument.
+        TypeError: an argument of another type; the message names it.
+        ValueError: invalid shape, dtype, layout, device, max_distance, dropout_p, seed or backend; the message names
+            the argument.
     """
+    check_flag("bidirectional", bidirectional)
+    check_flag("causal", causal)
+    max_distance = as_int64("max_distance", max_distance)
     _check(q, k, v, bias_table, key_padding_mask, bidirectional, max_distance)
-    check_dropout(dropout_p, seed, q.device)
-    dtype = attention.autocast_dtype(q)
+    dropout_p = check_dropout(dropout_p, seed, "q", q)
+    dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     mask = None if key_padding_mask is None else key_padding_mask.bool().contiguous()
@@ -209,10 +217,8 @@ def _check(
     bidirectional: bool,
     max_distance: int,
 ) -> None:
-    if q.dim() != 4:
-        raise ValueError(f"q: expected [B, L, H, Dh], got {list(q.shape)}")
-    if not q.is_floating_point():
-        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
+    check_tensors({"q": q, "k": k, "v": v, "bias_table": bias_table}, {"key_padding_mask": key_padding_mask})
+    attention.check_queries(q)
     batch, length, heads, head_dim = q.shape
     if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, head_dim) or k.shape[1] < length:
         raise ValueError(f"k: expected {[batch, f'M >= {length}', heads, head_dim]} (from q), got {list(k.shape)}")
@@ -220,15 +226,20 @@ def _check(
         raise ValueError(f"v: expected {list(k.shape)} (from k), got {list(v.shape)}")
     if bias_table.dim() != 2 or bias_table.shape[1] != heads:
         raise ValueError(f"bias_table: expected [num_buckets, {heads}] (H from q), got {list(bias_table.shape)}")
-    if not bias_table.is_floating_point():
-        raise ValueError(f"bias_table: expected a floating dtype, got {bias_table.dtype}")
-    if key_padding_mask is not None and key_padding_mask.shape != k.shape[:2]:
-        raise ValueError(f"key_padding_mask: expected {list(k.shape[:2])} (from k), got {list(key_padding_mask.shape)}")
+    check_floating("bias_table", bias_table)
+    if key_padding_mask is not None:
+        if key_padding_mask.shape != k.shape[:2]:
+            raise ValueError(
+                f"key_padding_mask: expected {list(k.shape[:2])} (from k), got {list(key_padding_mask.shape)}"
+            )
+        attention.check_mask("key_padding_mask", key_padding_mask)
     num_exact = bias_table.shape[0] // (4 if bidirectional else 2)
     if num_exact < 1:
         least = 4 if bidirectional else 2
         raise ValueError(f"bias_table: expected num_buckets >= {least}, got {bias_table.shape[0]}")
     if max_distance <= num_exact:
         raise ValueError(f"max_distance: expected more than {num_exact} (from bias_table), got {max_distance}")
+    if max_distance > MAX_DISTANCE:
+        raise ValueError(f"max_distance: expected up to {MAX_DISTANCE}, got {max_distance}")
     attention.check_alike(q, {"k": k, "v": v})
     attention.check_device(q, {"bias_table": bias_table, "key_padding_mask": key_padding_mask})

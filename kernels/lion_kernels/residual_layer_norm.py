@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.core import operator
+from lion_kernels.core.arguments import FLOATING, as_positive, check_tensors
 from lion_kernels.core.backend import choose_backend, needs_dispatch
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.dropout import check_dropout, keeps, seed_tensor
@@ -196,10 +197,11 @@ def residual_layer_norm(
     The kernels keep the sum in fp32; "torch" rounds it to the inputs' dtype before it normalises.
 
     Args:
-        x: [..., D], any leading dimensions, floating; the output of a linear layer without its bias.
+        x: [..., D], any leading dimensions, floating; the output of a linear layer without its bias. Any dimension may
+            be 0.
         residual: [..., D] like x; its dtype may differ.
         weight, bias: [D] of the norm.
-        eps: added to the variance.
+        eps: positive, added to the variance.
         x_bias: [D] or None, the linear layer's bias.
         dropout_p: probability of dropping a value of x + x_bias, in [0, 1); pass 0 outside training.
         seed: of the dropout, an int64 or an int64 tensor [] on x's device, which a CUDA graph reads at each replay.
@@ -212,13 +214,15 @@ def residual_layer_norm(
         [..., D] in the wider dtype of x and residual.
 
     Raises:
-        ValueError: invalid shape, dtype, device, probability or backend; the message names the argument.
+        TypeError: an argument of another type; the message names it.
+        ValueError: invalid shape, dtype, layout, device, eps, probability or backend; the message names the argument.
     """
     _check(x, residual, weight, bias, x_bias)
-    check_dropout(dropout_p, seed, x.device)
+    eps = as_positive("eps", eps)
+    dropout_p = check_dropout(dropout_p, seed, "x", x)
     tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "x_bias": x_bias}
     unsupported = why_unsupported(tensors, MAX_CHANNELS)
-    if choose_backend(backend, "residual_layer_norm", x.device, unsupported) == "triton":
+    if choose_backend(backend, "residual_layer_norm", x.device, unsupported) == "triton" and x.shape[-1]:
         arguments = (x, residual, weight, bias, x_bias, seed_tensor(seed, dropout_p, x.device), dropout_p, eps)
         if needs_dispatch(*tensors.values()):
             return forward_op(*arguments)[0]
@@ -231,14 +235,15 @@ def residual_layer_norm(
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> None:
-    if x.dim() == 0 or not x.is_floating_point():
+    check_tensors({"x": x, "residual": residual, "weight": weight, "bias": bias}, {"x_bias": x_bias})
+    if x.dim() == 0 or x.dtype not in FLOATING:
         raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
-    if residual.shape != x.shape or not residual.is_floating_point():
+    if residual.shape != x.shape or residual.dtype not in FLOATING:
         raise ValueError(
             f"residual: expected floating {list(x.shape)} (from x), got {residual.dtype} {list(residual.shape)}"
         )
     for name, tensor in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
-        if tensor is not None and (tensor.shape != x.shape[-1:] or not tensor.is_floating_point()):
+        if tensor is not None and (tensor.shape != x.shape[-1:] or tensor.dtype not in FLOATING):
             raise ValueError(
                 f"{name}: expected floating [{x.shape[-1]}] (D from x), got {tensor.dtype} {list(tensor.shape)}"
             )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lion_kernels.core import operator
+from lion_kernels.core.arguments import FLOATING, as_positive, check_tensors
 from lion_kernels.core.backend import (
     LAUNCH,
     choose_backend,
@@ -216,9 +217,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
     The statistics are in fp32. The normalised x is rounded to the dtype of a half-precision weight before the product.
 
     Args:
-        x: [..., D], any leading dimensions, floating.
+        x: [..., D], any leading dimensions, floating; any of them may be 0.
         weight: [D], floating; its dtype may differ from x's.
-        eps: added to the mean of the squares.
+        eps: positive, added to the mean of the squares.
         backend: "auto", "triton" or "torch". The kernels support fp16, bf16 and fp32, and D up to 8192; otherwise
             "auto" is "torch", which computes fp64 in fp64.
 
@@ -226,11 +227,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         [..., D] in weight's dtype.
 
     Raises:
-        ValueError: invalid shape, dtype, device or backend; the message names the argument.
+        TypeError: an argument of another type; the message names it.
+        ValueError: invalid shape, dtype, layout, device, eps or backend; the message names the argument.
     """
     _check(x, weight)
+    eps = as_positive("eps", eps)
     unsupported = why_unsupported({"x": x, "weight": weight}, MAX_CHANNELS)
-    if choose_backend(backend, "rms_norm", x.device, unsupported) == "torch":
+    if choose_backend(backend, "rms_norm", x.device, unsupported) == "torch" or not x.shape[-1]:
         return _formula(x, weight, eps)[0]
     if needs_dispatch(x, weight):
         return forward_op(x, weight, eps)[0]
@@ -238,9 +241,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dim() == 0 or not x.is_floating_point():
+    check_tensors({"x": x, "weight": weight})
+    if x.dim() == 0 or x.dtype not in FLOATING:
         raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
-    if weight.shape != x.shape[-1:] or not weight.is_floating_point():
+    if weight.shape != x.shape[-1:] or weight.dtype not in FLOATING:
         raise ValueError(
             f"weight: expected floating [{x.shape[-1]}] (D from x), got {weight.dtype} {list(weight.shape)}"
         )

@@ -140,6 +140,8 @@ def launch_bias_gradient(
 ) -> Tensor:
     """Return the gradient of the table [num_buckets, H], in its dtype."""
     (batch, queries, heads, _), keys, num_buckets = one.q.shape, one.k.shape[1], bias_table.shape[0]
+    if not (grad.numel() and keys):
+        return bias_table.new_zeros(bias_table.shape)
     width = sum(split_head_dim(one.q.shape[-1]))
     compact = tuned_sizes.is_compact(one.q.device)
     sizes = bias_gradient_sizes(one.q.dtype, width, dropout=one.seed is not None, compact=compact)

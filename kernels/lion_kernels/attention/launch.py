@@ -3,6 +3,7 @@
 # Launches pass plain values as constexpr arguments, and have additional keywords.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from lion_kernels.attention.backward import attention_backward_keys, attention_backward_queries
 from lion_kernels.attention.forward import attention_forward
 from lion_kernels.attention.sizes import NARROW, split_head_dim, tail, tile_sizes
-from lion_kernels.core.backend import DTYPES, LAUNCH, dot_precision, on_device, triton
+from lion_kernels.core.arguments import FLOATING, INTEGERS, check_floating
+from lion_kernels.core.backend import DTYPES, LAUNCH, autocast_dtype, dot_precision, on_device, triton, values_on_host
 from lion_kernels.core.dropout import threshold_of
 
 
@@ -100,6 +102,11 @@ def launch_forward(attention: Attention, out: Tensor, lse: Tensor | None) -> Non
         lse: [B, H, L] in fp32.
     """
     queries, keys = attention.q.shape[1], attention.k.shape[1]
+    if not (out.numel() and keys):
+        out.zero_()
+        if lse is not None:
+            lse.fill_(math.inf)  # as of a query that may attend no key
+        return
     sizes = attention.tile_sizes("forward")
     with on_device(out):
         attention_forward[(triton.cdiv(queries, sizes["BM"]) * attention.heads_in_batch,)](
@@ -139,6 +146,13 @@ def launch_backward(
         previous: added to dq, in the same layout.
     """
     queries, keys = attention.q.shape[1], attention.k.shape[1]
+    if not (out.numel() and keys):
+        for gradient in (delta, dk, dv):
+            if gradient is not None:
+                gradient.zero_()
+        if dq is not None:
+            dq.zero_() if previous is None else dq.copy_(previous)
+        return
     if delta is not None:
         sizes = attention.tile_sizes("backward_queries")
         with on_device(grad):
@@ -191,26 +205,38 @@ def why_unsupported(q: Tensor) -> str | None:
     return None
 
 
+def check_queries(q: Tensor) -> None:
+    """Raise ValueError if `q` is no floating [B, L, H, Dh]."""
+    if q.dim() != 4:
+        raise ValueError(f"q: expected [B, L, H, Dh], got {list(q.shape)}")
+    check_floating("q", q)
+    if not q.shape[3]:
+        raise ValueError(f"q: expected [B, L, H, Dh] with Dh at least 1, got {list(q.shape)}")
+
+
 def check_alike(q: Tensor, others: dict[str, Tensor]) -> None:
-    """Raise ValueError for a tensor on another device than q or, outside autocast, of another dtype."""
-    check_device(q, dict(others))
-    if autocast_dtype(q) is not None:
-        return
+    """Raise ValueError for a tensor on another device than q or of another dtype.
+
+    Under autocast, which casts them, it may be any floating dtype.
+    """
+    device, dtype = q.device, q.dtype
     for name, x in others.items():
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: expected {q.dtype} (from q), got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected on {device} (from q), got {x.device}")
+        if x.dtype != dtype:
+            if autocast_dtype(q) is None:
+                raise ValueError(f"{name}: expected {dtype} (from q), got {x.dtype}")
+            check_floating(name, x)
 
 
-def autocast_dtype(q: Tensor) -> torch.dtype | None:
-    """Return the dtype that an active autocast casts the inputs to, else None."""
-    kind = q.device.type
-    on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
-
-
-@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace the function
-def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+def check_mask(name: str, mask: Tensor) -> None:
+    """Raise ValueError for a mask of keys that is complex or, as far as its values are on the host, to be added."""
+    if mask.dtype == torch.bool or mask.dtype in INTEGERS:
+        return
+    if mask.dtype not in FLOATING:
+        raise ValueError(f"{name}: expected bool, integers or a floating dtype, got {mask.dtype}")
+    if values_on_host(mask) and bool((mask < 0).any()):
+        raise ValueError(f"{name}: expected nonzero where a key may be attended, got negative values, as of a bias")
 
 
 def check_device(q: Tensor, others: dict[str, Tensor | None]) -> None:

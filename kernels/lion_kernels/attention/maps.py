@@ -96,6 +96,8 @@ def launch_forward(call: Maps, *, save: bool = True) -> tuple[Tensor, Tensor, Te
         return maps, q.new_empty(0), lse
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows, channels, block = batch * length, heads * head_dim, 1024
+    if not out.numel():
+        return out, maps, lse
     with on_device(q):
         _mix[(triton.cdiv(rows * channels, block),)](
             maps, scale_gate, out, rows, MAPS=number, CHANNELS=channels, BLOCK=block, num_warps=4, **LAUNCH

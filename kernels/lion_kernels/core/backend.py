@@ -7,12 +7,14 @@ stand-ins with which such a module still imports; its operators then run in PyTo
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import NoneType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from lion_kernels.core.arguments import check_choice, shown
 
 if TYPE_CHECKING:
     import triton
@@ -39,6 +41,7 @@ LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 # Read once, when the kernels are decorated: setting the variable later has no effect on them.
 _INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _launching_on_cpu = False
+_PLAIN = (Tensor, Parameter)
 
 
 def _accept_arguments_as_loop_bounds() -> None:
@@ -93,10 +96,12 @@ def resolve_backend(backend: str, operator: str, device: torch.device) -> str:
         device: device of the operator's inputs.
 
     Raises:
+        TypeError: `backend` is no string, or `device` no `torch.device`.
         ValueError: `backend` is unknown, or is `"triton"` where no kernel can run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS, "one of 'auto', 'triton', 'torch'")
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device: expected a torch.device, got {shown(device)}")
     if backend == "torch":
         return "torch"
     runs = HAS_TRITON and (device.type == "cuda" or (device.type == "cpu" and launches_on_cpu()))
@@ -138,21 +143,40 @@ def refuse_uninterpretable(**tensors: Tensor | None) -> None:
 
 
 def needs_dispatch(*tensors: Tensor | None) -> bool:
-    """Return whether a call must go through its custom op: for autograd, tracing or a tensor subclass.
+    """Return whether a call must go through its custom op: for autograd, tracing, a tensor subclass, or a view whose
+    values are the negatives of those in memory, which PyTorch copies for an op.
 
     Other calls launch directly and save nothing for backward.
     """
-    if torch.compiler.is_compiling() or any(type(x) not in (Tensor, Parameter, NoneType) for x in tensors):
+    if torch.compiler.is_compiling():
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    grad = torch.is_grad_enabled()
+    for x in tensors:  # noqa: SIM110 (a generator takes longer)
+        if x is not None and (type(x) not in _PLAIN or (grad and x.requires_grad) or x.is_neg()):
+            return True
+    return False
 
 
 def values_on_host(ids: Tensor) -> bool:
     """Return whether the values of `ids` can be read without synchronising with a GPU.
 
     Under tracing, and in some tensor subclasses, there may be no values at all.
+
+    Raises:
+        TypeError: `ids` is no tensor.
     """
-    return ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: expected a torch.Tensor, got {shown(ids)}")
+    has_values = type(ids) is Tensor or type(ids).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return ids.device.type == "cpu" and has_values and not torch.compiler.is_compiling()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that an active autocast casts inputs on x's device to, else None."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which fails for meta tensors
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

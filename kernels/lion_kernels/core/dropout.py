@@ -9,6 +9,7 @@ Kernels read the seed from memory, so each replay of a CUDA graph uses the seed 
 import torch
 from torch import Tensor
 
+from lion_kernels.core.arguments import as_int64, as_number, check_tensors
 from lion_kernels.core.backend import tl, triton
 
 RANDOM_BITS = 24  # used of each word; dropout_p is rounded to a multiple of 2^-24
@@ -36,16 +37,26 @@ def keep_block(p_seed, threshold, o_row, D: tl.constexpr, BT: tl.constexpr, BD: 
     return tl.reshape(keep_four(tl.load(p_seed), threshold, b_quad, b_row, b_zero, b_zero), [BT, BD]) != 0
 
 
-def check_dropout(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> None:
-    """Raise ValueError for a probability or a seed that operators on `device` do not support."""
+def check_dropout(dropout_p: float, seed: int | Tensor | None, name: str, x: Tensor) -> float:
+    """Check the probability and the seed for `x`, an operator's argument `name`; return the probability as a float.
+
+    Raises:
+        TypeError: another type.
+        ValueError: a probability outside [0, 1), or a seed that is no int64 [] on x's device.
+    """
+    if type(dropout_p) is not float:
+        dropout_p = as_number("dropout_p", dropout_p, "0 <= dropout_p < 1")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
-    if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim() or seed.device != device):
-        raise ValueError(
-            f"seed: expected torch.int64 [] on {device}, got {seed.dtype} {list(seed.shape)} on {seed.device}"
-        )
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected an int64, got {seed}")
+    if isinstance(seed, Tensor):
+        check_tensors({name: x, "seed": seed})
+        if seed.dtype != torch.int64 or seed.dim() or seed.device != x.device:
+            raise ValueError(
+                f"seed: expected torch.int64 [] on {x.device}, got {seed.dtype} {list(seed.shape)} on {seed.device}"
+            )
+    elif seed is not None:
+        as_int64("seed", seed)
+    return dropout_p
 
 
 def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:

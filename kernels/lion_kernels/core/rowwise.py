@@ -37,10 +37,11 @@ def why_unsupported(tensors: dict[str, Tensor | None], max_channels: int | None 
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"{name}: expected float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
-    name, x = next(iter(tensors.items()))
-    assert x is not None
-    if max_channels is not None and not 0 < x.shape[-1] <= max_channels:
-        return f"{name}: expected D from 1 to {max_channels} for backend 'triton', got {x.shape[-1]}"
+    if max_channels is not None:
+        name, x = next(iter(tensors.items()))
+        assert x is not None
+        if x.shape[-1] > max_channels:
+            return f"{name}: expected D from 1 to {max_channels} for backend 'triton', got {x.shape[-1]}"
     return None
 
 

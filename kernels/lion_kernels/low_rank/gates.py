@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lion_kernels.core.arguments import INTEGERS, check_floating, shown_ids
 from lion_kernels.core.backend import values_on_host
 
 GateForm = Literal["channel", "dense", "sparse"]
@@ -91,13 +92,14 @@ def check_gate(
     Raises:
         ValueError: invalid shape, dtype or, if its values can be read without synchronising, id.
     """
-    if not gate.is_floating_point():
-        raise ValueError(f"gate: expected a floating dtype, got {gate.dtype}")
+    check_floating("gate", gate)
     if task_ids is not None and expert_ids is not None:
         raise ValueError("task_ids, expert_ids: expected at most one of them, got both")
     if task_ids is not None:
         if gate.dim() != 3 or tuple(gate.shape[1:]) != (experts, channels):
             raise ValueError(f"gate: expected [R, {experts}, {channels}] with task_ids, got {list(gate.shape)}")
+        if not gate.shape[0]:
+            raise ValueError(f"gate: expected [R, E, N] with R at least 1, got {list(gate.shape)}")
         _check_leading("task_ids", task_ids.shape, x)
         _check_ids("task_ids", task_ids, 0, gate.shape[0])
         return Gate("channel", gate, task_ids, expert_ids)
@@ -138,10 +140,13 @@ def _check_leading(name: str, given: torch.Size, x: Tensor) -> None:
 
 
 def _check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if ids.dtype not in INTEGERS:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}")
     if not values_on_host(ids):
         return
-    outside = ids[(ids < low) | (ids >= high)]
-    if outside.numel():
-        raise ValueError(f"{name}: expected values from {low} to {high - 1}, got {outside.unique().tolist()}")
+    if not ids.numel():
+        return
+    least, most = ids.aminmax()
+    if least < low or most >= high:
+        outside = ids[(ids < low) | (ids >= high)]
+        raise ValueError(f"{name}: expected values from {low} to {high - 1}, got {shown_ids(outside)}")

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from lion_kernels.core import tuned_sizes
-from lion_kernels.core.backend import DTYPES, LAUNCH, on_device, refuse_uninterpretable
+from lion_kernels.core.arguments import check_floating
+from lion_kernels.core.backend import DTYPES, LAUNCH, autocast_dtype, on_device, refuse_uninterpretable
 from lion_kernels.core.rowwise import as_rows
 from lion_kernels.low_rank.adapters import Adapters
 from lion_kernels.low_rank.gates import KernelGate
@@ -233,30 +234,35 @@ def _problem(x: Tensor, adapters: Adapters, gate: KernelGate, has_residual: bool
 
 def why_unsupported(x: Tensor) -> str | None:
     """Return why the kernels do not support x; None if they do, or if there is nothing to compute."""
-    if x.numel() == 0 or kernel_dtype(x) in DTYPES:
+    if x.dtype in DTYPES or x.numel() == 0 or autocast_dtype(x) in DTYPES:
         return None
     return f"x: expected float32, float16 or bfloat16 with backend='triton', got {x.dtype}"
 
 
+def check_experts(name: str, down_weight: Tensor) -> None:
+    """Raise ValueError for a mixture [E, r, D] without experts or of rank 0."""
+    experts, rank, _ = down_weight.shape
+    if not (experts and rank):
+        raise ValueError(f"{name}: expected [E, r, D] with E and r at least 1, got {list(down_weight.shape)}")
+
+
 def check_placement(x: Tensor, weights: dict[str, Tensor | None], others: dict[str, Tensor | None]) -> None:
-    """Raise ValueError for an input on another device than x or, without autocast, weights of another dtype."""
+    """Raise ValueError for an input on another device than x, or weights of another dtype.
+
+    Autocast casts weights of another floating dtype, except fp64.
+    """
+    device, dtype = x.device, x.dtype
     for name, tensor in (*weights.items(), *others.items()):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected on {x.device} (as x), got {tensor.device}")
-    if torch.is_autocast_enabled(x.device.type):
-        return
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected on {device} (as x), got {tensor.device}")
     for name, tensor in weights.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name}: expected {x.dtype} (as x), got {tensor.dtype}")
-
-
-def kernel_dtype(x: Tensor) -> torch.dtype:
-    """Return x's dtype, or autocast's if enabled."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if tensor is not None and tensor.dtype != dtype:
+            if autocast_dtype(x) is None or torch.float64 in (dtype, tensor.dtype):
+                raise ValueError(f"{name}: expected {dtype} (as x), got {tensor.dtype}")
+            check_floating(name, tensor)
 
 
 def cast_for_kernels(x: Tensor, weights: Iterable[Tensor | None]) -> tuple[Tensor, list[Any]]:
     """Return x as rows [T, D] and contiguous weights, in autocast's dtype if enabled."""
-    dtype = kernel_dtype(x)
+    dtype = autocast_dtype(x) or x.dtype
     return as_rows(x.to(dtype)), [None if value is None else value.to(dtype).contiguous() for value in weights]

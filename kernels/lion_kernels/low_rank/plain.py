@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lion_kernels.core.backend import autocast_dtype
 from lion_kernels.low_rank.adapters import Adapters
 from lion_kernels.low_rank.gates import Gate, KernelGate, align_left, dense_from_sparse
 from lion_kernels.low_rank.launch import Gradients
@@ -104,10 +105,12 @@ def compose(x: Tensor, adapters: Adapters, given: Gate, residual: Tensor | None,
     leading = x.dim() - 1
     if form == "channel":
         assert task_ids is not None
+        # PyTorch would index with a tensor [] by its value on the host.
+        factor = gate[task_ids.long()] if task_ids.dim() else gate[task_ids.long().view(1)].squeeze(0)
         if x.dim() == 3 and task_ids.shape == x.shape[:1] and x.shape[1] > rank:
-            out = _add_by_sequence(hidden, up_weight, up_bias, gate[task_ids.long()], residual)
+            out = _add_by_sequence(hidden, up_weight, up_bias, factor, residual)
         else:
-            factor = align_left(gate[task_ids.long()], leading, trailing=2)  # [..., E, D]
+            factor = align_left(factor, leading, trailing=2)  # [..., E, D]
             out = _add_by_channel(hidden, up_weight, up_bias, factor, residual)
     else:
         if form == "sparse":
@@ -132,8 +135,7 @@ def _add_by_sequence(
     weight = (factor.unsqueeze(-1) * up_weight).transpose(1, 2).flatten(2).mT  # [B, E * r, D]
     bias = None if up_bias is None else (factor * up_bias).sum(1, keepdim=True)  # [B, 1, D]
     inner = hidden.flatten(-2)
-    autocast = torch.is_autocast_enabled(inner.device.type)
-    if residual is None or autocast or not residual.dtype == weight.dtype == inner.dtype:
+    if residual is None or autocast_dtype(inner) is not None or not residual.dtype == weight.dtype == inner.dtype:
         out = torch.bmm(inner, weight.to(inner.dtype))
         out = out if bias is None else out + bias
         return out if residual is None else residual + out
@@ -157,7 +159,7 @@ def _add_by_channel(
 def _add_by_row(
     hidden: Tensor, up_weight: Tensor, up_bias: Tensor | None, weights: Tensor, residual: Tensor | None
 ) -> Tensor:
-    inner = (hidden * weights.unsqueeze(-1)).flatten(-2)  # [..., E * r]
+    inner = (hidden * weights.unsqueeze(-1)).to(hidden.dtype).flatten(-2)  # [..., E * r]
     out = F.linear(inner, up_weight.transpose(0, 1).flatten(1))
     if up_bias is not None:
         out = out + weights.to(up_bias.dtype) @ up_bias
