@@ -19,6 +19,8 @@ from lion_kernels import resolve_backend
 
 __all__ = ["LeftModule", "RewiredModule", "Rewiring", "apply_lion_kernels"]
 
+_LISTED, _SHOWN = 3, 180  # modules, and characters of each, in the error of a model that has none to rewire
+
 
 def apply_lion_kernels(model: nn.Module, backend: str = "auto") -> Rewiring:
     """Rewire `model` in place, this instance alone, to compute with lion_kernels.
@@ -43,7 +45,7 @@ def apply_lion_kernels(model: nn.Module, backend: str = "auto") -> Rewiring:
         A printable list of the rewired modules, and of the others with reasons; its `undo()` restores the model.
 
     Raises:
-        TypeError: `model` is not an `nn.Module`.
+        TypeError: `model` is not an `nn.Module`, or `backend` no string.
         ValueError: nothing to rewire, an unknown backend, or a model that is already sharded or compiled.
     """
     if not isinstance(model, nn.Module):
@@ -56,10 +58,12 @@ def apply_lion_kernels(model: nn.Module, backend: str = "auto") -> Rewiring:
         _rewire(rewirer)
         result = rewirer.result
         if not result.rewired:
-            reasons = "".join(
-                f"\n  {name or 'it'} ({class_name}): {reason}" for name, class_name, reason in result.left
+            left = [f"; {name or 'it'} ({class_name}): {reason}"[:_SHOWN] for name, class_name, reason in result.left]
+            rest = f"; and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+            raise ValueError(
+                f"model: nothing to rewire in {type(model).__name__}; looked for {LOOKED_FOR}"
+                f"{''.join(left[:_LISTED])}{rest}"
             )
-            raise ValueError(f"model: nothing to rewire in {type(model).__name__}; looked for {LOOKED_FOR}{reasons}")
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lion_fast.drop_in.original import (
     AdaptedLayerFFOnKernels,
@@ -36,6 +37,9 @@ LOOKED_FOR = (
     "outputs (dense, LayerNorm, dropout), T5's attention (q, k, v, o, n_heads), gated feed-forward (wi_0, wi_1, wo) "
     "and RMS norms (weight, variance_epsilon)"
 )
+
+
+_SHOWN = 200  # characters of an error
 
 
 class Rule(NamedTuple):
@@ -89,6 +93,8 @@ def _bert_output_objection(output: Any) -> str | None:
     norm = output.LayerNorm
     if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
         return "LayerNorm is no nn.LayerNorm of one dimension with weight and bias"
+    if not norm.eps > 0:
+        return f"eps={norm.eps!r} of LayerNorm is not positive"
     if not forward_takes(output, ["hidden_states", "input_tensor"]):
         return "its forward does not take (hidden_states, input_tensor)"
     return None
@@ -105,6 +111,8 @@ def _norm_objection(norm: Any) -> str | None:
     weight = norm.weight
     if weight.is_meta:
         return "on the meta device"
+    if not norm.variance_epsilon > 0:
+        return f"variance_epsilon={norm.variance_epsilon!r} is not positive"
     if not forward_takes(norm, ["hidden_states"]):
         return "its forward does not take (hidden_states)"
     probe = torch.linspace(-2, 2, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
@@ -116,7 +124,8 @@ def _norm_objection(norm: Any) -> str | None:
 
 def _looks_like_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    return hasattr(module, "variance_epsilon") and isinstance(weight, nn.Parameter) and weight.dim() == 1
+    is_parameter = isinstance(weight, nn.Parameter) and not is_lazy(weight)
+    return hasattr(module, "variance_epsilon") and is_parameter and weight.dim() == 1
 
 
 RULES = (
@@ -166,7 +175,7 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _rewire_by_rule(rewirer: Rewirer, module: Any, rule: Rule) -> None:
-    objection = "the instance has a forward of its own" if has_own_forward(module) else rule.objection(module)
+    objection = "the instance has a forward of its own" if has_own_forward(module) else _objection(module, rule)
     if objection is not None:
         rewirer.leave(module, objection)
         return
@@ -176,6 +185,14 @@ def _rewire_by_rule(rewirer: Rewirer, module: Any, rule: Rule) -> None:
     rewirer.rewire(module, kind)
     if kind is BertOutputOnKernels:
         become(ResidualLayerNorm, module.LayerNorm, rewirer.result.backend)
+
+
+def _objection(module: Any, rule: Rule) -> str | None:
+    """Return the rule's objection, or the error of a module that only looks like one of the kind."""
+    try:
+        return rule.objection(module)
+    except Exception as error:
+        return f"its check failed: {type(error).__name__}: {' '.join(str(error).split())[:_SHOWN]}"
 
 
 def _rewire_feed_forward_layer(rewirer: Rewirer, layer: Any) -> None:
@@ -190,9 +207,8 @@ def _rewire_feed_forward_layer(rewirer: Rewirer, layer: Any) -> None:
 
 def _rewire_t5_stack(rewirer: Rewirer, stack: Any) -> None:
     """Rewire all attention of a T5 stack or none, because its layers pass their biases on in one form."""
-    attentions = [
-        m for m in stack.block.modules() if _has("q", "k", "v", "o", "n_heads", "has_relative_attention_bias")(m)
-    ]
+    blocks = stack.block.modules() if isinstance(stack.block, nn.Module) else ()
+    attentions = [m for m in blocks if _has("q", "k", "v", "o", "n_heads", "has_relative_attention_bias")(m)]
     if not attentions or not calls_like(attentions[0], T5AttentionOnKernels):
         return
     objections = {objection for objection in map(_t5_objection, attentions) if objection}

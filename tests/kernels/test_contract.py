@@ -98,7 +98,7 @@ MIXED = [
     [
         pytest.param(operator, half, as_out, backend, id=f"{operator}: {'+'.join(half)}-{backend}")
         for operator, half, as_out in MIXED
-        for backend in (("triton",) if operator in LOW_RANK else ("triton", "torch"))
+        for backend in ("triton", "torch")
     ],
 )
 def test_mixed_dtypes(operator: str, half: tuple[str, ...], as_out: str, backend: str, device: torch.device) -> None:
@@ -289,23 +289,46 @@ def test_autocast(case: Case, way: str, device: torch.device) -> None:
         assert all(value.dtype == torch.float32 for value in got.values())
 
 
+SMALL_WITHOUT_KEYS = (
+    cases.maps_attention(3, (0,), 16),
+    cases.maps_attention(3, (0, 5), 16, gate=True),
+    cases.maps_attention(3, (5, 0), 16, mask=True),
+)
 EMPTY = (
     cases.adapters("channel", (0, 5), 32, 2, 8),
     cases.lora("dense", (0, 5), 32, 40, 2, 8),
     cases.layer_norm((0,), 64, dropout=True),
     cases.rms_norm((0, 3), 64),
     cases.gated_gelu((0, 3), 64),
+    cases.layer_norm((3,), 0),
+    cases.rms_norm((2, 3), 0),
+    cases.gated_gelu((3,), 0),
+    cases.assemble(2, 3, 4, 0, 9),
+    cases.maps_attention(0, (4,), 16),
+    cases.maps_attention(3, (4, 5), 16, heads=0, gate=True),
+    cases.maps_attention(3, (0,), 16, batch=0),
+    cases.biased_attention(0, 3, 16),
+    cases.biased_attention(3, 3, 16, heads=0, decoder=True),
+    cases.biased_attention(0, 0, 16, mask=True),
 )
 
 
 @poisoned
 @by_case_and_way(EMPTY, "triton", "torch")
 def test_no_rows(case: Case, way: str, device: torch.device) -> None:
-    """Without rows, the gradients of parameters are zero."""
+    """Without rows, channels, queries or heads, the gradients of parameters are zero."""
     tensors = make(case, device=device)
     got, expected = run(case, tensors, way), reference(case, tensors)
     assert got["out"].numel() == 0
     expect_equal({name: value.cpu().double() for name, value in got.items()}, expected)
+
+
+@poisoned
+@by_case_and_way(SMALL_WITHOUT_KEYS, "triton", "torch")
+def test_no_keys(case: Case, way: str, device: torch.device) -> None:
+    """A map without keys adds nothing; the other maps have their gradients."""
+    tensors = make(case, device=device)
+    expect_close(run(case, tensors, way), reference(case, tensors))
 
 
 @by_case_and_way((*SMALL, *VARIANTS), "triton", "torch", "fused")

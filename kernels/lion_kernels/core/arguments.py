@@ -21,7 +21,7 @@ _PLAIN = (Tensor, Parameter)
 _STRIDED = torch.strided
 _LARGEST = torch.finfo(torch.float32).max  # the kernels take numbers in fp32
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)  # numbers that a compiled graph has for any value
-_SHOWN = 80  # characters of a string, ids of a tensor
+_SHOWN, _SHOWN_IDS = 80, 10  # characters of a string, ids of a tensor
 
 
 def check_tensors(tensors: dict[str, Any], optional: dict[str, Any] | None = None) -> None:
@@ -149,5 +149,5 @@ def shown(value: Any) -> str:
 def shown_ids(ids: Tensor) -> str:
     """Return the different values of `ids`, in order, for an error."""
     found = ids.unique()
-    rest = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"{found[:_SHOWN].tolist()}{rest}"
+    rest = f" and {len(found) - _SHOWN_IDS} more" if len(found) > _SHOWN_IDS else ""
+    return f"{found[:_SHOWN_IDS].tolist()}{rest}"

@@ -420,6 +420,46 @@ def test_undo_refuses_a_module_whose_class_changed_since(feed_forward: Any) -> N
     assert "_before_kernels" in feed_forward[0].__dict__  # nothing was restored
 
 
+class LooksLikeEverything(nn.Module):
+    """A module with the attributes of all kinds, which are of none."""
+
+    NAMES = (
+        "adapters num_adapters router_idx qkv q_bias v_bias proj attn_drop proj_drop scale num_heads query key value"
+    )
+    MORE = (
+        "value num_attention_heads attention_head_size dense LayerNorm wi_0 wi_1 wo act dropout weight variance_epsilon"
+    )
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_modules_that_only_look_alike_are_left_with_the_reason() -> None:
+    names = f"{LooksLikeEverything.NAMES} {LooksLikeEverything.MORE}".split()
+    lookalikes = [LooksLikeEverything(*names[start:]) for start in range(len(names))]
+    norm = LooksLikeEverything("variance_epsilon")
+    norm.weight = nn.Parameter(torch.ones(4))
+    lazy = LooksLikeEverything("variance_epsilon")
+    lazy.weight = nn.UninitializedParameter()
+    stack = LooksLikeEverything("block", "final_layer_norm", "get_extended_attention_mask")
+    model = nn.Sequential(*lookalikes, norm, lazy, stack)
+    with pytest.raises(ValueError, match="nothing to rewire in Sequential") as error:
+        apply_lion_kernels(model)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert {type(module) for module in model} == {LooksLikeEverything}
+    model.append(T5LayerNorm(4, eps=1e-6))
+    rewiring = apply_lion_kernels(model)
+    assert [module.name for module in rewiring.rewired] == [str(len(model) - 1)]
+    assert any("its check failed: TypeError" in module.reason for module in rewiring.left)
+    rewiring.undo()
+
+
 def test_clear_errors(feed_forward: Any) -> None:
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
         apply_lion_kernels({})  # type: ignore[arg-type]
