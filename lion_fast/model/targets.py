@@ -68,7 +68,7 @@ def _let_trainer_pass_on_targets() -> None:
         if takes_labels and "labels" in inputs and "decoder_input_ids" not in inputs:
             lion = next((module for module in model.modules() if isinstance(module, TargetsMixin)), None)
             if lion is not None:
-                inputs = {**inputs, **lion.decoder_inputs(inputs["labels"])}
+                inputs = {"use_cache": False, **inputs, **lion.decoder_inputs(inputs["labels"])}
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     compute_loss_with_targets.passes_on_targets = True  # type: ignore[attr-defined]
