@@ -321,7 +321,9 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
     def _check_task_ids(self, task_ids: Tensor | None, batch: int) -> None:
         if task_ids is None:
             if self.config.has_router:
-                raise ValueError("task_ids: expected int64 [B] (0 region_level, 1 image_level), got None")
+                in_peft = any(type(module).__module__.startswith("peft.") for module in self.modules())
+                hint = "; PEFT's models do not pass it on with a task_type, which has to be None" if in_peft else ""
+                raise ValueError(f"task_ids: expected int64 [B] (0 region_level, 1 image_level), got None{hint}")
             return
         expect_shape("task_ids", task_ids, (batch,))
         expect_ids("task_ids", task_ids, self.config.text_config.num_tasks)
