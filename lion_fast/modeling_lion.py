@@ -67,7 +67,8 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
 
     `kernel_backend` (see `LionConfig`) selects lion_kernels or PyTorch for this model alone. Its modules support both
     (`model.kernel_modules`), and its parts use `attn_implementation="lion_kernels"` unless another is requested.
-    With PEFT, leave `task_type` unset: the wrappers that it selects do not pass on `task_ids`.
+    With PEFT, leave `task_type` unset: the wrappers that it selects do not pass on `task_ids`. Loaded in float16, T5's
+    residual stream stays float32, as in transformers' own T5.
 
     Example:
         >>> model = LionForCausalLM.from_pretrained("lion-flan-t5-xl", dtype=torch.bfloat16)

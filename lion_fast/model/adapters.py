@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from lion_fast.model.attention import on_kernels
-from lion_fast.model.folded_adapters import FoldedAdapters, StackedAdapters, add_adapters
+from lion_fast.model.folded_adapters import FoldedAdapters, StackedAdapters, in_one_dtype
+from lion_kernels import mixture_of_adapters
 
 
 class Projection(nn.Module):
@@ -144,7 +145,11 @@ class MixtureOfAdapters(nn.Module):
                     "torch.no_grad()"
                 )
             return self.folded(hidden_states, residual, task_ids)
-        return add_adapters(hidden_states, residual, self._operands(), task_ids, self.kernel_backend)
+        hidden_states, operands = in_one_dtype(hidden_states, residual, self._operands())
+        out = mixture_of_adapters(
+            hidden_states, *operands, task_ids=task_ids, residual=residual, backend=self.kernel_backend
+        )
+        return out.to(residual.dtype)
 
 
 def _refuse_to_load_folded(adapters: MixtureOfAdapters, *args: object) -> None:

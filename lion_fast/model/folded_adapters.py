@@ -85,16 +85,11 @@ class StackedAdapters(nn.Module):
 
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor | None) -> Tensor:
         """Add the adapters' output to `residual`, as `FoldedAdapters` does."""
-        return add_adapters(hidden_states, residual, tuple(self.buffers()), task_ids, self.kernel_backend)
-
-
-def add_adapters(
-    hidden_states: Tensor, residual: Tensor, operands: tuple[Tensor, ...], task_ids: Tensor | None, kernel_backend: str
-) -> Tensor:
-    """Run `mixture_of_adapters`, whose x and weights have one dtype, on any dtypes; return the residual's."""
-    hidden_states, operands = in_one_dtype(hidden_states, residual, operands)
-    out = mixture_of_adapters(hidden_states, *operands, task_ids=task_ids, residual=residual, backend=kernel_backend)
-    return out.to(residual.dtype)
+        hidden_states, operands = in_one_dtype(hidden_states, residual, tuple(self.buffers()))
+        out = mixture_of_adapters(
+            hidden_states, *operands, task_ids=task_ids, residual=residual, backend=self.kernel_backend
+        )
+        return out.to(residual.dtype)
 
 
 def in_one_dtype(
