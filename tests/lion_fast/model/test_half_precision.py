@@ -5,6 +5,7 @@ of float16. The reference is the same model in float32; transformers' own T5 dev
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def test_a_strong_feed_forward_stays_exact_in_float16(tmp_path: Path, scale: flo
     half = LionForCausalLM.from_pretrained(tmp_path, dtype=torch.float16, kernel_backend=backend).eval()
     with torch.no_grad():
         out = half(**batch)
-    questions, options = without_labels(batch), {"num_beams": 1, "max_new_tokens": 2}
+    questions = without_labels(batch)
+    options: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 2}
     half.fold_adapters()
     assert out.logits.dtype == torch.float16
     assert relative_error(out.logits, expected.logits) < BOUND
@@ -140,7 +142,7 @@ def test_adapters_take_any_dtypes_and_return_the_residuals(dtypes: str, backend:
 
 @INTERPRETED
 def test_transformers_t5_in_float16_on_the_kernels(tmp_path: Path) -> None:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
     config = T5Config(**sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0, initializer_factor=0.3)
     config.dense_act_fn = "gelu"
     torch.manual_seed(0)

@@ -217,7 +217,8 @@ def test_other_models_are_trained_as_before(tmp_path: Any) -> None:
 
     make_model().train()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes["num_attention_heads"] = 2
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32))
     ids = torch.arange(6).repeat(2, 1)
     arguments = TrainingArguments(
