@@ -56,7 +56,8 @@ class FoldedAdapters(nn.Module):
         Returns:
             [B, L, D], in the residual's dtype.
         """
-        hidden_states, operands = in_one_dtype(hidden_states, residual, tuple(self.buffers()))
+        operands = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        hidden_states, operands = in_one_dtype(hidden_states, residual, operands)
         down_weight, down_bias, up_weight, up_bias = operands
         hidden = F.relu(F.linear(hidden_states, down_weight, down_bias))
         if task_ids is None:
@@ -100,7 +101,10 @@ def in_one_dtype(
     In a float16 model, transformers keeps T5's `wo` and with it the residual stream in float32. The adapters read the
     stream before its norm, and its values may be too large for float16.
     """
-    dtype = torch.promote_types(hidden_states.dtype, residual.dtype)
+    dtype = hidden_states.dtype
+    if residual.dtype == dtype and all(operand.dtype == dtype for operand in operands):
+        return hidden_states, operands  # the usual case, without the cost of calls
+    dtype = torch.promote_types(dtype, residual.dtype)
     if torch.is_autocast_enabled(hidden_states.device.type):
         return hidden_states.to(dtype), operands
     for operand in operands:
