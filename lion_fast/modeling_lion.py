@@ -20,10 +20,12 @@ from lion_fast.configuration_lion import LionConfig
 from lion_fast.model.adapters import MixtureOfAdapters
 from lion_fast.model.aggregator import LionAggregator
 from lion_fast.model.attention import AttendingModel, prefer_kernel_attention
+from lion_fast.model.checkpointing import with_gradient
 from lion_fast.model.generation import LionGenerationMixin, lion_generation_config
 from lion_fast.model.image_features import ImageFeatures
 from lion_fast.model.kernel_modules import PrefixEmbedding, run_on_kernels
 from lion_fast.model.quantization import keep_trained_modules
+from lion_fast.model.targets import TargetsMixin
 from lion_fast.model.text import language_model_class
 from lion_fast.model.validation import expect_ids, expect_shape
 from lion_fast.model.vision import LionVisionModel
@@ -60,12 +62,13 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-class LionForCausalLM(AttendingModel, LionGenerationMixin):
+class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
     `kernel_backend` (see `LionConfig`) selects lion_kernels or PyTorch for this model alone. Its modules support both
     (`model.kernel_modules`), and its parts use `attn_implementation="lion_kernels"` unless another is requested.
-    With PEFT, leave `task_type` unset: the wrappers that it selects do not pass on `task_ids`.
+    With PEFT, leave `task_type` unset: the wrappers that it selects do not pass on `task_ids`. Loaded in float16, T5's
+    residual stream stays float32, as in transformers' own T5.
 
     Example:
         >>> model = LionForCausalLM.from_pretrained("lion-flan-t5-xl", dtype=torch.bfloat16)
@@ -270,7 +273,7 @@ class LionForCausalLM(AttendingModel, LionGenerationMixin):
                 f"(qformer_config.max_position_embeddings), got {qformer_input_ids.shape[1]}"
             )
         expect_ids("qformer_input_ids", qformer_input_ids, qformer.vocab_size)
-        queries = self.query_tokens.expand(batch, -1, -1)
+        queries = with_gradient(self.query_tokens.expand(batch, -1, -1), self.qformer.encoder.layer)
         attend_queries = qformer_attention_mask.new_ones(queries.shape[:2])
         hidden_states = self.qformer(
             input_ids=qformer_input_ids,
@@ -319,7 +322,9 @@ class LionForCausalLM(AttendingModel, LionGenerationMixin):
     def _check_task_ids(self, task_ids: Tensor | None, batch: int) -> None:
         if task_ids is None:
             if self.config.has_router:
-                raise ValueError("task_ids: expected int64 [B] (0 region_level, 1 image_level), got None")
+                in_peft = any(type(module).__module__.startswith("peft.") for module in self.modules())
+                hint = "; PEFT's models do not pass it on with a task_type, which has to be None" if in_peft else ""
+                raise ValueError(f"task_ids: expected int64 [B] (0 region_level, 1 image_level), got None{hint}")
             return
         expect_shape("task_ids", task_ids, (batch,))
         expect_ids("task_ids", task_ids, self.config.text_config.num_tasks)
@@ -353,7 +358,8 @@ class LionForCausalLM(AttendingModel, LionGenerationMixin):
             labels: int64 [B, Lt], the answers; -100 is ignored.
             vision_features: [B, S, N, vision hidden size] from `get_vision_features`, instead of `pixel_values`.
             image_features: features of B images, from `encode_images`, instead of both.
-            decoder_input_ids, decoder_attention_mask: [B, Lt] for an encoder-decoder; derived from `labels` if None.
+            decoder_input_ids, decoder_attention_mask: [B, Lt], the answers shifted right, as
+                `prepare_decoder_input_ids_from_labels` returns them; derived from `labels` if None.
             num_items_in_batch: number of target tokens over all accumulation steps, by which the summed loss is
                 divided, so that gradient accumulation is exact.
             inputs_only: return the language model's input without running it, as `generate` needs it.
@@ -381,10 +387,11 @@ class LionForCausalLM(AttendingModel, LionGenerationMixin):
             if labels.shape[1] == 0:
                 raise ValueError(f"labels: expected one token or more per answer, got {list(labels.shape)}")
             expect_ids("labels", labels, self.config.text_config.vocab_size, also=-100)
+        if labels is not None or self.training:
             kwargs.setdefault("use_cache", False)  # the loss needs no cache, and PyTorch 2.11 cannot trace one
+        inputs_embeds = with_gradient(inputs_embeds, self.language_model.blocks())
         run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
-        if self.config.is_encoder_decoder:
-            kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
+        kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
         outputs = run(inputs_embeds, attention_mask, labels, task_ids=task_ids, **kwargs)
         loss = None if labels is None else token_cross_entropy(outputs.logits, labels, num_items_in_batch)
         result = LionOutput(loss=loss, logits=outputs.logits, visual_prefix=prefix, language_model_outputs=outputs)
@@ -414,22 +421,39 @@ class LionForCausalLM(AttendingModel, LionGenerationMixin):
         )
 
     def _run_decoder_only(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor | None, **kwargs: Any
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        decoder_input_ids: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+        **kwargs: Any,
     ) -> Any:
         """Run on [visual | text | target] and keep the logits that predict the targets."""
-        if labels is not None:
-            is_target = labels != -100
-            targets = self.get_input_embeddings()(labels.masked_fill(~is_target, 0))
-            inputs_embeds = torch.cat([inputs_embeds, targets], dim=1)
-            attention_mask = torch.cat([attention_mask, is_target.to(attention_mask.dtype)], dim=1)
+        targets = mask = None
+        if decoder_input_ids is not None:
+            answers = None if labels is None else labels.shape[1]
+            expect_shape("decoder_input_ids", decoder_input_ids, (inputs_embeds.shape[0], answers))
+            expect_ids("decoder_input_ids", decoder_input_ids, self.config.text_config.vocab_size)
+            if decoder_attention_mask is None:
+                decoder_attention_mask = torch.ones_like(decoder_input_ids)
+            expect_shape("decoder_attention_mask", decoder_attention_mask, tuple(decoder_input_ids.shape))
+            targets, mask = decoder_input_ids[:, 1:], decoder_attention_mask[:, 1:]  # the question stands for the first
+            kwargs["logits_to_keep"] = decoder_input_ids.shape[1]
+        elif labels is not None:
+            mask = labels != -100
+            targets = labels.masked_fill(~mask, 0)
             kwargs["logits_to_keep"] = labels.shape[1] + 1
+        if targets is not None and mask is not None:
+            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(targets)], dim=1)
+            attention_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),  # padding takes up no positions
             **kwargs,
         )
-        if labels is not None:
+        if labels is not None and decoder_input_ids is None:
             outputs.logits = outputs.logits[:, :-1]
         return outputs
 

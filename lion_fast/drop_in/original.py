@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.drop_in.rewiring import is_plain_linear
 from lion_fast.model.attention import attention_on_kernels, biased_attention_on_kernels, on_kernels
 from lion_fast.model.kernel_modules import OnKernels, ResidualOutputOnKernels
 from lion_kernels import mixture_of_adapters
@@ -29,7 +30,9 @@ class AdapterRouterOnKernels(OnKernels):
 
     def is_supported(self, hidden_states: Tensor) -> bool:
         dropped = any(adapter.dropout > 0 for adapter in self.adapters) and self.training
-        return self.router_idx in (0, 1) and not dropped
+        # LoRA, which may have come later, replaces linear layers; their weights alone are not what they compute.
+        plain = all(is_plain_linear(linear) for a in self.adapters for linear in (a.down_proj, a.up_proj))
+        return self.router_idx in (0, 1) and not dropped and plain
 
     def runs_on_kernels(self, x: Tensor) -> bool:
         return on_kernels(self.kernel_backend, x.device) and self.is_supported(x)

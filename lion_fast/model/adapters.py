@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from lion_fast.model.attention import on_kernels
-from lion_fast.model.folded_adapters import FoldedAdapters, StackedAdapters
+from lion_fast.model.folded_adapters import FoldedAdapters, StackedAdapters, in_one_dtype
 from lion_kernels import mixture_of_adapters
 
 
@@ -125,11 +125,11 @@ class MixtureOfAdapters(nn.Module):
         """Add the adapters' output to `residual`.
 
         Args:
-            hidden_states, residual: [B, L, D].
+            hidden_states, residual: [B, L, D]; their dtypes may differ from each other and from the weights'.
             task_ids: int64 [B]; required with a router.
 
         Returns:
-            [B, L, D].
+            [B, L, D], in the residual's dtype.
 
         Raises:
             ValueError: `task_ids` is None with a router.
@@ -145,9 +145,11 @@ class MixtureOfAdapters(nn.Module):
                     "torch.no_grad()"
                 )
             return self.folded(hidden_states, residual, task_ids)
-        return mixture_of_adapters(
-            hidden_states, *self._operands(), task_ids=task_ids, residual=residual, backend=self.kernel_backend
+        hidden_states, operands = in_one_dtype(hidden_states, residual, self._operands())
+        out = mixture_of_adapters(
+            hidden_states, *operands, task_ids=task_ids, residual=residual, backend=self.kernel_backend
         )
+        return out.to(residual.dtype)
 
 
 def _refuse_to_load_folded(adapters: MixtureOfAdapters, *args: object) -> None:

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lion_fast.configuration_lion import LionAggregatorConfig
 from lion_fast.model.attention import AttendingModel, attend
+from lion_fast.model.checkpointing import with_gradient
 
 
 class LionAggregatorProjections(nn.Module):
@@ -124,7 +125,7 @@ class LionAggregator(AttendingModel):
                 f"feature_maps: expected [B, {1 + len(self.blocks)}, N, {self.config.hidden_size}], "
                 f"got {list(feature_maps.shape)}"
             )
-        hidden_states = feature_maps[:, 0]
+        hidden_states = with_gradient(feature_maps[:, 0], self.blocks)
         for block, feature_map in zip(self.blocks, feature_maps[:, 1:].unbind(1), strict=True):
             hidden_states = block(hidden_states, feature_map)
         return hidden_states

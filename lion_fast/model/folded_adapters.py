@@ -54,16 +54,19 @@ class FoldedAdapters(nn.Module):
             task_ids: int64 [B], or None for a gate that does not depend on the task.
 
         Returns:
-            [B, L, D], in the dtype of `hidden_states`.
+            [B, L, D], in the residual's dtype.
         """
-        hidden = F.relu(F.linear(hidden_states, self.down_weight, self.down_bias))
+        operands = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        hidden_states, operands = in_one_dtype(hidden_states, residual, operands)
+        down_weight, down_bias, up_weight, up_bias = operands
+        hidden = F.relu(F.linear(hidden_states, down_weight, down_bias))
         if task_ids is None:
-            update = F.linear(hidden, self.up_weight, self.up_bias[0])
+            update = F.linear(hidden, up_weight, up_bias[0])
         else:
             own_task = F.one_hot(task_ids, self.num_tasks).to(hidden.dtype)  # [B, R]
             by_task = (own_task[:, None, :, None] * hidden.unsqueeze(2)).flatten(2)  # [B, L, R * E * r]
-            update = F.linear(by_task, self.up_weight) + self.up_bias[task_ids].unsqueeze(1)
-        return (residual + update).to(hidden_states.dtype)
+            update = F.linear(by_task, up_weight) + up_bias[task_ids].unsqueeze(1)
+        return (residual + update).to(residual.dtype)
 
 
 class StackedAdapters(nn.Module):
@@ -83,6 +86,27 @@ class StackedAdapters(nn.Module):
 
     def forward(self, hidden_states: Tensor, residual: Tensor, task_ids: Tensor | None) -> Tensor:
         """Add the adapters' output to `residual`, as `FoldedAdapters` does."""
-        return mixture_of_adapters(
-            hidden_states, *self.buffers(), task_ids=task_ids, residual=residual, backend=self.kernel_backend
+        hidden_states, operands = in_one_dtype(hidden_states, residual, tuple(self.buffers()))
+        out = mixture_of_adapters(
+            hidden_states, *operands, task_ids=task_ids, residual=residual, backend=self.kernel_backend
         )
+        return out.to(residual.dtype)
+
+
+def in_one_dtype(
+    hidden_states: Tensor, residual: Tensor, operands: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return hidden states and operands in the widest of their dtypes and the residual's; autocast casts operands.
+
+    In a float16 model, transformers keeps T5's `wo` and with it the residual stream in float32. The adapters read the
+    stream before its norm, and its values may be too large for float16.
+    """
+    dtype = hidden_states.dtype
+    if residual.dtype == dtype and all(operand.dtype == dtype for operand in operands):
+        return hidden_states, operands  # the usual case, without the cost of calls
+    dtype = torch.promote_types(dtype, residual.dtype)
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return hidden_states.to(dtype), operands
+    for operand in operands:
+        dtype = torch.promote_types(dtype, operand.dtype)
+    return hidden_states.to(dtype), tuple(operand.to(dtype) for operand in operands)

@@ -138,6 +138,10 @@ class LionT5ForConditionalGeneration(TaskInGenerationMixin, T5ForConditionalGene
         self.decoder = LionT5Stack(self.decoder.config)
         self.post_init()
 
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks that the input flows through, in order."""
+        return [*self.encoder.block, *self.decoder.block]
+
 
 class AdaptedDecoderLayer:
     """A pre-norm decoder layer (attention, then feed-forward) with adapters on the input of the second norm."""
@@ -182,6 +186,10 @@ class AdaptedCausalLM(TaskInGenerationMixin):
         super().__init__(config)  # type: ignore[call-arg]
         self.model = self.decoder_class(config)
         self.post_init()
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks that the input flows through, in order."""
+        return list(self.model.layers)
 
 
 class LionLlamaDecoderLayer(AdaptedDecoderLayer, LlamaDecoderLayer):

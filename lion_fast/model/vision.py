@@ -11,12 +11,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lion_fast.configuration_lion import LionVisionConfig
 from lion_fast.model.attention import AttendingModel, attend
+from lion_fast.model.checkpointing import with_gradient
 
 
 class FusedProjection(nn.Linear):
     """Query, key and value in one product. The caller passes the bias, because keys have none.
 
-    A call like that of any linear layer also works with offloaded weights and with LoRA.
+    A call like that of any linear layer also works with offloaded weights.
     """
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,10 +37,10 @@ class LionVisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # keys have none
-        if isinstance(getattr(self.qkv, "base_layer", self.qkv), FusedProjection):  # LoRA keeps it as base_layer
-            qkv = self.qkv(hidden_states, bias)
-        else:
-            qkv = self.qkv(hidden_states) + bias  # a quantized layer has replaced it
+        # Quantizers replace the layer, and PEFT wraps it. DoRA and IA3 scale what it computes without a bias, and know
+        # of no bias but the layer's own.
+        fused = isinstance(self.qkv, FusedProjection)
+        qkv = self.qkv(hidden_states, bias) if fused else self.qkv(hidden_states) + bias
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, Dh] each
         return self.proj(attend(self, query, key, value))
 
@@ -138,7 +139,7 @@ class LionVisionModel(AttendingModel):
         layers = [len(self.blocks) - 1] if layers is None else list(layers)
         patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
         class_token = self.cls_token.expand(patches.shape[0], -1, -1)
-        hidden_states = torch.cat([class_token, patches], dim=1) + self.pos_embed
+        hidden_states = with_gradient(torch.cat([class_token, patches], dim=1) + self.pos_embed, self.blocks)
         outputs = {}
         for index, block in enumerate(self.blocks[: max(layers) + 1]):
             hidden_states = block(hidden_states)

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_fast import LionForCausalLM, apply_lion_kernels
 from lion_reference.lion import LION
+from tests.extras import needs
 from tests.lion_fast.drop_in.original_double import (
     CONFIG,
     T5Attention,
@@ -268,6 +269,20 @@ def test_adapters_with_dropout_use_the_original_forward_in_training(feed_forward
         torch.manual_seed(0)
         found.append(layer.adapter(x))
     assert torch.equal(*found)
+
+
+def test_lora_on_rewired_adapters_has_its_effect(feed_forward: Any) -> None:
+    """LoRA that comes after the kernels replaces the linear layers whose weights they read."""
+    peft = needs("peft", "test")
+    (layer,) = feed_forward
+    x = torch.randn(2, 5, 32)
+    before = layer.adapter(x)
+    result = apply_lion_kernels(layer.adapter, "triton")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False), feed_forward)
+    on_kernels = layer.adapter(x)
+    result.undo()
+    assert torch.equal(on_kernels, layer.adapter(x))
+    assert not torch.allclose(on_kernels, before)
 
 
 class OneMore(T5LayerNorm):

@@ -159,3 +159,21 @@ def test_answers_in_fewer_bits(tmp_path: Path, family: str, bits: int) -> None:
         )
     loaded = LionForCausalLM.from_pretrained(tmp_path / "few").eval()
     torch.testing.assert_close(loaded(**batch, labels=labels).logits, logits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_float16_keeps_the_residual_stream_in_float32(tmp_path: Path, bits: int) -> None:
+    """transformers keeps T5's `wo` in float32, whose results may be too large for float16."""
+    needs("bitsandbytes", "quantize")
+    strong, batch = make_model(text=WIDE_TEXT["t5"], **WIDE), make_batch(labels=True)
+    for block in strong.language_model.encoder.block:
+        block.layer[-1].DenseReluDense.wo.weight.data.mul_(3e5)
+    strong.save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float16)
+    half = LionForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float16).eval()
+    whole = LionForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float16)
+    with torch.no_grad():
+        out = half(**batch)
+        expected = whole.dequantize().float().eval()(**batch)
+    assert out.loss.isfinite()
+    assert relative_error(out.logits, expected.logits) < 0.1
