@@ -13,7 +13,9 @@ from typing import Any
 
 from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
-from lion_fast.io.reading import Repeated, parse_json
+from lion_fast.io.atomic import whole_file
+from lion_fast.io.boxes import format_box
+from lion_fast.io.reading import Repeated, Unreadable, parse_json
 from lion_fast.tasks import TASKS
 
 BOX_TEXT = re.compile(r"\[[01]\.\d{3}(?:,[01]\.\d{3}){3}\]")
@@ -182,6 +184,7 @@ def describe(value: Any) -> str:
         type(None): "null",
         bytes: "bytes",
         Repeated: "several values under one name",
+        Unreadable: "a value that cannot be read",
     }
     return names.get(type(value), f"a value of type {type(value).__name__}")
 

@@ -27,6 +27,10 @@ class Repeated:
     """The value of a name that an object of JSON has more than once. No reader accepts it as a value."""
 
 
+class Unreadable:
+    """A value that Python cannot represent, such as text that is not UTF-8. No reader accepts it as a value."""
+
+
 @contextmanager
 def naming(path: str | os.PathLike, what: str, error: type[ValueError] = ValueError) -> Iterator[None]:
     """Turn any exception inside into an `error` that says that `path` is not `what`.
