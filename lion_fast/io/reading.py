@@ -40,16 +40,22 @@ def naming(path: str | os.PathLike, what: str, error: type[ValueError] = ValueEr
     try:
         yield
     except error as found:
-        if type(found) is error and str(found).startswith(str(path)):
+        if type(found) is error and str(found).startswith(on_one_line(path)):
             raise
-        raise error(f"{path}: not {what} ({brief(found)})") from found
+        raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
     except Exception as found:
-        raise error(f"{path}: not {what} ({brief(found)})") from found
+        raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
 
 
 def brief(error: Exception) -> str:
     """Return an error's message on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def on_one_line(path: str | os.PathLike) -> str:
+    """Return a path for a message: as it is, or escaped if it has line breaks or bytes that are not UTF-8."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def check_regular(path: Path, what: str) -> None:
@@ -59,7 +65,7 @@ def check_regular(path: Path, what: str) -> None:
         FileNotFoundError: it is something else, or there is nothing.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: expected {what}, got {_kind(path)}")
+        raise FileNotFoundError(f"{on_one_line(path)}: expected {what}, got {_kind(path)}")
 
 
 def check_utf8(content: bytes) -> None:

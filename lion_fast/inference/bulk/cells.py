@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lion_fast.io.reading import Unreadable
+from lion_fast.data.records import shown
+from lion_fast.io.reading import Unreadable, on_one_line
 
 
 def rows_of(table: Any) -> list[dict[str, Any]]:
@@ -31,12 +32,11 @@ def check_columns(path: Path, names: list[str], required: list[str | None], opti
     Raises:
         ValueError: a required column is missing, or a column that is read occurs several times.
     """
+    place = on_one_line(path)
     for name in required:
         if name is not None and name not in names:
-            shown = ", ".join(names[:20])
-            raise ValueError(
-                f"{path}: expected a column {name!r}, got {shown if len(shown) <= 300 else shown[:297] + '...'}"
-            )
+            some = ", ".join(shown(name)[1:-1] for name in names[:20])[:500]
+            raise ValueError(f"{place}: expected a column {shown(name)}, got {some}")
     for name in (*required, *optional):
-        if names.count(name) > 1:  # type: ignore[arg-type]
-            raise ValueError(f"{path}: expected one column {name!r}, got {names.count(name)}")  # type: ignore[arg-type]
+        if name is not None and names.count(name) > 1:
+            raise ValueError(f"{place}: expected one column {shown(name)}, got {names.count(name)}")

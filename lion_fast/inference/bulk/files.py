@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lion_fast.data.records import shown
 from lion_fast.io.images import image_suffixes
+from lion_fast.io.reading import on_one_line
 
 TABLES = (".jsonl", ".parquet")
 SHARDS = ".tar"
@@ -62,11 +63,14 @@ def _files_of(directory: Path) -> list[tuple[str, Path]]:
     images = sorted(_images_below(directory))
     if shards and images:
         raise ValueError(
-            f"input: expected images or .tar files in the directory {directory}, got both, such as {shards[0][0]} and "
-            f"{images[0][0]}; a pattern such as {directory}/*.tar chooses"
+            f"input: expected images or .tar files in the directory {on_one_line(directory)}, got both, such as "
+            f"{on_one_line(shards[0][0])} and {on_one_line(images[0][0])}; a pattern such as "
+            f"{on_one_line(directory)}/*.tar chooses"
         )
     if not shards and not images:
-        raise FileNotFoundError(f"input: expected images (or .tar files) in the directory {directory}, found none")
+        raise FileNotFoundError(
+            f"input: expected images (or .tar files) in the directory {on_one_line(directory)}, found none"
+        )
     return shards or images
 
 

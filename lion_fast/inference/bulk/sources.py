@@ -10,7 +10,7 @@ from lion_fast.inference.bulk.items import Columns, Item, Source, printable
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.shards import ShardSource
 from lion_fast.inference.bulk.tables import JsonlSource, ParquetSource
-from lion_fast.io.reading import check_regular
+from lion_fast.io.reading import check_regular, on_one_line
 
 
 class ImageSource(Source):
@@ -49,8 +49,8 @@ def open_source(job: BulkJob) -> Source:
     if len(kinds) > 1:
         names = {kind or "images": path for kind, path in sorted(kinds.items())}
         raise ValueError(
-            f"input: expected files of one kind, got {', '.join(sorted(names))} in {job.input}, such as "
-            f"{' and '.join(map(str, names.values()))}"
+            f"input: expected files of one kind, got {', '.join(sorted(names))} in {on_one_line(job.input)}, such as "
+            f"{' and '.join(map(on_one_line, names.values()))}"
         )
     (kind,) = kinds
     _expect_different([name for name, _ in files])

@@ -48,7 +48,9 @@ class JsonlSource(Source):
                     lengths.append(columns.length(fields))
         for name in sorted(needed - seen):
             some = ", ".join(shown(name)[1:-1] for name in sorted(seen)[:_NAMES])[:500] or "no fields"
-            raise ValueError(f"columns: expected lines with {name!r}, got none in {files[0][0]}; the lines have {some}")
+            raise ValueError(
+                f"columns: expected lines with {shown(name)}, got none in {files[0][0]}; the lines have {some}"
+            )
         super().__init__(columns, lengths, sized(files))
         self._tables, self._image_root, self._positions = files, image_root, np.asarray(positions).reshape(-1, 3)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lion_fast.data.records import shown
 from lion_fast.inference.bulk.files import is_hidden
 from lion_fast.io.images import image_suffixes
-from lion_fast.io.reading import naming
+from lion_fast.io.reading import naming, on_one_line
 
 _TEXT = ".json"
 _IMAGE_BYTES = 1 << 30  # an image within the limit of pixels takes less
@@ -67,12 +67,12 @@ def read_members(path: Path) -> Members:
         elif suffix == _TEXT:
             other = text_names.setdefault(_key(name), raw)
             if other != raw:
-                raise ValueError(f"{path}: {_expected_one('.json')}, got {shown(other)} and {shown(raw)}")
+                raise ValueError(f"{on_one_line(path)}: {_expected_one('.json')}, got {shown(other)} and {shown(raw)}")
             texts[_key(name)] = _limited(span, _TEXT_BYTES)
     for key, names in by_key.items():
         if len(names) > 1 and key in texts:
             raise ValueError(
-                f"{path}: {_expected_one('image')} that has a .json, got {shown(names[0])} and {shown(names[1])} for "
+                f"{on_one_line(path)}: {_expected_one('image')} that has a .json, got {shown(names[0])} and {shown(names[1])} for "
                 f"{shown(text_names[key])}"
             )
     return Members(images, texts)
@@ -108,7 +108,7 @@ def _scan(path: Path) -> tuple[dict[str, tuple[str, Span]], dict[str, tuple[str,
                 continue
             name = posixpath.normpath(member.name)
             if (name in regular or name in links) and _is_read(name):
-                raise ValueError(f"expected every name once, got {member.name} twice")
+                raise ValueError(f"expected every name once, got {shown(member.name)[1:-1]} twice")
             if member.islnk() or member.issym():
                 folder = posixpath.dirname(name) if member.issym() else ""
                 links[name] = member.name, posixpath.normpath(posixpath.join(folder, member.linkname))
