@@ -33,7 +33,8 @@ def check_rows(rows: list[Row]) -> None:
     for row in rows:
         json.dumps({**row, "text": None}, ensure_ascii=False).encode("utf-8")
         if row["error"] is not None:
-            assert "\n" not in row["error"] and len(row["error"]) <= 1000, f"an error of {len(row['error'])} characters"
+            assert "\n" not in row["error"], row["error"]
+            assert len(row["error"]) <= 1000, f"an error of {len(row['error'])} characters"
 
 
 def job(command: str, input: Path | str, **settings: Any) -> BulkJob:

@@ -12,10 +12,27 @@ from tests.campaign.running import Trial
 from tests.lion_fast.data.test_converters import VALID
 
 TEMPLATES = (
-    "{image_id}.jpg", "{image_id:012d}.jpg", "{image_id:>12}", "{image_id:99999999999}", "{image_id:99999999999d}",
-    "{image_id.__class__.__mro__}", "{image_id[0]}", "{0}", "{}", "{", "{image_id!r}", "{image_id:{suffix}}", "{subset}",
-    "{image_id:,}", "{{image_id}}", "a\nb", "\0", "../{image_id}", "{image_id:x}", "{image_id:1.99999999f}",
-)  # fmt: skip
+    "{image_id}.jpg",
+    "{image_id:012d}.jpg",
+    "{image_id:>12}",
+    "{image_id:99999999999}",
+    "{image_id:99999999999d}",
+    "{image_id.__class__.__mro__}",
+    "{image_id[0]}",
+    "{0}",
+    "{}",
+    "{",
+    "{image_id!r}",
+    "{image_id:{suffix}}",
+    "{subset}",
+    "{image_id:,}",
+    "{{image_id}}",
+    "a\nb",
+    "\0",
+    "../{image_id}",
+    "{image_id:x}",
+    "{image_id:1.99999999f}",
+)
 
 
 def make(rng: random.Random, folder: Path) -> Trial:

@@ -1,10 +1,12 @@
 """Folders and patterns as inputs of bulk jobs."""
 
+import glob
 import os
 import random
 import socket
 from pathlib import Path
 
+from lion_fast.inference.bulk.items import printable
 from tests.campaign.bulk_inputs import Row, check_rows, job, read
 from tests.campaign.mutating import png
 from tests.campaign.running import Trial
@@ -27,7 +29,28 @@ NAMES = (
     "x.txt",
     "png",
 )
-PATTERNS = ("**/*.png", "**", "*", "*/*.png", "**/**/*.png", "**/*/**/*/**/*.png", "[0-9].png", "**/.*", "*/../*.png", "./*.png", "a/**/*", "{0}/x", "[", "*" * 500, "**/" * 50 + "*", "?.png", "a/b/../**/*.png", "absent/**", "*/", "**/\udcff*")  # fmt: skip
+PATTERNS = (
+    "**/*.png",
+    "**",
+    "*",
+    "*/*.png",
+    "**/**/*.png",
+    "**/*/**/*/**/*.png",
+    "[0-9].png",
+    "**/.*",
+    "*/../*.png",
+    "./*.png",
+    "a/**/*",
+    "{0}/x",
+    "[",
+    "*" * 500,
+    "**/" * 50 + "*",
+    "?.png",
+    "a/b/../**/*.png",
+    "absent/**",
+    "*/",
+    "**/\udcff*",
+)
 STRAY = ("s.tar", "s.zip", "s.jsonl", "s.parquet", "S.TAR")
 
 
@@ -88,12 +111,24 @@ def make(rng: random.Random, folder: Path) -> Trial:
     if rng.random() < 0.03:
         given = rng.choice(["", "\0", "x" * 5000, "\n", "**/\0"])
     expected = real_images(root) if whole else None
+    globbed: set[str] | None = None
+    if (
+        not whole
+        and given.startswith(str(root))
+        and not os.path.isfile(given)
+        and not any(kind.startswith("link") for kind in description)
+    ):
+        globbed = {name for name in glob.glob(given, recursive=True) if not os.path.isdir(name)}
 
     def check(rows: list[Row]) -> None:
         check_rows(rows)
         if expected is not None and not any(row["id"].split("/")[0].lower().endswith(".tar") for row in rows):
             found = {row["id"] for row in rows if row["error"] is None}
             assert expected <= found, f"without {sorted(expected - found)}"
+
+        if globbed is not None and not any(name.lower().endswith((".tar", ".jsonl")) for name in globbed):
+            found = {row["id"] for row in rows}
+            assert found == {printable(name) for name in globbed if "__MACOSX" not in name.split("/")}, globbed
 
     return Trial(f"{given[:200]!r}: {description}", lambda: read(job("caption", given)), ["input", str(folder)], check)
 

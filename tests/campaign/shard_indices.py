@@ -158,7 +158,8 @@ def header(content: bytes, rng: random.Random) -> bytes:
                 shape = rng.choice(
                     ["(10000000000000,)", "(-1,)", "(0, 99999999999)", "()", "(1e9,)", "9", "('a',)", "(" * 90]
                 )
-                text = f"{{'descr': {rng.choice(['<i8', '|O', '<U0', 'x', '<U99999999', 'V0'])!r}, 'fortran_order': False, 'shape': {shape}}}"
+                dtype = rng.choice(["<i8", "|O", "<U0", "x", "<U99999999", "V0"])
+                text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}}}"
                 array = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + array[128:]
             new.writestr(info.filename, array)
     return file.getvalue()

@@ -12,13 +12,52 @@ from tests.campaign.mutating import mutate_bytes, mutate_json, png
 from tests.campaign.running import Trial
 
 NAMES = (
-    "x.png", "x.jpg", "x.v1.png", "sub/x.png", "./0.png", "0.jpg", "0.json", "0.v2.json", "._0.png", "__MACOSX/._0.png", ".hidden/a.png",
-    "../out.png", "/abs.png", "a//b.png", "a/./b.png", "a/../0.png", "n\nl.png", "é.png", "e\u0301.png", "\udcff.png", "\\udcff.png",
-    "x" * 120 + ".png", "y" * 300 + ".png", "y" * 3000 + ".png", ".png", "png", "a.PNG", "a.png.json", "a.tar", "Thumbs.db", ".DS_Store",
-)  # fmt: skip
+    "x.png",
+    "x.jpg",
+    "x.v1.png",
+    "sub/x.png",
+    "./0.png",
+    "0.jpg",
+    "0.json",
+    "0.v2.json",
+    "._0.png",
+    "__MACOSX/._0.png",
+    ".hidden/a.png",
+    "../out.png",
+    "/abs.png",
+    "a//b.png",
+    "a/./b.png",
+    "a/../0.png",
+    "n\nl.png",
+    "é.png",
+    "e\u0301.png",
+    "\udcff.png",
+    "\\udcff.png",
+    "x" * 120 + ".png",
+    "y" * 300 + ".png",
+    "y" * 3000 + ".png",
+    ".png",
+    "png",
+    "a.PNG",
+    "a.png.json",
+    "a.tar",
+    "Thumbs.db",
+    ".DS_Store",
+)
 TYPES = (b"0", b"\0", b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"S", b"x", b"g", b"L", b"K", b"Z", b"D", b"V")
-PAX = ({"path": "0.png"}, {"size": "-512"}, {"size": "99999999999999"}, {"size": "x"}, {"linkpath": "../x"}, {"mtime": "nan"}, {"comment": "c" * 5000},
-       {"GNU.sparse.map": "0,10", "GNU.sparse.size": "99999999999"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"path": "\0"}, {"hdrcharset": "BINARY"})  # fmt: skip
+PAX = (
+    {"path": "0.png"},
+    {"size": "-512"},
+    {"size": "99999999999999"},
+    {"size": "x"},
+    {"linkpath": "../x"},
+    {"mtime": "nan"},
+    {"comment": "c" * 5000},
+    {"GNU.sparse.map": "0,10", "GNU.sparse.size": "99999999999"},
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+    {"path": "\0"},
+    {"hdrcharset": "BINARY"},
+)
 
 
 def make(rng: random.Random, folder: Path) -> Trial:
@@ -45,7 +84,8 @@ def make(rng: random.Random, folder: Path) -> Trial:
         if not changed and "global" not in odd:
             for number in range(2):
                 (row,) = [row for row in rows if row["id"] == f"t.tar/{number}.png"]
-                assert row["error"] is None and row["pixel"] == (number, 0, 0), row
+                assert row["error"] is None, row
+                assert row["pixel"] == (number, 0, 0), row
                 assert row["text"] == (f"What{number}?" if command == "ask" else None), row
 
     return Trial(f"{command} {odd} {changed}"[:400], lambda: read(job(command, path)), [str(path)], check)

@@ -165,7 +165,7 @@ class Table(dict[str, Entry]):
         if name in self.ambiguous:
             raise key.error("the id of one entry", f"{shown(name)}, the id of {self.ambiguous[name]}")
         if name not in self:
-            raise key.error("the id of an entry of the file", name)
+            raise key.error("the id of an entry of the file", shown(name)[1:-1])
         return self[name]
 
 

@@ -125,11 +125,11 @@ def _matching(pattern: str) -> Iterable[str]:
     return _expand("/" if pattern.startswith("/") else "", parts, set())
 
 
-def _expand(base: str, parts: list[str], seen: set[tuple[str, int]]) -> Iterator[str]:
+def _expand(base: str, parts: list[str], seen: set[tuple[str, ...]]) -> Iterator[str]:
     """Return the paths of a pattern's parts below a folder; `base` is "" or ends in a slash."""
-    if (base, len(parts)) in seen:  # reached in several ways, if the pattern has several **
+    if (base, *parts) in seen:  # reached in several ways, if the pattern has several **
         return
-    seen.add((base, len(parts)))
+    seen.add((base, *parts))
     if not parts:
         yield base[:-1]
         return

@@ -12,8 +12,9 @@ from lion_fast.inference.bulk.outputs import Row
 from lion_fast.io.images import load_image
 from lion_fast.processing_lion import LionProcessor
 
-Inputs = dict[str, Any]
 _MESSAGE = 500  # characters of an error in a row
+
+Inputs = dict[str, Any]
 Encode = Callable[[Sequence[Image.Image], Sequence[Item]], Inputs]
 """Function from images and items to inputs of the model; it raises ValueError or TypeError for invalid ones."""
 

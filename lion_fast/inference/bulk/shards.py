@@ -10,7 +10,7 @@ import numpy as np
 from lion_fast.data.records import describe
 from lion_fast.inference.bulk.items import Columns, Item, Source, printable, sized
 from lion_fast.inference.bulk.tars import Span, read_members
-from lion_fast.io.reading import parse_json
+from lion_fast.io.reading import on_one_line, parse_json
 
 
 class ShardSource(Source):
@@ -43,7 +43,7 @@ class ShardSource(Source):
                         except ValueError:
                             fields = {}
                     has_text |= columns.text in fields
-                    self._add(f"{name}/{member}", image, text, seen)
+                    self._add(path, f"{name}/{member}", image, text, seen)
                     positions.extend((file_index, image.start, image.size, text.start, text.size))
                     lengths.append(columns.length(fields))
         if not self._names:
@@ -72,9 +72,9 @@ class ShardSource(Source):
                 fields = _fields(file.read(text_size))
         return Item(image, self._names[index], self.columns.text_of(fields), self.columns.tags_of(fields))
 
-    def _add(self, name: str, image: Span, text: Span, seen: set[str]) -> None:
+    def _add(self, path: Path, name: str, image: Span, text: Span, seen: set[str]) -> None:
         if (id := printable(name)) in seen:
-            raise ValueError(f"input: expected members with different names in UTF-8, got {id!r} twice")
+            raise ValueError(f"{on_one_line(path)}: expected different names in UTF-8, got {id!r} twice")
         seen.add(id)
         problem = image.problem
         if problem is None and text.problem is not None:

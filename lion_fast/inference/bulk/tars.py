@@ -72,8 +72,8 @@ def read_members(path: Path) -> Members:
     for key, names in by_key.items():
         if len(names) > 1 and key in texts:
             raise ValueError(
-                f"{on_one_line(path)}: {_expected_one('image')} that has a .json, got {shown(names[0])} and {shown(names[1])} for "
-                f"{shown(text_names[key])}"
+                f"{on_one_line(path)}: {_expected_one('image')} that has a .json, got {shown(names[0])} and "
+                f"{shown(names[1])} for {shown(text_names[key])}"
             )
     return Members(images, texts)
 
