@@ -128,7 +128,9 @@ class Conversion:
                     yield from made
         missing = sorted(options.splits - options.found_splits) if any_record else sorted(options.splits)
         if missing or not any_record:
-            raise DataError(f"{self.files[0]}: contains no record{' in ' if missing else ''}{', '.join(missing)}")
+            chosen = f" in {', '.join(missing)}" if missing else ""
+            skipped = f"; the first error: {self._skipping.first}" if self._skipping.first else ""
+            raise DataError(f"{self.files[0]}: contains no record{chosen}{skipped}")
 
     def _placed(self, record: Record) -> Record:
         return replace(record, image=os.path.join(self.images, record.image)) if self.images else record

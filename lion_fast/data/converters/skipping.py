@@ -19,11 +19,13 @@ class Skipping:
 
     Attributes:
         count: number of entries skipped so far.
+        first: the error of the first of them; None if there is none.
     """
 
     def __init__(self, strict: bool):
         self.strict = strict
         self.count = 0
+        self.first: str | None = None
 
     @contextmanager
     def entry(self, place: str) -> Iterator[None]:
@@ -42,5 +44,6 @@ class Skipping:
             if self.strict:
                 raise DataError(message) from error
             self.count += 1
+            self.first = self.first or message
             if self.count <= _SHOWN:
                 logger.warning("skipped %s", message)

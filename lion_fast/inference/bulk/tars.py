@@ -8,7 +8,7 @@ name.
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -52,15 +52,17 @@ def read_members(path: Path) -> Members:
             twice, or several images or texts with one key.
     """
     with naming(path, "a complete, uncompressed tar file"):
-        regular, links = _scan(path)
+        members = _scan(path)
     suffixes = image_suffixes()
     images: dict[str, Span] = {}
     texts: dict[str, Span] = {}
     by_key: dict[str, list[str]] = {}
     text_names: dict[str, str] = {}
-    for name, raw in _visible(regular, links):
+    for name, (raw, _) in members.items():
+        if is_hidden(name):
+            continue
         suffix = PurePosixPath(name).suffix.lower()
-        span = regular[name][1] if name in regular else _resolve(name, regular, links)
+        span = _resolve(name, members)
         if suffix in suffixes:
             images[raw] = _limited(span, _IMAGE_BYTES)
             by_key.setdefault(_key(name), []).append(raw)
@@ -91,10 +93,9 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _scan(path: Path) -> tuple[dict[str, tuple[str, Span]], dict[str, tuple[str, str]]]:
-    """Return by normalised name the regular members (name, span), and the links (name, normalised target)."""
-    regular: dict[str, tuple[str, Span]] = {}
-    links: dict[str, tuple[str, str]] = {}
+def _scan(path: Path) -> dict[str, tuple[str, Span | str]]:
+    """Return by normalised name each member's name, and its span or, for a link, the normalised name of its target."""
+    members: dict[str, tuple[str, Span | str]] = {}
     size = os.path.getsize(path)
     before = -1
     tar: Any
@@ -107,11 +108,11 @@ def _scan(path: Path) -> tuple[dict[str, tuple[str, Span]], dict[str, tuple[str,
             if member.isdir():
                 continue
             name = posixpath.normpath(member.name)
-            if (name in regular or name in links) and _is_read(name):
+            if name in members and _is_read(name):
                 raise ValueError(f"expected every name once, got {shown(member.name)[1:-1]} twice")
             if member.islnk() or member.issym():
                 folder = posixpath.dirname(name) if member.issym() else ""
-                links[name] = member.name, posixpath.normpath(posixpath.join(folder, member.linkname))
+                members[name] = member.name, posixpath.normpath(posixpath.join(folder, member.linkname))
                 continue
             span = Span(member.offset_data, member.size)
             if not member.isreg():
@@ -120,20 +121,12 @@ def _scan(path: Path) -> tuple[dict[str, tuple[str, Span]], dict[str, tuple[str,
                 span = Span(problem="expected a file as it is, got a sparse member")
             elif span.start + span.size > size:
                 raise ValueError(f"{shown(member.name)} is truncated")
-            regular[name] = member.name, span
+            members[name] = member.name, span
         # tarfile takes a damaged header for the end.
         tar.fileobj.seek(tar.offset)
         if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
             raise ValueError(f"a damaged header at byte {tar.offset}")
-    return regular, links
-
-
-def _visible(regular: dict[str, Any], links: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Return the normalised and the raw names of members that may be images or texts."""
-    for members in (regular, links):
-        for name, (raw, _) in members.items():
-            if not is_hidden(name):
-                yield name, raw
+    return members
 
 
 def _is_read(name: str) -> bool:
@@ -141,16 +134,17 @@ def _is_read(name: str) -> bool:
     return not is_hidden(name) and (suffix == _TEXT or suffix in image_suffixes())
 
 
-def _resolve(name: str, regular: dict[str, tuple[str, Span]], links: dict[str, tuple[str, str]]) -> Span:
-    """Return the span of the member that a link names, directly or by other links."""
+def _resolve(name: str, members: Mapping[str, tuple[str, Span | str]]) -> Span:
+    """Return the span of a member or, for a link, of the member that it names, directly or by other links."""
+    found: Span | str = members[name][1]
+    target = found
     passed: set[str] = set()
-    target = name
-    while target in links and target not in passed:
-        passed.add(target)
-        target = links[target][1]
-    if target in regular:
-        return regular[target][1]
-    return Span(problem=f"expected a link to a file of the archive, got one to {shown(links[name][1])}")
+    while isinstance(found, str) and found in members and found not in passed:
+        passed.add(found)
+        found = members[found][1]
+    if isinstance(found, Span):
+        return found
+    return Span(problem=f"expected a link to a file of the archive, got one to {shown(target)}")
 
 
 def _limited(span: Span, limit: int) -> Span:

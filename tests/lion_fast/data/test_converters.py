@@ -259,6 +259,14 @@ def test_names_of_images_are_kept_as_they_are(write_files) -> None:
     assert [record.image for record in Conversion("coco-captions", files)] == [" a  b.jpg", "2.jpg", " a  b.jpg"]
 
 
+def test_a_file_of_invalid_entries_names_the_first(write_files) -> None:
+    files = write_files("refcoco", 1, ("annotations", 0, "bbox", 0), 10**400)
+    with pytest.raises(
+        DataError, match=r"a.data: contains no record; the first error: .*b.data: .*bbox\[0\]: expected a"
+    ):
+        list(Conversion("refcoco", files, strict=False))
+
+
 def test_a_split_without_entries_is_refused(write_files) -> None:
     with pytest.raises(DataError, match=r"a.data: contains no record in val$"):
         list(Conversion("karpathy", write_files("karpathy"), splits=["train", "val"]))
