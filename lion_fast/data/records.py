@@ -13,8 +13,6 @@ from typing import Any
 
 from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
-from lion_fast.io.atomic import whole_file
-from lion_fast.io.boxes import format_box
 from lion_fast.io.reading import Repeated, Unreadable, parse_json
 from lion_fast.tasks import TASKS
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lion_fast import LionConfig
 from lion_fast.data.records import (
     BOX_TEXT,
     MAX_LINE_BYTES,
+    RESERVED,
     DataError,
     Record,
     parse_record,
@@ -110,6 +112,10 @@ def test_invalid_fields_are_rejected(change: dict[str, Any], message: str) -> No
 def test_lines_that_are_no_records_are_rejected(line: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=f"^x:1: {message}"):
         parse_record(line, "x:1")
+
+
+def test_the_reserved_token_is_the_soft_prompts() -> None:
+    assert LionConfig().soft_prompt_token == RESERVED
 
 
 def test_a_byte_order_mark_is_dropped() -> None:

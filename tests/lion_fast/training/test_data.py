@@ -16,6 +16,7 @@ from lion_fast.data.order import Key
 from lion_fast.io.boxes import format_box
 from lion_fast.training import RecipeError, train
 from lion_fast.training.data import SceneSamples, TaskSamples, hold_to, open_evaluation_data, open_training_data
+from tests.lion_fast.tiny import scene_processor
 from tests.lion_fast.training.runs import Files, MakeRecipe
 
 
