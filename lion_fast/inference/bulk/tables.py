@@ -154,7 +154,11 @@ def item_of(fields: Mapping[str, Any], columns: Columns, root: Path) -> Item:
 
 def _lengths(file: Any, group: int, texts: list[str], columns: Columns) -> np.ndarray:
     if not texts:
-        return np.zeros(file.metadata.row_group(group).num_rows, np.int32)
+        metadata = file.metadata.row_group(group)
+        count = min(metadata.column(number).num_values for number in range(metadata.num_columns))
+        if count < metadata.num_rows:
+            raise ValueError(f"row group {group} says {metadata.num_rows} rows, but a column has {count} values")
+        return np.zeros(metadata.num_rows, np.int32)
     rows = rows_of(file.read_row_group(group, columns=texts))
     return np.array([columns.length(fields) for fields in rows], np.int32)
 
