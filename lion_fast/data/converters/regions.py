@@ -34,7 +34,8 @@ def refcoco(refs: Entry, instances: Entry, options: Options) -> Parts:
             yield Unit(sentence, context)
 
     def records(unit: Unit) -> Iterator[Record]:
-        return _region(*unit.context, unit.entry["sent"], unit.entry["sent_id"].key(), options)
+        name, box = unit.context
+        return _region(name, box, unit.entry["sent"], unit.entry["sent_id"].key(), options)
 
     return Parts(refs, records, units)
 
