@@ -33,6 +33,8 @@ def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) 
     columns = dict(part.partition("=")[::2] for part in args.column)
     if not all(columns.values()):
         raise ValueError(f"--column: expected ROLE=NAME, got {' '.join(args.column)}")
+    if len(columns) != len(args.column):
+        raise ValueError(f"--column: expected each ROLE once, got {' '.join(args.column)}")
     job = BulkJob(
         command=args.command,
         input=args.image,

@@ -13,20 +13,19 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lion_fast.data.records import DataError, Record, parse_record
+from lion_fast.data.records import MAX_LINE_BYTES, DataError, Record, parse_record
 from lion_fast.io.images import load_image
+from lion_fast.io.reading import check_utf8, without_mark
 from lion_fast.tasks import TASKS
 
 logger = logging.getLogger(__name__)
-
-MAX_LINE_BYTES = 1 << 20
-"""Maximum length of a line; a longer line is invalid."""
 
 _SHOWN = 10  # bad lines that are logged individually; further ones are only counted
 
 Sample = dict[str, Any]
 Transform = Callable[[Sample, np.random.Generator], Sample]
 Tagger = Callable[[Image.Image], Sequence[str]]
+Accepts = Callable[[Record], object]
 
 
 class EpochDataset(Dataset, ABC):
@@ -74,9 +73,15 @@ class SampleDataset(EpochDataset):
             replaces the sample, so batches keep their size; the image is logged and counted in `num_bad_images`.
         seed: seed of the transforms.
 
+    Attributes:
+        accepts: called with each record before its image is read; a ValueError from it makes the sample unusable, like
+            an unreadable image. None accepts every record. Training sets it to what the model's processor accepts.
+
     Raises:
         DataError: from `dataset[i]`, naming file and line: the record or the image cannot be read.
     """
+
+    accepts: Accepts | None = None
 
     def __init__(
         self,
@@ -145,6 +150,8 @@ class SampleDataset(EpochDataset):
         record, source = self._read(index)
         place = self.place(index)
         try:
+            if self.accepts is not None:
+                self.accepts(record)
             image = load_image(source, name="image")
         except (OSError, ValueError) as error:
             raise DataError(f"{place}: {error}") from error
@@ -183,7 +190,7 @@ class JsonlDataset(SampleDataset):
     Raises:
         ValueError: unknown task.
         FileNotFoundError: the file does not exist.
-        DataError: a line is not a valid record, or the file has no sample.
+        DataError: a line is not a valid record, or the file is not UTF-8 or has no sample.
     """
 
     def __init__(
@@ -199,16 +206,21 @@ class JsonlDataset(SampleDataset):
     ):
         check_task(task)
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise FileNotFoundError(f"path: expected a file of JSON lines, got a directory or nothing at {self.path}")
         self.image_root = self.path.parent if image_root is None else Path(image_root)
         self.num_bad_lines = 0
         offsets, numbers, tasks, lengths = array("q"), array("q"), array("B"), array("i")
         first_error = None
         with self.path.open("rb") as file:
+            try:
+                check_utf8(file.read(4))
+            except ValueError as error:
+                raise DataError(f"{self.path}: {error}") from error
+            file.seek(0)
             for number, (offset, line) in enumerate(lines_with_offsets(file), 1):
                 try:
-                    if not (line is None or line.strip()):
+                    if line is not None and is_blank(line):
                         continue
                     record = self._parse(line, number)
                 except DataError as error:
@@ -262,6 +274,10 @@ def check_task(task: str | None) -> None:
 def text_length(record: Record) -> int:
     """Return the number of characters of question, answer and tags, by which batches are grouped."""
     return len(record.question) + len(record.answer) + sum(len(tag) + 2 for tag in record.tags or ())
+
+
+def is_blank(line: bytes) -> bool:
+    return not without_mark(line).strip()
 
 
 def lines_with_offsets(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:

@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -14,10 +13,17 @@ from typing import Any
 
 from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
+from lion_fast.io.reading import Repeated, Unreadable, parse_json
 from lion_fast.tasks import TASKS
 
 BOX_TEXT = re.compile(r"\[[01]\.\d{3}(?:,[01]\.\d{3}){3}\]")
 """The text of a box as `format_box` writes it."""
+
+MAX_LINE_BYTES = 1 << 20
+"""Maximum length of a line with its newline; a longer line is invalid."""
+
+RESERVED = "<extra_id_0>"
+"""Token of the learned soft prompt (`LionConfig.soft_prompt_token`), which no question or tag may contain."""
 
 Box = tuple[float, float, float, float]
 
@@ -44,8 +50,9 @@ class Record:
         source: name of the original dataset.
 
     Raises:
-        ValueError: a field has the wrong type, text is blank, the task is unknown, a tag contains a comma, a box is
-            empty, reversed or not inside 0..1, or the text contains a box that is not in `boxes`.
+        ValueError: a field has the wrong type, text is blank, the task is unknown, a tag contains a comma, question or
+            tag contains `RESERVED`, a box is empty, reversed or not inside 0..1, the text contains a box that is not in
+            `boxes`, or the record does not fit into a line of `MAX_LINE_BYTES`.
     """
 
     image: str
@@ -61,14 +68,16 @@ class Record:
         for name in _REQUIRED:
             _check_text(name, getattr(self, name))
         if self.task not in TASKS:
-            raise ValueError(f"task: expected {' or '.join(map(repr, TASKS))}, got {self.task!r}")
+            raise ValueError(f"task: expected {' or '.join(map(repr, TASKS))}, got {shown(self.task)}")
         for name in ("id", "source"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
         for i, tag in enumerate(self.tags or ()):
             _check_text(f"tags[{i}]", tag)
             if "," in tag:
-                raise ValueError(f"tags[{i}]: expected one tag, got several in {tag!r}")
+                raise ValueError(f"tags[{i}]: expected one tag, got several in {shown(tag)}")
+            _check_reserved(f"tags[{i}]", tag)
+        _check_reserved("question", self.question)
         for i, box in enumerate(self.boxes):
             _check_box(f"boxes[{i}]", box)
         if self.task == "region_level" or self.boxes:
@@ -76,7 +85,9 @@ class Record:
             for name in ("question", "answer"):
                 for text in BOX_TEXT.findall(getattr(self, name)):
                     if text not in known:
-                        raise ValueError(f"{name}: expected the text of one of the boxes {sorted(known)}, got {text}")
+                        some = f"{sorted(known)[:4]}{' ...' if len(known) > 4 else ''}"
+                        raise ValueError(f"{name}: expected the text of one of the boxes {some}, got {text}")
+        self._check_size()
 
     def to_json(self) -> str:
         """Return the record as one line of JSON, without the newline."""
@@ -84,6 +95,15 @@ class Record:
         if not self.boxes:
             del values["boxes"]
         return json.dumps({name: value for name, value in values.items() if value is not None}, ensure_ascii=False)
+
+    def _check_size(self) -> None:
+        texts = (*(getattr(self, name) for name in (*_REQUIRED, "id", "source")), *(self.tags or ()))
+        # A character takes at most 6 bytes, a box at most 4 numbers of 24, and the names of all fields fewer than 200.
+        if 200 + sum(6 * len(text) + 4 for text in texts if text is not None) + 110 * len(self.boxes) < MAX_LINE_BYTES:
+            return
+        size = len(self.to_json().encode()) + 1
+        if size > MAX_LINE_BYTES:
+            raise ValueError(f"expected at most {MAX_LINE_BYTES} bytes in a line, got a record of {size}")
 
 
 def parse_record(line: str | bytes, place: str) -> Record:
@@ -97,10 +117,9 @@ def parse_record(line: str | bytes, place: str) -> Record:
         DataError: the line is not a JSON object with exactly the fields of `Record`.
     """
     try:
-        # ValueError includes invalid UTF-8; thousands of nested brackets raise RecursionError.
-        fields = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({' '.join(str(error).split())[:200]})") from error
+        fields = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from error
     return record_from_fields(fields, place)
 
 
@@ -114,9 +133,14 @@ def record_from_fields(fields: Any, place: str) -> Record:
                 raise ValueError(f"{name}: missing")
         for name in fields:
             if name not in _REQUIRED and name not in _OPTIONAL:
-                raise ValueError(f"{name[:50]}: no such field; expected {', '.join((*_REQUIRED, *_OPTIONAL))}")
-        listed = {"tags": _tuple("tags", fields.get("tags")), "boxes": _tuple("boxes", fields.get("boxes")) or ()}
-        listed["boxes"] = tuple(_tuple(f"boxes[{i}]", box) for i, box in enumerate(listed["boxes"]))
+                raise ValueError(f"{shown(name)[1:-1]}: no such field; expected {', '.join((*_REQUIRED, *_OPTIONAL))}")
+        tags, boxes = fields.get("tags"), fields.get("boxes")
+        listed: dict[str, Any] = {
+            "tags": None if tags is None else _tuple("tags", tags),
+            "boxes": tuple(
+                _tuple(f"boxes[{i}]", box) for i, box in enumerate(() if boxes is None else _tuple("boxes", boxes))
+            ),
+        }
         return Record(**(fields | listed))
     except ValueError as error:
         raise DataError(f"{place}: {error}") from error
@@ -146,11 +170,27 @@ def rewrite_boxes(text: str, before: Sequence[Box], after: Sequence[Box]) -> str
 
 
 def describe(value: Any) -> str:
-    """Describe a JSON value in a few words, for messages."""
+    """Describe a value of a file in a few words, for messages."""
     if isinstance(value, str):
         return "text" if value.strip() else "blank text"
-    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), f"the number {str(value)[:20]}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"the number {str(value)[:20]}"
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "a truth value",
+        type(None): "null",
+        bytes: "bytes",
+        Repeated: "several values under one name",
+        Unreadable: "a value that cannot be read",
+    }
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def shown(value: Any) -> str:
+    """Return the start of a value's representation, on one line, for messages."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:96]}...{text[-1]}"
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -160,23 +200,23 @@ def _check_text(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected text that UTF-8 can hold, got half a surrogate pair")
 
 
+def _check_reserved(name: str, text: str) -> None:
+    if RESERVED in text:
+        raise ValueError(f"{name}: expected text without {RESERVED!r}, the token of the soft prompt, got {shown(text)}")
+
+
 def _check_box(name: str, box: Any) -> None:
     if len(box) != 4 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):
-        raise ValueError(f"{name}: expected four numbers [x1, y1, x2, y2], got {list(box)[:6]}")
+        raise ValueError(f"{name}: expected four numbers [x1, y1, x2, y2], got {shown(list(box)[:6])}")
     x1, y1, x2, y2 = box
-    if not all(math.isfinite(v) and 0 <= v <= 1 for v in box):
-        raise ValueError(f"{name}: expected shares of width and height, 0..1, got {list(box)}")
+    # Compared as they are: an integer may be too large for a float, and NaN fails every comparison.
+    if not all(0 <= v <= 1 for v in box):
+        raise ValueError(f"{name}: expected shares of width and height, 0..1, got {shown(list(box))}")
     if x1 >= x2 or y1 >= y2:
-        raise ValueError(f"{name}: expected x1 < x2 and y1 < y2, got {list(box)}")
+        raise ValueError(f"{name}: expected x1 < x2 and y1 < y2, got {shown(list(box))}")
 
 
-def _tuple(name: str, value: Any) -> tuple | None:
-    if value is None:
-        return None
+def _tuple(name: str, value: Any) -> tuple:
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a list, got {describe(value)}")
     return tuple(value)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")

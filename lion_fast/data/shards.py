@@ -7,26 +7,24 @@ resumption in the same way. Their epoch order reads a few shards at a time.
 """
 
 import io
-import json
 import logging
 import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lion_fast.data.dataset import JsonlDataset, SampleDataset, Tagger, Transform, check_task, text_length
-from lion_fast.data.records import DataError, Record, record_from_fields
-from lion_fast.io.atomic import whole_file
-from lion_fast.io.images import load_image
+from lion_fast.data.records import DataError, Record, describe, record_from_fields
+from lion_fast.data.shard_index import BLOCK, INDEX, read_index, write_index
+from lion_fast.io.images import image_suffixes, load_image
+from lion_fast.io.reading import naming, parse_json
 from lion_fast.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
-INDEX = "index.npz"
-_VERSION = 1
 _SHARDS_AT_A_TIME = 8
 
 
@@ -79,7 +77,8 @@ def write_shards(
                 logger.warning("skipped %d records: %s", len(records), message)
                 continue
             text = ("[" + ",\n".join(record.to_json() for record in records) + "]").encode()
-            spans = writer.add(f"{number:09d}", {(path.suffix.lower() or ".img"): content, ".json": text})
+            suffix = path.suffix.lower() if path.suffix.lower() in image_suffixes() else ".img"
+            spans = writer.add(f"{number:09d}", {suffix: content, ".json": text})
             rows += [
                 (*spans, record_number, TASKS.index(record.task), text_length(record))
                 for record_number, record in enumerate(records)
@@ -88,10 +87,7 @@ def write_shards(
         writer.close()
     if not rows:
         raise DataError(f"{dataset.path}: none of its images can be read")
-    sizes = [shard.stat().st_size for shard in writer.shards]
-    names = [shard.name for shard in writer.shards]
-    with whole_file(out / INDEX) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, version=_VERSION, names=names, sizes=sizes, rows=np.array(rows, np.int64))
+    write_index(out, writer.shards, rows)
     return writer.shards
 
 
@@ -106,7 +102,8 @@ class ShardDataset(SampleDataset):
     Raises:
         ValueError: unknown task.
         FileNotFoundError: the directory has no index.
-        DataError: the index cannot be read or has no sample of the task, or a shard is missing or has another size.
+        DataError: the index cannot be read or is not one of this directory's shards (`read_index`), or has no sample of
+            the task; from `dataset[i]` also: the shard does not hold what the index says.
     """
 
     def __init__(
@@ -121,26 +118,11 @@ class ShardDataset(SampleDataset):
     ):
         check_task(task)
         self.directory = Path(directory)
-        path = self.directory / INDEX
-        if not path.is_file():
-            raise FileNotFoundError(f"directory: expected shards and their {INDEX}, found none in {self.directory}")
-        try:
-            with np.load(path, allow_pickle=False) as index:
-                version = int(index["version"])
-                names, sizes, rows = index["names"].tolist(), index["sizes"].tolist(), index["rows"]
-        except Exception as error:  # NumPy raises errors of many types for a damaged archive
-            raise DataError(f"{path}: not an index of shards ({error})") from error
-        if version != _VERSION or rows.ndim != 2 or rows.shape[1] != 8:
-            raise DataError(f"{path}: expected an index of version {_VERSION}, got version {version}")
-        self.shards = [self.directory / name for name in names]
-        for shard, size in zip(self.shards, sizes, strict=True):
-            found = shard.stat().st_size if shard.is_file() else 0
-            if found != size:
-                raise DataError(f"{shard}: expected {size} bytes, as written, got {found}")
+        self.shards, rows = read_index(self.directory)
         if task is not None:
             rows = rows[rows[:, 6] == TASKS.index(task)]
         if not len(rows):
-            raise DataError(f"{path}: holds no sample" + (f" of task {task}" if task else ""))
+            raise DataError(f"{self.directory / INDEX}: holds no sample of task {task}")
         self._rows = rows[:, :6]
         super().__init__(
             rows[:, 6].astype(np.uint8),
@@ -168,16 +150,30 @@ class ShardDataset(SampleDataset):
 
     def _read(self, index: int) -> tuple[Record, bytes]:
         shard, image_start, image_size, text_start, text_size, number = map(int, self._rows[index])
-        with self.shards[shard].open("rb") as file:
-            file.seek(image_start)
-            image = file.read(image_size)
-            file.seek(text_start)
-            text = file.read(text_size)
-        try:
-            fields = json.loads(text)[number]
-        except (ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{self.place(index)}: not the records that the index lists ({error})") from error
-        return record_from_fields(fields, self.place(index)), image
+        place = self.place(index)
+        with self.shards[shard].open("rb") as file, naming(place, "the records that the index lists", DataError):
+            image_name, image = _member(file, image_start, image_size)
+            text_name, text = _member(file, text_start, text_size)
+            if text_name != f"{image_name.partition('.')[0]}.json":
+                raise ValueError(f"expected an image and its .json, got {image_name} and {text_name}")
+            fields = parse_json(text)
+            if not isinstance(fields, list):
+                raise ValueError(f"expected a list of records, got {describe(fields)}")
+            fields = fields[number]
+        record = record_from_fields(fields, place)
+        if record.task != TASKS[self.tasks[index]]:
+            raise DataError(f"{place}: expected task {TASKS[self.tasks[index]]}, as in {INDEX}, got {record.task}")
+        return record, image
+
+
+def _member(file: BinaryIO, start: int, size: int) -> tuple[str, bytes]:
+    """Return the name and content of a member of a tar file, whose header must agree with the index."""
+    file.seek(start - BLOCK)
+    content = file.read(BLOCK + size)
+    header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
+    if not header.isreg() or header.size != size or len(content) != BLOCK + size:
+        raise ValueError(f"expected a member of {size} bytes, got {header.name} of {header.size}")
+    return header.name, content[BLOCK:]
 
 
 class _ShardWriter:
@@ -192,7 +188,7 @@ class _ShardWriter:
 
     def add(self, key: str, members: dict[str, bytes]) -> list[int]:
         """Write the members of a key, by suffix; return the shard, then start and size of each member."""
-        size = sum(tarfile.BLOCKSIZE * 2 + len(content) for content in members.values())
+        size = sum(BLOCK * 2 + len(content) for content in members.values())
         if self._tar is None or self._used + size > self.shard_bytes:
             self.close()
             self.shards.append(self.directory / f"shard-{len(self.shards):06d}.tar")
@@ -204,7 +200,7 @@ class _ShardWriter:
             member = tarfile.TarInfo(key + suffix)
             member.size = len(content)
             # The USTAR header of a short name is one block.
-            spans += [self._tar.offset + tarfile.BLOCKSIZE, len(content)]
+            spans += [self._tar.offset + BLOCK, len(content)]
             self._tar.addfile(member, io.BytesIO(content))
         return spans
 

@@ -40,7 +40,7 @@ def add_tags(
     Raises:
         ValueError: `out` is the dataset's file, `batch_size` is below 1, or the tagger does not return one result per
             image.
-        DataError: an image cannot be read; the message names file and line.
+        DataError: an image cannot be read, or a record cannot have its tags; the message names file and line.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
@@ -66,7 +66,10 @@ def add_tags(
             if record.tags is not None:
                 yield record
             elif record.image in tags:
-                yield replace(record, tags=tags[record.image])
+                try:
+                    yield replace(record, tags=tags[record.image])
+                except ValueError as error:
+                    raise DataError(f"{dataset.place(index)}: {error}") from error
 
     write_jsonl(records(), out)
     return len(tags), len(untagged) - len(tags)

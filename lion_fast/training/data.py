@@ -6,6 +6,7 @@ their random numbers depend only on the seed and the position in the run (`lion_
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch.utils.data import Dataset
 
 from lion_fast.data import JsonlDataset, PictureTagger, RandomCrop, RandomHorizontalFlip, ShardDataset
-from lion_fast.data.dataset import EpochDataset, Tagger, Transform
+from lion_fast.data.dataset import EpochDataset, SampleDataset, Tagger, Transform
 from lion_fast.data.order import POSITION, TrainingOrder, epoch_order, sample_of
+from lion_fast.data.records import Record
 from lion_fast.io.checkpoints import naming
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.scenes import SceneGenerator
@@ -162,6 +164,17 @@ def open_evaluation_data(data: Data) -> dict[str, TaskSamples]:
     return _open_sources("evaluate", data, 0, [])
 
 
+def hold_to(processor: LionProcessor, samples: Mapping[str, Dataset]) -> None:
+    """Let files and shards give only records that the model's processor takes; others count as unusable samples.
+
+    Which token is the soft prompt's, for example, depends on the model.
+    """
+    for task_samples in samples.values():
+        for source in task_samples.sources.values() if isinstance(task_samples, TaskSamples) else ():
+            if isinstance(source, SampleDataset):
+                source.accepts = partial(_process, processor)
+
+
 def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOrder:
     """Return the keys of all samples of the run.
 
@@ -189,6 +202,17 @@ def training_order(recipe: Recipe, samples: Mapping[str, Dataset]) -> TrainingOr
         )
     except ValueError as error:
         raise RecipeError(f"data.{error}") from error
+
+
+def _process(processor: LionProcessor, record: Record) -> None:
+    processor(
+        images=None,
+        text=[record.question],
+        tags=[record.tags],
+        task=record.task,
+        text_target=[record.answer],
+        return_tensors=None,
+    )
 
 
 def transforms_of(augmentation: Augmentation) -> list[Transform]:

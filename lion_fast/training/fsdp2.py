@@ -30,7 +30,7 @@ from lion_fast.data.seeding import seed_everything
 from lion_fast.processing_lion import IGNORED, LionProcessor
 from lion_fast.training import saving
 from lion_fast.training.building import build_model, build_optimizer
-from lion_fast.training.data import SAMPLE_IDS, LionCollator, open_training_data, training_order
+from lion_fast.training.data import SAMPLE_IDS, LionCollator, hold_to, open_training_data, training_order
 from lion_fast.training.recipe import Recipe, load_recipe
 from lion_fast.training.run import SCHEDULE, prepare_run, schedule_rates
 from lion_fast.training.sharding import gathered_state, shard
@@ -64,6 +64,7 @@ def train(
         train_samples = open_training_data(recipe.data, recipe.seed)
 
     whole, processor = build_model(recipe)
+    hold_to(processor, train_samples)
     whole.to(device)  # type: ignore[arg-type]
     model: Any = shard(whole, recipe.precision)
     model.train()

@@ -16,7 +16,7 @@ from lion_fast.extras import require
 from lion_fast.io.atomic import write_text
 from lion_fast.training import saving
 from lion_fast.training.building import build_model
-from lion_fast.training.data import open_evaluation_data, open_training_data, training_order
+from lion_fast.training.data import hold_to, open_evaluation_data, open_training_data, training_order
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
 from lion_fast.training.reporting import TensorBoardCurves
 from lion_fast.training.trainer import LionTrainer
@@ -72,6 +72,8 @@ def train(
     checkpoint = [prepare_run(recipe, run_dir, resume) if arguments.process_index == 0 else None]
     broadcast_object_list(checkpoint)
     model, processor = build_model(recipe)
+    hold_to(processor, train_samples)
+    hold_to(processor, eval_samples)
     trainer = LionTrainer(
         model,
         arguments,

@@ -10,7 +10,18 @@ import pytest
 from tests.campaign.running import run_campaign, seeds_of
 
 # Trials of each boundary, by the time that one takes and the variety of its inputs.
-COUNTS: dict[str, int] = {"images": 100, "processor": 150, "operators": 300, "operators_interpreted": 40}
+COUNTS: dict[str, int] = {
+    "converting": 200,
+    "folders": 150,
+    "images": 100,
+    "operators": 300,
+    "operators_interpreted": 40,
+    "processor": 150,
+    "shard_indices": 150,
+    "tables": 200,
+    "tar_files": 200,
+    "training_records": 100,
+}
 SLOW = bool(os.environ.get("LION_SLOW_TESTS"))
 
 

@@ -1,20 +1,18 @@
 """Converters from the formats of public datasets to records."""
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lion_fast.data.converters.captions import coco_captions, flickr30k, karpathy, textcaps
-from lion_fast.data.converters.entries import Format, Options, load_json, load_lines
+from lion_fast.data.converters.entries import Entry, Format, Options, load_json, load_lines
 from lion_fast.data.converters.questions import aokvqa, gqa, ocr_vqa, vqa
 from lion_fast.data.converters.regions import mdetr, refcoco, visual_genome
-from lion_fast.data.records import DataError, Record
+from lion_fast.data.converters.skipping import Skipping
+from lion_fast.data.records import DataError, Record, shown
 
 __all__ = ["FORMATS", "Conversion", "Format"]
-
-logger = logging.getLogger(__name__)
 
 _COCO = "COCO_{subset}_{image_id:012d}.jpg"
 
@@ -60,7 +58,7 @@ class Conversion:
         seed: seed of the choice of instructions (`lion_fast.data.templates`).
 
     Attributes:
-        num_bad: number of entries skipped so far.
+        num_bad: number of entries skipped so far. Of an entry with several sentences, each counts by itself.
 
     Raises:
         ValueError: unknown format, wrong number of files, or an option that the format does not support.
@@ -97,7 +95,7 @@ class Conversion:
             raise ValueError(f"kinds: expected {expected}, got {', '.join(kinds)}")
         self.images = images
         self.strict = strict
-        self.num_bad = 0
+        self._skipping = Skipping(strict)
         self.options = Options(
             source=format,
             image_template=image_name or self.format.image_template,
@@ -106,27 +104,46 @@ class Conversion:
             seed=seed,
         )
 
+    @property
+    def num_bad(self) -> int:
+        """Number of entries skipped so far."""
+        return self._skipping.count
+
     def __iter__(self) -> Iterator[Record]:
-        self.num_bad = 0
-        any_record = False
+        self._skipping = Skipping(self.strict)
+        options = replace(self.options, skipping=self._skipping, found_splits=set())
         load = load_lines if self.format.is_text else load_json
-        entries, records = self.format.parts(*map(load, self.files), self.options)
-        for entry in entries:
-            try:
-                made = [self._placed(record) for record in records(entry)]
-            except ValueError as error:
-                message = str(error) if isinstance(error, DataError) else f"{entry.place}: {error}"
-                if self.strict:
-                    raise DataError(message) from error
-                self.num_bad += 1
-                if self.num_bad <= 10:
-                    logger.warning("skipped %s", message)
-                continue
-            any_record = any_record or bool(made)
-            yield from made
-        if not any_record:
-            chosen = f" in {', '.join(sorted(self.options.splits))}" if self.options.splits else ""
-            raise DataError(f"{self.files[0]}: contains no record{chosen}")
+        parts = self.format.parts(*map(load, self.files), options)
+        any_record = False
+        ids: dict[str, str] = {}
+        for entry in parts.entries:
+            with self._skipping.entry(entry.place):
+                for unit in parts.units(entry):
+                    made: list[Record] = []
+                    with self._skipping.entry(unit.entry.place):
+                        records = [self._placed(record) for record in parts.records(unit)]
+                        _claim(records, unit.entry, ids)
+                        made = records
+                    any_record = any_record or bool(made)
+                    yield from made
+        missing = sorted(options.splits - options.found_splits) if any_record else sorted(options.splits)
+        if missing or not any_record:
+            chosen = f" in {', '.join(missing)}" if missing else ""
+            skipped = f"; the first error: {self._skipping.first}" if self._skipping.first else ""
+            raise DataError(f"{self.files[0]}: contains no record{chosen}{skipped}")
 
     def _placed(self, record: Record) -> Record:
         return replace(record, image=os.path.join(self.images, record.image)) if self.images else record
+
+
+def _claim(records: Sequence[Record], entry: Entry, ids: dict[str, str]) -> None:
+    """Note the id of a unit's records with its path.
+
+    Raises:
+        DataError: another unit has it.
+    """
+    for record in records[:1]:  # the ids of the others differ only in the kind
+        key = record.id or ""
+        if key in ids:
+            raise entry.error("an id of its own", f"{shown(record.id)}, the id of {ids[key]}")
+        ids[key] = entry.path

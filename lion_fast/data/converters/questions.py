@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from lion_fast.data.converters.entries import Entry, Options, Parts, index_by, look_up
+from lion_fast.data.converters.entries import Entry, Options, Parts, Unit, check_same, index_by
 from lion_fast.data.records import Record
 
 _OCR_VQA_SPLITS = {1: "train", 2: "val", 3: "test"}
@@ -16,39 +16,44 @@ _OCR_VQA_SPLITS = {1: "train", 2: "val", 3: "test"}
 
 def vqa(questions: Entry, annotations: Entry, options: Options) -> Parts:
     """VQAv2 and OK-VQA: questions in one file, answers in another."""
-    by_id = index_by(questions["questions"], "question_id")
+    by_id = index_by(questions["questions"], "question_id", options.skipping)
     subset = questions["data_subtype"].text()
 
-    def records(annotation: Entry) -> Iterator[Record]:
-        question = look_up(by_id, annotation["question_id"])
+    def records(unit: Unit) -> Iterator[Record]:
+        annotation = unit.entry
+        question = by_id.of(annotation["question_id"])
+        if "image_id" in annotation:
+            check_same(annotation["image_id"], question["image_id"])
         answer = _most_given(annotation["answers"], [answer["answer"] for answer in annotation["answers"]])
         image = options.image_name(image_id=question["image_id"].integer(), subset=subset)
         yield _question(image, question["question"], answer, question["question_id"].key(), options)
 
-    return annotations["annotations"], records
+    return Parts(annotations["annotations"], records)
 
 
 def aokvqa(file: Entry, options: Options) -> Parts:
-    def records(entry: Entry) -> Iterator[Record]:
+    def records(unit: Unit) -> Iterator[Record]:
+        entry = unit.entry
         if not options.takes(entry["split"].text()):
             return
         answer = _most_given(entry["direct_answers"], list(entry["direct_answers"]))
         image = options.image_name(image_id=entry["image_id"].integer())
         yield _question(image, entry["question"], answer, entry["question_id"].key(), options)
 
-    return file, records
+    return Parts(file, records)
 
 
 def gqa(file: Entry, options: Options) -> Parts:
-    def records(entry: Entry) -> Iterator[Record]:
+    def records(unit: Unit) -> Iterator[Record]:
+        entry = unit.entry
         image = options.image_name(image_id=entry["imageId"].key())
         yield _question(image, entry["question"], entry["answer"], entry.name, options)
 
-    return file.fields(), records
+    return Parts(file.fields(), records)
 
 
 def ocr_vqa(file: Entry, options: Options) -> Parts:
-    def records(book: Entry) -> Iterator[Record]:
+    def units(book: Entry) -> Iterator[Unit]:
         split = book["split"].integer()
         if split not in _OCR_VQA_SPLITS:
             raise book["split"].error("1, 2 or 3")
@@ -60,9 +65,13 @@ def ocr_vqa(file: Entry, options: Options) -> Parts:
         suffix = PurePosixPath(urlsplit(book["imageURL"].text()).path).suffix
         image = options.image_name(image_id=book.name, suffix=suffix)
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-            yield _question(image, question, answer, f"{book.name}-{number}", options)
+            yield Unit(question, (image, answer, f"{book.name}-{number}"))
 
-    return file.fields(), records
+    def records(unit: Unit) -> Iterator[Record]:
+        image, answer, key = unit.context
+        yield _question(image, unit.entry, answer, key, options)
+
+    return Parts(file.fields(), records, units)
 
 
 def _question(image: str, question: Entry, answer: Entry, key: str, options: Options) -> Record:

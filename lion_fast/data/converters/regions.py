@@ -7,60 +7,80 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from lion_fast.data.converters.entries import Entry, Options, Parts, index_by, look_up
+from lion_fast.data.converters.entries import Entry, Options, Parts, Unit, check_same, index_by, repeated
 from lion_fast.data.records import Box, Record
 from lion_fast.data.templates import instruction
 from lion_fast.io.boxes import format_box
 
+_MAX_SIDE = 1 << 31  # pixels
+
 
 def refcoco(refs: Entry, instances: Entry, options: Options) -> Parts:
     """Read the original release: refs, and COCO's instances with the boxes."""
-    images, annotations = index_by(instances["images"], "id"), index_by(instances["annotations"], "id")
+    images = index_by(instances["images"], "id", options.skipping)
+    annotations = index_by(instances["annotations"], "id", options.skipping)
+    ref_ids: dict[str, str] = {}
 
-    def records(ref: Entry) -> Iterator[Record]:
+    def units(ref: Entry) -> Iterator[Unit]:
         if not options.takes(ref["split"].text()):
             return
-        image = look_up(images, ref["image_id"])
-        box = _coco_box(look_up(annotations, ref["ann_id"])["bbox"], image)
+        if "ref_id" in ref and (first := ref_ids.setdefault(ref["ref_id"].key(), ref.path)) != ref.path:
+            raise repeated(ref["ref_id"], first)
+        image, annotation = images.of(ref["image_id"]), annotations.of(ref["ann_id"])
+        if "image_id" in annotation:
+            check_same(annotation["image_id"], ref["image_id"])
+        context = image["file_name"].name_text(), _coco_box(annotation["bbox"], image)
         for sentence in ref["sentences"]:
-            yield from _region(image["file_name"].text(), box, sentence["sent"], sentence["sent_id"].key(), options)
+            yield Unit(sentence, context)
 
-    return refs, records
+    def records(unit: Unit) -> Iterator[Record]:
+        name, box = unit.context
+        return _region(name, box, unit.entry["sent"], unit.entry["sent_id"].key(), options)
+
+    return Parts(refs, records, units)
 
 
 def mdetr(file: Entry, options: Options) -> Parts:
     """Read MDETR's release (`finetune_refcoco_train.json`): each expression is an "image" with one annotation."""
     boxes: dict[str, list[Entry]] = {}
     for annotation in file["annotations"]:
-        boxes.setdefault(annotation["image_id"].key(), []).append(annotation["bbox"])
+        with options.skipping.entry(annotation.place):
+            boxes.setdefault(annotation["image_id"].key(), []).append(annotation["bbox"])
 
-    def records(image: Entry) -> Iterator[Record]:
+    def records(unit: Unit) -> Iterator[Record]:
+        image = unit.entry
         key = image["id"].key()
         found = boxes.get(key, [])
         if len(found) != 1:
-            raise image["id"].error("one annotation of the expression", str(len(found)))
+            places = f", {found[0].path} and {found[1].path}" if found else ""
+            raise image["id"].error("one annotation of the expression", f"{len(found)}{places}")
         box = _coco_box(found[0], image)
-        yield from _region(image["file_name"].text(), box, image["caption"], key, options)
+        yield from _region(image["file_name"].name_text(), box, image["caption"], key, options)
 
-    return file["images"], records
+    return Parts(file["images"], records)
 
 
 def visual_genome(regions: Entry, image_data: Entry, options: Options) -> Parts:
     """Read `region_descriptions.json`, and `image_data.json` with the sizes and directories of the images."""
-    images = index_by(image_data, "image_id")
+    images = index_by(image_data, "image_id", options.skipping)
 
-    def described() -> Iterator[Entry]:
-        for image in regions:
-            yield from image["regions"]
+    def units(image: Entry) -> Iterator[Unit]:
+        for region in image["regions"]:
+            yield Unit(region, image)
 
-    def records(region: Entry) -> Iterator[Record]:
-        image = look_up(images, region["image_id"])
+    def records(unit: Unit) -> Iterator[Record]:
+        region, listed = unit.entry, unit.context
+        if "id" in listed:
+            check_same(region["image_id"], listed["id"])
+        image = images.of(region["image_id"])
         box = _box(region, [region[side].number() for side in ("x", "y", "width", "height")], image)
         # .../VG_100K_2/1.jpg: the directory is that of the image's archive.
-        name = "/".join(PurePosixPath(urlsplit(image["url"].text()).path).parts[-2:])
-        yield from _region(name, box, region["phrase"], region["region_id"].key(), options)
+        name = PurePosixPath(urlsplit(image["url"].text()).path).parts[-2:]
+        if len(name) != 2 or set(name) & {"/", "//", ".."}:
+            raise image["url"].error("an address that ends in a directory and a file")
+        yield from _region("/".join(name), box, region["phrase"], region["region_id"].key(), options)
 
-    return described(), records
+    return Parts(regions, records, units)
 
 
 def _coco_box(bbox: Entry, image: Entry) -> Box:
@@ -74,8 +94,8 @@ def _box(entry: Entry, corner_and_size: list[float], image: Entry) -> Box:
     """Convert a box from pixels to fractions of the image, clipped to the image."""
     x, y, box_width, box_height = corner_and_size
     width, height = image["width"].integer(), image["height"].integer()
-    if min(width, height) < 1:
-        raise image.error("an image with pixels", f"{width} x {height}")
+    if not (1 <= width < _MAX_SIDE and 1 <= height < _MAX_SIDE):
+        raise image.error("an image with pixels", f"{str(width)[:20]} x {str(height)[:20]}")
     x1, x2 = (min(max(value / width, 0.0), 1.0) for value in (x, x + box_width))
     y1, y2 = (min(max(value / height, 0.0), 1.0) for value in (y, y + box_height))
     if not (x1 < x2 and y1 < y2):

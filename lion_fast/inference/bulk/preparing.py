@@ -12,6 +12,8 @@ from lion_fast.inference.bulk.outputs import Row
 from lion_fast.io.images import load_image
 from lion_fast.processing_lion import LionProcessor
 
+_MESSAGE = 500  # characters of an error in a row
+
 Inputs = dict[str, Any]
 Encode = Callable[[Sequence[Image.Image], Sequence[Item]], Inputs]
 """Function from images and items to inputs of the model; it raises ValueError or TypeError for invalid ones."""
@@ -101,4 +103,5 @@ def _text_of(item: Item, job: BulkJob) -> str:
 
 
 def _fail(row: Row, error: Exception) -> None:
-    row["error"] = printable(" ".join(str(error).split()) or type(error).__name__)
+    message = printable(" ".join(str(error).split()) or type(error).__name__)
+    row["error"] = message if len(message) <= _MESSAGE else f"{message[:_MESSAGE]}..."

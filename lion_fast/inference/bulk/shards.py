@@ -1,17 +1,16 @@
 """Images in tar files in WebDataset's layout: `000017.jpg`, and `000017.json` with its fields."""
 
-import json
-import tarfile
 from array import array
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lion_fast.data.records import describe
 from lion_fast.inference.bulk.items import Columns, Item, Source, printable, sized
-from lion_fast.io.images import image_suffixes
+from lion_fast.inference.bulk.tars import Span, read_members
+from lion_fast.io.reading import on_one_line, parse_json
 
 
 class ShardSource(Source):
@@ -21,29 +20,31 @@ class ShardSource(Source):
     are scanned once; members are then read by offset.
 
     Raises:
-        ValueError: a file is not an uncompressed tar file, is truncated or contains a name twice; or no image has a
-            required field.
+        ValueError: a file is not a complete, uncompressed tar file, or has names or keys that are ambiguous
+            (`read_members`); or no image has a required field.
     """
 
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]]):
         self._names: list[str] = []
+        self._problems: dict[int, str] = {}
         positions, lengths = array("q"), []
+        seen: set[str] = set()
         has_text = False
         for file_index, (name, path) in enumerate(files):
-            images, texts = _members(path)
+            members = read_members(path)
             with path.open("rb") as file:
-                for member, (start, size) in images.items():
-                    text_start, text_size = texts.get(_key(member), (0, 0))
+                for member, image in members.images.items():
+                    text = members.text_of(member)
                     fields: dict[str, Any] = {}
-                    if text_size and (columns.text or columns.tags):
-                        file.seek(text_start)
+                    if text.size and (columns.text or columns.tags):
+                        file.seek(text.start)
                         try:
-                            fields = _fields(file.read(text_size))
+                            fields = _fields(file.read(text.size))
                         except ValueError:
                             fields = {}
                     has_text |= columns.text in fields
-                    self._names.append(printable(f"{name}/{member}"))
-                    positions.extend((file_index, start, size, text_start, text_size))
+                    self._add(path, f"{name}/{member}", image, text, seen)
+                    positions.extend((file_index, image.start, image.size, text.start, text.size))
                     lengths.append(columns.length(fields))
         if not self._names:
             raise ValueError(f"input: expected images in {files[0][1]}, found none")
@@ -59,6 +60,8 @@ class ShardSource(Source):
         return self._names[index]
 
     def __getitem__(self, index: int) -> Item:
+        if index in self._problems:
+            raise ValueError(self._problems[index])
         file_index, start, size, text_start, text_size = map(int, self._positions[index])
         with self._shards[file_index][1].open("rb") as file:
             file.seek(start)
@@ -69,38 +72,16 @@ class ShardSource(Source):
                 fields = _fields(file.read(text_size))
         return Item(image, self._names[index], self.columns.text_of(fields), self.columns.tags_of(fields))
 
-
-def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-    """Return start and size of the images by name, and of the JSON members by key."""
-    suffixes = image_suffixes()
-    images: dict[str, tuple[int, int]] = {}
-    texts: dict[str, tuple[int, int]] = {}
-    try:
-        tar: Any
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                span = member.offset_data, member.size
-                suffix = PurePosixPath(member.name).suffix.lower()
-                if not member.isreg():
-                    continue
-                if span[0] + span[1] > path.stat().st_size:
-                    raise tarfile.ReadError(f"{member.name} is truncated")
-                if suffix in suffixes:
-                    if member.name in images:
-                        raise ValueError(f"{path}: expected every name once, got {member.name} twice")
-                    images[member.name] = span
-                elif suffix == ".json":
-                    texts[_key(member.name)] = span
-                tar.members = []  # frees the headers that the loop has seen
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a complete, uncompressed tar file ({error})") from error
-    return images, texts
-
-
-def _key(member: str) -> str:
-    """Return a member's path up to the first dot of its name, WebDataset's key."""
-    path = PurePosixPath(member)
-    return str(path.with_name(path.name.split(".")[0] or path.name))
+    def _add(self, path: Path, name: str, image: Span, text: Span, seen: set[str]) -> None:
+        if (id := printable(name)) in seen:
+            raise ValueError(f"{on_one_line(path)}: expected different names in UTF-8, got {id!r} twice")
+        seen.add(id)
+        problem = image.problem
+        if problem is None and text.problem is not None:
+            problem = f"the .json of the image: {text.problem}"
+        if problem is not None:
+            self._problems[len(self._names)] = problem
+        self._names.append(id)
 
 
 def _fields(content: bytes) -> dict[str, Any]:
@@ -112,9 +93,9 @@ def _fields(content: bytes) -> dict[str, Any]:
     if not content:
         return {}
     try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the .json of the image is not JSON ({' '.join(str(error).split())[:200]})") from error
+        fields = parse_json(content, standard=False)
+    except ValueError as error:
+        raise ValueError(f"the .json of the image is {error}") from error
     if isinstance(fields, list):
         return {}
     if not isinstance(fields, dict):

@@ -1,19 +1,16 @@
 """The inputs of a bulk job: images with stable ids and random access."""
 
-import glob
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lion_fast.inference.bulk.files import SHARDS, find_files, kind_of
 from lion_fast.inference.bulk.items import Columns, Item, Source, printable
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.shards import ShardSource
 from lion_fast.inference.bulk.tables import JsonlSource, ParquetSource
-from lion_fast.io.images import image_suffixes
-
-_KINDS = (".jsonl", ".parquet", ".tar")
+from lion_fast.io.reading import check_regular, on_one_line
 
 
 class ImageSource(Source):
@@ -48,45 +45,33 @@ def open_source(job: BulkJob) -> Source:
     """
     files, columns = find_files(job.input), Columns.of(job)
     image_root = None if job.image_root is None else Path(job.image_root)
-    kinds = {path.suffix.lower() if path.suffix.lower() in _KINDS else "images" for _, path in files}
+    kinds = {kind_of(path): path for _, path in reversed(files)}
     if len(kinds) > 1:
-        raise ValueError(f"input: expected files of one kind, got {', '.join(sorted(kinds))} in {job.input}")
+        names = {kind or "images": path for kind, path in sorted(kinds.items())}
+        raise ValueError(
+            f"input: expected files of one kind, got {', '.join(sorted(names))} in {on_one_line(job.input)}, such as "
+            f"{' and '.join(map(on_one_line, names.values()))}"
+        )
     (kind,) = kinds
+    _expect_different([name for name, _ in files])
+    for _, path in files if kind else ():
+        check_regular(path, f"a {kind} file")
     if kind == ".jsonl":
         return JsonlSource(columns, files, image_root)
     if kind == ".parquet":
         return ParquetSource(columns, files, image_root)
-    if kind == ".tar":
+    if kind == SHARDS:
         return ShardSource(columns, files)
     return ImageSource(columns, files)
 
 
-def find_files(input: str) -> list[tuple[str, Path]]:
-    """Return the files of `BulkJob.input`, sorted, each with the name that its ids start with.
+def _expect_different(names: Sequence[str]) -> None:
+    """Check that names which are not UTF-8 do not become equal to others when they are written in it.
 
     Raises:
-        FileNotFoundError: no file is found.
+        ValueError: two names give the same ids.
     """
-    path = Path(input)
-    if path.is_file():
-        return [(path.name if path.suffix.lower() in _KINDS else input, path)]
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        found = [(shard.name, shard) for shard in shards] or sorted(_images_below(path))
-        if not found:
-            raise FileNotFoundError(f"input: expected images (or .tar files) in the directory {path}, found none")
-        return found
-    matched = sorted(name for name in glob.glob(input, recursive=True) if os.path.isfile(name))
-    if not matched:
-        raise FileNotFoundError(f"input: expected a file, a directory, or a pattern that matches files, got {input}")
-    return [(name, Path(name)) for name in matched]
-
-
-def _images_below(directory: Path) -> Iterator[tuple[str, Path]]:
-    suffixes = image_suffixes()
-    for parent, directories, names in os.walk(directory):
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix.lower() in suffixes and not name.startswith("."):
-                yield path.relative_to(directory).as_posix(), path
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(printable(name), name)) != name:
+            raise ValueError(f"input: expected files with different names in UTF-8, got {other!r} and {name!r}")

@@ -1,6 +1,5 @@
 """Files of JSON lines and Parquet files with an image, or its path, in every row."""
 
-import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -9,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from lion_fast.data.dataset import MAX_LINE_BYTES, lines_with_offsets
-from lion_fast.data.records import describe
+from lion_fast.data.dataset import is_blank, lines_with_offsets
+from lion_fast.data.records import MAX_LINE_BYTES, describe, shown
 from lion_fast.extras import require
+from lion_fast.inference.bulk.cells import check_columns, rows_of
 from lion_fast.inference.bulk.items import Columns, Item, Source, printable, sized
+from lion_fast.io.reading import check_utf8, naming, parse_json
 
 _CACHED_BYTES = 256 << 20
+_NAMES = 20  # fields of the lines that are listed in a message
 
 
 class JsonlSource(Source):
@@ -29,24 +31,26 @@ class JsonlSource(Source):
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]], image_root: Path | None):
         positions, lengths = array("q"), []
         seen: set[str] = set()
+        needed = {name for name in (columns.image, columns.text) if name is not None}
         for file_index, (_, path) in enumerate(files):
-            with path.open("rb") as file:
+            with path.open("rb") as file, naming(path, "a file of JSON lines"):
+                check_utf8(file.read(4))
+                file.seek(0)
                 for number, (offset, line) in enumerate(lines_with_offsets(file), 1):
-                    if line is not None and not line.strip():
+                    if line is not None and is_blank(line):
                         continue
                     positions.extend((file_index, offset, number))
                     try:
                         fields = _parse(line)
                     except ValueError:
                         fields = {}
-                    seen |= fields.keys()
+                    seen.update(fields.keys() if len(seen) < _NAMES else fields.keys() & needed)
                     lengths.append(columns.length(fields))
-        for needed in (columns.image, columns.text):
-            if needed is not None and needed not in seen:
-                raise ValueError(
-                    f"columns: expected lines with {needed!r}, got none in {files[0][0]}; "
-                    f"the lines have {', '.join(sorted(seen)) or 'no fields'}"
-                )
+        for name in sorted(needed - seen):
+            some = ", ".join(shown(name)[1:-1] for name in sorted(seen)[:_NAMES])[:500] or "no fields"
+            raise ValueError(
+                f"columns: expected lines with {shown(name)}, got none in {files[0][0]}; the lines have {some}"
+            )
         super().__init__(columns, lengths, sized(files))
         self._tables, self._image_root, self._positions = files, image_root, np.asarray(positions).reshape(-1, 3)
 
@@ -78,24 +82,18 @@ class ParquetSource(Source):
     def __init__(self, columns: Columns, files: Sequence[tuple[str, Path]], image_root: Path | None):
         require("parquet", "pyarrow")
         import pyarrow.parquet as pq
-        from pyarrow import ArrowException
 
         groups, lengths, start = [], [np.zeros(0, np.int32)], 0
         for file_index, (_, path) in enumerate(files):
             file_start = start
-            try:
-                with pq.ParquetFile(path) as file:
-                    names = file.schema_arrow.names
-                    for needed in (columns.image, columns.text):
-                        if needed is not None and needed not in names:
-                            raise ValueError(f"{path}: expected a column {needed!r}, got {', '.join(names)}")
-                    texts = [name for name in (columns.text, columns.tags) if name is not None and name in names]
-                    for group in range(file.num_row_groups):
-                        lengths.append(_lengths(file, group, texts, columns))
-                        groups.append((file_index, group, start, file_start))
-                        start += len(lengths[-1])
-            except ArrowException as error:
-                raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+            with naming(path, "a readable Parquet file"), pq.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                check_columns(path, names, [columns.image, columns.text], [columns.tags])
+                texts = [name for name in (columns.text, columns.tags) if name is not None and name in names]
+                for group in range(file.num_row_groups):
+                    lengths.append(_lengths(file, group, texts, columns))
+                    groups.append((file_index, group, start, file_start))
+                    start += len(lengths[-1])
         super().__init__(columns, np.concatenate(lengths), sized(files))
         self._tables, self._image_root, self._groups = files, image_root, np.array(groups, np.int64).reshape(-1, 4)
         self._cache: OrderedDict[int, Any] = OrderedDict()
@@ -110,7 +108,7 @@ class ParquetSource(Source):
     def __getitem__(self, index: int) -> Item:
         group = self._group_of(index)
         file_index, _, start, _ = self._groups[group]
-        fields = self._read(group).slice(index - start, 1).to_pylist()[0]
+        (fields,) = rows_of(self._read(group).slice(index - start, 1))
         return item_of(fields, self.columns, self._image_root or self._tables[file_index][1].parent)
 
     def _group_of(self, index: int) -> int:
@@ -121,7 +119,8 @@ class ParquetSource(Source):
             import pyarrow.parquet as pq
 
             file_index, number, _, _ = self._groups[group]
-            with pq.ParquetFile(self._tables[file_index][1]) as file:
+            path = self._tables[file_index][1]
+            with naming(path, "a readable Parquet file"), pq.ParquetFile(path) as file:
                 names = {self.columns.image, self.columns.text, self.columns.tags} & set(file.schema_arrow.names)
                 self._cache[group] = file.read_row_group(int(number), columns=sorted(names))
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > _CACHED_BYTES:
@@ -142,8 +141,10 @@ def item_of(fields: Mapping[str, Any], columns: Columns, root: Path) -> Item:
     image = fields.get(columns.image)
     path = image
     if isinstance(image, dict):
-        path = image.get("path")
-        image = path if image.get("bytes") is None else image["bytes"]
+        content, path = image.get("bytes"), image.get("path")
+        if not isinstance(content, bytes | None):
+            raise ValueError(f"{columns.image}.bytes: expected the content of an image file, got {describe(content)}")
+        image = path if content is None else content
     if not isinstance(image, str | bytes) or not image:
         raise ValueError(f"{columns.image}: expected an image, got {'nothing' if not image else describe(image)}")
     name = printable(path) if isinstance(path, str) else None
@@ -153,18 +154,19 @@ def item_of(fields: Mapping[str, Any], columns: Columns, root: Path) -> Item:
 
 def _lengths(file: Any, group: int, texts: list[str], columns: Columns) -> np.ndarray:
     if not texts:
-        return np.zeros(file.metadata.row_group(group).num_rows, np.int32)
-    rows = file.read_row_group(group, columns=texts).to_pylist()
+        metadata = file.metadata.row_group(group)
+        count = min(metadata.column(number).num_values for number in range(metadata.num_columns))
+        if count < metadata.num_rows:
+            raise ValueError(f"row group {group} says {metadata.num_rows} rows, but a column has {count} values")
+        return np.zeros(metadata.num_rows, np.int32)
+    rows = rows_of(file.read_row_group(group, columns=texts))
     return np.array([columns.length(fields) for fields in rows], np.int32)
 
 
 def _parse(line: bytes | None) -> dict[str, Any]:
     if line is None:
         raise ValueError(f"expected at most {MAX_LINE_BYTES} bytes in a line")
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({' '.join(str(error).split())[:200]})") from error
+    fields = parse_json(line, standard=False)
     if not isinstance(fields, dict):
         raise ValueError(f"expected a JSON object, got {describe(fields)}")
     return fields

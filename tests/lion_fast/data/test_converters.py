@@ -1,7 +1,10 @@
 """Malformed files of every format, and options; `test_docs` has a well-formed example of each format."""
 
+import contextlib
 import copy
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,13 @@ def test_records_name_their_source_and_are_deterministic(format: str, write_file
         ("mdetr", 0, ("annotations",), [], r"images\[0\].id: expected one annotation .* got 0"),
         ("visual-genome", 0, (0, "regions", 0, "width"), 0, r"a.data: \[0\].regions\[0\]: expected a box with"),
         ("visual-genome", 1, (0, "url"), REMOVED, r"b.data: \[0\].url: missing"),
+        ("visual-genome", 1, (0, "url"), "https://x/1.jpg", r"\[0\].url: expected an address that ends in a directory"),
+        ("visual-genome", 0, (0, "id"), 2, r"\[0\].image_id: expected 2, as .*a.data: \[0\].id says"),
+        ("visual-genome", 0, (0, "regions", 0, "x"), 10**400, r"\[0\].x: expected a finite number, got the number 1"),
+        ("refcoco", 1, ("annotations", 0, "bbox", 2), math.nan, r"bbox\[2\]: expected a finite number, .* nan"),
+        ("refcoco", 1, ("images", 0, "width"), 10**400, r"images\[0\]: expected an image with pixels, got 1000"),
+        ("refcoco", 1, ("annotations", 0, "image_id"), 2, r"image_id: expected 1, as .*: \[0\].image_id says, got 2"),
+        ("vqav2", 1, ("annotations", 0, "image_id"), 3, r"b.data: annotations\[0\].image_id: expected 1, as .*, got 3"),
     ],
 )  # fmt: skip
 def test_errors_name_file_entry_and_field(format, number, way, value, message, write_files) -> None:
@@ -140,6 +150,142 @@ def test_an_invalid_entry_can_be_skipped(write_files, caplog: pytest.LogCaptureF
     assert [record.answer for record in conversion] == ["one", "three"]
     assert conversion.num_bad == 1
     assert "annotations[1].image_id" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("format", "number", "way", "message"),
+    [
+        ("coco-captions", 0, ("images",), r"\[2\].id: expected an id of its own, got 1, the id of images\[0\]"),
+        ("coco-captions", 0, ("annotations",), r"annotations\[3\]: .* got '10', the id of annotations\[0\]"),
+        ("karpathy", 0, ("images", 0, "sentences"), r"\[1\]: .* got '1', the id of images\[0\].sentences\[0\]"),
+        ("karpathy", 0, ("images",), r"images\[1\].sentences\[0\]: .* the id of images\[0\].sentences\[0\]"),
+        ("textcaps", 0, ("data",), r"data\[1\]: .* the id of data\[0\]"),
+        ("vqav2", 0, ("questions",), r"a.data: questions\[1\].question_id: .* the id of questions\[0\]"),
+        ("okvqa", 1, ("annotations",), r"b.data: annotations\[1\]: .* the id of annotations\[0\]"),
+        ("aokvqa", 0, (), r"a.data: \[1\]: .* got 'x', the id of \[0\]"),
+        ("refcoco", 0, (), r"a.data: \[1\].sentences\[0\]: .* the id of \[0\].sentences\[0\]"),
+        ("refcoco", 1, ("images",), r"b.data: images\[1\].id: .* the id of images\[0\]"),
+        ("refcoco", 1, ("annotations",), r"b.data: annotations\[1\].id: .* the id of annotations\[0\]"),
+        ("mdetr", 0, ("images",), r"a.data: images\[1\]: .* the id of images\[0\]"),
+        ("mdetr", 0, ("annotations",), r"images\[0\].id: .* got 2, annotations\[0\].bbox and annotations\[1\]"),
+        ("visual-genome", 0, (), r"a.data: \[1\].regions\[0\]: .* the id of \[0\].regions\[0\]"),
+        ("visual-genome", 1, (), r"b.data: \[1\].image_id: .* the id of \[0\]"),
+    ],
+)  # fmt: skip
+def test_an_id_that_two_entries_have_is_refused(format, number, way, message, write_files) -> None:
+    content = copy.deepcopy(VALID[format][number])
+    entries = content
+    for step in way:
+        entries = entries[step]
+    entries.append(entries[0])
+    files = write_files(format, number, (), content)
+    with pytest.raises(DataError, match=message):
+        list(Conversion(format, files))
+    conversion = Conversion(format, files, strict=False)
+    with contextlib.suppress(DataError):  # there is no record, if the only image or question is ambiguous
+        records = list(conversion)
+        assert len({record.id for record in records}) == len(records)
+    assert conversion.num_bad >= 1
+
+
+def test_an_image_id_of_two_images_is_nobodys(write_files) -> None:
+    content = copy.deepcopy(COCO)
+    content["images"].append({"id": 1, "file_name": "cat.jpg"})
+    conversion = Conversion("coco-captions", write_files("coco-captions", 0, (), content), strict=False)
+    assert [(record.image, record.answer) for record in conversion] == [("2.jpg", "two")]
+    assert conversion.num_bad == 3
+
+
+@pytest.mark.parametrize(("format", "name"), [("gqa", "07"), ("ocr-vqa", "b1")])
+def test_a_name_that_an_object_has_twice_is_refused(format: str, name: str, write_files) -> None:
+    (path,) = write_files(format)
+    content = path.read_text()
+    other = content.replace(name, "other", 1)
+    path.write_text(f"{content[:-1]}, {content[1:-1]}, {other[1:]}")
+    with pytest.raises(DataError, match=f"a.data: {name}: expected an object, got several values under one name"):
+        list(Conversion(format, [path]))
+    conversion = Conversion(format, [path], strict=False)
+    assert [record.id.split("-")[0] for record in conversion] == ["other"]
+    assert conversion.num_bad == 1
+
+
+def test_an_invalid_sentence_is_skipped_alone(write_files) -> None:
+    sentences = [{"sentid": 1, "raw": "one"}, {"sentid": 2, "raw": " "}, {"sentid": 3, "raw": "three"}]
+    karpathy = Conversion("karpathy", write_files("karpathy", 0, ("images", 0, "sentences"), sentences), strict=False)
+    assert [record.answer for record in karpathy] == ["one", "three"]
+    assert karpathy.num_bad == 1
+    with pytest.raises(DataError, match=r"images\[0\].sentences\[1\].raw: expected text, got blank text"):
+        list(Conversion("karpathy", karpathy.files))
+    sentences = [{"sent_id": 0, "sent": None}, {"sent_id": 1, "sent": "the dog"}]
+    refcoco = Conversion("refcoco", write_files("refcoco", 0, (0, "sentences"), sentences), strict=False)
+    assert [record.id for record in refcoco] == ["1-rec", "1-reg"]
+    book = {**OCR["b1"], "questions": ["Who?", "", "What?"], "answers": ["She", "x", "That"]}
+    ocr = Conversion("ocr-vqa", write_files("ocr-vqa", 0, ("b1",), book), strict=False)
+    assert [(record.id, record.answer) for record in ocr] == [("b1-0", "She"), ("b1-2", "That")]
+    assert ocr.num_bad == refcoco.num_bad == 1
+
+
+def test_a_line_that_is_not_utf8_is_skipped_alone(write_files) -> None:
+    (path,) = write_files("flickr30k")
+    path.write_bytes(b"\xef\xbb\xbf1.jpg#0\tone\r\n2.jpg#0\t\xff\r\n3.jpg#0\tthree\r\n")
+    with pytest.raises(DataError, match=r"a.data: line 2: expected text, got a value that cannot be read"):
+        list(Conversion("flickr30k", [path]))
+    records = list(Conversion("flickr30k", [path], strict=False))
+    assert [(record.image, record.answer) for record in records] == [("1.jpg", "one"), ("3.jpg", "three")]
+    path.write_bytes("1.jpg#0\tone".encode("utf-16"))
+    with pytest.raises(DataError, match=r"a.data: expected UTF-8, got UTF-16"):
+        list(Conversion("flickr30k", [path]))
+
+
+def test_a_byte_order_mark_is_dropped_from_json(write_files) -> None:
+    (path,) = write_files("karpathy")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [record.answer for record in Conversion("karpathy", [path])] == ["one"]
+    path.write_bytes(path.read_bytes().decode("utf-8-sig").encode("utf-32"))
+    with pytest.raises(DataError, match=r"a.data: not JSON .expected UTF-8, got UTF-32"):
+        list(Conversion("karpathy", [path]))
+
+
+def test_a_number_of_any_size_is_an_error_of_its_entry(write_files) -> None:
+    (path,) = write_files("coco-captions")
+    path.write_text(path.read_text().replace('"id": 11', f'"id": {"9" * 5000}').replace('"id": 12', '"id": 1e999'))
+    conversion = Conversion("coco-captions", [path], strict=False)
+    assert [record.answer for record in conversion] == ["one"]
+    assert conversion.num_bad == 2
+
+
+def test_names_of_images_are_kept_as_they_are(write_files) -> None:
+    files = write_files("coco-captions", 0, ("images", 0, "file_name"), " a  b.jpg")
+    assert [record.image for record in Conversion("coco-captions", files)] == [" a  b.jpg", "2.jpg", " a  b.jpg"]
+
+
+def test_a_file_of_invalid_entries_names_the_first(write_files) -> None:
+    files = write_files("refcoco", 1, ("annotations", 0, "bbox", 0), 10**400)
+    with pytest.raises(
+        DataError, match=r"a.data: contains no record; the first error: .*b.data: .*bbox\[0\]: expected a"
+    ):
+        list(Conversion("refcoco", files, strict=False))
+
+
+def test_a_split_without_entries_is_refused(write_files) -> None:
+    with pytest.raises(DataError, match=r"a.data: contains no record in val$"):
+        list(Conversion("karpathy", write_files("karpathy"), splits=["train", "val"]))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{image_id:99999999999}", "{image_id.__class__}", "{image_id[0]}", "{image_id!r}", "{image_id:{image_id}}"],
+)
+def test_a_template_has_only_names_and_widths(template: str, write_files) -> None:
+    with pytest.raises(DataError, match="image_name: expected a template for image_id, got"):
+        list(Conversion("gqa", write_files("gqa"), image_name=template))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for format in ("karpathy", "flickr30k"):
+        with pytest.raises(FileNotFoundError, match=r"pipe: expected a file of .*, got a pipe, a socket or a device"):
+            list(Conversion(format, [tmp_path / "pipe"]))
 
 
 def test_boxes_are_clipped_to_the_image(write_files) -> None:

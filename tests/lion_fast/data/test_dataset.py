@@ -175,6 +175,33 @@ def test_a_task_without_readable_images_is_an_error(images: Path, write_lines) -
         dataset[1]
 
 
+def test_a_byte_order_mark_is_dropped_and_other_encodings_are_refused(images: Path, write_lines) -> None:
+    path = write_lines(b"\xef\xbb\xbf", {}, {"image": "b.png"})
+    assert len(JsonlDataset(path)) == 2
+    path.write_bytes(path.read_bytes().replace(b"\xef\xbb\xbf\n", b"\xef\xbb\xbf"))
+    assert JsonlDataset(path)[0]["place"] == f"{path}:1"
+    path.write_bytes(path.read_text(encoding="utf-8-sig").encode("utf-16"))
+    with pytest.raises(DataError, match=r"train.jsonl: expected UTF-8, got UTF-16$"):
+        JsonlDataset(path, strict=False)
+
+
+def test_what_a_model_does_not_take_is_skipped_like_a_bad_image(images: Path, write_lines) -> None:
+    path = write_lines({}, {"question": "What is <odd>?"}, {"image": "b.png"})
+
+    def accepts(record) -> None:
+        if "<odd>" in record.question:
+            raise ValueError("text: does not fit")
+
+    dataset = JsonlDataset(path)
+    dataset.accepts = accepts
+    with pytest.raises(DataError, match=r"train.jsonl:2: text: does not fit"):
+        dataset[1]
+    dataset = JsonlDataset(path, strict=False)
+    dataset.accepts = accepts
+    assert [dataset[i]["place"] for i in range(3)] == [f"{path}:1", f"{path}:3", f"{path}:3"]
+    assert dataset.num_bad_images == 1
+
+
 def test_a_line_changed_after_indexing_is_an_error(images: Path, write_lines) -> None:
     path = write_lines({}, {"image": "b.png"})
     dataset = JsonlDataset(path)

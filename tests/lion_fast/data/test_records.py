@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_fast.data.records import BOX_TEXT, DataError, Record, parse_record, rewrite_boxes, write_jsonl
+from lion_fast import LionConfig
+from lion_fast.data.records import (
+    BOX_TEXT,
+    MAX_LINE_BYTES,
+    RESERVED,
+    DataError,
+    Record,
+    parse_record,
+    rewrite_boxes,
+    write_jsonl,
+)
 from lion_fast.io.boxes import format_box, parse_boxes
 
 VALID = {"image": "a.jpg", "task": "image_level", "question": "What?", "answer": "a cat"}
@@ -56,6 +66,17 @@ def test_writing_and_reading_are_inverse(question, answer, tags, found, name) ->
         ({"boxes": [[-0.1, 0, 1, 1]]}, r"boxes\[0\]: expected shares"),
         ({"boxes": [[0.6, 0, 0.4, 1]]}, r"boxes\[0\]: expected x1 < x2 and y1 < y2, got \[0.6, 0, 0.4, 1\]"),
         ({"boxes": [[0.6, 0, 0.6, 1]]}, r"boxes\[0\]: expected x1 < x2"),
+        ({"boxes": [[0, 0, 10**400, 1]]}, r"boxes\[0\]: expected shares of width and height, 0..1, got \[0, 0, 10{60}"),
+        ({"boxes": [[0, 0, 1e999, 1]]}, "not JSON .Infinity is no JSON"),
+        ({"boxes": [None]}, r"boxes\[0\]: expected a list, got null"),
+        ({"boxes": [[0, 0, None, 1]]}, r"boxes\[0\]: expected four numbers"),
+        (
+            {"question": "Fill in a <extra_id_0> star"},
+            "question: expected text without '<extra_id_0>', the token of the",
+        ),
+        ({"tags": ["<extra_id_0>"]}, r"tags\[0\]: expected text without '<extra_id_0>'"),
+        ({"a\nb" * 60: 1}, r"a\\nba.*: no such field"),
+        ({"answer": "x" * MAX_LINE_BYTES}, "expected at most 1048576 bytes in a line, got a record of 1048"),
         ({"boxes": [0.1, 0.2, 0.3, 0.4]}, r"boxes\[0\]: expected a list, got the number 0.1"),
         ({"box": [0, 0, 1, 1]}, "box: no such field; expected image, task, question, answer, tags, boxes, id, source"),
         ({"id": 7}, "id: expected text, got the number 7"),
@@ -76,6 +97,14 @@ def test_invalid_fields_are_rejected(change: dict[str, Any], message: str) -> No
         (b"\xff\xfe", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('{"image": NaN}', "not JSON .NaN is no JSON"),
+        ('{"image": 1e999}', "image: expected text|task: missing"),
+        ('{"image": ' + "1" * 5000 + "}", "not JSON .Exceeds the limit"),
+        ('{"image": "\\ud800", "task": 1, "question": 1, "answer": 1}', "image: expected text that UTF-8 can hold"),
+        (
+            '{"image": "a", "image": "b", "task": 1, "question": 1, "answer": 1}',
+            "image: .* got several values under one name",
+        ),
+        (json.dumps(VALID).encode("utf-16"), "not JSON .expected UTF-8, got UTF-16"),
         ("[]", "expected a JSON object, got a list"),
         ("null", "expected a JSON object, got null"),
     ],
@@ -83,6 +112,27 @@ def test_invalid_fields_are_rejected(change: dict[str, Any], message: str) -> No
 def test_lines_that_are_no_records_are_rejected(line: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=f"^x:1: {message}"):
         parse_record(line, "x:1")
+
+
+def test_the_reserved_token_is_the_soft_prompts() -> None:
+    assert LionConfig().soft_prompt_token == RESERVED
+
+
+def test_a_byte_order_mark_is_dropped() -> None:
+    line = json.dumps(VALID)
+    assert (
+        parse_record("\ufeff" + line, "x:1") == parse_record(b"\xef\xbb\xbf" + line.encode(), "x:1") == Record(**VALID)
+    )
+
+
+def test_the_longest_line_that_can_be_read_can_be_written(tmp_path: Path) -> None:
+    """A record has no more bytes than a line that `JsonlDataset` reads, its newline included."""
+    rest = len(Record(**VALID).to_json()) - len("a cat") + 1
+    record = Record(**VALID | {"answer": "\1" + "é" * ((MAX_LINE_BYTES - rest - 6) // 2)})
+    size = len(record.to_json().encode()) + 1
+    assert MAX_LINE_BYTES - 1 <= size <= MAX_LINE_BYTES
+    with pytest.raises(ValueError, match="expected at most 1048576 bytes in a line"):
+        Record(**VALID | {"answer": record.answer + "é"})
 
 
 def test_a_region_level_record_is_accepted() -> None:

@@ -1,6 +1,7 @@
 """Shards: the same samples as their source file, WebDataset's layout, and rejection of damaged shards."""
 
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,106 @@ def test_damaged_shards_are_rejected(images: Path, write_lines, tmp_path: Path) 
     (out / INDEX).write_bytes((out / INDEX).read_bytes()[:100])
     with pytest.raises(DataError, match=r"index.npz: not an index of shards"):
         ShardDataset(out)
+
+
+def index_of(directory: Path) -> dict[str, Any]:
+    with np.load(directory / INDEX) as index:
+        return {name: np.array(index[name]) for name in index.files}
+
+
+@pytest.fixture
+def two(images: Path, write_lines, tmp_path: Path) -> Path:
+    """A directory of one shard with two images, the first of which has two records."""
+    out = tmp_path / "shards"
+    write_shards(JsonlDataset(write_lines({}, {"question": "Who?"}, {"image": "b.png"})), out, seed=1)
+    assert index_of(out)["rows"][:, 5].tolist() == [0, 1, 0]
+    return out
+
+
+@pytest.mark.parametrize("name", ["../out.tar", "/etc/passwd", "sub/x.tar", "..", "", "x.png", "a\\b.tar", "a\nb.tar"])
+def test_an_index_names_only_shards_beside_it(two: Path, name: str) -> None:
+    content = (two / "shard-000000.tar").read_bytes()
+    (two.parent / "out.tar").write_bytes(content)
+    np.savez(two / INDEX, **{**index_of(two), "names": [name]})
+    with pytest.raises(DataError, match=r"index.npz: expected names of .tar files beside it, got '"):
+        ShardDataset(two)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value", "message"),
+    [
+        (0, 0, 1, "expected one of 1 shards"),
+        (0, 0, -1, "expected one of 1 shards"),
+        (0, 1, -512, "expected image at a block of a tar file"),
+        (0, 1, 100, "expected image at a block of a tar file"),
+        (0, 1, 2**62, "expected image at a block of a tar file"),
+        (0, 2, 0, "expected 1 to 1073741824 bytes of image"),
+        (0, 2, 2**62, "expected 1 to 1073741824 bytes of image"),
+        (2, 4, 20_000, "expected records inside the shard"),
+        (0, 3, 512, "expected the records behind their image"),
+        (2, 1, 512, "expected images that do not overlap"),
+        (1, 5, 7, "expected the records of an image in order"),
+        (0, 6, 2, "expected the number of a task"),
+        (0, 7, 2**40, "expected the length of a text"),
+    ],
+)
+def test_an_index_is_checked_before_a_shard_is_read(two: Path, row: int, column: int, value: int, message: str) -> None:
+    arrays = index_of(two)
+    arrays["rows"][row, column] = value
+    np.savez(two / INDEX, **arrays)
+    with pytest.raises(DataError, match=rf"index.npz: {message}, got \["):
+        ShardDataset(two)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rows", np.zeros((0, 8), np.int64), "holds no sample"),
+        ("rows", np.zeros((1, 7), np.int64), "expected rows of 8 numbers, got 7"),
+        ("rows", np.zeros((1, 8)), r"not an index of shards .rows: unexpected dtype float64"),
+        ("rows", np.zeros(8, np.int64), r"not an index of shards .rows: unexpected shape"),
+        ("names", np.array(["a.tar"], object), r"not an index of shards .names: unexpected dtype object"),
+        ("names", np.array(["shard-000000.tar"] * 2), "expected one size for each of 2 different names"),
+        ("version", 2, "expected an index of version 1, got version 2"),
+    ],
+)
+def test_an_index_of_other_arrays_is_rejected(two: Path, name: str, value: Any, message: str) -> None:
+    np.savez(two / INDEX, **{**index_of(two), name: value})
+    with pytest.raises(DataError, match=rf"index.npz: {message}"):
+        ShardDataset(two)
+
+
+def test_an_index_cannot_be_larger_than_its_file(two: Path) -> None:
+    arrays = index_of(two)
+    np.savez_compressed(two / INDEX, **arrays)
+    with pytest.raises(DataError, match="version: expected an array that is not compressed"):
+        ShardDataset(two)
+    np.savez(two / INDEX, **arrays)
+    content = (two / INDEX).read_bytes()
+    assert content.count(b"(3, 8), ") == 1
+    (two / INDEX).write_bytes(content.replace(b"(3, 8), ", b"(9**9,8)"))
+    with pytest.raises(DataError, match=r"index.npz: not an index of shards"):
+        ShardDataset(two)
+
+
+def test_a_shard_must_hold_what_the_index_lists(two: Path) -> None:
+    shard = two / "shard-000000.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b"000000000.json", b"000000009.json"))
+    with pytest.raises(DataError, match=r"shard-000000.tar:byte 512, record 0: not the records .*bad checksum"):
+        ShardDataset(two)[0]
+    dataset = ShardDataset(two)
+    shard.write_bytes(content)
+    dataset.tasks[0] = 0
+    with pytest.raises(DataError, match=r"expected task region_level, as in index.npz, got image_level"):
+        dataset[0]
+    os.remove(shard)
+    os.mkfifo(shard)
+    with pytest.raises(DataError, match=r"shard-000000.tar: expected 10240 bytes, as in index.npz, got 0"):
+        ShardDataset(two)
+
+
+def test_an_image_with_the_suffix_of_its_records_is_kept(images: Path, write_lines, tmp_path: Path) -> None:
+    (images / "a.png").rename(images / "a.json")
+    write_shards(JsonlDataset(write_lines({"image": "a.json"})), tmp_path / "shards")
+    assert ShardDataset(tmp_path / "shards")[0]["image"].getpixel((0, 0)) == (255, 0, 0)

@@ -15,7 +15,8 @@ from lion_fast.data import DataError, JsonlDataset, TrainingData
 from lion_fast.data.order import Key
 from lion_fast.io.boxes import format_box
 from lion_fast.training import RecipeError, train
-from lion_fast.training.data import SceneSamples, TaskSamples, open_evaluation_data, open_training_data
+from lion_fast.training.data import SceneSamples, TaskSamples, hold_to, open_evaluation_data, open_training_data
+from tests.lion_fast.tiny import scene_processor
 from tests.lion_fast.training.runs import Files, MakeRecipe
 
 
@@ -101,3 +102,24 @@ def test_bad_lines_and_images_stop_a_run_or_are_skipped_and_counted(
         train(make_recipe(2, *settings, name="strict"))
     assert str(caught.value).startswith(f"{file}:1: image")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_records_that_the_model_does_not_take_are_unusable(files: Files, tmp_path: Path) -> None:
+    """`data check` knows the soft prompt's usual token; that of a model is known when training starts."""
+    lines = [json.loads(line) for line in files.jsonl.read_text().splitlines() if '"image_level"' in line][:3]
+    lines[1]["question"] = "Is this <soft>?"
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    processor = scene_processor(20)
+    processor.soft_prompt_token = "<soft>"
+    for strict in (True, False):
+        source = JsonlDataset(file, files.jsonl.parent, strict=strict)
+        samples = TaskSamples("image_level", {"a": source, "b": SceneSamples("image_level", 0, 1)})
+        hold_to(processor, {"image_level": samples})
+        assert samples[0]["place"] == f"{file}:1"
+        if strict:
+            with pytest.raises(DataError, match=r"^.*train.jsonl:2: text\[0\]: expected text without '<soft>'"):
+                samples[1]
+        else:
+            assert samples[1]["place"] == f"{file}:3"
+            assert source.num_bad_images == 1

@@ -1,0 +1,138 @@
+"""Reading files of any content: regular files only, text in UTF-8, and JSON whose names are unique.
+
+Libraries that read files raise anything on damaged ones; `naming` turns it into one error that names the file.
+"""
+
+import codecs
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# The first two bytes of UTF-32's mark in little-endian order are UTF-16's.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+class Repeated:
+    """The value of a name that an object of JSON has more than once. No reader accepts it as a value."""
+
+
+class Unreadable:
+    """A value that Python cannot represent, such as text that is not UTF-8. No reader accepts it as a value."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike, what: str, error: type[ValueError] = ValueError) -> Iterator[None]:
+    """Turn any exception inside into an `error` that says that `path` is not `what`.
+
+    Only for calls into libraries that read files.
+    """
+    try:
+        yield
+    except error as found:
+        if type(found) is error and str(found).startswith(on_one_line(path)):
+            raise
+        raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
+    except Exception as found:
+        raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
+
+
+def brief(error: Exception) -> str:
+    """Return an error's message on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def on_one_line(path: str | os.PathLike) -> str:
+    """Return a path for a message: as it is, or escaped if it has line breaks or bytes that are not UTF-8."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def check_regular(path: Path, what: str) -> None:
+    """Refuse a path that is no regular file; opening a pipe or a device could wait forever.
+
+    Raises:
+        FileNotFoundError: it is something else, or there is nothing.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{on_one_line(path)}: expected {what}, got {_kind(path)}")
+
+
+def check_utf8(content: bytes) -> None:
+    """Refuse content that begins with the byte order mark of another encoding.
+
+    Raises:
+        ValueError: it is UTF-16 or UTF-32.
+    """
+    for mark, encoding in _OTHER_MARKS.items():
+        if content.startswith(mark):
+            raise ValueError(f"expected UTF-8, got {encoding}")
+
+
+def without_mark(content: bytes) -> bytes:
+    """Return content without UTF-8's byte order mark, which editors on Windows write."""
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def parse_json(content: str | bytes, *, standard: bool = True) -> Any:
+    """Parse JSON in UTF-8, with or without a byte order mark.
+
+    A name that an object has more than once gets the value `Repeated()`, which no reader accepts, instead of one of its
+    values.
+
+    Args:
+        content: text, or bytes in UTF-8.
+        standard: whether NaN, Infinity and integers beyond Python's limit of digits are errors. Otherwise they are
+            floats that are not finite, so that one such number does not make a whole file unreadable.
+
+    Raises:
+        ValueError: the content is not JSON; the message has one line.
+    """
+    try:
+        if isinstance(content, bytes):
+            check_utf8(content)
+            content = content.decode("utf-8")
+        return (_STANDARD if standard else _LENIENT).decode(content.removeprefix("\ufeff"))
+    except RecursionError as error:
+        raise ValueError("not JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON ({brief(error)})") from error
+
+
+def _kind(path: Path) -> str:
+    if os.path.isdir(path):
+        return "a directory"
+    if os.path.exists(path):
+        return "a pipe, a socket or a device"
+    return "a link to nothing" if os.path.islink(path) else "nothing at that path"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        fields.update((name, Repeated()) for name, count in counts.items() if count > 1)
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _integer(digits: str) -> int | float:
+    limit = sys.get_int_max_str_digits()
+    return int(digits) if not limit or len(digits) <= limit else -math.inf if digits[0] == "-" else math.inf
+
+
+_STANDARD = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
+_LENIENT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)

@@ -1,0 +1,60 @@
+"""Strict JSON, and errors of readers that name the file."""
+
+from pathlib import Path
+
+import pytest
+
+from lion_fast.io.reading import Repeated, check_regular, naming, on_one_line, parse_json
+
+
+def test_json_is_that_of_the_standard_with_unique_names() -> None:
+    assert parse_json(b'\xef\xbb\xbf{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}
+    fields = parse_json('{"a": 1, "b": {"c": 1, "c": 1}, "a": 2}')
+    assert isinstance(fields["a"], Repeated)
+    assert isinstance(fields["b"]["c"], Repeated)
+    lenient = parse_json("[NaN, " + "9" * 5000 + ", -" + "9" * 5000 + "]", standard=False)
+    assert str(lenient) == "[nan, inf, -inf]"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[NaN]", "NaN is no JSON"),
+        ("9" * 5000, "Exceeds the limit"),
+        ("[" * 100_000, "nested too deeply"),
+        (b"\xff", "can't decode byte 0xff"),
+        ("{}".encode("utf-16"), "expected UTF-8, got UTF-16"),
+        ("{}".encode("utf-32"), "expected UTF-8, got UTF-32"),
+        ("{}".encode("utf-16-le"), "Expecting property name"),
+        (b'"\xed\xa0\x80"', "can't decode byte 0xed"),
+    ],
+)
+def test_other_content_is_no_json(content: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^not JSON \(.*{message}"):
+        parse_json(content)
+
+
+def test_any_exception_of_a_reader_names_the_file() -> None:
+    class OwnError(ValueError):
+        pass
+
+    with pytest.raises(OwnError, match=r"^a.x: not a table \(one two\)$"), naming("a.x", "a table", OwnError):
+        raise RuntimeError("one\ntwo")
+    with pytest.raises(OwnError, match=r"^a.x: not a table \(KeyError\)$"), naming("a.x", "a table", OwnError):
+        raise KeyError
+    with pytest.raises(OwnError, match=r"^a.x: as it is$"), naming("a.x", "a table", OwnError):
+        raise OwnError("a.x: as it is")
+    assert on_one_line("a\nb") == "a\\nb"
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("absent")
+    for path, got in (
+        (tmp_path, "a directory"),
+        (tmp_path / "absent", "nothing at that path"),
+        (tmp_path / "link", "a link to nothing"),
+        (Path("/dev/null"), "a pipe, a socket or a device"),
+        (Path("a\0b"), "nothing at that path"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f": expected a file of words, got {got}$"):
+            check_regular(path, "a file of words")
