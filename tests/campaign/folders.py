@@ -115,6 +115,7 @@ def make(rng: random.Random, folder: Path) -> Trial:
     if (
         not whole
         and given.startswith(str(root))
+        and "__MACOSX" not in given
         and not os.path.isfile(given)
         and not any(kind.startswith("link") for kind in description)
     ):
