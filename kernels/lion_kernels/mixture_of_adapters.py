@@ -192,18 +192,17 @@ def mixture_of_adapters(
 
     Args:
         x: [..., D], any leading dimensions; any of them may be 0.
-        down_weight: [E, r, D], E and r at least 1, in x's dtype as are the other weights and biases; under autocast any
-            of fp16, bf16 and fp32.
+        down_weight: [E, r, D], E and r at least 1. All weights and biases have x's dtype, but under autocast.
         down_bias: [E, r] or None.
         up_weight: [E, D, r].
         up_bias: [E, D] or None.
         gate: [R, E, D] with `task_ids` (channel gate), [..., k] with `expert_ids` (sparse gate), else [..., E]
             (dense gate). Its leading dimensions match x's from the left; see `lion_kernels.low_rank.gates`.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
-        expert_ids: integers [..., k] in 0..E-1, -1 for none; the weights of an expert named twice add up. Ids on a GPU
-            are not checked, which would synchronise: there, and in a compiled graph, an id out of range has zero weight
-            and no gradient. The exception is "torch", which gathers the gate by `task_ids`: PyTorch counts negative ids
-            from the end and fails on ids that are too large.
+        expert_ids: integers [..., k] in 0..E-1, -1 for none. Ids on a GPU are not checked, which would synchronise:
+            there, and in a compiled graph, an id out of range has zero weight and no gradient. The exception is
+            "torch", which gathers the gate by `task_ids`: PyTorch counts negative ids from the end and fails on ids
+            that are too large.
         residual: [..., D] like x, or None to add nothing.
         activation: "relu" or "identity".
         backend: "auto", "triton" or "torch". "triton" supports fp32, fp16 and bf16; the dtype of gate and residual may
@@ -213,15 +212,12 @@ def mixture_of_adapters(
         [..., D] in x's dtype.
 
     Raises:
-        TypeError: an argument of another type; the message names it.
-        ValueError: invalid shape, dtype, layout, device, activation or backend; the message names the argument.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
     """
     adapters = Adapters(down_weight, down_bias, up_weight, up_bias)
     others = {"residual": residual, "task_ids": task_ids, "expert_ids": expert_ids}
-    check_tensors(
-        {"x": x, "down_weight": down_weight, "up_weight": up_weight, "gate": gate},
-        {"down_bias": down_bias, "up_bias": up_bias, **others},
-    )
+    required = {"x": x, "down_weight": down_weight, "up_weight": up_weight, "gate": gate}
+    check_tensors(required, {"down_bias": down_bias, "up_bias": up_bias, **others})
     check_choice("activation", activation, ("relu", "identity"), "'relu' or 'identity'")
     _check(x, adapters, residual)
     experts, _, channels = down_weight.shape

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_kernels.core import operator
-from lion_kernels.core.arguments import FLOATING, as_number, check_tensors
+from lion_kernels.core.arguments import as_number, check_tensors
 from lion_kernels.core.backend import choose_backend, needs_dispatch
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.rowwise import last_contiguous
 from lion_kernels.low_rank import launch as low_rank
 from lion_kernels.low_rank import plain
 from lion_kernels.low_rank.adapters import Adapters
+from lion_kernels.low_rank.arguments import check_lora
 from lion_kernels.low_rank.gates import KernelGate, check_gate, flatten_gate
 from lion_kernels.low_rank.sizes import fuses
 from lion_kernels.low_rank.specs import kernel_specs
@@ -182,8 +183,7 @@ def mixture_of_lora_linear(
 
     Args:
         x: [..., Din], any leading dimensions; any of them, and Dout, may be 0.
-        weight: [Dout, Din], frozen or not, in x's dtype as are bias, lora_a and lora_b; under autocast any of
-            fp16, bf16 and fp32.
+        weight: [Dout, Din], frozen or not. It, bias, lora_a and lora_b have x's dtype, but under autocast.
         bias: [Dout] or None.
         lora_a: [E, r, Din], E and r at least 1.
         lora_b: [E, Dout, r].
@@ -191,10 +191,10 @@ def mixture_of_lora_linear(
             (dense gate). Its leading dimensions match x's from the left; see `lion_kernels.low_rank.gates`.
         scaling: finite factor of the update, alpha / r in LoRA's terms.
         task_ids: integers in 0..R-1, one per sequence [B] or one per row.
-        expert_ids: integers [..., k] in 0..E-1, -1 for none; the weights of an expert named twice add up. Ids on a GPU
-            are not checked, which would synchronise: there, and in a compiled graph, an id out of range has zero weight
-            and no gradient. The exception is "torch", which gathers the gate by `task_ids`: PyTorch counts negative ids
-            from the end and fails on ids that are too large.
+        expert_ids: integers [..., k] in 0..E-1, -1 for none. Ids on a GPU are not checked, which would synchronise:
+            there, and in a compiled graph, an id out of range has zero weight and no gradient. The exception is
+            "torch", which gathers the gate by `task_ids`: PyTorch counts negative ids from the end and fails on ids
+            that are too large.
         update_input: [..., Din] in x's dtype, the update's input if it is not x, such as `dropout(x)`.
         backend: "auto", "triton" or "torch". "triton" supports fp32, fp16 and bf16; the gate's dtype may differ from
             that of x and the weights.
@@ -203,13 +203,12 @@ def mixture_of_lora_linear(
         [..., Dout] in x's dtype.
 
     Raises:
-        TypeError: an argument of another type; the message names it.
-        ValueError: invalid shape, dtype, layout, device, scaling or backend; the message names the argument.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
     """
     others = {"task_ids": task_ids, "expert_ids": expert_ids, "update_input": update_input}
     required = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "gate": gate}
     check_tensors(required, {"bias": bias, **others})
-    _check(x, weight, bias, lora_a, lora_b, update_input)
+    check_lora(x, weight, bias, lora_a, lora_b, update_input)
     adapters = Adapters(lora_a, None, lora_b, None)
     experts, _, _ = lora_a.shape
     given = check_gate(gate, x, experts, weight.shape[0], task_ids, expert_ids)
@@ -232,26 +231,3 @@ def mixture_of_lora_linear(
     else:
         out, _ = launch_forward(*_bundle(*arguments), save=False)
     return out.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
-
-
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, update_input: Tensor | None
-) -> None:
-    if x.dim() == 0 or x.dtype not in FLOATING:
-        raise ValueError(f"x: expected floating [..., Din], got {x.dtype} {list(x.shape)}")
-    width = x.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"weight: expected [Dout, {width}] (Din from x), got {list(weight.shape)}")
-    if lora_a.dim() != 3 or lora_a.shape[2] != width:
-        raise ValueError(f"lora_a: expected [E, r, {width}] (Din from x), got {list(lora_a.shape)}")
-    low_rank.check_experts("lora_a", lora_a)
-    experts, rank, _ = lora_a.shape
-    expected = {"lora_b": (lora_b, (experts, weight.shape[0], rank)), "bias": (bias, (weight.shape[0],))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
-    if update_input is not None and (update_input.shape != x.shape or update_input.dtype != x.dtype):
-        raise ValueError(
-            f"update_input: expected {list(x.shape)} in {x.dtype} like x, "
-            f"got {list(update_input.shape)} in {update_input.dtype}"
-        )

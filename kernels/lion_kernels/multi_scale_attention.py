@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lion_kernels.attention import launch as attention
+from lion_kernels.attention.arguments import check_maps
 from lion_kernels.attention.maps import (
     Maps,
     compose,
@@ -32,13 +33,7 @@ from lion_kernels.attention.maps import (
 )
 from lion_kernels.attention.specs import attention_specs
 from lion_kernels.core import operator
-from lion_kernels.core.arguments import (
-    as_number,
-    check_floating,
-    check_sequence,
-    check_tensors,
-    shown,
-)
+from lion_kernels.core.arguments import as_number
 from lion_kernels.core.backend import autocast_dtype, choose_backend, needs_dispatch, refuse_uninterpretable
 from lion_kernels.core.cost import Cost
 from lion_kernels.core.dropout import check_dropout, seed_tensor
@@ -194,11 +189,9 @@ def multi_scale_attention(
         the output is zero.
 
     Raises:
-        TypeError: an argument of another type; the message names it.
-        ValueError: invalid shape, dtype, layout, device, scale, dropout_p, seed or backend; the message names the
-            argument.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
     """
-    masks = _check(q, keys, values, key_padding_mask, scale_gate)
+    masks = check_maps(q, keys, values, key_padding_mask, scale_gate)
     dropout_p = check_dropout(dropout_p, seed, "q", q)
     factor = q.shape[-1] ** -0.5 if scale is None else as_number("scale", scale)
     dtype = autocast_dtype(q)
@@ -216,57 +209,3 @@ def multi_scale_attention(
         dispatched = needs_dispatch(q, *keys, *values, scale_gate)
         out = forward_op(*call)[0] if dispatched else launch_forward(call, save=False)[0]
     return out.squeeze(2) if scale_gate is None and len(keys) == 1 else out
-
-
-def _check(
-    q: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_padding_mask: Tensor | Sequence[Tensor | None] | None,
-    scale_gate: Tensor | None,
-) -> list[Tensor]:
-    """Check the arguments; return one contiguous bool mask per map, empty for a map without a mask."""
-    check_sequence("keys", keys)
-    check_sequence("values", values)
-    if not keys or len(keys) != len(values):
-        raise ValueError(f"values: expected one per feature map of keys, got {len(values)} for {len(keys)} keys")
-    if key_padding_mask is None or isinstance(key_padding_mask, Tensor):
-        key_padding_mask = [key_padding_mask] * len(keys)
-    if not isinstance(key_padding_mask, list | tuple):
-        raise TypeError(
-            f"key_padding_mask: expected a torch.Tensor, a list or tuple, or None, got {shown(key_padding_mask)}"
-        )
-    if len(key_padding_mask) != len(keys):
-        raise ValueError(f"key_padding_mask: expected {len(keys)} (from keys), got {len(key_padding_mask)}")
-    alike: dict[str, Tensor] = {}
-    optional = {"scale_gate": scale_gate}
-    for s, (k, v, mask) in enumerate(zip(keys, values, key_padding_mask, strict=True)):
-        alike[f"keys[{s}]"], alike[f"values[{s}]"] = k, v
-        if mask is not None:
-            optional[f"key_padding_mask[{s}]"] = mask
-    check_tensors({"q": q, **alike}, optional)
-    attention.check_queries(q)
-    batch, _, heads, head_dim = q.shape
-    if scale_gate is not None:
-        if tuple(scale_gate.shape) != (len(keys),):
-            raise ValueError(f"scale_gate: expected {[len(keys)]} (from keys), got {list(scale_gate.shape)}")
-        check_floating("scale_gate", scale_gate)
-        attention.check_device(q, {"scale_gate": scale_gate})
-    masks: list[Tensor] = []
-    for s, (k, v, mask) in enumerate(zip(keys, values, key_padding_mask, strict=True)):
-        if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, head_dim):
-            raise ValueError(f"keys[{s}]: expected {[batch, 'L_s', heads, head_dim]} (from q), got {list(k.shape)}")
-        if v.shape != k.shape:
-            raise ValueError(f"values[{s}]: expected {list(k.shape)} (from keys[{s}]), got {list(v.shape)}")
-        if mask is None:
-            masks.append(q.new_empty(0, dtype=torch.bool))
-        else:
-            if mask.shape != k.shape[:2]:
-                raise ValueError(
-                    f"key_padding_mask: expected {list(k.shape[:2])} for keys[{s}], got {list(mask.shape)}"
-                )
-            attention.check_mask("key_padding_mask", mask)
-            attention.check_device(q, {"key_padding_mask": mask})
-            masks.append(mask.bool().contiguous())
-    attention.check_alike(q, alike)
-    return masks

@@ -197,8 +197,7 @@ def residual_layer_norm(
     The kernels keep the sum in fp32; "torch" rounds it to the inputs' dtype before it normalises.
 
     Args:
-        x: [..., D], any leading dimensions, floating; the output of a linear layer without its bias. Any dimension may
-            be 0.
+        x: [..., D], floating, the output of a linear layer without its bias; any dimension may be 0.
         residual: [..., D] like x; its dtype may differ.
         weight, bias: [D] of the norm.
         eps: positive, added to the variance.
@@ -214,8 +213,7 @@ def residual_layer_norm(
         [..., D] in the wider dtype of x and residual.
 
     Raises:
-        TypeError: an argument of another type; the message names it.
-        ValueError: invalid shape, dtype, layout, device, eps, probability or backend; the message names the argument.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
     """
     _check(x, residual, weight, bias, x_bias)
     eps = as_positive("eps", eps)

@@ -227,8 +227,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         [..., D] in weight's dtype.
 
     Raises:
-        TypeError: an argument of another type; the message names it.
-        ValueError: invalid shape, dtype, layout, device, eps or backend; the message names the argument.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
     """
     _check(x, weight)
     eps = as_positive("eps", eps)
@@ -245,8 +244,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
     if x.dim() == 0 or x.dtype not in FLOATING:
         raise ValueError(f"x: expected floating [..., D], got {x.dtype} {list(x.shape)}")
     if weight.shape != x.shape[-1:] or weight.dtype not in FLOATING:
-        raise ValueError(
-            f"weight: expected floating [{x.shape[-1]}] (D from x), got {weight.dtype} {list(weight.shape)}"
-        )
+        got = f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(f"weight: expected floating [{x.shape[-1]}] (D from x), got {got}")
     if weight.device != x.device:
         raise ValueError(f"weight: expected device {x.device} (from x), got {weight.device}")

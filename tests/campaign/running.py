@@ -112,6 +112,7 @@ def _run_all(boundary: str, seeds: Sequence[int], sender: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + _SPARE, hard))
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
+            sender.send(("begin", (seed, "the generator")))
             trial = make(random.Random(f"{boundary} {seed}"), Path(folder))
             sender.send(("begin", (seed, trial.description)))
             _reset_peak()

@@ -31,7 +31,7 @@ PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Errors of commands that read the user's files, which do not exist here; only their arguments are tested.
 WANTING = {
-    "convert": "eva_vit_g.pth: no such file",
+    "convert": "--vit: expected a file, got a directory or nothing at eva_vit_g.pth",
     "tag ": "model: expected a directory, got lion-xl/ram",
     "caption tags.jsonl": "input: expected a file, a directory, or a pattern that matches files, got tags.jsonl",
     "train --stage 1 model": "captions.jsonl",
