@@ -2,15 +2,16 @@
 
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, InstructBlipQFormerConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, InstructBlipQFormerConfig, PreTrainedConfig
 
+from lion_fast.io.settings import CheckedSettings, expect_settings
 from lion_fast.tasks import TASKS
 
 VISUAL_INPUTS = ("ALL", "QFORMER", "AGGREGATOR")
 KERNEL_BACKENDS = ("auto", "triton", "torch")
 
 
-class LionVisionConfig(PreTrainedConfig):
+class LionVisionConfig(CheckedSettings, PreTrainedConfig):
     """Configuration of the frozen vision tower. The defaults are EVA-g/14 as LION uses it (39 blocks, no final norm).
 
     Args:
@@ -41,7 +42,7 @@ class LionVisionConfig(PreTrainedConfig):
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
-class LionAggregatorConfig(PreTrainedConfig):
+class LionAggregatorConfig(CheckedSettings, PreTrainedConfig):
     """Configuration of the vision aggregator (paper, section 3.2), with one block per feature map after the first.
 
     Args:
@@ -65,7 +66,7 @@ class LionAggregatorConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
 
-class LionConfig(PreTrainedConfig):
+class LionConfig(CheckedSettings, PreTrainedConfig):
     """Configuration of `LionForCausalLM`. The defaults are LION-FlanT5-XL.
 
     Args:
@@ -112,6 +113,7 @@ class LionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        expect_settings("", {**vars(self), **kwargs})
         _expect_one_of("visual_input", self.visual_input, VISUAL_INPUTS)
         self.vision_config = _part("vision_config", self.vision_config, LionVisionConfig)
         self.qformer_config = _part("qformer_config", self.qformer_config, InstructBlipQFormerConfig)
@@ -201,22 +203,30 @@ def _expect_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _part(name: str, value: dict | PreTrainedConfig | None, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     if value is None:
         return config_class()
-    if isinstance(value, dict):
-        return config_class(**value)
-    if not isinstance(value, config_class):
+    if not isinstance(value, dict | config_class):
         raise ValueError(f"{name}: expected a dict or {config_class.__name__}, got {type(value).__name__}")
-    return value
+    expect_settings(f"{name}.", value)
+    if isinstance(value, config_class):
+        return value
+    fields: Any = value
+    if (found := fields.get("model_type", config_class.model_type)) != config_class.model_type:
+        raise ValueError(f"{name}.model_type: expected {config_class.model_type!r}, got {found!r}")
+    return config_class(**fields)
 
 
 def _text_part(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if value is not None and not isinstance(value, dict | PreTrainedConfig):
+        raise ValueError(f"text_config: expected a dict or a configuration, got {value!r}")
+    if value is not None:
+        expect_settings("text_config.", value)
     if isinstance(value, PreTrainedConfig):
         return value
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"text_config: expected a dict or a configuration, got {value!r}")
     fields = dict(value) if value is not None else dict(FLAN_T5_XL)
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ValueError(f"text_config: expected a key 'model_type' such as 't5' or 'llama', got {sorted(fields)}")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"text_config.model_type: expected a model type of transformers, got {model_type!r}")
     config = AutoConfig.for_model(model_type, **fields)
     # T5Config's constructor replaces Flan's activation with the tanh approximation; LION uses the exact GELU.
     if "dense_act_fn" in fields:

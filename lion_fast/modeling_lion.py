@@ -17,13 +17,16 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from lion_fast.configuration_lion import LionConfig
+from lion_fast.io.untrusted import MODEL_FILES, local_folder
 from lion_fast.model.adapters import MixtureOfAdapters
 from lion_fast.model.aggregator import LionAggregator
 from lion_fast.model.attention import AttendingModel, prefer_kernel_attention
 from lion_fast.model.checkpointing import with_gradient
+from lion_fast.model.fitting import lion_sizes
 from lion_fast.model.generation import LionGenerationMixin, lion_generation_config
 from lion_fast.model.image_features import ImageFeatures
 from lion_fast.model.kernel_modules import PrefixEmbedding, run_on_kernels
+from lion_fast.model.pretrained import load_pretrained
 from lion_fast.model.quantization import keep_trained_modules
 from lion_fast.model.targets import TargetsMixin
 from lion_fast.model.text import language_model_class
@@ -126,10 +129,30 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as `PreTrainedModel` does; a `quantization_config` keeps what LION trains in the model's dtype."""
+        """Load as `PreTrainedModel` does, but only checkpoints that are complete and hold data alone.
+
+        A `quantization_config` keeps what LION trains in the model's dtype. `trust_remote_code` has no effect: a
+        checkpoint that asks for code is refused.
+
+        Args:
+            pretrained_model_name_or_path: directory, or name on the Hub.
+            kwargs: arguments of `PreTrainedModel.from_pretrained`. With `visual_input`, `num_adapters` or
+                `soft_prompt_token_id` other than the checkpoint's, weights that it lacks are new; with
+                `ignore_mismatched_sizes=True`, also those of other shapes.
+
+        Raises:
+            CheckpointError: the checkpoint asks for code, a file is damaged or missing, `config.json` does not fit the
+                weights, or tensors are missing or have other shapes; the message names the file.
+            OSError: there is no such directory, nor such a name on the Hub.
+        """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_trained_modules(kwargs["quantization_config"])
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        load = super().from_pretrained
+        if pretrained_model_name_or_path is None:  # a state_dict instead
+            return load(None, *args, **kwargs)
+        folder = local_folder(pretrained_model_name_or_path, MODEL_FILES, kwargs)
+        options = {**kwargs, "name_or_path": pretrained_model_name_or_path}
+        return load_pretrained(load, LionConfig, lion_sizes, folder, options, *args)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -24,6 +24,8 @@ from lion_fast.io.boxes import draw_boxes, parse_boxes
 from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.io.image_sources import flattened
 from lion_fast.io.images import ImageLike, load_images
+from lion_fast.io.processor_files import QFORMER_TOKENIZER, expect_processor_files
+from lion_fast.io.untrusted import PROCESSOR_FILES, expect_data_only, local_folder
 from lion_fast.model.chat import CHAT_TEMPLATE, expect_conversations, with_content
 from lion_fast.model.processor_arguments import (
     Settings,
@@ -229,6 +231,28 @@ class LionProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Load as `ProcessorMixin` does, but only files that hold data alone.
+
+        `trust_remote_code` has no effect: a directory that asks for code is refused.
+
+        Args:
+            pretrained_model_name_or_path: directory, or name on the Hub.
+            kwargs: arguments of `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            CheckpointError: a file asks for code, is damaged or missing, or has a setting of the wrong type or range;
+                the message names the file or directory.
+            OSError: there is no such directory, nor such a name on the Hub.
+        """
+        folder = local_folder(pretrained_model_name_or_path, PROCESSOR_FILES, kwargs)
+        expect_processor_files(folder)
+        _tokenizer(folder)
+        _tokenizer(folder / QFORMER_TOKENIZER)  # transformers would replace it by the other if it cannot be loaded
+        with naming(folder, "a directory with LION's processor"):
+            return super().from_pretrained(folder, local_files_only=True, trust_remote_code=False, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         return [
@@ -347,21 +371,22 @@ def build_processor(
     qformer_tokenizer = _tokenizer(Path(bert_dir))
     qformer_tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     with naming(Path(llm_dir) / "config.json", "a readable configuration"):
-        is_encoder_decoder = AutoConfig.from_pretrained(llm_dir).is_encoder_decoder
+        config = AutoConfig.from_pretrained(llm_dir, trust_remote_code=False)
     return LionProcessor(
         BlipImageProcessorPil(size={"height": image_size, "width": image_size}),
         tokenizer,
         qformer_tokenizer,
-        is_encoder_decoder=is_encoder_decoder,
+        is_encoder_decoder=config.is_encoder_decoder,
         soft_prompt_token=soft_prompt_token,
     )
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    expect_data_only(directory)
     if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
         raise CheckpointError(f"{directory}: expected a tokenizer's {', '.join(_VOCABULARY_FILES)}, found none of them")
     with naming(directory, "a readable tokenizer"):
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:

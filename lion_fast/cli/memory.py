@@ -46,6 +46,7 @@ def _run(args: argparse.Namespace) -> int:
         return run_again(args, interpret=True)
 
     from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
+    from lion_fast.inference.loading import load_config
     from lion_fast.training.building import stage_config
     from lion_fast.training.memory import Shapes, as_table, estimate
 
@@ -56,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
         directory = args.model or next(iter([recipe.model.frozen_from, *recipe.model.carry_over][::-1]), None)
         if directory is None or not (Path(directory) / "config.json").is_file():
             raise ValueError(f"model: expected --size, or a LION directory in --model or the recipe, got {directory}")
-        config, name = LionConfig.from_pretrained(directory), str(directory)
+        config, name = load_config(Path(directory)), str(directory)
     shapes = Shapes(recipe.batch.per_process, args.text_tokens, args.question_tokens, args.answer_tokens)
     columns = {}
     for backend, label in (("torch", "PyTorch"), *([("triton", "kernels")] if HAS_TRITON else [])):

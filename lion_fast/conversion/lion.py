@@ -3,7 +3,6 @@
 Every dimension is read from the files, so a tiny model is converted by the same code as the published models.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,9 @@ from transformers.activations import ACT2FN
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.conversion.ram import convert_ram
 from lion_fast.io.atomic import whole_directory
-from lion_fast.io.checkpoints import CheckpointError, TensorInfo, naming, scan, write_sharded
+from lion_fast.io.checkpoints import CheckpointError, TensorInfo, scan, write_sharded
+from lion_fast.io.settings import expect_settings, naming_settings
+from lion_fast.io.untrusted import expect_data_only, read_json
 from lion_fast.model.generation import lion_generation_config
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor, build_processor
@@ -96,6 +97,9 @@ def convert_checkpoint(
         absent = ", ".join(sorted(set(ram_sources) - set(given)))
         raise CheckpointError(f"{absent}: expected ram, ram_tags and ram_thresholds together, got {', '.join(given)}")
 
+    for folder in (Path(llm), Path(bert)):
+        if folder.is_dir():
+            expect_data_only(folder)
     sources = {"vit": _Source(vit, scan(vit)), "llm": _Source(llm, scan(llm)), "lion": _Source(lion, scan(lion))}
     vision_config, text_config = _vision_config(sources["vit"]), _text_config(sources["llm"])
     bert_settings = _bert_settings(Path(bert))
@@ -175,12 +179,17 @@ def _vision_config(vit: _Source) -> LionVisionConfig:
     )
 
 
+# Settings of the language model that come from its tensors, whatever its file says.
+_COUNTED = ("vocab_size", "num_layers", "num_decoder_layers")
+
+
 def _text_config(llm: _Source) -> T5Config:
     directory = Path(llm.path)
-    settings = _read_json(directory / "config.json")
+    settings = read_json(directory / "config.json")
     if settings.get("model_type") != "t5":
         raise CheckpointError(f"{directory}: expected a model of type 't5', got {settings.get('model_type')!r}")
-    with naming(directory / "config.json", "a configuration of T5"):
+    with naming_settings(directory / "config.json"):
+        expect_settings("", {name: value for name, value in settings.items() if name not in _COUNTED})
         config = T5Config(**settings)
     config.dense_act_fn = "gelu"  # LION runs Flan-T5 with the exact GELU
     config.vocab_size, _ = llm.shape("shared.weight", 2)
@@ -194,13 +203,14 @@ def _text_config(llm: _Source) -> T5Config:
 
 def _bert_settings(directory: Path) -> dict:
     wanted = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
-    settings = _read_json(directory / "config.json")
+    settings = read_json(directory / "config.json")
     if absent := [name for name in wanted if name not in settings]:
         raise CheckpointError(f"{directory / 'config.json'}: missing {', '.join(absent)}")
-    if settings["hidden_act"] not in ACT2FN:
+    if not isinstance(settings["hidden_act"], str) or settings["hidden_act"] not in ACT2FN:
         raise CheckpointError(f"{directory / 'config.json'}: unknown hidden_act {settings['hidden_act']!r}")
     used = {name: settings[name] for name in wanted} | {"layer_norm_eps": settings.get("layer_norm_eps", 1e-12)}
-    with naming(directory / "config.json", "a configuration of BERT"):
+    with naming_settings(directory / "config.json"):
+        expect_settings("", used)
         InstructBlipQFormerConfig(**used)
     return used
 
@@ -341,16 +351,8 @@ def _find_tensors(sources: dict[str, _Source], config: LionConfig) -> dict[str, 
                 f"{sources['lion'].path}: {name}: expected no adapter where the language model has no layer"
             )
     if problems:
-        raise CheckpointError("\n".join(_shorten(problems)))
+        raise CheckpointError("; ".join(_shorten(problems, 4)))
     return tensors
-
-
-def _read_json(file: Path) -> dict:
-    with naming(file, "a readable JSON file"):
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(settings).__name__}")
-    return settings
 
 
 def _shorten(names: list[str], limit: int = 12) -> list[str]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from lion_fast.io.checkpoints import CheckpointError, naming
+from lion_fast.configuration_lion import LionConfig
+from lion_fast.io.checkpoints import CheckpointError, has_weights, scan
+from lion_fast.model.fitting import expect_fitting, lion_sizes
 from lion_fast.modeling_lion import LionForCausalLM
 
 
@@ -42,15 +44,24 @@ def load_complete(directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
     Raises:
         CheckpointError: the checkpoint cannot be loaded, or parameters are missing or have other shapes.
     """
-    # Without the warnings: the error below reports missing parameters in one line.
-    with quiet_transformers(), naming(directory, "a checkpoint of LION that can be loaded"):
-        loaded: Any = LionForCausalLM.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
-        )
-    model, info = loaded
-    absent = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
-    if absent:
-        raise CheckpointError(
-            f"{directory}: {len(absent)} tensors are missing or of another shape, such as {absent[0]}"
-        )
+    if not Path(directory).is_dir():  # a name would be downloaded
+        raise CheckpointError(f"{directory}: no such directory")
+    # Without the warnings: errors report what is missing in one line.
+    with quiet_transformers():
+        model = LionForCausalLM.from_pretrained(directory, dtype=dtype, **settings)
     return model.eval()
+
+
+def load_config(directory: Path) -> LionConfig:
+    """Load a directory's configuration, and compare it with the weights beside it, if there are any.
+
+    Raises:
+        CheckpointError: there is no such directory or configuration, it asks for code, or it does not fit the weights;
+            the message names the file.
+    """
+    if not Path(directory).is_dir():  # a name would be downloaded
+        raise CheckpointError(f"{directory}: no such directory")
+    config = LionConfig.from_pretrained(directory)
+    if has_weights(Path(directory)):
+        expect_fitting(config, scan(directory), Path(directory), lion_sizes)
+    return config

@@ -7,6 +7,7 @@ file and one shard are in memory at a time. Files are memory-mapped, except thos
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 
 SAFE_INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 class CheckpointError(ValueError):
@@ -29,17 +31,21 @@ class CheckpointError(ValueError):
 def naming(path: str | Path, what: str) -> Iterator[None]:
     """Turn any exception inside into a `CheckpointError` that says that `path` is not `what`.
 
-    Only for calls into libraries that read files: on damaged files they raise anything, up to bare `Exception`.
+    Only for calls into libraries that read files: on damaged files they raise anything, up to bare `Exception`, and
+    tokenizers' Rust raises a `BaseException`.
     """
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: not {what} ({_brief(error)})") from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{path}: not {what} ({brief(error)})") from error
 
 
-def _brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
+    """Return an error's message on one line, or its type if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -57,20 +63,26 @@ class TensorInfo:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def scan(path: str | Path) -> dict[str, TensorInfo]:
+def scan(path: str | Path, variant: str | None = None) -> dict[str, TensorInfo]:
     """Return names, shapes and dtypes of the tensors in a file or a model directory, without reading their values.
 
     Args:
         path: a `.safetensors` file, a file written by `torch.save` (a state dict, or a dict with a state dict under
             "model"), or a directory in the format of `save_pretrained`, sharded or not.
+        variant: part of a directory's file names, as for `from_pretrained`: `"fp16"` for `model.fp16.safetensors`.
 
     Raises:
         CheckpointError: the path does not exist, or a file is truncated, has another format or would run code when
             unpickled.
     """
     infos: dict[str, TensorInfo] = {}
-    for file in _files(Path(path)):
-        infos |= _scan_file(file)  # a separate function, which frees one file's tensors before the next file
+    for file in _files(Path(path), variant):
+        found = _scan_file(file)  # a separate function, which frees one file's tensors before the next file
+        if twice := sorted(infos.keys() & found):
+            raise CheckpointError(
+                f"{file}: expected tensors of its own, got {twice[0]}, which {infos[twice[0]].file} has"
+            )
+        infos |= found
     return infos
 
 
@@ -101,13 +113,19 @@ def read_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]
 
 def _load_torch(file: Path) -> dict[str, Tensor]:
     with naming(file, "a readable PyTorch checkpoint"):
+        _expect_uncompressed(file)
         try:
             loaded = _torch_load(file)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL \S+", str(error))
+        except Exception as error:
+            if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
+                raise
+            # Only the reason: torch's message goes on to advise loading the file without these checks.
+            found = re.search(r"GLOBAL \S+", str(error)) or re.search(
+                r"[Uu]nsupported \w+ \S+|TorchScript archive|legacy \S+ format", str(error)
+            )
             raise CheckpointError(
                 f"{file}: refused, because it does not hold tensors alone and loading it could run code "
-                f"({found.group() if found else _brief(error)})"
+                f"({found.group() if found else 'its pickle is damaged or not one of torch.save'})"
             ) from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict):
@@ -132,17 +150,34 @@ def _torch_load(file: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _files(path: Path) -> list[Path]:
+def _expect_uncompressed(file: Path) -> None:
+    """Refuse an archive that was compressed again: memory-mapped, its compressed bytes would be read as values."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{file}: expected an archive without compression, as torch.save writes it")
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has a file of weights, or an index of them, that `scan` would read."""
+    return any((directory / name).exists() for name in (*_SINGLE, SAFE_INDEX, TORCH_INDEX))
+
+
+def _files(path: Path, variant: str | None = None) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory")
-    for index in (SAFE_INDEX, TORCH_INDEX):
+        got = "a pipe, socket or device" if path.exists() else "no such file or directory"
+        raise CheckpointError(f"{path}: {got}")
+    for single, index in zip(_SINGLE, (SAFE_INDEX, TORCH_INDEX), strict=True):
+        if variant is not None:
+            single, index = (f".{variant}.".join(name.rsplit(".", 1)) for name in (single, index))
+        if (path / single).is_file():  # transformers prefers it to an index too
+            return [path / single]
         if (path / index).is_file():
             return _indexed_files(path / index)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return [path / name]
     raise CheckpointError(f"{path}: found neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
 

@@ -44,6 +44,8 @@ class LionGenerationMixin(GenerationMixin):
             the output object if `return_dict_in_generate` is set.
         """
         kwargs.pop("labels", None)
+        if isinstance(kwargs.get("custom_generate"), str):
+            kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks whether to run its code
         if kwargs.get("do_sample"):
             kwargs.setdefault("top_p", 0.9)  # not in the generation config: beam search would warn
         self.language_model.generation_config = self.generation_config

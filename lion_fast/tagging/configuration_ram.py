@@ -4,8 +4,10 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, SwinConfig
 
+from lion_fast.io.settings import CheckedSettings, expect_settings
 
-class RamConfig(PreTrainedConfig):
+
+class RamConfig(CheckedSettings, PreTrainedConfig):
     """Configuration of `RamTagger`. The defaults are the published tagger (Swin-L at 384 pixels, 4585 tags).
 
     The tags and their thresholds are not part of the configuration: they are stored beside the weights, in
@@ -41,10 +43,12 @@ class RamConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        if self.vision_config is None or isinstance(self.vision_config, dict):
-            self.vision_config = SwinConfig(**(SWIN_LARGE_384 if self.vision_config is None else self.vision_config))
-        if not isinstance(self.vision_config, SwinConfig):
-            raise ValueError(f"vision_config: expected a dict or SwinConfig, got {type(self.vision_config).__name__}")
+        expect_settings("", {**vars(self), **kwargs})
+        vision = SWIN_LARGE_384 if self.vision_config is None else self.vision_config
+        if not isinstance(vision, dict | SwinConfig):
+            raise ValueError(f"vision_config: expected a dict or SwinConfig, got {type(vision).__name__}")
+        expect_settings("vision_config.", vision)
+        self.vision_config = SwinConfig(**vision) if isinstance(vision, dict) else vision
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, "

@@ -18,12 +18,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, SwinModel
 from transformers import initialization as init
-from transformers.utils.hub import cached_file
 
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.io.images import ImageLike, load_batches, load_images
+from lion_fast.io.untrusted import TAGGER_FILES, expect_data_only, expect_text_file, local_folder
 from lion_fast.model.attention import attend
+from lion_fast.model.pretrained import load_pretrained
 from lion_fast.tagging.configuration_ram import RamConfig
+from lion_fast.tagging.fitting import ram_sizes
 
 TAG_LIST_FILE = "tag_list.txt"
 TAG_THRESHOLDS_FILE = "tag_thresholds.txt"
@@ -34,8 +36,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Chunk size on a CPU without gradients: the activations of this many tags fit in the cache; those of all tags take more
 # memory than the rest of the tagger.
 _TAGS_AT_A_TIME = 512
-
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class RamTagLayer(nn.Module):
@@ -189,20 +189,38 @@ class RamTagger(PreTrainedModel):
             init.normal_(module.label_embed, std=self.config.initializer_range)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, download: bool = False, **kwargs: Any
+    ) -> Any:
         """Load as `PreTrainedModel` does, with the tags and thresholds from their files beside the weights.
 
+        `trust_remote_code` has no effect: a directory that asks for code is refused.
+
+        Args:
+            pretrained_model_name_or_path: directory, or with `download` a name on the Hub.
+            download: whether a name that is no directory is downloaded from the Hub.
+
         Raises:
-            CheckpointError: the file of tags or thresholds is malformed.
-            OSError: a file is missing.
-            ValueError: the number of tags or thresholds differs from the model's.
+            CheckpointError: the directory asks for code, a file is damaged or missing, `config.json` does not fit the
+                weights, tensors are missing, or the file of tags or thresholds is malformed or of another length; the
+                message names the file.
+            OSError: there is no such directory, or the download failed.
         """
-        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        tags = read_tags(str(cached_file(pretrained_model_name_or_path, TAG_LIST_FILE, **options)))
-        thresholds = read_thresholds(str(cached_file(pretrained_model_name_or_path, TAG_THRESHOLDS_FILE, **options)))
-        return super().from_pretrained(
-            pretrained_model_name_or_path, *args, tags=tags, tag_thresholds=thresholds, **kwargs
-        )
+        folder = local_folder(pretrained_model_name_or_path, TAGGER_FILES, kwargs, download=download)
+        expect_data_only(folder, model_type=RamConfig.model_type)
+        config = RamConfig.from_pretrained(folder)
+        for name in (TAG_LIST_FILE, TAG_THRESHOLDS_FILE):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{folder / name}: no such file")
+        tags, thresholds = read_tags(folder / TAG_LIST_FILE), read_thresholds(folder / TAG_THRESHOLDS_FILE)
+        for name, values in ((TAG_LIST_FILE, tags), (TAG_THRESHOLDS_FILE, thresholds)):
+            if len(values) != config.num_tags:
+                raise CheckpointError(
+                    f"{folder / name}: expected {config.num_tags} lines (num_tags in config.json), got {len(values)}"
+                )
+        load = super().from_pretrained
+        options = {**kwargs, "name_or_path": pretrained_model_name_or_path}
+        return load_pretrained(load, RamConfig, ram_sizes, folder, options, *args, tags=tags, tag_thresholds=thresholds)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save as `PreTrainedModel` does, with the tags and thresholds as files beside the weights."""
@@ -314,6 +332,7 @@ def read_thresholds(path: str | os.PathLike) -> list[float]:
 
 
 def _read_lines(path: str | os.PathLike) -> list[str]:
+    expect_text_file(Path(path))
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

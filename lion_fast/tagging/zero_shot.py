@@ -6,6 +6,7 @@ trained, and a softmax over all tags with CLIP. The quality of the tags depends 
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
+from lion_fast.io.checkpoints import naming
 from lion_fast.io.images import ImageLike, load_batches
+from lion_fast.io.untrusted import expect_data_only
 
 _TEXTS_AT_ONCE = 256
 
@@ -80,9 +83,24 @@ class ZeroShotTagger:
             pretrained_model_name_or_path: directory or Hub name of the classifier.
             tags, threshold, max_tags, template: see the class.
             model_settings: passed to the classifier's `from_pretrained` (`dtype`, `device_map`, ...).
+
+        Raises:
+            CheckpointError: a directory asks for code or cannot be loaded.
+            ValueError: `trust_remote_code` is set. Load such a classifier yourself and pass it to `ZeroShotTagger`.
         """
-        model = AutoModelForZeroShotImageClassification.from_pretrained(pretrained_model_name_or_path, **model_settings)
-        processor = AutoProcessor.from_pretrained(pretrained_model_name_or_path)
+        if model_settings.pop("trust_remote_code", False):
+            raise ValueError(
+                "trust_remote_code: expected False, got True; load a classifier that needs it yourself, and pass it to "
+                "ZeroShotTagger"
+            )
+        name = str(pretrained_model_name_or_path)
+        if Path(name).is_dir():
+            expect_data_only(Path(name))
+        with naming(name, "a zero-shot classifier that can be loaded"):
+            model = AutoModelForZeroShotImageClassification.from_pretrained(
+                name, trust_remote_code=False, **model_settings
+            )
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         return cls(model, processor, tags, threshold=threshold, max_tags=max_tags, template=template)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 8) -> list[str]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.data.seeding import seed_everything
-from lion_fast.inference.loading import load_complete
+from lion_fast.inference.loading import load_complete, load_config
 from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
@@ -39,7 +39,7 @@ def build_model(recipe: Recipe) -> tuple[LionForCausalLM, LionProcessor]:
         if not Path(directory).is_dir():
             raise CheckpointError(f"{directory}: no such directory")
     with naming(sources[0], "a directory with LION's configuration and processor"):
-        config = stage_config(LionConfig.from_pretrained(sources[0]), recipe)
+        config = stage_config(load_config(Path(sources[0])), recipe)
         processor = LionProcessor.from_pretrained(sources[0])
     seed_everything(recipe.seed)
     model = LionForCausalLM(config)

@@ -88,6 +88,8 @@ def run_campaign(boundary: str, seeds: Sequence[int]) -> list[Bad]:
         except EOFError as error:
             process.kill()
             process.join()
+            if seed not in left:  # it died while it made the next trial
+                seed, description = left[0], "not begun"
             reason = str(error) or f"the process died with exit code {process.exitcode}"
             bad.append(Bad(boundary, seed, description, reason))
             left.remove(seed)

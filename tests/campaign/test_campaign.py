@@ -11,11 +11,13 @@ from tests.campaign.running import run_campaign, seeds_of
 
 # Trials of each boundary, by the time that one takes and the variety of its inputs.
 COUNTS: dict[str, int] = {
+    "checkpoints": 40,
     "converting": 200,
     "folders": 150,
     "images": 100,
     "operators": 300,
     "operators_interpreted": 40,
+    "originals": 100,
     "processor": 150,
     "shard_indices": 150,
     "tables": 200,

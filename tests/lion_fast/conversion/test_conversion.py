@@ -124,6 +124,24 @@ def test_a_stage_checkpoint_gives_a_model_with_one_adapter(
         LionProcessor.from_pretrained(tmp_path / "out")(images=torch.zeros(3, 20, 20), text="What?", tags="dog")
 
 
+def test_without_an_aggregator_its_heads_need_not_divide_the_width(
+    convert: Callable, golden_batch, states, changed: Callable, tmp_path: Path
+) -> None:
+    """The vision tower is cut to one head, of 88, which the aggregator's 16 heads do not divide."""
+    half = {176: 88, 528: 264}
+
+    def cut(state: State) -> State:
+        return {k: v[tuple(slice(half.get(n, n)) for n in v.shape)].clone() for k, v in state.items()}
+
+    absent = ("fusion_adapter.", "ln_adapter.", "adapter_proj.")
+    lion = {k: v for k, v in states["lion"].items() if not k.startswith(absent)}
+    convert(vit=changed("vit.pth", cut(states["vit"])), lion=changed("lion.pth", cut(lion)))
+    model = LionForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.config.vision_config.hidden_size == 88
+    assert model.config.visual_input == "QFORMER"
+    assert model(**golden_batch("image_level")).loss.isfinite()
+
+
 @pytest.mark.parametrize("form", ["pytorch_model.bin", "shards"])
 def test_other_formats_of_the_language_model(
     golden_files: dict[str, Path], convert: Callable, converted: Path, golden_batch, tmp_path: Path, form: str
@@ -258,14 +276,31 @@ def directory_with(golden_files: dict[str, Path], tmp_path: Path) -> Callable[..
         ("llm", "config.json", '{"model_type": "llama"}', "expected a model of type 't5', got 'llama'"),
         ("llm", "config.json", "{", "not a readable JSON file"),
         ("llm", "config.json", "[]", "expected a JSON object"),
-        ("llm", "config.json", '{"model_type": "t5", "d_model": "x"}', r"llm/config\.json: not a configuration of T5"),
+        (
+            "llm",
+            "config.json",
+            '{"model_type": "t5", "d_model": "x"}',
+            r"llm/config\.json: d_model: expected a whole number, got 'x'",
+        ),
         ("llm", "model.safetensors", "garbage", "not a readable safetensors file"),
         ("llm", "tokenizer.json", "{", "llm: not a readable tokenizer"),
         ("llm", "tokenizer.json spiece.model", None, "llm: expected a tokenizer's .*, found none of them"),
         ("bert", "vocab.txt", None, "bert: expected a tokenizer's .*, found none of them"),
         ("bert", "config.json", "{", r"bert/config\.json: not a readable JSON file"),
         ("bert", "config.json", {"hidden_act": "foo"}, r"config\.json: unknown hidden_act 'foo'"),
-        ("bert", "config.json", {"num_attention_heads": "two"}, r"config\.json: not a configuration of BERT"),
+        ("bert", "config.json", {"hidden_act": {"a": 1}}, r"config\.json: unknown hidden_act \{'a': 1\}"),
+        (
+            "llm",
+            "config.json",
+            '{"model_type": "t5", "attribute_map": "x"}',
+            r"config\.json: attribute_map: expected no",
+        ),
+        (
+            "bert",
+            "config.json",
+            {"num_attention_heads": "two"},
+            r"config\.json: num_attention_heads: expected a whole number, got 'two'",
+        ),
     ],
 )
 def test_a_broken_directory_is_named(

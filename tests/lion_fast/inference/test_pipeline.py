@@ -137,7 +137,7 @@ def test_a_directory_is_loaded_with_the_arguments(answerer: Answerer, pipe: Lion
     assert other.model.config.kernel_backend == "torch"
     assert other(IMAGES[0]).text is not None
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="not a checkpoint of LION that can be loaded"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
         LionPipeline(tmp_path)
 
 

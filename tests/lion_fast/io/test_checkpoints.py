@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import random
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,54 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, writer: str) -> N
     with pytest.raises(CheckpointError, match=message):
         scan(file)
     assert not made.exists()
+
+
+class Scale(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("kind", ["module", "script", "pickle", "damaged"])
+def test_a_refusal_does_not_quote_advice_to_load_without_checks(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "other.pth"
+    if kind == "script":
+        torch.jit.save(torch.jit.script(Scale()), file)
+    elif kind == "damaged":
+        file.write_bytes(b"\x80\x02\x95\xff.")
+    else:
+        (torch.save if kind == "module" else lambda made, path: path.write_bytes(pickle.dumps(made)))(Scale(), file)
+    with pytest.raises(
+        CheckpointError, match=rf"^{file}: (refused|not a readable|expected an archive without)"
+    ) as caught:
+        scan(file)
+    assert not re.search("weights_only|torch.load|trust|\n", str(caught.value))
+
+
+def test_an_archive_that_was_compressed_again_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Memory-mapped, its compressed bytes would be read as values."""
+    torch.save(state, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as old,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(CheckpointError, match=r"b\.pth: expected an archive without compression"):
+        scan(tmp_path / "b.pth")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    save_shards(state, {"a": "1.safetensors", **dict.fromkeys("bc", "2.safetensors")}, tmp_path)
+    save_file(state, tmp_path / "2.safetensors")
+    with pytest.raises(CheckpointError, match=r"2\.safetensors: expected tensors of its own, got a, which .*1\.safet"):
+        scan(tmp_path)
+
+
+def test_a_variant_is_part_of_the_name(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    save_file(state, tmp_path / "model.fp16.safetensors")
+    assert scan(tmp_path, variant="fp16").keys() == state.keys()
+    with pytest.raises(CheckpointError, match="found neither"):
+        scan(tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(40))
