@@ -240,7 +240,7 @@ def _array(rng: random.Random, folder: Path) -> Trial:
         array.setflags(write=False)
     elif wrapping == "negative" and array.ndim:
         array = array[::-1]
-    elif wrapping == "masked" and array.dtype.names is None:
+    elif wrapping == "masked" and array.dtype.names is None and array.size < 1 << 22:
         array = np.ma.masked_array(array, mask=rng.choice([False, True]))
     elif wrapping == "matrix" and array.ndim == 2:
         array = array.view(np.matrix)
