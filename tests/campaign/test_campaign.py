@@ -13,7 +13,7 @@ from tests.campaign.running import run_campaign, seeds_of
 COUNTS: dict[str, int] = {
     "converting": 200,
     "folders": 150,
-    "images": 100,
+    "images": 400,
     "operators": 300,
     "operators_interpreted": 40,
     "processor": 150,
