@@ -171,33 +171,35 @@ class LionProcessor(ProcessorMixin):
         settings = sorted_settings(kwargs, sorted(self.image_processor.valid_kwargs.__annotations__), return_tensors)
         questions = None if text is None else strings(text, "text")
         tagging = DistinctTags(tags) if callable(tags) else None
+        loaded: list[Image.Image] | None = None
         if images is not None:
+            loaded = []
             every = flattened(images, 1 if questions is None else len(questions))
-            images = []
             for image in load_each(every, allow_urls=allow_urls):  # one at a time is held at its full size
                 if tagging is not None:
                     tagging.add(image)
-                images.append(image if settings.images else self.resize(image))
+                loaded.append(image if settings.images else self.resize(image))
         if questions is None:
-            return self._images_alone(images, settings, {"tags": tags, "text_target": text_target})
-        if images is not None and len(images) != len(questions):
+            return self._images_alone(loaded, settings, {"tags": tags, "text_target": text_target})
+        if loaded is not None and len(loaded) != len(questions):
             raise ValueError(
-                f"text: expected one question per image, got {len(questions)} for {len(images)} images; "
+                f"text: expected one question per image, got {len(questions)} for {len(loaded)} images; "
                 "repeat an image for each of its questions"
             )
         if not questions:
             raise ValueError("text: expected at least one question, got none")
         if tagging is not None:
-            if images is None:
+            if loaded is None:
                 raise ValueError("tags: expected no tagger without images, got one")
             own_tags = tags_by_sample(tagging.of_each(), len(questions), single=False)
         else:
-            own_tags = tags_by_sample(tags, len(questions), single=isinstance(text, str))
+            given: Any = tags
+            own_tags = tags_by_sample(given, len(questions), single=isinstance(text, str))
         prompts = [self._prompt(*sample, index) for index, sample in enumerate(zip(questions, own_tags, strict=True))]
         data = self._tokens(prompts, questions, settings, truncation=text_target is not None)
         data["task_ids"] = task_ids(task, len(questions))
-        if images is not None:
-            data["pixel_values"] = self._pixels(images, settings)
+        if loaded is not None:
+            data["pixel_values"] = self._pixels(loaded, settings)
         if text_target is not None:
             data["labels"] = self._labels(
                 strings(text_target, "text_target", len(questions)), padded=settings.padding is not False

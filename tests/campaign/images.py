@@ -293,7 +293,7 @@ def _shrunk(tensor: torch.Tensor) -> torch.Tensor:
 
 _TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "plain": lambda tensor: tensor,
-    "negative bit": lambda tensor: torch._neg_view(tensor),
+    "negative bit": lambda tensor: torch._neg_view(tensor),  # type: ignore[reportPrivateImportUsage]
     "imaginary part of a conjugate": lambda tensor: torch.complex(tensor, -tensor).conj().imag,
     "conjugate bit": lambda tensor: torch.complex(tensor, tensor).conj(),
     "fake": _fake,
@@ -310,7 +310,7 @@ _TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "parameter": lambda tensor: torch.nn.Parameter(tensor),
     "uninitialized": lambda tensor: torch.nn.UninitializedParameter(),
     "small storage": _shrunk,
-    "functional": lambda tensor: torch._to_functional_tensor(tensor),
+    "functional": lambda tensor: torch._to_functional_tensor(tensor),  # type: ignore[reportPrivateImportUsage]
     "transposed": lambda tensor: tensor.mT,
     "inference": lambda tensor: torch.inference_mode()(tensor.clone)(),
     "numpy": lambda tensor: tensor.numpy(),
