@@ -23,7 +23,7 @@ from lion_fast.configuration_lion import LionConfig
 from lion_fast.io.boxes import draw_boxes, parse_boxes
 from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.io.image_sources import flattened
-from lion_fast.io.images import ImageLike, load_images
+from lion_fast.io.images import ImageLike, load_each
 from lion_fast.io.processor_files import QFORMER_TOKENIZER, expect_processor_files
 from lion_fast.io.untrusted import PROCESSOR_FILES, expect_data_only, local_folder
 from lion_fast.model.chat import CHAT_TEMPLATE, expect_conversations, with_content
@@ -36,6 +36,7 @@ from lion_fast.model.processor_arguments import (
     tags_by_sample,
     task_ids,
 )
+from lion_fast.tagging.distinct import DistinctTags
 
 TAG_SENTENCE = "According to {soft_prompt}, you are allowed to use or partially use the following tags: [{tags}]. "
 # Without any of these files, a tokenizer silently gets an empty vocabulary.
@@ -140,7 +141,8 @@ class LionProcessor(ProcessorMixin):
             text: one question (or instruction) or B questions. None for the images alone, which leaves out all but
                 `pixel_values`.
             tags: tags of each image: `"dog, cart, man"`, a list of strings, or None or "" for no tag sentence. None for
-                no tags at all. A tagger, such as a `RamTagger`, is called with each distinct image once.
+                no tags at all. A tagger, such as a `RamTagger`, is called with each distinct image once: with all of a
+                batch, or with as many at a time as hold `io.images.MAX_PIXELS` together.
             task: `"image_level"` (captions, questions) or `"region_level"` (boxes), by which the adapters' router
                 chooses; one for all samples or one per sample.
             text_target: one answer or B answers, for training.
@@ -170,26 +172,36 @@ class LionProcessor(ProcessorMixin):
             raise TypeError(f"allow_urls: expected True or False, got {brief(allow_urls)}")
         settings = sorted_settings(kwargs, sorted(self.image_processor.valid_kwargs.__annotations__), return_tensors)
         questions = None if text is None else strings(text, "text")
+        tagging = DistinctTags(tags) if callable(tags) else None
+        loaded: list[Image.Image] | None = None
         if images is not None:
-            images = load_images(flattened(images, 1 if questions is None else len(questions)), allow_urls=allow_urls)
+            loaded = []
+            every = flattened(images, 1 if questions is None else len(questions))
+            for image in load_each(every, allow_urls=allow_urls):  # one at a time is held at its full size
+                if tagging is not None:
+                    tagging.add(image)
+                loaded.append(image if settings.images else self.resize(image))
         if questions is None:
-            return self._images_alone(images, settings, {"tags": tags, "text_target": text_target})
-        if images is not None and len(images) != len(questions):
+            return self._images_alone(loaded, settings, {"tags": tags, "text_target": text_target})
+        if loaded is not None and len(loaded) != len(questions):
             raise ValueError(
-                f"text: expected one question per image, got {len(questions)} for {len(images)} images; "
+                f"text: expected one question per image, got {len(questions)} for {len(loaded)} images; "
                 "repeat an image for each of its questions"
             )
         if not questions:
             raise ValueError("text: expected at least one question, got none")
-        if callable(tags):
-            own_tags = _run_tagger(tags, images)
+        if tagging is not None:
+            if loaded is None:
+                raise ValueError("tags: expected no tagger without images, got one")
+            own_tags = tags_by_sample(tagging.of_each(), len(questions), single=False)
         else:
-            own_tags = tags_by_sample(tags, len(questions), single=isinstance(text, str))
+            given: Any = tags
+            own_tags = tags_by_sample(given, len(questions), single=isinstance(text, str))
         prompts = [self._prompt(*sample, index) for index, sample in enumerate(zip(questions, own_tags, strict=True))]
         data = self._tokens(prompts, questions, settings, truncation=text_target is not None)
         data["task_ids"] = task_ids(task, len(questions))
-        if images is not None:
-            data["pixel_values"] = self._pixels(images, settings)
+        if loaded is not None:
+            data["pixel_values"] = self._pixels(loaded, settings)
         if text_target is not None:
             data["labels"] = self._labels(
                 strings(text_target, "text_target", len(questions)), padded=settings.padding is not False
@@ -197,6 +209,18 @@ class LionProcessor(ProcessorMixin):
         if settings.return_tensors is not None and settings.padding is not True:
             _expect_equal_lengths(data, settings)
         return BatchFeature(data, tensor_type=settings.return_tensors)
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """Resize an RGB image to the size of the model's images, which the processor's call then leaves as it is.
+
+        Images can so be reduced one at a time, before they are collected in a batch: the batch has the same pixels as
+        that of the full images. An image processor that does not resize to a fixed size gets the image itself.
+        """
+        process = self.image_processor
+        height, width = process.size.height, process.size.width
+        if not (process.do_resize and height and width and isinstance(process.resample, int)):
+            return image
+        return image.resize((width, height), Image.Resampling(process.resample))
 
     def apply_chat_template(self, conversation: Sequence[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
         """Turn a conversation, or several, into a prompt, or with `tokenize=True` into the model's inputs.
@@ -395,21 +419,6 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | No
         return None
     ids = tokenizer(token, add_special_tokens=False).input_ids
     return next((i for i in ids if tokenizer.convert_ids_to_tokens(i) == token), None)
-
-
-def _run_tagger(tagger: Tagger, images: list[Image.Image] | None) -> list[str]:
-    """Return a tagger's tags of each image as one string; equal images are tagged once."""
-    if images is None:
-        raise ValueError("tags: expected no tagger without images, got one")
-    contents = [(image.size, image.tobytes()) for image in images]
-    distinct = dict(zip(contents, images, strict=True))
-    found = tagger(list(distinct.values()))
-    if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != len(distinct):
-        raise ValueError(
-            f"tags: expected one entry from the tagger for each of {len(distinct)} images, got {brief(found)}"
-        )
-    tags = dict(zip(distinct, tags_by_sample(found, len(found), single=False), strict=True))
-    return [tags[content] for content in contents]
 
 
 def _expect_equal_lengths(data: Mapping[str, Any], settings: Settings) -> None:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Modules built on a package of an extra, which they import at once; their importers ensure that it is installed.
 NEEDING_EXTRAS = {
+    "lion_fast.demo.guards": "starlette",
     "lion_fast.demo.page": "gradio",
     "lion_fast.demo.server": "gradio",
     "lion_fast.drop_in.lora": "peft",

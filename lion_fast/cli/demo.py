@@ -1,13 +1,19 @@
 """`lion-fast demo`: serve a web page to try a model."""
 
 import argparse
+import ipaddress
+import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lion_fast.cli.arguments import device, expect_model, positive_int
 from lion_fast.cli.ask import DEFAULT_MODEL
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_PATIENCE = 10.0  # seconds after a signal
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +28,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument(
         "--host",
-        default=_LOOPBACK[0],
+        default="127.0.0.1",
         help="address to listen on; 0.0.0.0 for the whole network (default: %(default)s)",
     )
     parser.add_argument("--port", type=positive_int, metavar="N", help="default: the first free port from 7860")
@@ -32,6 +38,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run(args: argparse.Namespace) -> None:
     expect_model(args.model, "--model")
+    from lion_fast.demo.addresses import find_address
     from lion_fast.demo.answering import Answerer
     from lion_fast.extras import require
     from lion_fast.inference.loading import default_device
@@ -39,12 +46,34 @@ def _run(args: argparse.Namespace) -> None:
     require("demo", "gradio", "matplotlib")
     from lion_fast.demo.server import serving
 
-    answerer = Answerer.from_pretrained(args.model, args.device or default_device())
-    with serving(answerer, str(args.model), host=args.host, port=args.port) as address:
-        print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
-        if args.host not in _LOOPBACK:
-            print("Everyone who can reach this machine can use it.", flush=True)
-        _wait()
+    address, port = find_address(args.host, args.port)  # before the model, which takes longer to load
+    with _ending_on_signals():
+        answerer = Answerer.from_pretrained(args.model, args.device or default_device())
+        with serving(answerer, str(args.model), host=address, port=port) as url:
+            print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
+            if not ipaddress.ip_address(address).is_loopback:
+                print("Everyone who can reach this machine can use it.", flush=True)
+            _wait()
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let signals end the context in order, so that the uploads are removed, and within `_PATIENCE` seconds."""
+
+    def end(number: int, frame: Any) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the removal
+        watchdog = threading.Timer(_PATIENCE, os._exit, [128 + number])  # a thread may still run the model
+        watchdog.daemon = True
+        watchdog.start()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait() -> None:

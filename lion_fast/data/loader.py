@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from lion_fast.data.order import ProcessBatches, TrainingData, TrainingOrder
@@ -22,6 +23,7 @@ def make_loader(
     start: int = 0,
     num_workers: int | None = None,
     prefetch: int = 2,
+    reduce: Callable[[Image.Image], Image.Image] | None = None,
 ) -> DataLoader:
     """Return a loader of one process's batches in the order of a run; worker processes read and collate them.
 
@@ -37,6 +39,7 @@ def make_loader(
         num_workers: number of worker processes; 0 reads in this process. The default is one fewer than this process's
             share of the available cores.
         prefetch: batches that each worker loads in advance.
+        reduce: see `TrainingData`, such as `LionProcessor.resize` if `collate_fn` calls the processor.
 
     Raises:
         ValueError: negative `num_workers`, `prefetch` below 1, or arguments that `ProcessBatches` rejects.
@@ -46,7 +49,7 @@ def make_loader(
         raise ValueError(f"prefetch: expected 1 or more, got {prefetch}")
     size = max(1, order.batch_size // max(world_size, 1)) if batch_size is None else batch_size
     return DataLoader(
-        TrainingData(order.samples, order.seed),
+        TrainingData(order.samples, order.seed, reduce),
         batch_sampler=ProcessBatches(order, size, rank=rank, world_size=world_size, start=start),  # type: ignore[arg-type]
         collate_fn=collate_fn,
         num_workers=num_workers,

@@ -5,14 +5,16 @@ The sample at a position depends only on the seed, so a resumed run sees the sam
 processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from lion_fast.data.dataset import EpochDataset
 from lion_fast.data.seeding import seeded
+from lion_fast.io.images import load_image
 
 POSITION = "position"
 _STEPS_PER_GROUP = 32
@@ -201,11 +203,18 @@ class TrainingData(Dataset):
 
     Numbers that a dataset draws from Python's, NumPy's or PyTorch's global generators depend only on the seed and the
     sample's position: they are the same in any worker and in a resumed run. Samples get `position` and an `id`.
+
+    Args:
+        reduce: resizes each sample's image as soon as it is read, so that one image of a batch is held at its full
+            size; None to keep images as they are.
     """
 
-    def __init__(self, samples: Mapping[str, Dataset], seed: int):
+    def __init__(
+        self, samples: Mapping[str, Dataset], seed: int, reduce: Callable[[Image.Image], Image.Image] | None = None
+    ):
         self.samples = dict(samples)
         self.seed = seed
+        self.reduce = reduce
 
     def __len__(self) -> int:
         return sum(map(len, self.samples.values()))  # type: ignore[arg-type]
@@ -213,6 +222,9 @@ class TrainingData(Dataset):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         with seeded(self.seed, key.position, 0):
             sample = sample_of(self.samples[key.name], key.epoch, key.index)
+        if self.reduce is not None:
+            image = load_image(sample["image"], f"{sample.get('place') or key.name}: image")
+            sample = {**sample, "image": self.reduce(image)}
         # The location rather than the sample's own id, so that a reported sample can be found.
         return {**sample, "id": sample.get("place") or f"{key.name}:{key.index}", POSITION: key.position}
 

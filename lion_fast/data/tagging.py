@@ -1,6 +1,5 @@
 """Tagging of training data: once per image into a file before training, or per image while samples are read."""
 
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from PIL import Image
 
 from lion_fast.data.dataset import JsonlDataset
 from lion_fast.data.records import DataError, Record, write_jsonl
-from lion_fast.io.images import load_image
+from lion_fast.io.images import MAX_PIXELS, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def add_tags(
             records.
         out: file to write; must differ from the dataset's file.
         tagger: returns the tags of each image of a list, joined by ", ", like a `RamTagger`.
-        batch_size: images per call of the tagger.
+        batch_size: images per call of the tagger; fewer if they hold more than `MAX_PIXELS` pixels together.
 
     Returns:
         The number of images that were tagged, and the number of images that were skipped.
@@ -53,7 +52,7 @@ def add_tags(
             untagged.setdefault(record.image, index)
     tags: dict[str, tuple[str, ...]] = {}
     readable = _readable(dataset, untagged)
-    while batch := list(itertools.islice(readable, batch_size)):
+    for batch in _batches(readable, batch_size):
         results = tagger([image for _, image in batch])
         if len(results) != len(batch):
             raise ValueError(f"tagger: expected one result per image ({len(batch)}), got {len(results)}")
@@ -91,6 +90,19 @@ class PictureTagger:
 
 def _split(joined: str) -> list[str]:
     return [tag.strip() for tag in joined.split(",") if tag.strip()]
+
+
+def _batches(images: Iterator[tuple[str, Image.Image]], batch_size: int) -> Iterator[list[tuple[str, Image.Image]]]:
+    """Yield the images in batches, which the pixels of their full size bound as well as their number."""
+    batch, pixels = [], 0
+    for name, image in images:
+        if batch and (len(batch) == batch_size or pixels + image.width * image.height > MAX_PIXELS):
+            yield batch
+            batch, pixels = [], 0
+        batch.append((name, image))
+        pixels += image.width * image.height
+    if batch:
+        yield batch
 
 
 def _readable(dataset: JsonlDataset, images: dict[str, int]) -> Iterator[tuple[str, Image.Image]]:

@@ -138,16 +138,20 @@ class Answerer:
 
         Raises:
             ValueError: as for `instruction_for` and `tidy_tags`, or unknown task.
+            RuntimeError: the model fails.
         """
         instruction = instruction_for(want, text)
         task = automatic_task(instruction) if task is None else task
         made = self.processor(images=image, text=instruction, tags=tidy_tags(tags), task=task, return_tensors="pt")
         with self._turn:
-            start = time.perf_counter()
-            batch = dict(made.to(self.model.device))
-            with torch.no_grad():
-                batch["vision_features"] = self.model.get_vision_features(batch.pop("pixel_values"))
-            (answer,), ids = generate_texts(self.model, self.processor, batch)
-            seconds = time.perf_counter() - start
-            insight = look_inside(self.model, batch, ids)
+            try:
+                start = time.perf_counter()
+                batch = dict(made.to(self.model.device))
+                with torch.no_grad():
+                    batch["vision_features"] = self.model.get_vision_features(batch.pop("pixel_values"))
+                (answer,), ids = generate_texts(self.model, self.processor, batch)
+                seconds = time.perf_counter() - start
+                insight = look_inside(self.model, batch, ids)
+            except ValueError as error:  # not one of the request
+                raise RuntimeError(f"the model failed: {error}") from error
         return Answer(answer, parse_boxes(answer, image.size), instruction, task, seconds, insight)

@@ -1,8 +1,9 @@
 """The page, in Gradio. This module checks everything that a browser sends; `load_image` checks image files."""
 
 import html
-import os
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lion_fast.demo.insight import adapter_gates
 from lion_fast.io.boxes import draw_boxes
 from lion_fast.io.images import load_image
 
+logger = logging.getLogger(__name__)
+
 MAX_FILE_BYTES = 20 * 2**20
 _REQUESTS = (("A caption", "caption"), ("An answer", "answer"), ("A box", "place"))
 _TEXT_FIELD = {
@@ -26,6 +29,7 @@ _TEXT_FIELD = {
     "place": {"visible": True, "label": "What to find", "placeholder": "the rightmost object"},
 }
 _TASK_CHOICES = ("automatic", *TASKS)
+_SHOWN_BY_BROWSERS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "MPO", "PNG", "WEBP")
 _KEEP_SECONDS = 3600  # for uploads and drawn images
 
 
@@ -55,29 +59,34 @@ def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) 
 
     def receive(upload: dict | None) -> tuple[Any, Any, str]:
         """Return image, tags and error message after an upload."""
-        try:
-            image = _uploaded(upload)
-        except Refused as error:
-            return None, gr.skip(), _problem(f"The file was not accepted. {error}")
-        return gr.skip(), answerer.tags_of(image), ""
+        with _hiding_errors():
+            try:
+                image = _uploaded(upload)
+            except Refused as error:
+                return None, gr.skip(), _problem(f"The file was not accepted. {error}")
+            shown, notice = _shown(image, upload)
+            return shown, answerer.tags_of(image), notice
 
     def ask(upload: dict | None, tags: str, want: str, text: str, task: str) -> tuple[str, Any, str, str]:
         """Return the answer, the image with boxes, the insight, and an empty error message."""
-        try:
-            image = _uploaded(upload)
-            if want not in WANTS or task not in _TASK_CHOICES:  # the page itself never sends such values
-                raise Refused(f"Expected a request and a task that the page offers, got {want!r} and {task!r}.")
-            answer = answerer.answer(image, want, text or "", tags or "", None if task == "automatic" else task)
-        except ValueError as error:
-            return _problem(str(error)), gr.update(visible=False, value=None), "", ""
-        shown, scale = for_display(image)
-        boxed = gr.update(visible=False, value=None)
-        if answer.boxes:
-            boxes = [[side * scale for side in box] for box in answer.boxes]
-            labels = [text.strip()] * len(boxes) if want == "place" else None
-            boxed = gr.update(visible=True, value=draw_boxes(shown, boxes, labels))
-        insight = insight_html(shown, answer.insight, gates, answer.task)
-        return _answer_html(answer, want, automatic=task == "automatic"), boxed, insight, ""
+        with _hiding_errors():
+            try:
+                image = _uploaded(upload)
+                if not (
+                    _is_text(text, tags) and want in WANTS and task in _TASK_CHOICES
+                ):  # the page never sends others
+                    raise Refused("Expected texts, a request and a task that the page offers.")
+                answer = answerer.answer(image, want, text or "", tags or "", None if task == "automatic" else task)
+            except ValueError as error:
+                return _problem(str(error)), gr.update(visible=False, value=None), "", ""
+            shown, scale = for_display(image)
+            boxed = gr.update(visible=False, value=None)
+            if answer.boxes:
+                boxes = [[side * scale for side in box] for box in answer.boxes]
+                labels = [text.strip()] * len(boxes) if want == "place" else None
+                boxed = gr.update(visible=True, value=draw_boxes(shown, boxes, labels))
+            insight = insight_html(shown, answer.insight, gates, answer.task)
+            return _answer_html(answer, want, automatic=task == "automatic"), boxed, insight, ""
 
     with gr.Blocks(title="LION", analytics_enabled=False, delete_cache=(_KEEP_SECONDS, _KEEP_SECONDS)) as page:
         gr.HTML(
@@ -147,9 +156,10 @@ def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) 
                     example_labels=[example.label for example in examples],
                     api_visibility="private",
                 )
-        # Up to four uploads are read at a time. The model answers one question at a time; others are queued.
+        # One upload is read at a time, which bounds the memory of decoding. The model answers one question at a time.
+        # Other requests are queued.
         image.upload(
-            receive, image, [image, tags, refused], preprocess=False, concurrency_limit=4, api_visibility="private"
+            receive, image, [image, tags, refused], preprocess=False, concurrency_limit=1, api_visibility="private"
         )
         want.change(
             lambda value: gr.update(**_TEXT_FIELD[value]), want, question, queue=False, api_visibility="private"
@@ -175,13 +185,46 @@ def _uploaded(upload: dict | None) -> Image.Image:
     Raises:
         Refused: there is no upload, or `load_image` rejects the file.
     """
-    path = (upload or {}).get("path")
+    path = upload.get("path") if isinstance(upload, dict) else None
     if not path:
         raise Refused("Choose an image first.")
     try:
-        return load_image(path, "image")
-    except (ValueError, OSError) as error:
-        raise Refused(str(error).replace(str(Path(path).parent) + os.sep, "")) from error
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise Refused("The upload is no longer there; choose the image again.") from error
+    try:
+        return load_image(content, f"image ({Path(path).name[:100]})")
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _shown(image: Image.Image, upload: dict | None) -> tuple[Any, str]:
+    """Return what the page shows and sends from now on, and a notice: PNG for a format that browsers do not show."""
+    path = Path((upload or {})["path"])
+    with Image.open(path) as file:
+        format = file.format or "This format"
+    if format in _SHOWN_BY_BROWSERS:
+        return gr.skip(), ""
+    converted = path.with_name(f"{path.stem}.{format.lower()}.png")
+    image.save(converted, compress_level=1)
+    return str(
+        converted
+    ), f'<p class="lion-detail">Shown as PNG, because browsers do not show {html.escape(format)}.</p>'
+
+
+def _is_text(*values: Any) -> bool:
+    return all(value is None or isinstance(value, str) for value in values)
+
+
+@contextmanager
+def _hiding_errors() -> Iterator[None]:
+    """Log any exception, and tell the user no more than that there was one."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("a request to the page failed")
+        message = "The page could not answer, because of an error that its log explains."
+        raise gr.Error(message, print_exception=False) from error
 
 
 def _take_uploads_only(image: gr.Image) -> None:

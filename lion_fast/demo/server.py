@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gradio.themes import Base
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lion_fast.demo.addresses import find_address
 from lion_fast.demo.answering import Answerer
+from lion_fast.demo.guards import guards
 from lion_fast.demo.page import MAX_FILE_BYTES, Example, build_page
 from lion_fast.scenes import SceneGenerator
 
@@ -19,38 +18,25 @@ _FONT = ("system-ui", "sans-serif")  # local fonts: Gradio's themes would load f
 _EXAMPLE_SEED = 2026  # seed of scenes that the quickstart's training has not seen
 
 
-class FetchNothing:
-    """Middleware that rejects `file=http://...`, for which Gradio would fetch and return any public address."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        fetches = scope["type"] == "http" and any(
-            f"={scheme}://" in scope["path"].lower() for scheme in ("http", "https")
-        )
-        app = PlainTextResponse("This page fetches nothing.", status_code=403) if fetches else self.app
-        await app(scope, receive, send)
-
-
 @contextmanager
 def serving(answerer: Answerer, name: str, *, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """Serve the page of a model until the context ends.
 
     Uploads are stored in a temporary directory that only this process's user can read, and that is removed when the
-    context ends.
+    context ends. `lion_fast.demo.guards` says which requests are answered.
 
     Args:
         name: name of the model, shown on the page.
-        host: address to listen on; `"0.0.0.0"` lets in everyone who can reach this machine.
-        port: port to listen on; None for the first free one from 7860.
+        host: address or name to listen on; `"0.0.0.0"` lets in everyone who can reach this machine.
+        port: port to listen on; None for the first free one of `addresses.PORTS`.
 
     Yields:
         The page's address.
 
     Raises:
-        OSError: the port is taken.
+        ValueError: as for `addresses.find_address`.
     """
+    address, port = find_address(host, port)
     with (
         tempfile.TemporaryDirectory(prefix="lion-fast-demo-") as folder,
         _environment(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder),
@@ -58,23 +44,23 @@ def serving(answerer: Answerer, name: str, *, host: str = "127.0.0.1", port: int
         page = build_page(answerer, name, draw_examples(Path(folder) / "scenes", answerer))
         theme = _theme()
         try:
-            _, address, _ = page.launch(
-                server_name=host,
+            _, url, _ = page.launch(
+                server_name=f"[{address}]" if ":" in address else address,
                 server_port=port,
                 share=False,
                 inbrowser=False,
                 quiet=True,
                 prevent_thread_lock=True,
-                show_error=True,  # also shows unexpected errors
+                show_error=False,  # unexpected errors would be shown with their message
                 max_file_size=MAX_FILE_BYTES,
-                app_kwargs={"middleware": [Middleware(FetchNothing)]},
+                app_kwargs={"middleware": guards(address, MAX_FILE_BYTES)},
                 ssr_mode=False,
                 run_history=False,
                 footer_links=[],
                 theme=theme,
                 css_paths=Path(__file__).with_name("page.css"),
             )
-            yield address
+            yield url
         finally:
             page.close(verbose=False)
 

@@ -19,6 +19,7 @@ from lion_fast.io.images import ImageLike, load_image
 from lion_fast.model.prompts import CAPTION_INSTRUCTION
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor, Tagger, Tags
+from lion_fast.tagging.distinct import DistinctTags
 
 
 class LionAnswer(NamedTuple):
@@ -175,15 +176,24 @@ class LionPipeline:
     ) -> Iterator[LionAnswer]:
         text = CAPTION_INSTRUCTION if text is None else text
         samples, start = _samples(images, {"text": text, "task": task, "tags": tags}), 0
-        while batch := list(itertools.islice(samples, batch_size)):
-            loaded, texts, tasks, own = map(list, zip(*batch, strict=True))
-            known: Any = tags if callable(tags) else own
+        while True:
+            tagger: Any = tags if callable(tags) else None
+            tagging, sizes, batch = None if tagger is None else DistinctTags(tagger), [], []
+            for image, *row in itertools.islice(samples, batch_size):  # one at a time is held at its full size
+                if tagging is not None:
+                    tagging.add(image)
+                sizes.append(image.size)
+                batch.append((self.processor.resize(image), *row))
+            if not batch:
+                return
             try:
-                inputs = self.processor(images=loaded, text=texts, tags=known, task=tasks, return_tensors="pt")
+                reduced, texts, tasks, own = map(list, zip(*batch, strict=True))
+                known: Any = own if tagging is None else tagging.of_each()
+                inputs = self.processor(images=reduced, text=texts, tags=known, task=tasks, return_tensors="pt")
             except (ValueError, TypeError) as error:
                 error.add_note(f"in the batch that starts with images[{start}]")
                 raise
-            yield from self.answer(inputs, [image.size for image in loaded], **generation)
+            yield from self.answer(inputs, sizes, **generation)
             start += len(batch)
 
 

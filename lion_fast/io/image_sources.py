@@ -5,6 +5,8 @@ import binascii
 from collections.abc import Mapping
 from typing import Any
 
+from lion_fast.io.image_checks import noting, reading
+
 MAX_FILE_BYTES = 1 << 30
 """Largest file that is read from an open file or decoded from a data URI."""
 
@@ -127,9 +129,11 @@ def _of_row(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _read_whole(file: Any, name: str) -> bytes:
-    if hasattr(file, "seekable") and file.seekable():
-        file.seek(0)
-    content = file.read(MAX_FILE_BYTES + 1)
+    # Python's own files raise ValueError if they are closed, and any OSError of the file system.
+    with reading(name, "a readable file") if type(file).__module__ in ("_io", "tempfile") else noting(name):
+        if hasattr(file, "seekable") and file.seekable():
+            file.seek(0)
+        content = file.read(MAX_FILE_BYTES + 1)
     if not isinstance(content, bytes):
         raise TypeError(f"{name}: expected a file opened in binary mode, got one that reads {type(content).__name__}")
     if len(content) > MAX_FILE_BYTES:

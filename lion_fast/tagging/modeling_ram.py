@@ -20,7 +20,7 @@ from transformers import AutoModel, PreTrainedModel, SwinModel
 from transformers import initialization as init
 
 from lion_fast.io.checkpoints import CheckpointError
-from lion_fast.io.images import ImageLike, load_batches, load_images
+from lion_fast.io.images import ImageLike, load_batches, load_each
 from lion_fast.io.untrusted import TAGGER_FILES, expect_data_only, expect_text_file, local_folder
 from lion_fast.model.attention import attend
 from lion_fast.model.pretrained import load_pretrained
@@ -249,7 +249,7 @@ class RamTagger(PreTrainedModel):
         thresholds = torch.tensor(tag_thresholds)
         strings = []
         with _evaluating(self):
-            for batch in load_batches(images, batch_size):
+            for batch in load_batches(images, batch_size, self._squash):
                 probabilities = self.logits(self._to_pixels(batch)).float().sigmoid().cpu()
                 strings += [", ".join(compress(tags, shown)) for shown in (probabilities > thresholds).tolist()]
         return strings
@@ -259,11 +259,13 @@ class RamTagger(PreTrainedModel):
 
         Each image is squashed to a square (bilinear) and normalised by ImageNet's mean and standard deviation.
         """
-        return self._to_pixels(load_images(images))
+        return self._to_pixels([self._squash(image) for image in load_each(images)])
 
-    def _to_pixels(self, images: Sequence[Image.Image]) -> Tensor:
+    def _squash(self, image: Image.Image) -> np.ndarray:
         size = self.config.vision_config.image_size
-        squashed = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+    def _to_pixels(self, squashed: Sequence[np.ndarray]) -> Tensor:
         pixels = torch.from_numpy(np.stack(squashed)).to(self.device).movedim(-1, 1).float() / 255
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return (pixels - mean) / std

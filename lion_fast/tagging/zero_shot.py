@@ -114,29 +114,37 @@ class ZeroShotTagger:
             FileNotFoundError, ValueError, TypeError: as for `load_image`; ValueError also if `batch_size` is below 1.
         """
         strings = []
-        for batch in load_batches(images, batch_size):
-            best = self.probabilities(batch).topk(min(self.max_tags, len(self.tags)))
+        for batch in load_batches(images, batch_size, self._pixels):
+            best = self._probabilities(batch).topk(min(self.max_tags, len(self.tags)))
             for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 shown = [index for value, index in zip(values, indices, strict=True) if value > self.threshold]
                 strings.append(", ".join(self.tags[index] for index in sorted(shown)))
         return strings
 
-    @torch.no_grad()
     def probabilities(self, pictures: list[Image.Image]) -> Tensor:
         """Compute the probability of every tag for each of B images: float32 [B, number of tags] on the CPU."""
+        return self._probabilities([self._pixels(picture) for picture in pictures])
+
+    @torch.no_grad()
+    def _probabilities(self, pixels: list[dict[str, Tensor]]) -> Tensor:
         if self._text_embeds is None:
-            blank = Image.new("RGB", (64, 64))
+            blank = [self._pixels(Image.new("RGB", (64, 64)))]
             starts = range(0, len(self.tags), _TEXTS_AT_ONCE)
             texts = [self._sentences[start : start + _TEXTS_AT_ONCE] for start in starts]
-            self._text_embeds = torch.cat([self._run(some, [blank]).text_embeds for some in texts])
+            self._text_embeds = torch.cat([self._run(some, blank).text_embeds for some in texts])
         # The models' forward needs a text with the images, and normalises the embeddings of both.
-        image_embeds = self._run(self._sentences[:1], pictures).image_embeds
+        image_embeds = self._run(self._sentences[:1], pixels).image_embeds
         logits = image_embeds @ self._text_embeds.to(image_embeds.device).T * self.model.logit_scale.exp()
         bias = getattr(self.model, "logit_bias", None)
         return (logits.softmax(-1) if bias is None else (logits + bias).sigmoid()).float().cpu()
 
-    def _run(self, texts: list[str], images: list[Image.Image]) -> Any:
+    def _pixels(self, image: Image.Image) -> dict[str, Tensor]:
+        """Return the model's inputs for one image, which are much smaller than the image may be."""
+        return dict(self.processor(images=image, return_tensors="pt"))
+
+    def _run(self, texts: list[str], pixels: list[dict[str, Tensor]]) -> Any:
         # SigLIP was trained with no other padding.
         padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
-        batch = self.processor(text=texts, images=images, padding=padding, truncation=True, return_tensors="pt")
+        batch = self.processor(text=texts, padding=padding, truncation=True, return_tensors="pt")
+        batch.update({name: torch.cat([one[name] for one in pixels]) for name in pixels[0]})
         return self.model(**batch.to(self.model.device, self.model.dtype))

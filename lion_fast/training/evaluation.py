@@ -39,7 +39,8 @@ def evaluate(
         model: model with `generate`; its call returns the loss.
         indices: samples to evaluate, the same on every process.
         batch_size: samples per batch and process.
-        pictures: number of this process's samples to return with their answers.
+        pictures: number of this process's samples to return with their answers, for `draw_answers`: with
+            `LionCollator`, their images are reduced to the size that is drawn.
         autocast: returns the context that the model runs in.
         collate: makes the batches; `LionCollator` if None. Batches without labels give no loss.
         generation: arguments of `generate`.
@@ -52,13 +53,20 @@ def evaluate(
     rank, world = rank_and_size()
     own = list(indices[rank::world])
     rounds = -(-len(indices) // (world * batch_size))
-    collate, shown = collate or LionCollator(processor), []
+    reduces, collate, shown = collate is None, collate or LionCollator(processor), []
     totals: dict[str, float] = defaultdict(float)
     for round_ in range(rounds):
         chosen = own[round_ * batch_size : (round_ + 1) * batch_size]
         # All processes must run a sharded model equally often: a process without samples left runs any sample.
-        counted = [samples[index] for index in chosen]
-        batch = {name: value.to(device) for name, value in collate(counted or [samples[indices[0]]]).items()}
+        read, drawn = [], []
+        for index in chosen or indices[:1]:
+            sample = samples[index]
+            if len(shown) + len(drawn) < pictures:
+                drawn.append({**sample, "image": _tile(sample)} if reduces else sample)
+            read.append({**sample, "image": processor.resize(load_image(sample["image"]))} if reduces else sample)
+            del sample  # one image at a time is held at its full size
+        counted = read if chosen else []
+        batch = {name: value.to(device) for name, value in collate(read).items()}
         with autocast():
             loss = model(**batch).loss if "labels" in batch else None
             answers, _ = generate_texts(model, processor, batch, **generation)
@@ -72,7 +80,7 @@ def evaluate(
             asked, right = ("placed", "located") if parse_boxes(sample["answer"]) else ("answered", "matched")
             totals[asked] += 1
             totals[right] += is_right(answer, sample["answer"])
-        shown += list(zip(counted, answers, strict=True))[: pictures - len(shown)]
+        shown += zip(drawn, answers, strict=False)
     totals = _over_processes(totals)
     shares = {
         "loss": ("loss", "tokens"),
@@ -132,7 +140,7 @@ def draw_answers(shown: Sequence[tuple[Sample, str]]) -> Image.Image:
 
 
 def _with_boxes(sample: Sample, answer: str) -> Image.Image:
-    image = load_image(sample["image"]).resize((_TILE, _TILE))
+    image = _tile(sample)
     boxes, labels = [], []
     # `draw_boxes` assigns the colours in order: the model's box first, then the true one.
     for label, text in (("model", answer), ("true", sample["answer"])):
@@ -140,6 +148,10 @@ def _with_boxes(sample: Sample, answer: str) -> Image.Image:
             boxes.append(box)
             labels.append(label)
     return draw_boxes(image, boxes, labels)
+
+
+def _tile(sample: Sample) -> Image.Image:
+    return load_image(sample["image"]).resize((_TILE, _TILE))
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any) -> list[str]:

@@ -89,6 +89,7 @@ def train(
         start=step,
         num_workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
+        reduce=processor.resize,
     )
     batches = iter(loader)
     while step < recipe.steps:

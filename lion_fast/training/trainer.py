@@ -73,7 +73,7 @@ class LionTrainer(Trainer):
             model,
             args,
             data_collator=data_collator or LionCollator(processor),
-            train_dataset=TrainingData(order.samples, recipe.seed),
+            train_dataset=TrainingData(order.samples, recipe.seed, processor.resize if data_collator is None else None),
             eval_dataset=ConcatDataset(eval_samples.values()) if eval_samples else None,
             processing_class=processor,
             callbacks=[*(callbacks or []), _LogWithCheckpoints(), self._watch],

@@ -92,7 +92,7 @@ def run_campaign(boundary: str, seeds: Sequence[int]) -> list[Bad]:
                 seed, description = left[0], "not begun"
             reason = str(error) or f"the process died with exit code {process.exitcode}"
             bad.append(Bad(boundary, seed, description, reason))
-            left.remove(seed)
+            left = [other for other in left if other != seed]  # the process may also die after the trial's end
         process.join()
         receiver.close()
     return bad

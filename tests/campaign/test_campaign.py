@@ -14,7 +14,7 @@ COUNTS: dict[str, int] = {
     "checkpoints": 40,
     "converting": 200,
     "folders": 150,
-    "images": 100,
+    "images": 400,
     "operators": 300,
     "operators_interpreted": 40,
     "originals": 100,

@@ -8,7 +8,15 @@ import torch
 
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.outputs import Row
-from lion_fast.inference.bulk.preparing import Encode, Inputs, Prepared, encode_for_lion, encode_for_tagger
+from lion_fast.inference.bulk.preparing import (
+    Encode,
+    Inputs,
+    Prepared,
+    Reduce,
+    encode_for_lion,
+    encode_for_tagger,
+    reduce_for_tagger,
+)
 from lion_fast.inference.loading import compute_dtype
 from lion_fast.inference.pipeline import LionPipeline
 from lion_fast.io.checkpoints import naming
@@ -23,13 +31,14 @@ class Answerer(ABC):
         device: device of the model, whose dtype is `dtype_of(job, device)`.
 
     Attributes:
-        encode: turns images into inputs of the model; pickled to the workers.
+        encode, reduce: turn images into inputs of the model (see `Preparer`); pickled to the workers.
 
     Raises:
         ValueError: the directory does not hold such a model.
     """
 
     encode: Encode
+    reduce: Reduce
 
     def __init__(self, job: BulkJob, device: torch.device):
         self.job, self.device = job, device
@@ -53,6 +62,7 @@ class LionAnswerer(Answerer):
     def __init__(self, job: BulkJob, device: torch.device):
         super().__init__(job, device)
         self.pipeline = LionPipeline(job.model, device=device)
+        self.reduce = self.pipeline.processor.resize
         self.encode = partial(encode_for_lion, job, self.pipeline.processor)
         limits = {"num_beams": job.num_beams, "max_new_tokens": job.max_new_tokens}
         self.limits = {name: value for name, value in limits.items() if value is not None}
@@ -70,7 +80,8 @@ class TagAnswerer(Answerer):
         with naming(job.model, "a directory with a RamTagger"):
             tagger: Any = RamTagger.from_pretrained(job.model, dtype=dtype_of(job, device))
         self.tagger = tagger.to(device)
-        self.encode = partial(encode_for_tagger, tagger.config.vision_config.image_size)
+        self.reduce = partial(reduce_for_tagger, tagger.config.vision_config.image_size)
+        self.encode = encode_for_tagger
 
     def _answers(self, inputs: Inputs, sizes: list[tuple[int, int]]) -> list[Row]:
         images = list(inputs["images"])

@@ -15,8 +15,20 @@ from lion_fast.processing_lion import LionProcessor
 _MESSAGE = 500  # characters of an error in a row
 
 Inputs = dict[str, Any]
+Reduce = Callable[[Image.Image], Image.Image]
+"""Function that resizes an image to the model's size, so that one image of a batch is held at its full size."""
+
 Encode = Callable[[Sequence[Image.Image], Sequence[Item]], Inputs]
-"""Function from images and items to inputs of the model; it raises ValueError or TypeError for invalid ones."""
+"""Function from reduced images and items to inputs of the model; it raises ValueError or TypeError for invalid ones."""
+
+
+class Good(NamedTuple):
+    """A readable input: its row, its reduced image, the (width, height) of its full image, and the item."""
+
+    row: Row
+    image: Image.Image
+    size: tuple[int, int]
+    item: Item
 
 
 class Prepared(NamedTuple):
@@ -37,15 +49,16 @@ class Preparer:
     """Function that reads and encodes the inputs of a batch; the error of an input is recorded in its row.
 
     Args:
-        encode: turns images and items into inputs of the model.
+        encode: turns reduced images and items into inputs of the model.
+        reduce: resizes each image as soon as it is decoded.
     """
 
-    def __init__(self, job: BulkJob, source: Source, encode: Encode):
-        self.job, self.source, self.encode = job, source, encode
+    def __init__(self, job: BulkJob, source: Source, encode: Encode, reduce: Reduce):
+        self.job, self.source, self.encode, self.reduce = job, source, encode, reduce
 
     def __call__(self, positions: Sequence[int] | np.ndarray) -> Prepared:
         rows: list[Row] = []
-        good: list[tuple[Row, Image.Image, Item]] = []
+        good: list[Good] = []
         asks = self.job.definition.asks
         for index in map(int, positions):
             row = self.job.row(self.source.id(index))
@@ -55,24 +68,26 @@ class Preparer:
                 row["image"] = item.name
                 if asks is not None:
                     row[asks] = printable(_text_of(item, self.job))
-                good.append((row, load_image(item.image), item))
+                image = load_image(item.image)
+                good.append(Good(row, self.reduce(image), image.size, item))
+                del image
             except (ValueError, OSError) as error:
                 _fail(row, error)
         try:
             inputs = self._encoded(good)
         except (ValueError, TypeError):
-            good = [one for one in good if self._fits(*one)]
+            good = [one for one in good if self._fits(one)]
             inputs = self._encoded(good)
-        return Prepared(rows, inputs, [image.size for _, image, _ in good])
+        return Prepared(rows, inputs, [one.size for one in good])
 
-    def _encoded(self, good: list[tuple[Row, Image.Image, Item]]) -> Inputs | None:
-        return self.encode([image for _, image, _ in good], [item for _, _, item in good]) if good else None
+    def _encoded(self, good: list[Good]) -> Inputs | None:
+        return self.encode([one.image for one in good], [one.item for one in good]) if good else None
 
-    def _fits(self, row: Row, image: Image.Image, item: Item) -> bool:
+    def _fits(self, one: Good) -> bool:
         try:
-            self.encode([image], [item])
+            self.encode([one.image], [one.item])
         except (ValueError, TypeError) as error:
-            _fail(row, error)
+            _fail(one.row, error)
             return False
         return True
 
@@ -92,10 +107,14 @@ def encode_for_lion(
     return dict(encoded)
 
 
-def encode_for_tagger(image_size: int, images: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
-    """Resize images to the tagger's input size in pixels, so that less data is sent to its process."""
-    size = (image_size, image_size)
-    return {"images": np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images])}
+def reduce_for_tagger(image_size: int, image: Image.Image) -> Image.Image:
+    """Resize an image to the tagger's input size in pixels."""
+    return image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+
+
+def encode_for_tagger(images: Sequence[Image.Image], items: Sequence[Item]) -> Inputs:
+    """Stack images of the tagger's input size."""
+    return {"images": np.stack([np.asarray(image) for image in images])}
 
 
 def _text_of(item: Item, job: BulkJob) -> str:

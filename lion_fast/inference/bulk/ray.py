@@ -105,7 +105,7 @@ class _Worker:
         os.chdir(folder)
         job, source, self.batches = ray.get(what[0])
         self.answer = load_answerer(job, torch.device("cuda" if on_gpu else "cpu"))
-        self.prepare = Preparer(job, source, self.answer.encode)
+        self.prepare = Preparer(job, source, self.answer.encode, self.answer.reduce)
         self.threads = ThreadPoolExecutor(threads)
         self.ahead = threads + 1
 

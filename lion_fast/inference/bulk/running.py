@@ -87,7 +87,7 @@ def run(
             num_workers=num_workers if batches else 0,
             multiprocessing_context=start_method() if num_workers and batches else None,
             # Without a batch size, the workers call it on each entry of the plan.
-            collate_fn=Preparer(job, source, answer.encode),
+            collate_fn=Preparer(job, source, answer.encode, answer.reduce),
             pin_memory=device.type == "cuda",
         )
         label = job.command if world_size == 1 else f"{job.command}, process {rank + 1} of {world_size}"

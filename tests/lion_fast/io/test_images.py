@@ -1,9 +1,12 @@
 """Loading images: every type of input becomes the same upright RGB, and invalid input is refused by name."""
 
 import contextlib
+import io
+import multiprocessing
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lion_fast.io.images import load_image, load_images
+from lion_fast.io.images import image_suffixes, load_batches, load_image, load_images
 
 # Two rows of five distinct pixels, which reveal any rotation, flip or swap of channels.
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 3), dtype=np.uint8)
@@ -258,7 +262,7 @@ def test_bytes_are_read_like_the_file(tmp_path):
         load_images([content, content[:-20]])
 
 
-@pytest.mark.parametrize("value", [None, 3, bytearray(b"bytes"), {"path": "a.png"}])
+@pytest.mark.parametrize("value", [None, 3, bytearray(b"bytes"), range(3)])
 def test_other_types_are_refused(value):
     with pytest.raises(TypeError, match=f"image: expected a PIL image, .* got {type(value).__name__}"):
         load_image(value)
@@ -287,3 +291,213 @@ def test_errors_name_the_index_in_the_batch(image):
         load_images([image, np.zeros((2, 2, 7))])
     with pytest.raises(ValueError, match="images: expected at least one image"):
         load_images([])
+
+
+def tiff(*changes: tuple[int, int, int, int]) -> bytes:
+    """Return a TIFF file of one pixel whose entries of (tag, type, count, value) differ or are added."""
+    entries = {256: (3, 1, 1), 257: (3, 1, 1), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, 8)}
+    entries |= {tag: entry for tag, *entry in changes}  # type: ignore[misc]
+    body = b"".join(struct.pack("<HHII", tag, *entry) for tag, entry in sorted(entries.items()))
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + body + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), struct.error("x"), zlib.error("x\ny" * 999), KeyError(3), ZeroDivisionError(), TypeError()]
+)
+@pytest.mark.parametrize("stage", ["open", "load"])
+def test_any_exception_of_a_decoder_is_an_unreadable_image(monkeypatch, image, error, stage):
+    def fails(*_, **__):
+        raise error
+
+    where = (Image, "open") if stage == "open" else (PngImagePlugin.PngImageFile, "load")
+    monkeypatch.setattr(*where, fails)
+    with pytest.raises(ValueError, match=r"^image \(.*image\.png\): expected an? (whole )?image") as caught:
+        load_image(image)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_tags_of_wrong_types_are_an_unreadable_image():
+    assert load_image(tiff()).size == (1, 1)
+    with pytest.raises(ValueError, match="image: expected"):
+        load_image(tiff((273, 2, 2, 8)))  # a text for the offset of the pixels: TypeError from inside Pillow
+
+
+def test_unreadable_exif_data_leave_the_image_as_it_is():
+    for exif in (b"Exif\0\0nothing", 5, None, "II*"):
+        image = Image.fromarray(PIXELS)
+        image.info["exif"] = exif
+        np.testing.assert_array_equal(pixels_of(image), PIXELS)
+    image = Image.fromarray(PIXELS)
+    image.getexif()[0x0112] = [6]
+    np.testing.assert_array_equal(pixels_of(image), PIXELS)
+
+
+def one_bit_png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def icon_of(png: bytes) -> bytes:
+    return b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22) + png
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png_of_claimed_size(70_000_000, 1), "at most 131072 pixels per side, got 70000000 x 1"),
+        (png_of_claimed_size(1, 70_000_000), "at most 131072 pixels per side, got 1 x 70000000"),
+        (icon_of(png_of_claimed_size(13_000, 13_000)), "at most 89478485 pixels, got 13000 x 13000"),
+    ],
+    ids=["wide", "tall", "icon"],
+)
+def test_a_size_is_refused_before_it_is_decoded(content, message, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as people set it to read large images
+    with pytest.raises(ValueError, match=f"image: expected {message}"):
+        load_image(content)
+    if "icon" not in message and content.startswith(b"\x89PNG"):
+        with pytest.raises(ValueError, match=f"image: expected {message}"):
+            load_image(Image.open(io.BytesIO(content)))  # not decoded yet
+
+
+def test_a_jpeg_of_many_scans_is_refused(monkeypatch):
+    file = io.BytesIO()
+    Image.new("RGB", (800, 800)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    assert load_image(content).size == (800, 800)
+    with pytest.raises(ValueError, match=r"pixels in all scans of a JPEG file, got \d+ for 800 x 800"):
+        load_image(content[:-2] + scan * 8000 + content[-2:])
+
+
+def test_a_tile_larger_than_its_image_counts():
+    with pytest.raises(ValueError, match=r"at most 1000000000 bytes to decode it, got 3600000001 for 1 x 1"):
+        load_image(tiff((322, 4, 1, 60_000), (323, 4, 1, 60_000), (324, 4, 1, 8), (325, 4, 1, 9)))
+
+
+@pytest.mark.parametrize(
+    "array", [np.broadcast_to(np.uint8(7), (30_000, 30_000, 3)), torch.zeros(1).expand(3, 30_000, 30_000)]
+)
+def test_an_array_of_gigabytes_is_refused_at_once(array):
+    with pytest.raises(ValueError, match="expected at most 89478485 pixels, got 30000 x 30000"):
+        load_image(array)
+
+
+def test_large_arrays_are_converted_in_bands():
+    array = np.random.default_rng(0).random((1500, 1500, 3), np.float32)
+    np.testing.assert_array_equal(pixels_of(array), np.rint(array * 255).astype(np.uint8))
+    array[-1, -1, -1] = np.nan
+    with pytest.raises(ValueError, match=r"got nan\.\.nan"):
+        load_image(array)
+    deep = np.arange(1500 * 1500, dtype=np.int32).reshape(1500, 1500) % 65536
+    np.testing.assert_array_equal(pixels_of(Image.fromarray(deep))[:, :, 0], deep >> 8)
+
+
+def test_a_negative_bit_is_resolved():
+    negated = torch.complex(torch.zeros(3, 2, 5), torch.tensor(PIXELS).permute(2, 0, 1) / -255.0).conj().imag
+    assert negated.is_neg()
+    np.testing.assert_array_equal(pixels_of(negated), PIXELS)
+
+
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.zeros(3, 4, 4)
+
+
+def without_storage() -> torch.Tensor:
+    tensor = torch.zeros(3, 400, 400)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        fake,
+        without_storage,
+        lambda: torch.nested.nested_tensor([torch.zeros(3, 4, 4)]),
+        lambda: torch.nn.UninitializedParameter(),
+        lambda: torch.zeros(3, 4, 4).to_mkldnn(),
+        lambda: torch.zeros(3, 4, 4, dtype=torch.uint8).view(torch.bits8),
+        lambda: torch.zeros(3, 4, 4, dtype=torch.complex32),
+        lambda: np.zeros((4, 4), [("r", "u1")]),
+        lambda: np.zeros((4, 4), "M8[s]"),
+        lambda: np.zeros((4, 4), object),
+        lambda: np.ma.masked_array(np.zeros((4, 4)), mask=True),
+    ],
+)
+def test_tensors_and_arrays_without_plain_values_are_refused(make):
+    with pytest.raises(ValueError, match=r"^photo: expected "):
+        load_image(make(), "photo")
+    assert load_image(torch.zeros(3, 4, 4, dtype=torch.float8_e5m2)).size == (4, 4)
+    assert load_image(np.matrix([[0, 255]])).size == (2, 1)
+
+
+def test_what_the_callers_own_object_raises_gets_a_note():
+    class Own(Sequence):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 1:
+                raise LookupError("mine")
+            return PIXELS
+
+    class OwnImage(Image.Image):
+        def load(self):
+            raise LookupError("mine")
+
+    own = OwnImage()
+    own.__setstate__(Image.fromarray(PIXELS).__getstate__())
+    for call, note in (
+        (lambda: load_images(Own()), "raised by images[1]"),
+        (lambda: load_image(own), "raised by image"),
+    ):
+        with pytest.raises(LookupError, match="mine") as caught:
+            call()
+        assert caught.value.__notes__ == [note]
+
+
+def test_a_registered_plug_in_is_read(tmp_path, monkeypatch):
+    class Heif(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self):
+            if self.fp.read(4) != b"heif":
+                raise SyntaxError("not HEIF")
+            self._size, self._mode = (2, 1), "RGB"
+            self.tile = [("raw", (0, 0, 2, 1), 4, ("RGB", 0, 1))]
+
+    (tmp_path / "a.heic").write_bytes(b"heif" + bytes(range(6)))
+    with pytest.raises(ValueError, match=r"a\.heic\): expected an image file, of one of the formats"):
+        load_image(tmp_path / "a.heic")
+    assert ".heic" not in image_suffixes()
+    Image.init()
+    for registry in ("ID", "OPEN", "EXTENSION"):  # restored after the test
+        monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
+    Image.register_open("HEIF", Heif, lambda prefix: prefix.startswith(b"heif"))
+    Image.register_extension("HEIF", ".heic")
+    assert pixels_of(tmp_path / "a.heic").tolist() == [[[0, 1, 2], [3, 4, 5]]]
+    assert ".heic" in image_suffixes()
+
+
+def batch_of_large_images(path: Path) -> int:
+    """Return the bytes by which the peak memory of this process grows."""
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = status("VmHWM")
+    (batch,) = load_batches([path] * 4, 4, lambda image: image.resize((224, 224), Image.Resampling.BICUBIC))
+    assert [image.size for image in batch] == [(224, 224)] * 4
+    return status("VmHWM") - before
+
+
+def test_a_batch_holds_one_image_at_its_full_size(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(one_bit_png(6000, 6000))  # 36 million pixels in 5 kB
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        grown = pool.apply(batch_of_large_images, (tmp_path / "bomb.png",))
+    assert 0 < grown < 36e6 * 8  # four of them take 16 bytes per pixel

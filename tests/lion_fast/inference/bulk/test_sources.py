@@ -128,7 +128,7 @@ def test_invalid_lines_are_inputs_with_an_error() -> None:
                 raise ValueError("does not fit")
         return {"count": len(items)}
 
-    prepared = Preparer(job, open_source(job), encode)(range(len(lines)))
+    prepared = Preparer(job, open_source(job), encode, lambda image: image)(range(len(lines)))
     assert [row["id"] for row in prepared.rows] == [f"t.jsonl:{n}" for n in range(1, 11)]
     errors = [row["error"] for row in prepared.rows]
     assert errors[0] is None
