@@ -331,6 +331,8 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         return torch.cat([prefix.to(text.device, text.dtype), text], dim=1)
 
     def _task_hint(self) -> str:
+        if not self.config.has_router:
+            return ""
         in_peft = any(type(module).__module__.startswith("peft.") for module in self.modules())
         return "; PEFT's models do not pass it on with a task_type, which has to be None" if in_peft else ""
 
@@ -397,6 +399,11 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         expect_item_count(num_items_in_batch)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         images = {"pixel_values": pixel_values, "vision_features": vision_features, "image_features": image_features}
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **images}
+        given |= {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        given |= {"task_ids": task_ids, "labels": labels, "decoder_input_ids": decoder_input_ids}
+        given |= {"decoder_attention_mask": decoder_attention_mask, **kwargs}
+        expect_values(given, self.vision_model.cls_token)
         batch = expect_images(self.config, images)
         text, attention_mask = expect_text(self.config, batch, input_ids, inputs_embeds, attention_mask)
         task_ids = expect_task_ids(self.config, task_ids, batch, self._task_hint() if task_ids is None else "")
@@ -405,8 +412,6 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         decoder_input_ids, decoder_attention_mask = expect_decoder_inputs(
             self.config, batch, labels, decoder_input_ids, kwargs.get("decoder_inputs_embeds"), decoder_attention_mask
         )
-        given = {**images, "text": text, "labels": labels, "task_ids": task_ids, "qformer_input_ids": qformer_input_ids}
-        expect_values({**given, "attention_mask": attention_mask}, self.vision_model.cls_token)
         if image_features is None:
             features = self.get_vision_features(pixel_values) if vision_features is None else vision_features
             image_features = self._encode(features)

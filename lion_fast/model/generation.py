@@ -11,7 +11,7 @@ from lion_fast.configuration_lion import LionConfig
 from lion_fast.model.adapter_names import names_for_rows
 from lion_fast.model.generation_arguments import expect_generation_arguments
 from lion_fast.model.image_features import ImageFeatures
-from lion_fast.model.inputs import expect_encoder_outputs, expect_task_ids
+from lion_fast.model.inputs import expect_decoder_inputs, expect_encoder_outputs, expect_task_ids
 from lion_fast.model.validation import expect_mask
 
 
@@ -60,7 +60,7 @@ class LionGenerationMixin(GenerationMixin):
         with names_for_rows(self):
             if "encoder_outputs" in kwargs:
                 encoded = expect_encoder_outputs(self.config, kwargs["encoder_outputs"])
-                task_ids = expect_task_ids(self.config, task_ids, len(encoded))
+                batch, task_ids = len(encoded), expect_task_ids(self.config, task_ids, len(encoded))
                 if attention_mask is not None:
                     attention_mask = expect_mask("attention_mask", attention_mask, tuple(encoded.shape[:2]))
                 # A new object, because beam search repeats its rows in place.
@@ -82,9 +82,23 @@ class LionGenerationMixin(GenerationMixin):
                     return_dict=True,
                 )
                 kwargs["inputs_embeds"], attention_mask = inputs.inputs_embeds, inputs.attention_mask
+                batch = len(inputs.inputs_embeds)
+            kwargs |= self._begun_answers(batch, kwargs)
             if self.config.has_router and task_ids is not None:
                 kwargs["task_ids"] = task_ids.to(torch.int64)
             return self.language_model.generate(attention_mask=attention_mask, **kwargs)
+
+    def _begun_answers(self, batch: int, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Return `decoder_input_ids` and their mask, of those that are given, as int64."""
+        names = [name for name in ("decoder_input_ids", "decoder_attention_mask") if name in given]
+        if not names:
+            return {}
+        if not self.config.is_encoder_decoder:
+            raise ValueError(f"{names[0]}: expected None for a decoder-only language model")
+        ids, mask = map(given.get, ("decoder_input_ids", "decoder_attention_mask"))
+        checked = expect_decoder_inputs(self.config, batch, None, ids, None, mask)
+        found = zip(("decoder_input_ids", "decoder_attention_mask"), checked, strict=True)
+        return {name: value for name, value in found if value is not None}
 
 
 def lion_generation_config(config: LionConfig) -> GenerationConfig:

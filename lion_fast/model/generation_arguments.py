@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.model.validation import brief, is_integer, is_number
@@ -79,6 +80,23 @@ def _are_callable(value: Any, _: int) -> bool:
     return isinstance(value, list) and all(callable(entry) for entry in value)
 
 
+def _may_be_cache(value: Any, _: int) -> bool:
+    offloaded = value in ("offloaded", "offloaded_static", "offloaded_hybrid")
+    return (
+        isinstance(value, str) and value not in ("paged", "quantized") and (torch.cuda.is_available() or not offloaded)
+    )
+
+
+def _are_strings(value: Any, _: int) -> bool:
+    strings = value if isinstance(value, list | tuple) else [value]
+    return len(strings) > 0 and all(isinstance(string, str) and string for string in strings)
+
+
+def _may_synchronise(value: Any, _: int) -> bool:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return isinstance(value, bool) and (ready or not value)
+
+
 _FLAG = Rule("True or False", lambda value, _: isinstance(value, bool))
 _TOKEN = Rule("the id of a token", _is_token)
 _TOKENS = Rule("a list of ids of tokens", _are_tokens)
@@ -93,7 +111,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("max_length", "max_new_tokens"), _LENGTH),
     **dict.fromkeys(("min_length", "min_new_tokens"), _LOWER_LENGTH),
     **dict.fromkeys(("num_beams", "num_return_sequences"), _COUNT),
-    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), _PROBABILITY),
+    **dict.fromkeys(("top_p", "min_p", "epsilon_cutoff", "eta_cutoff", "top_h"), _PROBABILITY),
+    "typical_p": _numbers(1e-9, 1),
+    "max_cache_len": _integers(1, MAX_NEW_TOKENS),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _PENALTY),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "top_k"), _integers(0)),
     **dict.fromkeys(("temperature", "max_time"), _numbers(0)),
@@ -129,6 +149,14 @@ RULES: dict[str, Rule] = {
     "streamer": Rule("an object with put and end", lambda value, _: hasattr(value, "put") and hasattr(value, "end")),
     "prefix_allowed_tokens_fn": Rule("a function", lambda value, _: callable(value)),
     **dict.fromkeys(("logits_processor", "stopping_criteria"), Rule("a list of functions", _are_callable)),
+    "tokenizer": Rule("a tokenizer of transformers", lambda value, _: isinstance(value, PreTrainedTokenizerBase)),
+    "stop_strings": Rule("a string or a list of strings", _are_strings),
+    "compile_config": Rule("a CompileConfig", lambda value, _: isinstance(value, CompileConfig)),
+    "cache_config": Rule("a dict", lambda value, _: isinstance(value, dict)),
+    "cache_implementation": Rule(
+        "the name of a cache that fits embeddings ('static', 'dynamic'; 'offloaded' with a GPU)", _may_be_cache
+    ),
+    "synced_gpus": Rule("a flag, True only within torch.distributed", _may_synchronise),
     "past_key_values": Rule("a Cache of transformers", lambda value, _: isinstance(value, Cache)),
 }
 
@@ -140,6 +168,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_model": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
     "assistant_tokenizer": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
     "assistant_early_exit": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
+    "is_assistant": ((False,), "it is an assistant's setting"),
+    "speculation_type": ((), "the language models have no heads for it"),
+    "continuous_batching_config": ((), _OF_TEXT),
+    "low_memory": ((False,), _FROM_HUB),
     "use_mtp": ((False,), "the language models have no heads for it"),
     "guidance_scale": ((1, 1.0), _OF_TEXT),
     "negative_prompt_ids": ((), _OF_TEXT),
@@ -192,8 +224,8 @@ def expect_generation_arguments(config: LionConfig, defaults: GenerationConfig, 
         value = _first(name, given, own, defaults)
         if value is not None and not rule.fits(value, vocabulary):
             raise ValueError(f"{name}: expected {rule.expected}, got {brief(value)}")
-    if _first("cache_implementation", given, own, defaults) == "paged":
-        raise ValueError(f"cache_implementation: not supported, because {_OF_TEXT}; got 'paged'")
+    if _first("stop_strings", given, own, defaults) is not None and "tokenizer" not in given:
+        raise ValueError("tokenizer: expected the processor's tokenizer with stop_strings, got None")
     if _first("output_attentions", given, own, defaults) and config.text_config._attn_implementation != "eager":
         raise ValueError(
             f"output_attentions: expected False with attn_implementation={config.text_config._attn_implementation!r}, "
