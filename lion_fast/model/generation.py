@@ -55,7 +55,7 @@ class LionGenerationMixin(GenerationMixin):
         """
         kwargs.pop("labels", None)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        expect_generation_arguments(self.config, self.generation_config, kwargs)
+        kwargs = expect_generation_arguments(self.config, self.generation_config, kwargs)
         self.language_model.generation_config = self.generation_config
         with names_for_rows(self):
             if "encoder_outputs" in kwargs:

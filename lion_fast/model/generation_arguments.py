@@ -62,7 +62,7 @@ def _are_ends(value: Any, vocabulary: int) -> bool:
 
 
 def _are_starts(value: Any, vocabulary: int) -> bool:
-    return _is_token(value, vocabulary) or (bool(value) and _are_tokens(value, vocabulary))
+    return _is_token(value, vocabulary) or (_are_tokens(value, vocabulary) and len(value) > 0)
 
 
 def _are_biases(value: Any, vocabulary: int) -> bool:
@@ -204,8 +204,16 @@ def _known() -> frozenset[str]:
     return frozenset({*settings, *own, *inputs, *RULES, *UNSUPPORTED} - {"transformers_version"})
 
 
-def expect_generation_arguments(config: LionConfig, defaults: GenerationConfig, given: Mapping[str, Any]) -> None:
+_FLOATS = ("repetition_penalty", "encoder_repetition_penalty", "temperature", "typical_p", "min_p", "top_p")
+
+
+def expect_generation_arguments(
+    config: LionConfig, defaults: GenerationConfig, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Check the arguments of a call, a `generation_config` among them, and the checkpoint's defaults.
+
+    Returns:
+        The call's arguments, with floats where transformers does not take integers.
 
     Raises:
         TypeError: an argument is unknown.
@@ -231,6 +239,7 @@ def expect_generation_arguments(config: LionConfig, defaults: GenerationConfig, 
             f"output_attentions: expected False with attn_implementation={config.text_config._attn_implementation!r}, "
             "which keeps no attention weights; load the model with attn_implementation='eager'"
         )
+    return {name: float(value) if name in _FLOATS else value for name, value in given.items()}
 
 
 def _first(name: str, given: Mapping[str, Any], own: Any, defaults: GenerationConfig) -> Any:

@@ -12,6 +12,9 @@ from torch import Tensor
 from lion_fast.model.validation import brief, expect_integer, is_integer
 from lion_kernels import values_on_host
 
+MAX_REPEATS = 1 << 16
+"""Largest number of questions about one image in a call; each takes the memory of an image's features."""
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -75,7 +78,7 @@ class ImageFeatures:
                 raise ValueError(f"repeats: expected numbers of 0 or more, got {repeats.flatten().tolist()[:10]}")
             repeats = repeats.long()
         else:
-            repeats = expect_integer("repeats", repeats, 0)
+            repeats = expect_integer("repeats", repeats, 0, MAX_REPEATS)
         return self._map(lambda part: torch.repeat_interleave(part, _to_device_of(part, repeats), dim=0))
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":

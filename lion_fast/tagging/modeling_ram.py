@@ -279,7 +279,7 @@ def _check_tags(config: RamConfig, tags: Any, thresholds: Any) -> None:
         if values is None:
             continue
         listed = isinstance(values, np.ndarray | Tensor) and values.ndim == 1
-        if not listed and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
+        if not listed and not isinstance(values, Sequence):
             raise TypeError(f"{name}: expected a list, one entry per tag, got {brief(values)}")
         if len(values) != config.num_tags:
             raise ValueError(f"{name}: expected {config.num_tags} (config.num_tags), got {len(values)}")

@@ -60,7 +60,7 @@ class ZeroShotTagger:
         expect_integer("max_tags", max_tags, 1)
         expect_number("threshold", threshold, 0, 1)
         if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(f"template: expected a sentence with {{}} for the tag, got {brief(template)}")
+            raise ValueError(f"template: expected {{}} for the tag, got {brief(template)}")
         if not callable(processor):
             raise TypeError(f"processor: expected the classifier's processor, got {brief(processor)}")
         self.model = model.eval()

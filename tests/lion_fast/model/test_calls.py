@@ -280,6 +280,7 @@ def test_an_unknown_argument_of_generate_is_named() -> None:
 def test_values_that_ask_for_nothing_are_taken(model: LionForCausalLM) -> None:
     batch = make_batch()
     given = {"guidance_scale": 1.0, "num_beam_groups": 1, "assistant_model": None, "top_k": None}
+    assert model.generate(**batch, **SHORT, repetition_penalty=2, temperature=1).shape[0] == 3  # integers
     assert torch.equal(model.generate(**batch, **SHORT, **given), model.generate(**batch, **SHORT))
 
 
@@ -396,7 +397,7 @@ def test_selections_of_images() -> None:
 @pytest.mark.parametrize(
     ("repeats", "message"),
     [
-        (-1, "repeats: expected 0 or more, got -1"),
+        (-1, "repeats: expected an integer in 0..65536, got -1"),
         (1.5, "repeats: expected an integer"),
         (torch.tensor([1, 2]), r"repeats: expected one number per image \(3\), got \[2\]"),
         (torch.tensor([1, -2, 1]), "repeats: expected numbers of 0 or more"),
