@@ -322,7 +322,8 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         """Return the language model's input, [visual | text], for the text's ids [B, L] or embeddings [B, L, D]."""
         embedding, soft_prompt_id = self.get_input_embeddings(), self.config.soft_prompt_token_id
         if text.dim() == 3:
-            text = text.to(embedding.weight.dtype)
+            weight: Any = embedding.weight
+            text = text.to(weight.dtype)
         # A module that replaces the embedding, such as LoRA's, takes no prefix.
         elif isinstance(embedding, PrefixEmbedding) and embedding.assembles and soft_prompt_id is not None:
             return embedding(text, prefix, self.soft_prompt, soft_prompt_id)

@@ -6,7 +6,7 @@ checks them.
 
 import math
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Integral, Real  # of which NumPy's are, too
 from typing import Any
 
 import torch
@@ -139,9 +139,10 @@ def expect_integer(name: str, value: Any, low: int, high: int | None = None) -> 
     expected = f"{low} or more" if high is None else f"an integer in {low}..{high}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected {'an integer of ' if high is None else ''}{expected}, got {brief(value)}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         raise ValueError(f"{name}: expected {expected}, got {brief(value)}")
-    return int(value)
+    return number
 
 
 def expect_number(name: str, value: Any, low: float, high: float) -> float:
@@ -159,7 +160,7 @@ def expect_number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def is_integer(value: Any, low: int, high: float = math.inf) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
