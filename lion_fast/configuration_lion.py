@@ -159,6 +159,9 @@ class LionConfig(CheckedSettings, PreTrainedConfig):
         self.text_config.num_tasks = len(TASKS)
         for part in self.sub_configs:
             getattr(self, part).kernel_backend = self.kernel_backend
+            getattr(
+                self, part
+            ).return_dict = True  # LION reads the parts' outputs by name; its own setting is for users
 
     def _check_parts(self) -> None:
         vision, aggregator = self.vision_config, self.aggregator_config

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, InstructBlipQFormerModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
 from lion_fast.configuration_lion import LionConfig
@@ -25,12 +26,26 @@ from lion_fast.model.checkpointing import with_gradient
 from lion_fast.model.fitting import lion_sizes
 from lion_fast.model.generation import LionGenerationMixin, lion_generation_config
 from lion_fast.model.image_features import ImageFeatures
+from lion_fast.model.inputs import (
+    expect_decoder_inputs,
+    expect_encoder_outputs,
+    expect_image_features,
+    expect_images,
+    expect_item_count,
+    expect_labels,
+    expect_passed_on,
+    expect_question,
+    expect_task_ids,
+    expect_text,
+    expect_vision_features,
+)
 from lion_fast.model.kernel_modules import PrefixEmbedding, run_on_kernels
+from lion_fast.model.padding import IGNORED, padding_last, padding_repeats, shifted_right
 from lion_fast.model.pretrained import load_pretrained
 from lion_fast.model.quantization import keep_trained_modules
 from lion_fast.model.targets import TargetsMixin
 from lion_fast.model.text import language_model_class
-from lion_fast.model.validation import expect_ids, expect_shape
+from lion_fast.model.validation import expect_ids, expect_shape, expect_values
 from lion_fast.model.vision import LionVisionModel
 
 
@@ -173,6 +188,15 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """Return T5's encoder, or the model itself if the language model has none; the vision tower for "image"."""
+        if modality is None and self.config.is_encoder_decoder:
+            return self.language_model.get_encoder()
+        return super().get_encoder(modality)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
     def set_image_size(self, image_size: int) -> None:
         """Change the input size to `image_size` x `image_size` pixels by interpolating the position embeddings.
 
@@ -237,12 +261,13 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
             vision_features = self.get_vision_features(pixel_values)
         elif pixel_values is not None:
             raise ValueError("pixel_values: expected either pixel_values or vision_features, got both")
-        layers, visual_input = len(self.config.feature_layers), self.config.visual_input
-        if vision_features.dim() != 4 or vision_features.shape[1] != layers:
-            raise ValueError(
-                f"vision_features: expected [B, {layers}, N, {self.config.vision_config.hidden_size}], "
-                f"got {list(vision_features.shape)}"
-            )
+        else:
+            expect_vision_features(self.config, vision_features)
+            expect_values({"vision_features": vision_features}, self.vision_model.cls_token)
+        return self._encode(vision_features)
+
+    def _encode(self, vision_features: Tensor) -> ImageFeatures:
+        visual_input = self.config.visual_input
         qformer_context = aggregated = None
         if visual_input != "AGGREGATOR":
             qformer_context = self.vision_layernorm(vision_features[:, 0].to(self.query_tokens.dtype))
@@ -271,43 +296,43 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         Raises:
             ValueError: `qformer_input_ids` is missing, or its batch size differs from that of `image_features`.
         """
+        expect_image_features(self.config, image_features)
+        return self._visual_prefix(image_features, qformer_input_ids, qformer_attention_mask)
+
+    def _visual_prefix(self, features: ImageFeatures, ids: Tensor | None, mask: Tensor | None) -> Tensor:
         parts = []
-        if image_features.qformer_context is not None:
-            context = image_features.qformer_context
-            parts.append(self._run_qformer(context, qformer_input_ids, qformer_attention_mask))
-        if image_features.aggregated is not None:
-            parts.append(image_features.aggregated)
+        if features.qformer_context is not None:
+            parts.append(
+                self._run_qformer(features.qformer_context, *expect_question(self.config, len(features), ids, mask))
+            )
+        if features.aggregated is not None:
+            parts.append(features.aggregated)
         return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
 
-    def _run_qformer(
-        self, context: Tensor, qformer_input_ids: Tensor | None, qformer_attention_mask: Tensor | None
-    ) -> Tensor:
-        if qformer_input_ids is None:
-            raise ValueError("qformer_input_ids: expected the question as int64 [B, Lq], got None")
-        batch = context.shape[0]
-        expect_shape("qformer_input_ids", qformer_input_ids, (batch, None))
-        if qformer_attention_mask is None:
-            qformer_attention_mask = torch.ones_like(qformer_input_ids)
-        expect_shape("qformer_attention_mask", qformer_attention_mask, tuple(qformer_input_ids.shape))
-        qformer = self.config.qformer_config
-        if qformer_input_ids.shape[1] > qformer.max_position_embeddings:
-            raise ValueError(
-                f"qformer_input_ids: expected at most {qformer.max_position_embeddings} tokens "
-                f"(qformer_config.max_position_embeddings), got {qformer_input_ids.shape[1]}"
-            )
-        expect_ids("qformer_input_ids", qformer_input_ids, qformer.vocab_size)
-        queries = with_gradient(self.query_tokens.expand(batch, -1, -1), self.qformer.encoder.layer)
-        attend_queries = qformer_attention_mask.new_ones(queries.shape[:2])
+    def _run_qformer(self, context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        attention_mask, input_ids = padding_last(attention_mask, input_ids)
+        queries = with_gradient(self.query_tokens.expand(context.shape[0], -1, -1), self.qformer.encoder.layer)
+        attend_queries = attention_mask.new_ones(queries.shape[:2])
         hidden_states = self.qformer(
-            input_ids=qformer_input_ids,
-            attention_mask=torch.cat([attend_queries, qformer_attention_mask], dim=1),
+            input_ids=input_ids,
+            attention_mask=torch.cat([attend_queries, attention_mask], dim=1),
             query_embeds=queries,
             encoder_hidden_states=context,
+            return_dict=True,
         ).last_hidden_state
         return self.qformer_projection(hidden_states[:, : queries.shape[1]])
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Return token embeddings [B, L, text hidden size], with the soft prompt in place of its token."""
+        """Return token embeddings [B, L, text hidden size] of `input_ids` [B, L], with the soft prompt in its place.
+
+        Raises:
+            ValueError: an id is out of range.
+        """
+        expect_shape("input_ids", input_ids, ("B", None))
+        expected = self.config.text_config.vocab_size, self.config.soft_prompt_token_id
+        return self._embed_text(expect_ids("input_ids", input_ids, *expected))
+
+    def _embed_text(self, input_ids: Tensor) -> Tensor:
         embedding = self.get_input_embeddings()
         if self.config.soft_prompt_token_id is None:
             return embedding(input_ids)
@@ -316,41 +341,34 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         soft_prompt = self.soft_prompt.to(embeddings.device, embeddings.dtype)
         return torch.where(is_soft_prompt.unsqueeze(-1).to(embeddings.device), soft_prompt, embeddings)
 
-    def _embed(self, prefix: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the language model's input, [visual | text]."""
+    def _embed(self, prefix: Tensor, text: Tensor) -> Tensor:
+        """Return the language model's input, [visual | text], for the text's ids [B, L] or embeddings [B, L, D]."""
         embedding, soft_prompt_id = self.get_input_embeddings(), self.config.soft_prompt_token_id
+        if text.dim() == 3:
+            weight: Any = embedding.weight
+            text = text.to(weight.dtype)
         # A module that replaces the embedding, such as LoRA's, takes no prefix.
-        if isinstance(embedding, PrefixEmbedding) and embedding.assembles and soft_prompt_id is not None:
-            return embedding(input_ids, prefix, self.soft_prompt, soft_prompt_id)
-        text = self.embed_text(input_ids)
+        elif isinstance(embedding, PrefixEmbedding) and embedding.assembles and soft_prompt_id is not None:
+            return embedding(text, prefix, self.soft_prompt, soft_prompt_id)
+        else:
+            text = self._embed_text(text)
         return torch.cat([prefix.to(text.device, text.dtype), text], dim=1)
 
-    def _check_inputs(
-        self, images: dict[str, Any], input_ids: Tensor, attention_mask: Tensor | None, task_ids: Tensor | None
-    ) -> None:
-        given = {name: value for name, value in images.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(
-                f"pixel_values: expected either pixel_values, vision_features or image_features, "
-                f"got {' and '.join(given) or 'neither'}"
-            )
-        batch = len(next(iter(given.values())))
-        expect_shape("input_ids", input_ids, (batch, None))
-        # The soft prompt's token may lie beyond the embedding table.
-        expect_ids("input_ids", input_ids, self.config.text_config.vocab_size, also=self.config.soft_prompt_token_id)
-        if attention_mask is not None:
-            expect_shape("attention_mask", attention_mask, tuple(input_ids.shape))
-        self._check_task_ids(task_ids, batch)
+    def _task_hint(self) -> str:
+        if not self.config.has_router:
+            return ""
+        in_peft = any(type(module).__module__.startswith("peft.") for module in self.modules())
+        return "; PEFT's models do not pass it on with a task_type, which has to be None" if in_peft else ""
 
-    def _check_task_ids(self, task_ids: Tensor | None, batch: int) -> None:
-        if task_ids is None:
-            if self.config.has_router:
-                in_peft = any(type(module).__module__.startswith("peft.") for module in self.modules())
-                hint = "; PEFT's models do not pass it on with a task_type, which has to be None" if in_peft else ""
-                raise ValueError(f"task_ids: expected int64 [B] (0 region_level, 1 image_level), got None{hint}")
-            return
-        expect_shape("task_ids", task_ids, (batch,))
-        expect_ids("task_ids", task_ids, self.config.text_config.num_tasks)
+    def _pad(self, text: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the text and its mask with padding where the language model takes it."""
+        if attention_mask is None:
+            return text, torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
+        if self.config.is_encoder_decoder:
+            attention_mask, text = padding_last(attention_mask, text)
+        else:
+            text, _ = padding_repeats(attention_mask, text)
+        return text, attention_mask
 
     def forward(
         self,
@@ -367,14 +385,17 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         decoder_attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         inputs_only: bool = False,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> LionOutput | tuple:
         """Compute loss and logits for a batch, which may mix tasks.
 
+        Ids may have any integer dtype, and masks any real dtype with zeros and ones. Padding may stand on any side.
+
         Args:
             pixel_values: [B, 3, image_size, image_size].
-            input_ids: int64 [B, L], the tag sentence and the question, padded on the left for a decoder-only language
-                model.
+            input_ids: int64 [B, L], the tag sentence and the question.
             attention_mask: [B, L], 0 at padding; all ones if None.
             qformer_input_ids, qformer_attention_mask: [B, Lq], the question in the Q-Former's vocabulary.
             task_ids: int64 [B], 0 region_level or 1 image_level; may be None for a model without a router.
@@ -386,36 +407,53 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
             num_items_in_batch: number of target tokens over all accumulation steps, by which the summed loss is
                 divided, so that gradient accumulation is exact.
             inputs_only: return the language model's input without running it, as `generate` needs it.
-            kwargs: passed to the language model (`output_hidden_states`, `use_cache`, ...).
+            inputs_embeds: [B, L, text hidden size], the text as `embed_text` returns it, instead of `input_ids`.
+            return_dict: whether to return a `LionOutput` or a tuple of its values; the configuration's if None.
+            kwargs: passed to the language model: `use_cache`, `output_hidden_states`, `output_attentions` (with
+                attn_implementation="eager"); `encoder_outputs`, `decoder_inputs_embeds` and `past_key_values` for an
+                encoder-decoder, and `logits_to_keep` for a decoder-only model without labels.
 
         Raises:
-            ValueError: a shape or an id does not match; the message names the argument. Checking ids on a GPU does not
-                synchronise: a device-side assertion prints the same message, and the process must be restarted.
+            ValueError: a shape or an id does not match; the message names the argument. Checking ids and masks on a GPU
+                does not synchronise: a device-side assertion prints the same message, and the process must be
+                restarted.
+            TypeError: an argument is unknown.
         """
-        if input_ids is None:
-            raise ValueError("input_ids: expected int64 [B, L], got None")
-        return_dict = kwargs.pop("return_dict", True)
+        kwargs = expect_passed_on(self.config, kwargs, labels)
+        expect_item_count(num_items_in_batch)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         images = {"pixel_values": pixel_values, "vision_features": vision_features, "image_features": image_features}
-        self._check_inputs(images, input_ids, attention_mask, task_ids)
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **images}
+        given |= {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        given |= {"task_ids": task_ids, "labels": labels, "decoder_input_ids": decoder_input_ids}
+        given |= {"decoder_attention_mask": decoder_attention_mask, **kwargs}
+        expect_values(given, self.vision_model.cls_token)
+        batch = expect_images(self.config, images)
+        text, attention_mask = expect_text(self.config, batch, input_ids, inputs_embeds, attention_mask)
+        task_ids = expect_task_ids(self.config, task_ids, batch, self._task_hint() if task_ids is None else "")
+        if labels is not None:
+            labels = expect_labels(self.config, labels, batch)
+        decoder_input_ids, decoder_attention_mask = expect_decoder_inputs(
+            self.config, batch, labels, decoder_input_ids, kwargs.get("decoder_inputs_embeds"), decoder_attention_mask
+        )
         if image_features is None:
-            image_features = self.encode_images(pixel_values, vision_features)
-        prefix = self.get_visual_prefix(image_features, qformer_input_ids, qformer_attention_mask)
-        inputs_embeds = self._embed(prefix, input_ids)  # [visual | text]
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            features = self.get_vision_features(pixel_values) if vision_features is None else vision_features
+            image_features = self._encode(features)
+        prefix = self._visual_prefix(image_features, qformer_input_ids, qformer_attention_mask)
+        text, attention_mask = self._pad(text, attention_mask)
+        inputs_embeds = self._embed(prefix, text)  # [visual | text]
         attention_mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
         if inputs_only:
             return LionOutput(visual_prefix=prefix, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-        if labels is not None:
-            expect_shape("labels", labels, (inputs_embeds.shape[0], None))
-            if labels.shape[1] == 0:
-                raise ValueError(f"labels: expected one token or more per answer, got {list(labels.shape)}")
-            expect_ids("labels", labels, self.config.text_config.vocab_size, also=-100)
+        if "encoder_outputs" in kwargs:
+            encoded = expect_encoder_outputs(self.config, kwargs["encoder_outputs"], inputs_embeds.shape)
+            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
         if labels is not None or self.training:
             kwargs.setdefault("use_cache", False)  # the loss needs no cache, and PyTorch 2.11 cannot trace one
         inputs_embeds = with_gradient(inputs_embeds, self.language_model.blocks())
         run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
         kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
-        outputs = run(inputs_embeds, attention_mask, labels, task_ids=task_ids, **kwargs)
+        outputs = run(inputs_embeds, attention_mask, labels, task_ids=task_ids, return_dict=True, **kwargs)
         loss = None if labels is None else token_cross_entropy(outputs.logits, labels, num_items_in_batch)
         result = LionOutput(loss=loss, logits=outputs.logits, visual_prefix=prefix, language_model_outputs=outputs)
         return result if return_dict else result.to_tuple()
@@ -429,12 +467,13 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         decoder_attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        if labels is None and decoder_input_ids is None:
-            raise ValueError("labels: expected labels or decoder_input_ids for an encoder-decoder, got neither")
-        if decoder_input_ids is None:
-            decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels)
+        if decoder_input_ids is None and "decoder_inputs_embeds" not in kwargs:
+            if labels is None:
+                raise ValueError("labels: expected labels or decoder_input_ids for an encoder-decoder, got neither")
+            shifted = self.language_model.prepare_decoder_input_ids_from_labels(labels)
+            decoder_input_ids = shifted_right(labels, shifted)
             if decoder_attention_mask is None:
-                decoder_attention_mask = (labels != -100).to(attention_mask.dtype)
+                decoder_attention_mask = (labels != IGNORED).to(attention_mask.dtype)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -455,21 +494,20 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         """Run on [visual | text | target] and keep the logits that predict the targets."""
         targets = mask = None
         if decoder_input_ids is not None:
-            answers = None if labels is None else labels.shape[1]
-            expect_shape("decoder_input_ids", decoder_input_ids, (inputs_embeds.shape[0], answers))
-            expect_ids("decoder_input_ids", decoder_input_ids, self.config.text_config.vocab_size)
             if decoder_attention_mask is None:
                 decoder_attention_mask = torch.ones_like(decoder_input_ids)
-            expect_shape("decoder_attention_mask", decoder_attention_mask, tuple(decoder_input_ids.shape))
             targets, mask = decoder_input_ids[:, 1:], decoder_attention_mask[:, 1:]  # the question stands for the first
             kwargs["logits_to_keep"] = decoder_input_ids.shape[1]
         elif labels is not None:
-            mask = labels != -100
-            targets = labels.masked_fill(~mask, 0)
+            targets, mask = labels, (labels != IGNORED).to(attention_mask.dtype)
             kwargs["logits_to_keep"] = labels.shape[1] + 1
         if targets is not None and mask is not None:
-            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(targets)], dim=1)
-            attention_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1)
+            repeated, leading = padding_repeats(mask, targets)
+            embedded = self.get_input_embeddings()(repeated.masked_fill(leading, 0))
+            # Padding before the targets repeats the question's last token.
+            embedded = torch.where(leading.unsqueeze(-1), inputs_embeds[:, -1:], embedded)
+            inputs_embeds = torch.cat([inputs_embeds, embedded], dim=1)
+            attention_mask = torch.cat([attention_mask, mask], dim=1)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

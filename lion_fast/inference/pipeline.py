@@ -16,7 +16,9 @@ from lion_fast.io.boxes import parse_boxes
 from lion_fast.io.checkpoints import naming
 from lion_fast.io.image_sources import is_one
 from lion_fast.io.images import ImageLike, load_image
+from lion_fast.model.image_features import ImageFeatures
 from lion_fast.model.prompts import CAPTION_INSTRUCTION
+from lion_fast.model.validation import brief, expect_integer
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor, Tagger, Tags
 from lion_fast.tagging.distinct import DistinctTags
@@ -75,8 +77,10 @@ class LionPipeline:
         for name, value in (("device", device), ("dtype", dtype), ("kernel_backend", kernel_backend)):
             if value is not None:
                 raise ValueError(f"{name}: expected None for a loaded model, got {value!r}")
-        if processor is None:
-            raise ValueError("processor: expected the LionProcessor of the loaded model, got None")
+        if not (hasattr(model, "generate") and hasattr(model, "eval")):
+            raise TypeError(f"model: expected a checkpoint's directory or a loaded model, got {brief(model)}")
+        if not (callable(processor) and hasattr(processor, "batch_decode")):
+            raise ValueError(f"processor: expected the LionProcessor of the loaded model, got {brief(processor)}")
         self.model, self.processor = model.eval(), processor
 
     @overload
@@ -142,8 +146,7 @@ class LionPipeline:
             ValueError, TypeError: as for `LionProcessor`; the number of texts, tasks or tags is not that of images;
                 `batch_size` is below 1; `generation` does not give one answer per image.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+        expect_integer("batch_size", batch_size, 1)
         if is_one(images) or isinstance(images, np.ndarray | Tensor) or not isinstance(images, Iterable):
             own = tags if tags is None or callable(tags) else [tags]
             one: Any = images
@@ -165,6 +168,9 @@ class LionPipeline:
         Raises:
             ValueError: `generation` does not give one answer per image.
         """
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor | ImageFeatures):
+                raise TypeError(f"inputs[{name!r}]: expected a tensor, got {brief(value)}")
         on_device = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in inputs.items()}
         texts, _ = generate_texts(self.model, self.processor, on_device, **generation)
         if len(texts) != len(sizes):
@@ -227,11 +233,20 @@ def _load(
         raise ValueError(f"model: expected a checkpoint's directory, got {directory}")
     if kernel_backend is not None and kernel_backend not in KERNEL_BACKENDS:
         raise ValueError(f"kernel_backend: expected one of {', '.join(KERNEL_BACKENDS)}, got {kernel_backend!r}")
-    device = default_device() if device is None else torch.device(device)
+    device = default_device() if device is None else _device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: expected a floating torch.dtype, got {brief(dtype)}")
     with naming(directory, "a directory with LION's processor"):
         processor = LionProcessor.from_pretrained(directory)
     settings = {} if kernel_backend is None else {"kernel_backend": kernel_backend}
     return load_complete(directory, dtype or compute_dtype(device), **settings).to(device), processor
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a device such as 'cpu' or 'cuda:0', got {brief(device)}") from error
 
 
 def _samples(images: Iterable[ImageLike], columns: Mapping[str, Any]) -> Iterator[tuple]:

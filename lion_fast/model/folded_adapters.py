@@ -63,6 +63,7 @@ class FoldedAdapters(nn.Module):
         if task_ids is None:
             update = F.linear(hidden, up_weight, up_bias[0])
         else:
+            task_ids = task_ids.long()
             own_task = F.one_hot(task_ids, self.num_tasks).to(hidden.dtype)  # [B, R]
             by_task = (own_task[:, None, :, None] * hidden.unsqueeze(2)).flatten(2)  # [B, L, R * E * r]
             update = F.linear(by_task, up_weight) + up_bias[task_ids].unsqueeze(1)

@@ -5,9 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast.configuration_lion import LionConfig
+from lion_fast.model.adapter_names import names_for_rows
+from lion_fast.model.generation_arguments import expect_generation_arguments
 from lion_fast.model.image_features import ImageFeatures
+from lion_fast.model.inputs import expect_decoder_inputs, expect_encoder_outputs, expect_task_ids
+from lion_fast.model.validation import expect_mask
 
 
 class LionGenerationMixin(GenerationMixin):
@@ -15,7 +20,6 @@ class LionGenerationMixin(GenerationMixin):
 
     config: LionConfig
     language_model: Any
-    _check_task_ids: Any
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -28,47 +32,73 @@ class LionGenerationMixin(GenerationMixin):
         task_ids: Tensor | None = None,
         vision_features: Tensor | None = None,
         image_features: ImageFeatures | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate answers.
 
         Args:
-            pixel_values, ..., image_features: as for `forward`. With precomputed `encoder_outputs`, only
-                `attention_mask` and `task_ids` are needed.
+            pixel_values, ..., inputs_embeds: as for `forward`. With precomputed `encoder_outputs`, only
+                `attention_mask` of their shape and `task_ids` are needed.
             kwargs: arguments of transformers' `generate`; `self.generation_config` holds the defaults (LION's own: 5
-                beams, repetition penalty 1.5, at most 256 new tokens; top_p 0.9 with `do_sample`). `labels` is
-                ignored, because `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
+                beams, repetition penalty 1.5, at most 256 new tokens; top_p 0.9 with `do_sample`). `max_length` and
+                `min_length` count the returned ids, also those of a decoder-only language model, which are the answer
+                alone. `labels` is ignored, because `Seq2SeqTrainer(predict_with_generate=True)` passes a whole batch.
 
         Returns:
             Token ids of the answers, int64 [B, 1 + Lt] with an encoder-decoder's start token and [B, Lt] without, or
             the output object if `return_dict_in_generate` is set.
+
+        Raises:
+            ValueError: as for `forward`, or an argument of `generate` has a value that it does not take.
+            TypeError: an argument is unknown.
         """
         kwargs.pop("labels", None)
-        if isinstance(kwargs.get("custom_generate"), str):
-            kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks whether to run its code
-        if kwargs.get("do_sample"):
-            kwargs.setdefault("top_p", 0.9)  # not in the generation config: beam search would warn
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs = expect_generation_arguments(self.config, self.generation_config, kwargs)
         self.language_model.generation_config = self.generation_config
-        if "encoder_outputs" not in kwargs:
-            # Through the model's call, for which offloading and sharding load the model's own parameters.
-            model: Any = self
-            inputs = model(
-                pixel_values=pixel_values,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                qformer_input_ids=qformer_input_ids,
-                qformer_attention_mask=qformer_attention_mask,
-                task_ids=task_ids,
-                vision_features=vision_features,
-                image_features=image_features,
-                inputs_only=True,
-            )
-            kwargs["inputs_embeds"], attention_mask = inputs.inputs_embeds, inputs.attention_mask
-        else:
-            self._check_task_ids(task_ids, kwargs["encoder_outputs"][0].shape[0])
-        if self.config.has_router:
-            kwargs["task_ids"] = task_ids
-        return self.language_model.generate(attention_mask=attention_mask, **kwargs)
+        with names_for_rows(self):
+            if "encoder_outputs" in kwargs:
+                encoded = expect_encoder_outputs(self.config, kwargs["encoder_outputs"])
+                batch, task_ids = len(encoded), expect_task_ids(self.config, task_ids, len(encoded))
+                if attention_mask is not None:
+                    attention_mask = expect_mask("attention_mask", attention_mask, tuple(encoded.shape[:2]))
+                # A new object, because beam search repeats its rows in place.
+                kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
+            else:
+                # Through the model's call, for which offloading and sharding load the model's own parameters.
+                model: Any = self
+                inputs = model(
+                    pixel_values=pixel_values,
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    qformer_input_ids=qformer_input_ids,
+                    qformer_attention_mask=qformer_attention_mask,
+                    task_ids=task_ids,
+                    vision_features=vision_features,
+                    image_features=image_features,
+                    inputs_embeds=inputs_embeds,
+                    inputs_only=True,
+                    return_dict=True,
+                )
+                kwargs["inputs_embeds"], attention_mask = inputs.inputs_embeds, inputs.attention_mask
+                batch = len(inputs.inputs_embeds)
+            kwargs |= self._begun_answers(batch, kwargs)
+            if self.config.has_router and task_ids is not None:
+                kwargs["task_ids"] = task_ids.to(torch.int64)
+            return self.language_model.generate(attention_mask=attention_mask, **kwargs)
+
+    def _begun_answers(self, batch: int, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Return `decoder_input_ids` and their mask, of those that are given, as int64."""
+        names = [name for name in ("decoder_input_ids", "decoder_attention_mask") if name in given]
+        if not names:
+            return {}
+        if not self.config.is_encoder_decoder:
+            raise ValueError(f"{names[0]}: expected None for a decoder-only language model")
+        ids, mask = map(given.get, ("decoder_input_ids", "decoder_attention_mask"))
+        checked = expect_decoder_inputs(self.config, batch, None, ids, None, mask)
+        found = zip(("decoder_input_ids", "decoder_attention_mask"), checked, strict=True)
+        return {name: value for name, value in found if value is not None}
 
 
 def lion_generation_config(config: LionConfig) -> GenerationConfig:

@@ -26,6 +26,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerFF, T5Stack
 
 from lion_fast.model.adapters import LowRankAdapter, MixtureOfAdapters
+from lion_fast.model.generation_arguments import count_the_answer_alone, let_the_call_win
 
 
 class AdapterInitMixin:
@@ -42,7 +43,18 @@ class AdapterInitMixin:
 
 
 class TaskInGenerationMixin(AdapterInitMixin):
-    """Passes `task_ids` through `generate` to every step."""
+    """Passes `task_ids` through `generate` to every step, and lets a call's settings win over the checkpoint's."""
+
+    config: Any
+    generation_config: Any
+
+    def _prepare_generation_config(self, generation_config: Any, *args, **kwargs) -> tuple[Any, dict[str, Any]]:
+        prepared, inputs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
+        let_the_call_win(prepared, generation_config, kwargs, self.generation_config)
+        if not self.config.is_encoder_decoder and "inputs_embeds" in inputs:
+            prompt = inputs["inputs_embeds"].shape[1]
+            count_the_answer_alone(prepared, generation_config, kwargs, self.generation_config, prompt)
+        return prepared, inputs
 
     def prepare_inputs_for_generation(
         self,

@@ -12,6 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lion_fast.configuration_lion import LionVisionConfig
 from lion_fast.model.attention import AttendingModel, attend
 from lion_fast.model.checkpointing import with_gradient
+from lion_fast.model.validation import expect_floats, expect_integer
+
+MAX_IMAGE_SIZE = 8192
+"""Largest side of an image in pixels: memory is allocated for each patch."""
 
 
 class FusedProjection(nn.Linear):
@@ -111,10 +115,12 @@ class LionVisionModel(AttendingModel):
             image_size: side of the square input in pixels, a multiple of the patch size.
 
         Raises:
-            ValueError: `image_size` is not a multiple of the patch size.
+            ValueError: `image_size` is not a multiple of the patch size, or larger than `MAX_IMAGE_SIZE`.
+            TypeError: it is not an integer.
         """
         patch_size = self.config.patch_size
-        if image_size < patch_size or image_size % patch_size:
+        expect_integer("image_size", image_size, 1, MAX_IMAGE_SIZE)
+        if image_size % patch_size:
             raise ValueError(f"image_size: expected a multiple of patch_size {patch_size}, got {image_size}")
         positions = interpolate_positions(self.pos_embed.detach(), image_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
@@ -134,8 +140,7 @@ class LionVisionModel(AttendingModel):
             ValueError: the shape of `pixel_values` does not match the configuration.
         """
         channels, size = self.config.num_channels, self.config.image_size
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (channels, size, size):
-            raise ValueError(f"pixel_values: expected [B, {channels}, {size}, {size}], got {list(pixel_values.shape)}")
+        expect_floats("pixel_values", pixel_values, ("B", channels, size, size))
         layers = [len(self.blocks) - 1] if layers is None else list(layers)
         patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
         class_token = self.cls_token.expand(patches.shape[0], -1, -1)

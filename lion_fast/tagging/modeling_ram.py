@@ -24,6 +24,7 @@ from lion_fast.io.images import ImageLike, load_batches, load_each
 from lion_fast.io.untrusted import TAGGER_FILES, expect_data_only, expect_text_file, local_folder
 from lion_fast.model.attention import attend
 from lion_fast.model.pretrained import load_pretrained
+from lion_fast.model.validation import brief, expect_floats, expect_integer, expect_number, expect_values
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.fitting import ram_sizes
 
@@ -169,9 +170,7 @@ class RamTagger(PreTrainedModel):
         self, config: RamConfig, tags: Sequence[str] | None = None, tag_thresholds: Sequence[float] | None = None
     ):
         super().__init__(config)
-        for name, values in (("tags", tags), ("tag_thresholds", tag_thresholds)):
-            if values is not None and len(values) != config.num_tags:
-                raise ValueError(f"{name}: expected {config.num_tags} (config.num_tags), got {len(values)}")
+        _check_tags(config, tags, tag_thresholds)
         self.tags = tags
         self.tag_thresholds = tag_thresholds
         self.vision_model = SwinModel(config.vision_config)
@@ -240,13 +239,15 @@ class RamTagger(PreTrainedModel):
             batch_size: number of images in a forward pass.
 
         Raises:
-            FileNotFoundError, TypeError: as for `load_image`.
+            FileNotFoundError, TypeError: as for `load_image`; TypeError also if `batch_size` is not an integer.
             ValueError: as for `load_image`; also if the model has no tags and thresholds, or `batch_size` is below 1.
         """
         tags, tag_thresholds = self.tags, self.tag_thresholds
         if tags is None or tag_thresholds is None:
             raise ValueError("tags, tag_thresholds: expected both when the model was made, got none")
-        thresholds = torch.tensor(tag_thresholds)
+        _check_tags(self.config, tags, tag_thresholds)  # again: both may be set later
+        expect_integer("batch_size", batch_size, 1)
+        thresholds = torch.tensor([float(threshold) for threshold in tag_thresholds])
         strings = []
         with _evaluating(self):
             for batch in load_batches(images, batch_size, self._squash):
@@ -280,14 +281,35 @@ class RamTagger(PreTrainedModel):
             [B, num_tags], in the model's dtype.
 
         Raises:
-            ValueError: the shape of `pixel_values` does not match the configuration.
+            ValueError: the shape of `pixel_values` does not match the configuration, or it is not of floats.
         """
         size = self.config.vision_config.image_size
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
-            raise ValueError(f"pixel_values: expected [B, 3, {size}, {size}], got {list(pixel_values.shape)}")
-        features = self.vision_model(pixel_values.to(self.dtype))
+        expect_floats("pixel_values", pixel_values, ("B", 3, size, size))
+        expect_values({"pixel_values": pixel_values}, self.tag_head.label_embed)
+        if len(pixel_values) == 0:
+            raise ValueError("pixel_values: expected one image or more, got none")
+        features = self.vision_model(pixel_values.to(self.dtype), return_dict=True)
         tokens = torch.cat([features.pooler_output.unsqueeze(1), features.last_hidden_state], dim=1)
         return self.tag_head(self.image_proj(tokens))
+
+
+def _check_tags(config: RamConfig, tags: Any, thresholds: Any) -> None:
+    """Raise ValueError or TypeError unless tags and thresholds, where given, are as `RamTagger` describes them."""
+    for name, values in (("tags", tags), ("tag_thresholds", thresholds)):
+        if values is None:
+            continue
+        listed = isinstance(values, np.ndarray | Tensor) and values.ndim == 1
+        if not listed and not isinstance(values, Sequence):
+            raise TypeError(f"{name}: expected a list, one entry per tag, got {brief(values)}")
+        if len(values) != config.num_tags:
+            raise ValueError(f"{name}: expected {config.num_tags} (config.num_tags), got {len(values)}")
+    for index, tag in enumerate([] if tags is None else tags):
+        if not isinstance(tag, str):
+            raise TypeError(f"tags[{index}]: expected a string, got {brief(tag)}")
+    if thresholds is not None:
+        listed = thresholds.tolist() if isinstance(thresholds, np.ndarray | Tensor) else thresholds
+        for index, threshold in enumerate(listed):
+            expect_number(f"tag_thresholds[{index}]", threshold, 0, 1)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 from lion_fast.io.checkpoints import naming
 from lion_fast.io.images import ImageLike, load_batches
 from lion_fast.io.untrusted import expect_data_only
+from lion_fast.model.validation import brief, expect_integer, expect_number
 
 _TEXTS_AT_ONCE = 256
 
@@ -38,7 +39,9 @@ class ZeroShotTagger:
         template: sentence that the classifier reads, with `{}` for the tag.
 
     Raises:
-        ValueError: `model` has no logit scale, `tags` is empty, `max_tags` is below 1, or `template` has no `{}`.
+        ValueError: `model` has no logit scale, `tags` is empty, `max_tags` is below 1, `threshold` is out of range, or
+            `template` has no `{}`.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -52,18 +55,23 @@ class ZeroShotTagger:
     ):
         if not hasattr(model, "logit_scale"):
             raise ValueError(f"model: expected a model with a logit_scale, as CLIP has, got {type(model).__name__}")
-        if isinstance(tags, str) or len(tags) == 0:
-            raise ValueError(f"tags: expected a list of at least one tag, got {tags!r}")
-        if max_tags < 1:
-            raise ValueError(f"max_tags: expected 1 or more, got {max_tags}")
-        if template.format("") == template:
-            raise ValueError(f"template: expected {{}} for the tag, got {template!r}")
+        if isinstance(tags, str) or not isinstance(tags, Sequence) or len(tags) == 0:
+            raise ValueError(f"tags: expected a list of at least one tag, got {brief(tags)}")
+        for index, tag in enumerate(tags):
+            if not isinstance(tag, str):
+                raise TypeError(f"tags[{index}]: expected a string, got {brief(tag)}")
+        expect_integer("max_tags", max_tags, 1)
+        expect_number("threshold", threshold, 0, 1)
+        if not isinstance(template, str) or "{}" not in template:
+            raise ValueError(f"template: expected {{}} for the tag, got {brief(template)}")
+        if not callable(processor):
+            raise TypeError(f"processor: expected the classifier's processor, got {brief(processor)}")
         self.model = model.eval()
         self.processor = processor
         self.tags = list(tags)
         self.threshold = threshold
         self.max_tags = max_tags
-        self._sentences = [template.format(tag) for tag in self.tags]
+        self._sentences = [template.replace("{}", tag) for tag in self.tags]
         self._text_embeds: Tensor | None = None
 
     @classmethod
@@ -113,6 +121,7 @@ class ZeroShotTagger:
         Raises:
             FileNotFoundError, ValueError, TypeError: as for `load_image`; ValueError also if `batch_size` is below 1.
         """
+        expect_integer("batch_size", batch_size, 1)
         strings = []
         for batch in load_batches(images, batch_size, self._pixels):
             best = self._probabilities(batch).topk(min(self.max_tags, len(self.tags)))

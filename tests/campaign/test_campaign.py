@@ -11,6 +11,7 @@ from tests.campaign.running import run_campaign, seeds_of
 
 # Trials of each boundary, by the time that one takes and the variety of its inputs.
 COUNTS: dict[str, int] = {
+    "calls": 200,
     "checkpoints": 40,
     "converting": 200,
     "folders": 150,

@@ -1,0 +1,294 @@
+"""What the arguments of `generate` may be, besides the model's inputs, and which of them wins over the checkpoint's."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+
+from lion_fast.configuration_lion import LionConfig
+from lion_fast.model.validation import brief, is_integer, is_number
+
+MAX_NEW_TOKENS = 1 << 20
+"""Largest length: beam search allocates memory for all tokens that it may generate."""
+MAX_SEQUENCES = 1 << 12
+"""Largest number of beams or sequences per sample."""
+
+
+class Rule(NamedTuple):
+    """What an argument may be.
+
+    Args:
+        expected: the same in words.
+        fits: whether a value may be given, for a language model of so many tokens.
+    """
+
+    expected: str
+    fits: Callable[[Any, int], bool]
+
+
+def _integers(low: int, high: int | None = None) -> Rule:
+    expected = f"an integer of {low} or more" if high is None else f"an integer in {low}..{high}"
+    return Rule(expected, lambda value, _: is_integer(value, low, float("inf") if high is None else high))
+
+
+def _numbers(low: float, high: float | None = None) -> Rule:
+    expected = f"a number of {low:g} or more" if high is None else f"a number in {low:g}..{high:g}"
+    return Rule(expected, lambda value, _: is_number(value, low, float("inf") if high is None else high))
+
+
+def _is_token(value: Any, vocabulary: int) -> bool:
+    return is_integer(value, 0, vocabulary - 1)
+
+
+def _are_tokens(value: Any, vocabulary: int) -> bool:
+    return isinstance(value, list | tuple) and all(_is_token(token, vocabulary) for token in value)
+
+
+def _are_words(value: Any, vocabulary: int) -> bool:
+    words = isinstance(value, list | tuple) and all(isinstance(word, list | tuple) and word for word in value)
+    return words and len(value) > 0 and all(_are_tokens(word, vocabulary) for word in value)
+
+
+def _are_ends(value: Any, vocabulary: int) -> bool:
+    """Return whether values are ids of EOS: -1 is none, and a list or a tensor holds several."""
+    if isinstance(value, Tensor):
+        value = value.tolist() if value.numel() < vocabulary and not value.is_meta else None
+    ends = value if isinstance(value, list | tuple) and value else [value]
+    return all(is_integer(end, -1, vocabulary - 1) for end in ends)
+
+
+def _are_starts(value: Any, vocabulary: int) -> bool:
+    return _is_token(value, vocabulary) or (_are_tokens(value, vocabulary) and len(value) > 0)
+
+
+def _are_biases(value: Any, vocabulary: int) -> bool:
+    if isinstance(value, dict):
+        value = [[key, bias] for key, bias in value.items()]
+    pairs = isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+    return pairs and len(value) > 0 and all(_are_words([key], vocabulary) and is_number(bias) for key, bias in value)
+
+
+def _decays(value: Any, _: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and is_integer(value[0], 0) and is_number(value[1], 1e-9)
+
+
+def _are_callable(value: Any, _: int) -> bool:
+    return isinstance(value, list) and all(callable(entry) for entry in value)
+
+
+def _may_be_cache(value: Any, _: int) -> bool:
+    offloaded = value in ("offloaded", "offloaded_static", "offloaded_hybrid")
+    return (
+        isinstance(value, str) and value not in ("paged", "quantized") and (torch.cuda.is_available() or not offloaded)
+    )
+
+
+def _are_strings(value: Any, _: int) -> bool:
+    strings = value if isinstance(value, list | tuple) else [value]
+    return len(strings) > 0 and all(isinstance(string, str) and string for string in strings)
+
+
+def _may_synchronise(value: Any, _: int) -> bool:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return isinstance(value, bool) and (ready or not value)
+
+
+_FLAG = Rule("True or False", lambda value, _: isinstance(value, bool))
+_TOKEN = Rule("the id of a token", _is_token)
+_TOKENS = Rule("a list of ids of tokens", _are_tokens)
+_STARTS = Rule("the id of a token, or a list of them", _are_starts)
+_LENGTH = _integers(1, MAX_NEW_TOKENS)
+_LOWER_LENGTH = _integers(0, MAX_NEW_TOKENS)
+_COUNT = _integers(1, MAX_SEQUENCES)
+_PROBABILITY = _numbers(0, 1)
+_PENALTY = _numbers(1e-9)
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("max_length", "max_new_tokens"), _LENGTH),
+    **dict.fromkeys(("min_length", "min_new_tokens"), _LOWER_LENGTH),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), _COUNT),
+    **dict.fromkeys(("top_p", "min_p", "epsilon_cutoff", "eta_cutoff", "top_h"), _PROBABILITY),
+    "typical_p": _numbers(1e-9, 1),
+    "max_cache_len": _integers(1, MAX_NEW_TOKENS),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _PENALTY),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "top_k"), _integers(0)),
+    **dict.fromkeys(("temperature", "max_time"), _numbers(0)),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), _TOKEN),
+    **dict.fromkeys(("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"), _STARTS),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _TOKENS),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size"), _integers(1, MAX_SEQUENCES)),
+    **dict.fromkeys(
+        (
+            "do_sample",
+            "use_cache",
+            "renormalize_logits",
+            "remove_invalid_values",
+            "output_attentions",
+            "output_hidden_states",
+            "output_scores",
+            "output_logits",
+            "return_dict_in_generate",
+            "disable_compile",
+        ),
+        _FLAG,
+    ),
+    "length_penalty": Rule("a number", lambda value, _: is_number(value)),
+    "early_stopping": Rule(
+        "True, False or 'never'",
+        lambda value, _: isinstance(value, bool) or (isinstance(value, str) and value == "never"),
+    ),
+    "eos_token_id": Rule("the id of a token, or a list of them", _are_ends),
+    "bad_words_ids": Rule("a list of lists of ids of tokens", _are_words),
+    "sequence_bias": Rule("a dict from tuples of ids of tokens to numbers", _are_biases),
+    "exponential_decay_length_penalty": Rule("a start and a factor above 0", _decays),
+    "generation_config": Rule("a GenerationConfig", lambda value, _: isinstance(value, GenerationConfig)),
+    "streamer": Rule("an object with put and end", lambda value, _: hasattr(value, "put") and hasattr(value, "end")),
+    "prefix_allowed_tokens_fn": Rule("a function", lambda value, _: callable(value)),
+    **dict.fromkeys(("logits_processor", "stopping_criteria"), Rule("a list of functions", _are_callable)),
+    "tokenizer": Rule("a tokenizer of transformers", lambda value, _: isinstance(value, PreTrainedTokenizerBase)),
+    "stop_strings": Rule("a string or a list of strings", _are_strings),
+    "compile_config": Rule("a CompileConfig", lambda value, _: isinstance(value, CompileConfig)),
+    "cache_config": Rule("a dict", lambda value, _: isinstance(value, dict)),
+    "cache_implementation": Rule(
+        "the name of a cache that fits embeddings ('static', 'dynamic'; 'offloaded' with a GPU)", _may_be_cache
+    ),
+    "synced_gpus": Rule("a flag, True only within torch.distributed", _may_synchronise),
+    "past_key_values": Rule("a Cache of transformers", lambda value, _: isinstance(value, Cache)),
+}
+
+_OF_TEXT = "LION's prompt has embeddings in place of ids"
+_FROM_HUB = "its code is not part of transformers"
+# Arguments of transformers' `generate` that have no effect or a wrong one here, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "inputs": ((), "the inputs are pixel_values, input_ids and so on"),
+    "assistant_model": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
+    "assistant_tokenizer": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
+    "assistant_early_exit": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
+    "is_assistant": ((False,), "it is an assistant's setting"),
+    "speculation_type": ((), "the language models have no heads for it"),
+    "continuous_batching_config": ((), _OF_TEXT),
+    "low_memory": ((False,), _FROM_HUB),
+    "use_mtp": ((False,), "the language models have no heads for it"),
+    "guidance_scale": ((1, 1.0), _OF_TEXT),
+    "negative_prompt_ids": ((), _OF_TEXT),
+    "negative_prompt_attention_mask": ((), _OF_TEXT),
+    "prefill_chunk_size": ((), _OF_TEXT),
+    "token_healing": ((False,), _OF_TEXT),
+    "custom_generate": ((), "no code is loaded"),
+    "trust_remote_code": ((False,), "no code is loaded"),
+    "penalty_alpha": ((0, 0.0), _FROM_HUB),
+    "dola_layers": ((), _FROM_HUB),
+    "num_beam_groups": ((1,), _FROM_HUB),
+    "diversity_penalty": ((0, 0.0), _FROM_HUB),
+    "constraints": ((), _FROM_HUB),
+    "force_words_ids": ((), _FROM_HUB),
+    "return_dict": ((), "return_dict_in_generate selects the output"),
+    "inputs_only": ((), "it is an argument of forward"),
+    "logits_to_keep": ((), "generate sets it"),
+    "position_ids": ((), "they follow from attention_mask"),
+    "cache_position": ((), "it follows from attention_mask"),
+    "decoder_inputs_embeds": ((), "generate continues decoder_input_ids"),
+}
+
+
+@cache
+def _known() -> frozenset[str]:
+    """Return the names of all arguments that `LionForCausalLM.generate` takes in its keyword arguments."""
+    settings = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    own = {name for name in inspect.signature(GenerationMixin.generate).parameters if name not in ("self", "kwargs")}
+    inputs = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "past_key_values", "tokenizer"}
+    return frozenset({*settings, *own, *inputs, *RULES, *UNSUPPORTED} - {"transformers_version"})
+
+
+_FLOATS = ("repetition_penalty", "encoder_repetition_penalty", "temperature", "typical_p", "min_p", "top_p")
+
+
+def expect_generation_arguments(
+    config: LionConfig, defaults: GenerationConfig, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Check the arguments of a call, a `generation_config` among them, and the checkpoint's defaults.
+
+    Returns:
+        The call's arguments, with floats where transformers does not take integers.
+
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: an argument has a value that it does not take, or is not supported.
+    """
+    for name in given:
+        if name not in _known():
+            raise TypeError(f"{name}: unexpected argument of generate")
+    vocabulary = config.text_config.vocab_size
+    own = given.get("generation_config")
+    for name, (neutral, reason) in UNSUPPORTED.items():
+        value = _first(name, given, own, defaults)
+        if value is not None and not (isinstance(value, bool | int | float) and value in neutral):
+            raise ValueError(f"{name}: not supported, because {reason}; got {brief(value)}")
+    for name, rule in RULES.items():
+        value = _first(name, given, own, defaults)
+        if value is not None and not rule.fits(value, vocabulary):
+            raise ValueError(f"{name}: expected {rule.expected}, got {brief(value)}")
+    if _first("stop_strings", given, own, defaults) is not None and "tokenizer" not in given:
+        raise ValueError("tokenizer: expected the processor's tokenizer with stop_strings, got None")
+    if _first("output_attentions", given, own, defaults) and config.text_config._attn_implementation != "eager":
+        raise ValueError(
+            f"output_attentions: expected False with attn_implementation={config.text_config._attn_implementation!r}, "
+            "which keeps no attention weights; load the model with attn_implementation='eager'"
+        )
+    return {name: float(value) if name in _FLOATS else value for name, value in given.items()}
+
+
+def _first(name: str, given: Mapping[str, Any], own: Any, defaults: GenerationConfig) -> Any:
+    """Return the value that holds: that of the call, of its `generation_config`, or of the checkpoint."""
+    for value in (given.get(name), getattr(own, name, None), getattr(defaults, name, None)):
+        if value is not None:
+            return value
+    return None
+
+
+# Two settings of one bound, of which transformers takes the first, also where it is the checkpoint's.
+_RIVALS = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
+TOP_P = 0.9
+"""LION's own for sampling; beam search would warn of it in the checkpoint's defaults."""
+
+
+def let_the_call_win(
+    settings: GenerationConfig, own: GenerationConfig | None, given: Mapping[str, Any], defaults: GenerationConfig
+) -> None:
+    """Drop the checkpoint's value of a bound from the settings of a call that asks for the bound's other form.
+
+    Args:
+        settings: merged settings of the call, which are changed.
+        own: the call's `generation_config`.
+        given: the call's further arguments.
+        defaults: the checkpoint's settings.
+    """
+    for first, second in _RIVALS:
+        if _asked(second, given, own) and not _asked(first, given, own):
+            setattr(settings, first, None)
+        elif _asked(first, given, own) and not _asked(second, given, own):
+            setattr(settings, second, None)
+    if settings.do_sample and not _asked("top_p", given, own) and defaults.top_p is None:
+        settings.top_p = TOP_P
+
+
+def count_the_answer_alone(
+    settings: GenerationConfig,
+    own: GenerationConfig | None,
+    given: Mapping[str, Any],
+    defaults: GenerationConfig,
+    prompt: int,
+) -> None:
+    """Add the prompt's length to the bounds that are asked for, because transformers' bounds include the prompt."""
+    if settings.max_length is not None and (_asked("max_length", given, own) or defaults.max_length is not None):
+        settings.max_length += prompt
+    if _asked("min_length", given, own):
+        settings.min_length += prompt
+
+
+def _asked(name: str, given: Mapping[str, Any], own: GenerationConfig | None) -> bool:
+    return given.get(name) is not None or getattr(own, name, None) is not None
