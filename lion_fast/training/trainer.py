@@ -19,7 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lion_fast.data.order import POSITION, TrainingData, TrainingOrder
 from lion_fast.data.seeding import seed_everything
-from lion_fast.io.atomic import write_json
+from lion_fast.io.atomic import whole_file, write_json
+from lion_fast.io.checkpoints import naming
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.training import saving
@@ -114,6 +115,18 @@ class LionTrainer(Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         return self.model, train_dataloader
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _resuming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
         return self.order
 
@@ -199,10 +212,16 @@ class LionTrainer(Trainer):
         if shown:
             directory = self.run_dir / "pictures"
             directory.mkdir(parents=True, exist_ok=True)
-            draw_answers(shown).save(directory / f"step-{self.state.global_step}.png")
+            with whole_file(directory / f"step-{self.state.global_step}.png") as unfinished:
+                draw_answers(shown).save(unfinished, format="png")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _resuming(checkpoint: str | None) -> AbstractContextManager[None]:
+    """Give errors of loading a checkpoint its name."""
+    return naming(checkpoint or "", "a checkpoint that the trainer can resume from")
 
 
 class _LogWithCheckpoints(TrainerCallback):
