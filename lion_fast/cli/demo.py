@@ -2,9 +2,8 @@
 
 import argparse
 import threading
-from pathlib import Path
 
-from lion_fast.cli.arguments import device, expect_model, positive_int
+from lion_fast.cli.arguments import device, expect_model, path, positive_int
 from lion_fast.cli.ask import DEFAULT_MODEL
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -18,7 +17,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "were used. Only this machine can open it unless --host says otherwise. It loads nothing from the internet.",
     )
     parser.add_argument(
-        "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
+        "--model", type=path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
     )
     parser.add_argument(
         "--host",
