@@ -59,39 +59,52 @@ def on_first_process(first: bool, broadcast: Callable[[list[Any]], object], func
 
 
 @contextmanager
+def owned_directory(directory: Path) -> Iterator[None]:
+    """Own the directory `output_dir`, which is made if there is none.
+
+    The lock is the kernel's and belongs to this process, so it ends with the process, however that ends.
+
+    Raises:
+        OutputInUseError: another run owns it.
+        FileExistsError: it is a file.
+        OSError: it cannot be written.
+    """
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise FileExistsError(f"output_dir: expected a directory, got a file or a broken link, {shown(str(directory))}")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made_directories(directory))
+            # A fixed name: the directory may have another name for another process.
+            stack.enter_context(sole_writer(Path(os.path.realpath(directory)) / "run", "output_dir"))
+        except OutputInUseError as error:
+            raise OutputInUseError(
+                f"output_dir: expected a directory that no other run is using, got {directory}"
+            ) from error
+        except OSError as error:
+            if error.filename is not None:
+                error.filename = str(directory)
+            raise
+        yield
+
+
+@contextmanager
 def owned_run(
     recipe: Recipe, *, resume: bool, reads_sources: bool = True, allow_changed_data: bool = False
 ) -> Iterator[Start]:
     """Own the run's directory, and check that the run can start or resume in it; nothing is written or removed yet.
-
-    The lock is the kernel's and belongs to this process, so it ends with the process, however that ends.
 
     Args:
         reads_sources: whether the run reads the training data that the recipe names.
         allow_changed_data: whether files that the run is trained on may have changed since its start.
 
     Raises:
-        OutputInUseError: another run owns the directory.
+        OutputInUseError, FileExistsError: see `owned_directory`.
         RecipeError: the directory holds checkpoints or a model and `resume` is False, or checkpoints of another recipe
             or of other data, or files that no run wrote.
         OSError: the directory cannot be written.
     """
     run_dir = Path(recipe.output_dir)
-    if os.path.lexists(run_dir) and not run_dir.is_dir():
-        raise RecipeError(f"output_dir: expected a directory, got a file or a broken link, {shown(str(run_dir))}")
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(made_directories(run_dir))
-            # A fixed name: the directory may have another name for another process.
-            stack.enter_context(sole_writer(Path(os.path.realpath(run_dir)) / "run", "output_dir"))
-        except OutputInUseError as error:
-            raise OutputInUseError(
-                f"output_dir: expected a directory that no other run is using, got {run_dir}"
-            ) from error
-        except OSError as error:
-            if error.filename is not None:
-                error.filename = str(run_dir)
-            raise
+    with owned_directory(run_dir):
         _expect_own(run_dir, resume)
         checkpoint = None
         if resume:

@@ -48,11 +48,22 @@ def written_aside(
         OSError: the directory could not be written, for example to a full disk; `target` is unchanged.
     """
     aside = target.parent / ASIDE / target.name
+    with (
+        failing_with_os_error(target),
+        whole_directory(target, aside=aside, finish=seal, first=first, wait_for_all=wait_for_all),
+    ):
+        yield aside
+
+
+@contextmanager
+def failing_with_os_error(target: Path) -> Iterator[None]:
+    """Turn the errors of writing a model or a checkpoint into an OSError that names it.
+
+    torch.save, safetensors and distributed checkpoints raise errors of their own on a full disk.
+    """
     try:
-        with whole_directory(target, aside=aside, finish=seal, first=first, wait_for_all=wait_for_all):
-            yield aside
+        yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        # torch.save, safetensors and distributed checkpoints raise errors of their own on a full disk.
         failures = [error]
         if isinstance(error, CheckpointException):
             failures = [cause for cause, _ in error.failures.values()]
