@@ -1,6 +1,7 @@
 """Training of one stage from a recipe: `lion-fast train` and its Python function."""
 
 import os
+import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from lion_fast.data.loader import start_method
 from lion_fast.data.records import DataError
@@ -93,12 +94,25 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
         except DataError as error:
+            # The frames and the error refer to each other. If they were left to garbage collection, the loader's queues
+            # could be freed before its workers are told to end, and it would wait 5 seconds for each of them.
+            traceback.clear_frames(error.__traceback__)
             # The message from a worker process is its whole traceback, whose last line is the error.
             message = str(error).strip().splitlines()[-1]
             raise DataError(message.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
+        finally:
+            _close_progress_bars(trainer)
         trainer.save_final(Path(recipe.output_dir) / MODEL)
         trainer.report_left_out()
     return trainer
+
+
+def _close_progress_bars(trainer: LionTrainer) -> None:
+    """Let an error's message come after the bars, which would otherwise be printed again when they are freed."""
+    progress: Any = trainer.pop_callback(ProgressCallback)
+    for bar in (progress and progress.training_bar, progress and progress.prediction_bar):
+        if bar is not None:
+            bar.close()
 
 
 def schedule_rates(recipe: Recipe) -> dict[str, float]:
