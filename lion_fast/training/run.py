@@ -19,7 +19,7 @@ from lion_fast.training.data import open_evaluation_data, open_training_data, tr
 from lion_fast.training.recipe import Recipe, RecipeError
 from lion_fast.training.reporting import TensorBoardCurves
 from lion_fast.training.run_folder import MODEL, begin_run, on_first_process, owned_run
-from lion_fast.training.trainer import LionTrainer
+from lion_fast.training.trainer import LionTrainer, expect_resumable
 
 SCHEDULE = "cosine_warmup_with_min_lr"
 
@@ -79,6 +79,8 @@ def train(
             train_samples = open_training_data(recipe.data, recipe.seed)
         if eval_samples is None:
             eval_samples = open_evaluation_data(recipe.data)
+        if start.checkpoint is not None:
+            expect_resumable(start.checkpoint)
         on_first_process(first, broadcast_object_list, lambda: begin_run(recipe, start))
         model, processor = build_model(recipe)
         trainer = LionTrainer(

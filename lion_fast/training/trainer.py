@@ -16,6 +16,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lion_fast.data.order import POSITION, TrainingData, TrainingOrder
 from lion_fast.data.seeding import seed_everything
@@ -127,6 +129,14 @@ class LionTrainer(Trainer):
         with _resuming(checkpoint):
             super()._load_rng_state(checkpoint)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint without some of the weights; Trainer warns, also about those that are tied to others."""
+        tensors = self.model.state_dict(keep_vars=True)
+        loaded = {id(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
+        absent = [name for name in load_result.missing_keys if id(tensors[name]) not in loaded]
+        if absent or load_result.unexpected_keys:
+            raise ValueError(f"lacks {absent[:1]}, has {load_result.unexpected_keys[:1]} besides")
+
     def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
         return self.order
 
@@ -217,6 +227,21 @@ class LionTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def expect_resumable(checkpoint: Path) -> None:
+    """Check the state of the trainer in a checkpoint, which `Trainer.train` reads first.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another step.
+    """
+    file = checkpoint / TRAINER_STATE_NAME
+    with naming(file, "the state of a trainer at the step of its checkpoint"):
+        state = TrainerState.load_from_json(str(file))
+        if checkpoint.name != f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}":
+            raise ValueError(f"step {str(state.global_step)[:20]}")
+        if not all(isinstance(entry, dict) for entry in state.log_history):
+            raise ValueError("log_history without entries")
 
 
 def _resuming(checkpoint: str | None) -> AbstractContextManager[None]:

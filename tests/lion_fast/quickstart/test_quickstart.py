@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def test_all_files_are_written(quickstart_dir: Path) -> None:
     assert all(0 <= share <= 1 for row in report["metrics"].values() for share in row.values())
     assert report["seconds"]["total"] == max(report["seconds"].values())
     assert all(row in (quickstart_dir / "table.txt").read_text() for row in rows)
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for path in quickstart_dir.rglob("*"):
+        assert path.is_dir() or stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
     for name in ("predictions.png", "losses.png"):
         with Image.open(quickstart_dir / name) as image:
             assert min(image.size) > 200
