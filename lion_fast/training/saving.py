@@ -59,12 +59,12 @@ def written_aside(
 def failing_with_os_error(target: Path) -> Iterator[None]:
     """Turn the errors of writing a model or a checkpoint into an OSError that names it.
 
-    torch.save, safetensors and distributed checkpoints raise errors of their own on a full disk.
+    torch.save, safetensors, tokenizers and distributed checkpoints raise errors of their own on a full disk.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        failures = [error]
+    except Exception as error:
+        failures: list[BaseException] = [error]
         if isinstance(error, CheckpointException):
             failures = [cause for cause, _ in error.failures.values()]
         about_files = next(filter(_is_about_files, failures), None)
@@ -74,9 +74,10 @@ def failing_with_os_error(target: Path) -> Iterator[None]:
 
 
 def _is_about_files(error: BaseException) -> bool:
+    words = ["(os error "]  # of Rust, as in tokenizers' bare `Exception`
     if isinstance(error, RuntimeError):
-        return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "iostream error"))
-    return isinstance(error, OSError | SafetensorError)
+        words += ["PytorchStreamWriter", "unexpected pos", "iostream error"]
+    return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in words)
 
 
 def seal(directory: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from lion_fast.training.sections import RecipeError, shown, shown_name
@@ -114,12 +115,12 @@ class _Loader(yaml.SafeLoader):
                 line, same = key.start_mark.line + 1, (key.tag, key.value)
                 if same in lines:
                     problem = f"key {shown(key.value)} is given twice, in lines {lines[same]} and {line}"
-                    raise yaml.composer.ComposerError(None, None, problem)
+                    raise ComposerError(None, None, problem)
                 lines[same] = line
 
     @staticmethod
-    def _refusal(problem: str, event: Any) -> yaml.composer.ComposerError:
-        return yaml.composer.ComposerError(None, None, problem, event.start_mark)
+    def _refusal(problem: str, event: Any) -> ComposerError:
+        return ComposerError(None, None, problem, event.start_mark)
 
 
 _Loader.add_implicit_resolver(

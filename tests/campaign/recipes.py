@@ -177,7 +177,7 @@ def _leaves(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     return leaves
 
 
-def _change(rng: random.Random, settings: dict[str, Any]) -> str:
+def _change(rng: random.Random, settings: dict[Any, Any]) -> str:
     """Change, remove or add one setting at any level, and return its key."""
     key = rng.choice(_keys(settings))
     *parents, name = key.split(".")

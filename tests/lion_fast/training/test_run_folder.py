@@ -1,5 +1,6 @@
 """The directory of a run: its owner, its permissions, other people's files, damage, and data that have changed."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.io.owning import OutputInUseError
@@ -232,6 +234,29 @@ def test_a_checkpoint_that_was_sealed_again_is_an_error(stopped: Recipe, file: s
         train(stopped, resume=True)
     assert len(str(caught.value).splitlines()) == 1
     assert checkpoint.is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("No space left on device (os error 28)"),  # tokenizers
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),  # torch.save
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_errors_of_a_full_disk_name_the_checkpoint(tmp_path: Path, error: Exception) -> None:
+    def write(raised: Exception) -> None:
+        with saving.written_aside(tmp_path / "checkpoint-2") as aside:
+            (aside / "weights").touch()
+            raise raised
+
+    with pytest.raises(OSError, match="checkpoint-2") as caught:
+        write(error)
+    assert len(str(caught.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.rglob("*")] == [saving.ASIDE]
+    with pytest.raises(RuntimeError, match="^mine"):
+        write(RuntimeError("mine"))
 
 
 def test_a_resumed_run_needs_its_recipe(stopped: Recipe) -> None:
