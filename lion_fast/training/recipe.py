@@ -23,6 +23,7 @@ from lion_fast.training.settings_files import parse_settings, parse_value, read_
 SCENES = "scenes:"
 
 _LARGEST = 2**31 - 1
+_MAX_PARTS = 50  # of an override's key
 _Share = Annotated[float, Limits(at_least=0, at_most=1)]
 _Beta = Annotated[float, Limits(at_least=0, below=1)]
 _Count = Annotated[int, Limits(at_least=1, at_most=_LARGEST)]
@@ -328,7 +329,7 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _parse_override(override: str) -> dict[str, Any]:
     name, equals, value = override.partition("=")
-    if not equals or not all(name.split(".")):
+    if not equals or not all(name.split(".")) or name.count(".") >= _MAX_PARTS:
         raise RecipeError(f"override: expected section.key=value, got {shown(override)}")
     settings = parse_value(value, shown_name(name))
     for part in reversed(name.split(".")):

@@ -136,7 +136,7 @@ def make(rng: random.Random, folder: Path) -> Trial:
         )
     else:
         file, described = _file(rng, folder, stage)
-        names += [file.name[2:62]]  # without the line break, which is shown as \\n
+        names += [file.name[2:40]]  # without the line break, which is shown as \\n
     call: Callable[[], Any] = lambda: load_recipe(stage, file, overrides)  # noqa: E731
     return Trial(f"stage {stage}: {described}", call, names, _same)
 
@@ -200,7 +200,7 @@ def _change(rng: random.Random, settings: dict[Any, Any]) -> str:
         for _ in range(rng.choice((1, 3, 40))):
             value = [value] if rng.random() < 0.5 else {"a": value}
         settings[name] = value
-    return str(name) if name == name and str(name).isprintable() else "recipe"
+    return str(name) if str(name).isprintable() else "as at the start of the run"
 
 
 def _override(rng: random.Random, stage: int) -> str:

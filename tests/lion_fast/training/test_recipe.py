@@ -81,6 +81,7 @@ def test_shipped_recipes_are_complete(stage: int) -> None:
         ("data.train.image_level=['scenes:0:1', 'scenes:0:1']", "image_level: expected each source once"),
         ("stage=2", "stage: expected 1 (the requested stage), got 2"),
         ("steps", "override: expected section.key=value, got 'steps'"),
+        ("a." * 5000 + "b=1", "override: expected section.key=value, got 'a.a."),
     ],
 )
 def test_errors_name_the_key(override: str, message: str) -> None:
