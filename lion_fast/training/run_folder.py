@@ -12,7 +12,7 @@ import yaml
 from lion_fast.io.atomic import write_text
 from lion_fast.io.owning import OutputInUseError, made_directories, sole_writer
 from lion_fast.training import saving
-from lion_fast.training.fingerprints import Fingerprints, expect_same_files, fingerprints_of, write_fingerprints
+from lion_fast.training.fingerprints import RECORD, Fingerprints, expect_same_files, fingerprints_of, write_fingerprints
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
 from lion_fast.training.sections import shown
 from lion_fast.training.settings_files import read_settings
@@ -148,6 +148,10 @@ def _expect_own(run_dir: Path, resume: bool) -> None:
         path = run_dir / name
         if os.path.lexists(path) and not path.is_dir():
             raise RecipeError(f"output_dir: expected a directory at {path}, or nothing, got a file or a broken link")
+    for name in (RECIPE_FILE, RECORD):
+        path = run_dir / name
+        if os.path.lexists(path) and not path.is_file():  # writing to a pipe could block forever
+            raise RecipeError(f"output_dir: expected a file at {path}, or nothing, got none or a broken link")
     begun = run_dir / RECIPE_FILE
     names = (RECIPE_FILE, *(path.name for path in checkpoints), *_DIRECTORIES)
     present = [name for name in names if os.path.lexists(run_dir / name)]

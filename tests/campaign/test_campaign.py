@@ -10,7 +10,7 @@ import pytest
 from tests.campaign.running import run_campaign, seeds_of
 
 # Trials of each boundary, by the time that one takes and the variety of its inputs.
-COUNTS: dict[str, int] = {"images": 100, "processor": 150, "recipes": 80}
+COUNTS: dict[str, int] = {"images": 100, "processor": 150, "recipes": 80, "run_folders": 100}
 SLOW = bool(os.environ.get("LION_SLOW_TESTS"))
 
 

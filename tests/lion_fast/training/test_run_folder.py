@@ -176,6 +176,10 @@ def test_a_directory_is_not_taken_over_by_another_run(make_recipe: MakeRecipe, t
     (run_dir / "recipe.yaml").write_text("# mine\n" + dump_recipe(recipe))
     with pytest.raises(RecipeError, match=r"has no recipe.yaml that a run wrote"):
         train(recipe)
+    (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
+    os.mkfifo(run_dir / RECORD)
+    with pytest.raises(RecipeError, match=rf"output_dir: expected a file at .*{RECORD}, or nothing, got none"):
+        train(recipe)
     (tmp_path / "file").touch()
     (tmp_path / "nowhere").symlink_to("absent/absent")
     for name in ("file", "nowhere"):
