@@ -23,13 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:
         module.add_parsers(commands)
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
     try:
-        return args.run(args) or 0
-    except (ValueError, OSError, MissingExtraError) as error:
-        print(f"lion-fast {args.command}: {error}", file=sys.stderr)
-        return 2
+        args = parser.parse_args(argv)  # may import PyTorch, to check a device
+        args.argv = sys.argv[1:] if argv is None else argv
+        try:
+            return args.run(args) or 0
+        except (ValueError, OSError, MissingExtraError) as error:
+            print(f"lion-fast {args.command}: {error}", file=sys.stderr)
+            return 2
     except KeyboardInterrupt:
         return 130
 

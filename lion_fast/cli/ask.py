@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lion_fast.cli import bulk
-from lion_fast.cli.arguments import device, expect_file, expect_model, positive_int
+from lion_fast.cli.arguments import device, expect_file, expect_model, path, positive_int
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     for parser in (caption, ask, locate):
         parser.add_argument("image", metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set")
         parser.add_argument(
-            "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
+            "--model", type=path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
         )
         parser.add_argument("--tags", help='what the image may show, e.g. "dog, cart, man"')
         parser.add_argument(
@@ -47,7 +47,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "expression", metavar="EXPRESSION", nargs="?", help=f'what to locate, e.g. "the red circle"; {column}'
     )
     locate.add_argument(
-        "--output", type=Path, metavar="PNG", help="image to write (default: IMAGE's name with .located.png)"
+        "--output", type=path, metavar="PNG", help="image to write (default: IMAGE's name with .located.png)"
     )
     caption.set_defaults(run=_caption)
     ask.set_defaults(run=_ask)

@@ -1,7 +1,8 @@
 """`lion-fast bench --tune`: find the kernels' fastest tile sizes on this GPU."""
 
 import argparse
-from pathlib import Path
+
+from lion_fast.cli.arguments import path
 
 _MOVED = "run, compare and report are now `python -m benchmarks.harness`, in a clone of the project"
 
@@ -15,7 +16,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--tune", action="store_true", help="find the fastest tile sizes for this GPU")
     parser.add_argument("--dry-run", action="store_true", help="with --tune: list what would be tried; works on a CPU")
     parser.add_argument(
-        "--table", type=Path, metavar="F", help="with --tune: output file (default: the kernels' table)"
+        "--table", type=path, metavar="F", help="with --tune: output file (default: the kernels' table)"
     )
     parser.add_argument(
         "--tune-seconds", type=float, default=400.0, metavar="S", help="time limit (default: %(default)s)"

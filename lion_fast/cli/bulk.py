@@ -4,13 +4,14 @@ import argparse
 import os
 from pathlib import Path
 
-from lion_fast.cli.arguments import positive_int
+from lion_fast.cli.arguments import path_text, positive_int
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("bulk jobs", "with --out, IMAGE may be any input that docs/bulk.md describes")
     group.add_argument(
         "--out",
+        type=path_text,
         metavar="FILE",
         help="write a row per image to FILE.jsonl or to the folder FILE.parquet, or resume it",
     )
@@ -19,7 +20,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--column", action="append", default=[], metavar="ROLE=NAME", help="field of the table, e.g. image=jpg"
     )
-    group.add_argument("--image-root", metavar="DIR", help="root of the paths in a table (default: its folder)")
+    group.add_argument(
+        "--image-root", type=path_text, metavar="DIR", help="root of the paths in a table (default: its folder)"
+    )
     group.add_argument("--strict", action="store_true", help="stop at the first unusable image")
     group.add_argument(
         "--ray-workers", type=positive_int, metavar="N", help="run on Ray with N models, each on a GPU if there are any"

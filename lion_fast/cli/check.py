@@ -1,9 +1,8 @@
 """`lion-fast check`: the kernels against the reference, on this machine."""
 
 import argparse
-from pathlib import Path
 
-from lion_fast.cli.arguments import device, positive_int
+from lion_fast.cli.arguments import device, path, positive_int
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERPRETED = """\
@@ -24,7 +23,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: all supported)"
     )
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
-    parser.add_argument("--json", type=Path, metavar="F", help="write all results to this file")
+    parser.add_argument("--json", type=path, metavar="F", help="write all results to this file")
     parser.add_argument(
         "--processes", type=positive_int, default=1, metavar="N", help="compare N cases in parallel (default: 1)"
     )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from lion_fast.cli.arguments import expect_file
+from lion_fast.cli.arguments import expect_file, path_text
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -11,14 +11,20 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="convert the published checkpoints",
         description="Convert the published checkpoints to a directory that LionForCausalLM.from_pretrained loads.",
     )
-    parser.add_argument("--vit", required=True, metavar="PTH", help="EVA's vision tower, eva_vit_g.pth")
-    parser.add_argument("--llm", required=True, metavar="DIR", help="Flan-T5's directory")
-    parser.add_argument("--bert", required=True, metavar="DIR", help="bert-base-uncased's directory")
-    parser.add_argument("--lion", required=True, metavar="PTH", help="LION's trained parameters, LION-FlanT5-XL.pth")
-    parser.add_argument("--ram", metavar="PTH", help="RAM's tagger, ram_swin_large_14m.pth; also needs the next two")
-    parser.add_argument("--ram-tags", metavar="TXT", help="RAM's list of tags, one per line")
-    parser.add_argument("--ram-thresholds", metavar="TXT", help="RAM's threshold of each tag, one per line")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
+    parser.add_argument("--vit", type=path_text, required=True, metavar="PTH", help="EVA's vision tower, eva_vit_g.pth")
+    parser.add_argument("--llm", type=path_text, required=True, metavar="DIR", help="Flan-T5's directory")
+    parser.add_argument("--bert", type=path_text, required=True, metavar="DIR", help="bert-base-uncased's directory")
+    parser.add_argument(
+        "--lion", type=path_text, required=True, metavar="PTH", help="LION's trained parameters, LION-FlanT5-XL.pth"
+    )
+    parser.add_argument(
+        "--ram", type=path_text, metavar="PTH", help="RAM's tagger, ram_swin_large_14m.pth; also needs the next two"
+    )
+    parser.add_argument("--ram-tags", type=path_text, metavar="TXT", help="RAM's list of tags, one per line")
+    parser.add_argument(
+        "--ram-thresholds", type=path_text, metavar="TXT", help="RAM's threshold of each tag, one per line"
+    )
+    parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory to create")
     parser.set_defaults(run=_run)
 
 

@@ -1,10 +1,9 @@
 """`lion-fast data`: generate, convert, check, tag and pack training data."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from lion_fast.cli.arguments import device, expect_file, positive_int
+from lion_fast.cli.arguments import device, expect_file, path, path_text, positive_int
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,22 +14,22 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     check = actions.add_parser("check", help="check every line and every image of a file")
     check.set_defaults(run=_check)
     shards = actions.add_parser("shards", help="pack a file and its images into tar files")
-    shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to create")
+    shards.add_argument("--out", type=path, required=True, metavar="DIR", help="directory to create")
     shards.add_argument(
         "--shard-mb", type=positive_int, default=512, metavar="N", help="maximum MiB per shard (default: %(default)s)"
     )
     shards.add_argument("--seed", type=int, default=0, help="seed of the order (default: %(default)s)")
     shards.set_defaults(run=_shards)
     tag = actions.add_parser("tag", help="add tags to the records of a file")
-    tag.add_argument("--ram", type=Path, required=True, metavar="DIR", help="directory of a RamTagger")
-    tag.add_argument("--out", type=Path, required=True, metavar="JSONL", help="file to write")
+    tag.add_argument("--ram", type=path, required=True, metavar="DIR", help="directory of a RamTagger")
+    tag.add_argument("--out", type=path, required=True, metavar="JSONL", help="file to write")
     tag.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
     tag.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
     tag.set_defaults(run=_tag)
     for action in (check, shards, tag):
-        action.add_argument("file", metavar="JSONL", help="training data file")
+        action.add_argument("file", type=path_text, metavar="JSONL", help="training data file")
         action.add_argument(
-            "--image-root", type=Path, metavar="DIR", help="root of the images (default: the file's folder)"
+            "--image-root", type=path, metavar="DIR", help="root of the images (default: the file's folder)"
         )
         _add_skip_bad(action, "unusable lines and images")
 
@@ -47,7 +46,7 @@ def _add_scenes(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="width and height in pixels (default: %(default)s)",
     )
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="caption, vqa, rec, reg (default: all)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="directory to write to")
     parser.set_defaults(run=_scenes)
 
 
@@ -62,9 +61,11 @@ def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description=f"Convert a public dataset's annotations. Formats and their files:\n{listing}",
     )
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="the format's files, in the order above")
-    parser.add_argument("--out", type=Path, required=True, metavar="JSONL", help="file to write")
-    parser.add_argument("--images", default="", metavar="DIR", help="folder to prepend to image names")
+    parser.add_argument(
+        "files", type=path_text, nargs="+", metavar="FILE", help="the format's files, in the order above"
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="JSONL", help="file to write")
+    parser.add_argument("--images", type=path_text, metavar="DIR", help="folder to prepend to image names")
     parser.add_argument("--image-name", metavar="TEMPLATE", help="e.g. '{image_id:012d}.jpg' (default: the format's)")
     parser.add_argument("--split", action="append", default=[], help="split to convert; can be repeated (default: all)")
     parser.add_argument(
@@ -91,7 +92,7 @@ def _convert(args: argparse.Namespace) -> None:
     conversion = Conversion(
         args.format,
         args.files,
-        images=args.images,
+        images=args.images or "",
         image_name=args.image_name,
         splits=args.split,
         kinds=args.kinds,

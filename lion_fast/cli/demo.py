@@ -7,10 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from lion_fast.cli.arguments import device, expect_model, positive_int
+from lion_fast.cli.arguments import device, expect_model, path, positive_int
 from lion_fast.cli.ask import DEFAULT_MODEL
 
 _PATIENCE = 10.0  # seconds after a signal
@@ -24,7 +23,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "were used. Only this machine can open it unless --host says otherwise. It loads nothing from the internet.",
     )
     parser.add_argument(
-        "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
+        "--model", type=path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
     )
     parser.add_argument(
         "--host",

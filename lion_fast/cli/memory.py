@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lion_fast.cli.arguments import positive_int
+from lion_fast.cli.arguments import path, positive_int
 
 _SIZES = ("xl", "xxl")
 
@@ -20,9 +20,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. batch.per_process=64")
     parser.add_argument("--stage", type=int, default=4, choices=(1, 2, 3, 4), help="default: %(default)s")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="settings that override the stage's recipe")
+    parser.add_argument("--config", type=path, metavar="YAML", help="settings that override the stage's recipe")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", type=Path, metavar="DIR", help="checkpoint (default: the recipe's)")
+    which.add_argument("--model", type=path, metavar="DIR", help="checkpoint (default: the recipe's)")
     which.add_argument("--size", choices=_SIZES, help="LION-FlanT5-XL or -XXL as published; needs no files")
     parser.add_argument("--text-tokens", type=positive_int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--question-tokens", type=positive_int, default=128, metavar="N", help="default: %(default)s")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from lion_fast.cli.arguments import path
+
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
@@ -11,7 +13,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Train a small LION through the paper's three stages on generated scenes; nothing is downloaded.",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: %(default)s"
+        "--output", type=path, default=Path("runs/quickstart"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and weights (default: %(default)s)")
     parser.add_argument(

@@ -1,17 +1,16 @@
 """`lion-fast tag`: list RAM's tags of an image."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from lion_fast.cli import bulk
-from lion_fast.cli.arguments import device
+from lion_fast.cli.arguments import device, path
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("tag", help="list what an image shows", example="photo.jpg --ram ram")
     parser.add_argument("image", metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set")
-    parser.add_argument("--ram", type=Path, required=True, metavar="DIR", help="directory of a RamTagger")
+    parser.add_argument("--ram", type=path, required=True, metavar="DIR", help="directory of a RamTagger")
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
     bulk.add_options(parser)
     parser.set_defaults(run=_run)

@@ -1,7 +1,8 @@
 """`lion-fast train`: train one stage of LION with a recipe."""
 
 import argparse
-from pathlib import Path
+
+from lion_fast.cli.arguments import add_resuming, path
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -12,8 +13,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. optimizer.lr=3e-5 batch.size=128")
     parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
-    parser.add_argument("--config", type=Path, metavar="YAML", help="settings that override the stage's recipe")
-    parser.add_argument("--resume", action="store_true", help="resume from the newest undamaged checkpoint")
+    parser.add_argument("--config", type=path, metavar="YAML", help="settings that override the stage's recipe")
+    add_resuming(parser)
     parser.add_argument("--print-recipe", action="store_true", help="print the stage's commented recipe and exit")
     parser.set_defaults(run=_run)
 
@@ -30,6 +31,6 @@ def _run(args: argparse.Namespace) -> None:
     require("train", "accelerate", "tensorboard")
     from lion_fast.training.run import train
 
-    trainer = train(recipe, resume=args.resume)
+    trainer = train(recipe, resume=args.resume, allow_changed_data=args.allow_changed_data)
     if trainer.is_world_process_zero():
         print(f"written to {recipe.output_dir}: model/ loads with LionForCausalLM.from_pretrained")

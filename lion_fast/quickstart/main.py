@@ -1,6 +1,9 @@
 """LION's whole training on two CPU cores in minutes, without downloads."""
 
+import json
+import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lion_fast.extras import require
-from lion_fast.io.atomic import write_json
+from lion_fast.io.atomic import UNFINISHED, whole_directory, write_json, write_text
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
@@ -21,11 +24,17 @@ from lion_fast.quickstart.parallel import side_by_side
 from lion_fast.quickstart.report import Showpiece, draw_curves, draw_grid, format_table
 from lion_fast.quickstart.standins import train_language, train_vision
 from lion_fast.scenes import SceneGenerator
+from lion_fast.training.run_folder import owned_directory
+from lion_fast.training.saving import failing_with_os_error
+from lion_fast.training.sections import shown
 from lion_fast.training.stages import STAGES, Stage, carry_over, copy_frozen, freeze_for_stage
 
 KINDS = {1: ("caption", "vqa"), 2: ("rec",), 3: ("caption", "rec", "vqa", "rec")}
 MUON_LR, ADAMW_LR = {1: 0.01, 2: 0.006, 3: 0.004}, {1: 1.5e-3, 2: 3e-3, 3: 1.5e-3}
 _SHOWN, _SHOWN_SIZE = 8, 384
+_METRICS = "metrics.json"
+_FILES = ("checkpoint", "predictions.png", "losses.png", "table.txt", _METRICS)
+_MAX_SCALE = 1000
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,9 @@ def run(
     `LionProcessor.from_pretrained`), `predictions.png`, `losses.png`, `table.txt` and `metrics.json`.
 
     Args:
-        output_dir: created if it does not exist; files of an earlier run are overwritten.
-        seed: seed of the scenes and the initial weights.
-        scale: factor on all numbers of steps.
+        output_dir: created if it does not exist; files of an earlier quickstart are overwritten.
+        seed: seed of the scenes and the initial weights, below 2^32.
+        scale: factor on all numbers of steps, up to 1000.
         smoke: run every part in seconds, without learning anything.
         show: print the progress, the table and the paths of the files.
 
@@ -87,16 +96,25 @@ def run(
         The content of `metrics.json`.
 
     Raises:
-        ValueError: `scale` is not positive.
+        ValueError: `seed` or `scale` is out of range, or `output_dir` holds files of these names that no quickstart
+            wrote.
+        OutputInUseError: another run is using `output_dir`.
+        OSError: a file cannot be written; those of an earlier quickstart are complete.
         MissingExtraError: matplotlib is not installed.
     """
     require("quickstart", "matplotlib")  # fail before the training, although drawing comes last
-    if scale <= 0:
-        raise ValueError(f"scale: expected a positive factor, got {scale}")
-    settings = SMOKE if smoke else Settings().scaled(scale)
+    if not (isinstance(scale, int | float) and 0 < scale <= _MAX_SCALE):
+        raise ValueError(f"scale: expected a positive factor up to {_MAX_SCALE}, got {shown(scale)}")
+    if not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise ValueError(f"seed: expected a whole number from 0 to {2**32 - 1}, got {shown(seed)}")
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    say = print if show else lambda *_: None
+    with owned_directory(output_dir):
+        _expect_own(output_dir)
+        settings = SMOKE if smoke else Settings().scaled(scale)
+        return _run(output_dir, settings, seed, print if show else lambda *_: None)
+
+
+def _run(output_dir: Path, settings: Settings, seed: int, say: Callable[..., Any]) -> dict[str, Any]:
     start = time.perf_counter()
 
     say("Scenes: coloured shapes and signs, with captions, questions and boxes")
@@ -141,9 +159,12 @@ def run(
         "seconds": {each.name: round(each.seconds, 1) for each in runs},
         "threads": torch.get_num_threads(),
     }
+    # First, so that a directory with any of the files is known as a quickstart's.
+    report["seconds"]["total"] = round(time.perf_counter() - start, 1)
+    write_json(output_dir / _METRICS, report, indent=2)
     _write(output_dir, joint, processor, test_set, easy_scenes(2 * seed + 1, _SHOWN_SIZE), runs, rows)
     report["seconds"]["total"] = round(time.perf_counter() - start, 1)
-    write_json(output_dir / "metrics.json", report, indent=2)
+    write_json(output_dir / _METRICS, report, indent=2)
     say(f"\n{format_table(rows)}\n\n{report['seconds']['total']:.0f} seconds in all; written to {output_dir}:")
     for path in sorted(output_dir.iterdir()):
         say(f"  {path.name}")
@@ -209,8 +230,11 @@ def _write(
     rows: dict[str, Metrics],
 ) -> None:
     model.generation_config.update(num_beams=1, repetition_penalty=1.0, max_new_tokens=48)
-    model.save_pretrained(output_dir / "checkpoint")
-    processor.save_pretrained(output_dir / "checkpoint")
+    checkpoint = output_dir / "checkpoint"
+    aside = output_dir / f".checkpoint{UNFINISHED}"
+    with failing_with_os_error(checkpoint), whole_directory(checkpoint, aside=aside) as unfinished:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
     indices = range(min(_SHOWN, len(test_set)))
     captions = [test_set.samples(i, "caption")[0] for i in indices]
     expressions = [test_set.samples(i, "rec")[-1 - i % 2] for i in indices]
@@ -219,4 +243,24 @@ def _write(
     pieces = [Showpiece(large[i], told[i], expressions[i], located[i]) for i in indices]
     draw_grid(pieces, output_dir / "predictions.png")
     draw_curves(runs, output_dir / "losses.png")
-    (output_dir / "table.txt").write_text(format_table(rows) + "\n")
+    write_text(output_dir / "table.txt", format_table(rows) + "\n")
+
+
+def _expect_own(output_dir: Path) -> None:
+    """Check that a directory holds none of the files to write, except an earlier quickstart's.
+
+    Raises:
+        ValueError: it does.
+    """
+    present = [name for name in _FILES if os.path.lexists(output_dir / name)]
+    if not present:
+        return
+    try:
+        earlier = json.loads((output_dir / _METRICS).read_bytes()).keys() >= {"seed", "settings", "metrics"}
+    except (FileNotFoundError, IsADirectoryError, ValueError, AttributeError, RecursionError):
+        earlier = False
+    if not earlier:
+        raise ValueError(
+            f"output_dir: expected the directory of an earlier quickstart, or one without {present[0]}, got "
+            f"{output_dir}, which has no {_METRICS} of a quickstart"
+        )

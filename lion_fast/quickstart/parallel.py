@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -53,6 +54,7 @@ def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
 
 
 def _send_result(function: Callable[[], Any], sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt goes to both processes, and the first ends this one
     try:
         content = io.BytesIO()
         torch.save(function(), content)

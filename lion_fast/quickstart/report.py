@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lion_fast.extras import require
+from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import parse_boxes
 from lion_fast.quickstart.evaluation import Metrics
 from lion_fast.quickstart.loop import Run
@@ -90,7 +91,8 @@ def draw_grid(pieces: Sequence[Showpiece], path: Path, columns: int = 4) -> None
         ]
         figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=11)
         figure.subplots_adjust(left=0.02, right=0.98, top=0.955, bottom=0.1, wspace=0.08, hspace=0.36)
-        figure.savefig(path, facecolor="white")
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished, format="png", facecolor="white")
         plt.close(figure)
 
 
@@ -148,7 +150,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
             axis.legend(frameon=False, fontsize=9)
         axes[0, 0].set_ylabel("loss (log scale)")
         figure.tight_layout()
-        figure.savefig(path, facecolor="white")
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished, format="png", facecolor="white")
         plt.close(figure)
 
 

@@ -5,6 +5,7 @@ A sample is a dict: `image` (anything that `io.images.load_image` reads), `task`
 their random numbers depend only on the seed and the position in the run (`lion_fast.data.order`).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,13 @@ from lion_fast.io.checkpoints import naming
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.scenes import SceneGenerator
 from lion_fast.tagging.modeling_ram import RamTagger
-from lion_fast.training.recipe import Augmentation, Data, Recipe, RecipeError
+from lion_fast.training.recipe import SCENES, Augmentation, Data, Recipe, RecipeError
+from lion_fast.training.sections import shown
 
 Sample = Mapping[str, Any]
 SAMPLE_IDS = "sample_ids"
+_SCENES = re.compile(rf"{SCENES}([0-9]{{1,100}}):([0-9]{{1,100}})")
+_MAX_SCENES = 10_000_000  # the order of an epoch takes 100 bytes for each
 
 
 class LionCollator:
@@ -242,23 +246,27 @@ def _load_tagger(data: Data) -> Tagger:
     on_gpu = torch.cuda.is_available() and data.workers == 0
     directory = Path(data.tagger or "")
     if not directory.is_dir():
-        raise RecipeError(f"data.tagger: expected a directory of `lion-fast convert`'s RamTagger, got {data.tagger!r}")
+        raise RecipeError(
+            f"data.tagger: expected a directory of `lion-fast convert`'s RamTagger, got {shown(data.tagger)}"
+        )
     with naming(directory, "a directory with a RamTagger"):
         tagger: Any = RamTagger.from_pretrained(directory)
     return PictureTagger(tagger.eval().to("cuda" if on_gpu else "cpu"))
 
 
 def _open(name: str, task: str, data: Data, seed: int, transforms: list[Transform], tagger: Tagger | None) -> Dataset:
-    if name.startswith("scenes:"):
-        numbers = name.split(":")[1:]
-        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[1]) < 1:
-            raise RecipeError(f"expected scenes:SEED:COUNT with whole numbers, got {name!r}")
-        return SceneSamples(task, int(numbers[0]), int(numbers[1]), transforms)
+    if name.startswith(SCENES):
+        numbers = _SCENES.fullmatch(name)
+        if numbers is None or int(numbers[2]) < 1:
+            raise RecipeError(f"expected {SCENES}SEED:COUNT with whole numbers, got {shown(name)}")
+        if int(numbers[2]) > _MAX_SCENES:
+            raise RecipeError(f"expected at most {_MAX_SCENES} scenes, got {shown(name)}")
+        return SceneSamples(task, int(numbers[1]), int(numbers[2]), transforms)
     options: Any = {"transforms": transforms, "task": task, "tagger": tagger, "strict": not data.skip_bad, "seed": seed}
     if Path(name).is_dir():
         return ShardDataset(name, **options)
     if not name.endswith(".jsonl"):
         raise RecipeError(
-            f"expected a .jsonl file, a directory of `lion-fast data shards` or scenes:SEED:COUNT, got {name!r}"
+            f"expected a .jsonl file, a directory of `lion-fast data shards` or scenes:SEED:COUNT, got {shown(name)}"
         )
     return JsonlDataset(name, image_root=data.image_root, **options)

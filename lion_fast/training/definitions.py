@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lion_fast.tasks import TASKS
+from lion_fast.training.sections import shown
 
 _IMAGE_PATH = ("vision_layernorm", "query_tokens", "qformer", "qformer_projection")
 _REGION_PATH = ("aggregator", "aggregator_layernorm", "aggregator_projection")
@@ -52,4 +53,4 @@ def stage_of(number: int) -> Stage:
     for stage in STAGES:
         if stage.number == number:
             return stage
-    raise ValueError(f"stage: expected one of {', '.join(str(stage.number) for stage in STAGES)}, got {number!r}")
+    raise ValueError(f"stage: expected one of {', '.join(str(stage.number) for stage in STAGES)}, got {shown(number)}")

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,31 @@ from transformers import get_scheduler
 from lion_fast.data import make_loader
 from lion_fast.data.order import POSITION
 from lion_fast.data.seeding import seed_everything
+from lion_fast.io.checkpoints import naming
 from lion_fast.processing_lion import IGNORED, LionProcessor
 from lion_fast.training import saving
 from lion_fast.training.building import build_model, build_optimizer
 from lion_fast.training.data import SAMPLE_IDS, LionCollator, hold_to, open_training_data, training_order
 from lion_fast.training.recipe import Recipe, load_recipe
-from lion_fast.training.run import SCHEDULE, prepare_run, schedule_rates
+from lion_fast.training.run import SCHEDULE, schedule_rates
+from lion_fast.training.run_folder import MODEL, begin_run, on_first_process, owned_run
 from lion_fast.training.sharding import gathered_state, shard
 from lion_fast.training.stages import trained_parameters
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, train_samples: Mapping[str, Dataset] | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    allow_changed_data: bool = False,
+    train_samples: Mapping[str, Dataset] | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """Run one stage on all processes of the default group of `torch.distributed`.
 
     Args:
         recipe: see `load_recipe`; its evaluation is not run.
         resume: resume from the newest undamaged checkpoint, written by any number of processes.
+        allow_changed_data: resume also if files that the run is trained on have changed since its start.
         train_samples: task -> dataset, instead of the recipe's data.
 
     Returns:
@@ -54,15 +62,26 @@ def train(
         RecipeError, CheckpointError, OSError: as for `lion_fast.training.train`.
         ValueError: a loss or gradient is NaN or infinite.
     """
+    if train_samples is None:
+        recipe.check_sources()
+    first = dist.get_rank() == 0
+    with ExitStack() as stack:
+        owned = owned_run(
+            recipe, resume=resume, reads_sources=train_samples is None, allow_changed_data=allow_changed_data
+        )
+        start = on_first_process(first, dist.broadcast_object_list, lambda: stack.enter_context(owned))
+        if train_samples is None:
+            train_samples = open_training_data(recipe.data, recipe.seed)
+        on_first_process(first, dist.broadcast_object_list, lambda: begin_run(recipe, start))
+        return _train_from(start.checkpoint, recipe, train_samples)
+
+
+def _train_from(
+    checkpoint: Path | None, recipe: Recipe, train_samples: Mapping[str, Dataset]
+) -> tuple[nn.Module, list[float]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     run_dir = Path(recipe.output_dir)
-    begun: list[Any] = [prepare_run(recipe, run_dir, resume) if rank == 0 else None]
-    dist.broadcast_object_list(begun)
-    if train_samples is None:
-        recipe.check_sources()
-        train_samples = open_training_data(recipe.data, recipe.seed)
-
     whole, processor = build_model(recipe)
     hold_to(processor, train_samples)
     whole.to(device)  # type: ignore[arg-type]
@@ -77,7 +96,7 @@ def train(
         num_training_steps=recipe.steps,
         scheduler_specific_kwargs=schedule_rates(recipe),
     )
-    step, losses = (0, []) if begun[0] is None else load(Path(begun[0]), model, optimizer, schedule)
+    step, losses = (0, []) if checkpoint is None else load(checkpoint, model, optimizer, schedule)
 
     accumulation = recipe.batch.accumulation(world)
     loader = make_loader(
@@ -105,7 +124,7 @@ def train(
             save(run_dir / f"checkpoint-{step}", model, optimizer, schedule, step, losses)
             if rank == 0:
                 saving.keep_newest(run_dir, recipe.checkpoints.keep)
-    save_whole(run_dir / "model", model, processor)
+    save_whole(run_dir / MODEL, model, processor)
     return model, losses
 
 
@@ -167,7 +186,18 @@ def save(
 
 
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[int, list[float]]:
-    """Load a checkpoint written by any number of processes; return its step and the losses up to that step."""
+    """Load a checkpoint written by any number of processes; return its step and the losses up to that step.
+
+    Raises:
+        CheckpointError: it cannot be loaded into this model, for example because another loop wrote it.
+    """
+    with naming(directory, "a checkpoint that this loop can resume from"):
+        return _load(directory, model, optimizer, schedule)
+
+
+def _load(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any
+) -> tuple[int, list[float]]:
     shards = str(directory / "shards")
     written = FileSystemReader(shards).read_metadata().state_dict_metadata
     for name, parameter in trained_parameters(model):
@@ -203,18 +233,24 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def main() -> None:
+    from lion_fast.cli.arguments import add_resuming, path
+
     parser = argparse.ArgumentParser(description="Train one of LION's stages with FSDP2; start with torchrun.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
-    parser.add_argument("--config", type=Path, metavar="YAML")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--config", type=path, metavar="YAML")
+    add_resuming(parser)
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        train(load_recipe(args.stage, args.config, args.overrides), resume=args.resume)
+        train(
+            load_recipe(args.stage, args.config, args.overrides),
+            resume=args.resume,
+            allow_changed_data=args.allow_changed_data,
+        )
     finally:
         dist.destroy_process_group()
 

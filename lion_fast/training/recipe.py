@@ -4,7 +4,8 @@
 stage's recipe, and `section.key=value` overrides both.
 """
 
-import re
+import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,19 @@ import yaml
 
 from lion_fast.tasks import TASKS
 from lion_fast.training.definitions import STAGES, Stage, stage_of
-from lion_fast.training.sections import Limits, RecipeError, Section
+from lion_fast.training.sections import Limits, PathName, RecipeError, Section, shown, shown_name
+from lion_fast.training.settings_files import parse_settings, parse_value, read_settings
 
+SCENES = "scenes:"
+
+_LARGEST = 2**31 - 1
+_MAX_PARTS = 50  # of an override's key
 _Share = Annotated[float, Limits(at_least=0, at_most=1)]
-_Count = Annotated[int, Limits(at_least=1)]
+_Beta = Annotated[float, Limits(at_least=0, below=1)]
+_Count = Annotated[int, Limits(at_least=1, at_most=_LARGEST)]
+_CountOrZero = Annotated[int, Limits(at_least=0, at_most=_LARGEST)]
+_Directory = Annotated[str, PathName()]
+_Source = Annotated[str, PathName(unless=SCENES)]
 
 
 @dataclass(frozen=True)
@@ -36,27 +46,39 @@ class Model(Section):
         kernel_backend: `LionConfig.kernel_backend`.
     """
 
-    frozen_from: str | None
-    qformer_from: str | None
-    carry_over: list[str]
+    frozen_from: Annotated[str | None, PathName()]
+    qformer_from: Annotated[str | None, PathName()]
+    carry_over: list[_Directory]
     dropout: Annotated[float | None, Limits(at_least=0, below=1)]
     kernel_backend: Literal["auto", "triton", "torch"]
 
 
 @dataclass(frozen=True)
 class Sources(Section):
-    """Sources of samples per task: JSONL files, directories of shards, or `scenes:SEED:COUNT` for generated scenes."""
+    """Sources of samples per task: JSONL files, directories of shards, or `scenes:SEED:COUNT` for generated scenes.
 
-    image_level: list[str]
-    region_level: list[str]
+    A source may serve both tasks, each of which takes its own samples of it. Within a task, a source is given once.
+    """
+
+    image_level: list[_Source]
+    region_level: list[_Source]
+
+    def contradictions(self) -> Iterator[str]:
+        for task in TASKS:
+            by_path: dict[str, str] = {}
+            for name in getattr(self, task):
+                path = name if name.startswith(SCENES) else os.path.realpath(name)
+                if path in by_path:
+                    yield f"{task}: expected each source once, got {shown(by_path[path])} and {shown(name)}"
+                by_path[path] = name
 
 
 @dataclass(frozen=True)
 class Shares(Section):
     """Relative number of turns of each task in a stage that trains several."""
 
-    image_level: _Count
-    region_level: _Count
+    image_level: Annotated[int, Limits(at_least=1, at_most=1000)]
+    region_level: Annotated[int, Limits(at_least=1, at_most=1000)]
 
 
 @dataclass(frozen=True)
@@ -94,16 +116,16 @@ class Data(Section):
 
     train: Sources
     evaluate: Sources
-    image_root: str | None
+    image_root: Annotated[str | None, PathName()]
     skip_bad: bool
-    tagger: str | None
+    tagger: Annotated[str | None, PathName()]
     augmentation: Augmentation
     shares: Shares
     mix: Literal["sample", "step"]
     shuffle: bool
     group_by_length: bool
-    workers: Annotated[int, Limits(at_least=0)]
-    prefetch: _Count
+    workers: Annotated[int, Limits(at_least=0, at_most=1024)]
+    prefetch: Annotated[int, Limits(at_least=1, at_most=1024)]
 
     def contradictions(self) -> Iterator[str]:
         if self.group_by_length and not self.shuffle:
@@ -122,11 +144,16 @@ class Optimizer(Section):
     lr: Annotated[float, Limits(above=0)]
     min_lr: Annotated[float, Limits(at_least=0)]
     warmup_lr: Annotated[float, Limits(at_least=0)]
-    warmup_steps: Annotated[int, Limits(at_least=0)]
-    betas: tuple[float, float]
+    warmup_steps: _CountOrZero
+    betas: tuple[_Beta, _Beta]
     weight_decay: Annotated[float, Limits(at_least=0)]
     boost_lr_scale: Annotated[float, Limits(above=0)]
     clip: Annotated[float, Limits(at_least=0)]
+
+    def contradictions(self) -> Iterator[str]:
+        for name in ("min_lr", "warmup_lr"):
+            if not math.isfinite(getattr(self, name) / self.lr):
+                yield f"lr: expected a rate that {name} {getattr(self, name)} can be divided by, got {self.lr}"
 
 
 @dataclass(frozen=True)
@@ -166,9 +193,9 @@ class Evaluation(Section):
 
     every: _Count
     samples: _Count
-    pictures: Annotated[int, Limits(at_least=0)]
+    pictures: _CountOrZero
     max_new_tokens: _Count
-    num_beams: _Count
+    num_beams: Annotated[int, Limits(at_least=1, at_most=1024)]
 
 
 @dataclass(frozen=True)
@@ -201,13 +228,13 @@ class Recipe(Section):
     """
 
     stage: Annotated[int, Limits(at_least=1, at_most=len(STAGES))]
-    output_dir: str
+    output_dir: _Directory
     model: Model
     data: Data
     optimizer: Optimizer
     batch: Batch
     steps: _Count
-    seed: Annotated[int, Limits(at_least=0)]
+    seed: Annotated[int, Limits(at_least=0, at_most=2**32 - 1)]
     precision: Literal["bf16", "fp32"]
     gradient_checkpointing: bool
     on_nonfinite: Literal["stop", "skip"]
@@ -231,13 +258,13 @@ class Recipe(Section):
         if self.model.qformer_from is not None and self.definition.visual_input == "AGGREGATOR":
             raise RecipeError(
                 f"model.qformer_from: expected null in stage {self.stage}, which has no Q-Former, "
-                f"got {self.model.qformer_from!r}"
+                f"got {shown(self.model.qformer_from)}"
             )
         for task in TASKS:
             sources, wanted = getattr(self.data.train, task), task in self.definition.tasks
             if wanted != bool(sources):
                 expected = "one file or more" if wanted else f"none in stage {self.stage}"
-                raise RecipeError(f"data.train.{task}: expected {expected}, got {sources}")
+                raise RecipeError(f"data.train.{task}: expected {expected}, got {shown(sources)}")
 
 
 # Keys that may change when a run is resumed: none of them changes the samples of a step or the loss over them.
@@ -256,19 +283,20 @@ def load_recipe(stage: int, file: str | Path | None = None, overrides: Sequence[
     Args:
         stage: 1, 2, 3 or 4.
         file: YAML with the settings that differ from the stage's.
-        overrides: `section.key=value` each, with the value in YAML.
+        overrides: `section.key=value` each, with the value in YAML; of two for one key, the later one counts.
 
     Raises:
         RecipeError: YAML cannot be read, a key is unknown, or a value has the wrong type.
         OSError: `file` cannot be opened.
     """
-    settings = _parse(shipped_recipe(stage), f"stage{stage}.yaml")
+    stage = stage_of(stage).number
+    settings = parse_settings(shipped_recipe(stage), f"stage{stage}.yaml")
     if file is not None:
-        settings = _laid_over(settings, _renamed(_parse(Path(file).read_text(encoding="utf-8"), str(file))))
+        settings = _laid_over(settings, _renamed(read_settings(Path(file))))
     for override in overrides:
         settings = _laid_over(settings, _renamed(_parse_override(override)))
     if settings["stage"] != stage:
-        raise RecipeError(f"stage: expected {stage} (the requested stage), got {settings['stage']!r}")
+        raise RecipeError(f"stage: expected {stage} (the requested stage), got {shown(settings['stage'])}")
     return Recipe.read(settings)
 
 
@@ -293,40 +321,17 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> None:
     if differing:
         key = differing[0]
         raise RecipeError(
-            f"{key}: expected {before.get(key)!r}, as at the start of the run, got {after.get(key)!r}"
-            + (f" (and {', '.join(differing[1:])})" if differing[1:] else "")
+            f"{shown_name(key)}: expected {shown(before.get(key))}, as at the start of the run, "
+            f"got {shown(after.get(key))}"
+            + (f" (and {', '.join(map(shown_name, differing[1:6]))})" if differing[1:] else "")
         )
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader with the numbers of YAML 1.2: `1e-4` is a number, which PyYAML (YAML 1.1) reads as a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
-
-
-def _parse(text: str, name: str) -> dict[str, Any]:
-    try:
-        loaded = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not readable as YAML ({' '.join(str(error).split())})") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise RecipeError(f"{name}: expected keys with values, got {type(loaded).__name__}")
-    return loaded
 
 
 def _parse_override(override: str) -> dict[str, Any]:
     name, equals, value = override.partition("=")
-    if not equals or not all(name.split(".")):
-        raise RecipeError(f"override: expected section.key=value, got {override!r}")
-    try:
-        settings: Any = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not readable as YAML: {value!r}") from error
+    if not equals or not all(name.split(".")) or name.count(".") >= _MAX_PARTS:
+        raise RecipeError(f"override: expected section.key=value, got {shown(override)}")
+    settings = parse_value(value, shown_name(name))
     for part in reversed(name.split(".")):
         settings = {part: settings}
     return settings
@@ -344,7 +349,7 @@ def _renamed(settings: dict[str, Any], warn: bool = True) -> dict[str, Any]:
     data = dict(data)
     pair = data.pop("image_to_region")
     if not isinstance(pair, list) or len(pair) != 2:
-        raise RecipeError(f"data.image_to_region: expected a list of 2, got {pair!r}")
+        raise RecipeError(f"data.image_to_region: expected a list of 2, got {shown(pair)}")
     if "shares" in data:
         raise RecipeError("data.image_to_region: expected data.shares alone, got both")
     if warn:

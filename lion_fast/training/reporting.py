@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lion_fast.extras import MissingExtraError, require
+from lion_fast.io.owning import naming_path
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ class TensorBoardCurves(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             log_dir = Path(args.output_dir or ".") / "tensorboard"
-            self._writer = SummaryWriter(str(log_dir), purge_step=state.global_step + 1)
+            with naming_path(log_dir):
+                self._writer = SummaryWriter(str(log_dir), purge_step=state.global_step + 1)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -42,15 +44,18 @@ class TensorBoardCurves(TrainerCallback):
             for name, value in (logs or {}).items():
                 if isinstance(value, int | float) and name not in ("epoch", "step"):
                     tag = name.replace("eval_", "eval/", 1) if name.startswith("eval_") else f"train/{name}"
-                    self._writer.add_scalar(tag, value, state.global_step)
+                    with naming_path(self._writer.log_dir):
+                        self._writer.add_scalar(tag, value, state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         drawing = Path(args.output_dir or ".") / "pictures" / f"step-{state.global_step}.png"
         if self._writer is not None and drawing.is_file():
             pixels = np.asarray(Image.open(drawing).convert("RGB"))
-            self._writer.add_image("eval/answers", pixels, state.global_step, dataformats="HWC")
-            self._writer.flush()
+            with naming_path(self._writer.log_dir):
+                self._writer.add_image("eval/answers", pixels, state.global_step, dataformats="HWC")
+                self._writer.flush()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with naming_path(self._writer.log_dir):
+                self._writer.close()

@@ -1,27 +1,26 @@
 """Training of one stage from a recipe: `lion-fast train` and its Python function."""
 
 import os
+import traceback
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from lion_fast.data.loader import start_method
 from lion_fast.data.records import DataError
 from lion_fast.extras import require
-from lion_fast.io.atomic import write_text
-from lion_fast.training import saving
 from lion_fast.training.building import build_model
 from lion_fast.training.data import hold_to, open_evaluation_data, open_training_data, training_order
-from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
+from lion_fast.training.recipe import Recipe, RecipeError
 from lion_fast.training.reporting import TensorBoardCurves
-from lion_fast.training.trainer import LionTrainer
+from lion_fast.training.run_folder import MODEL, begin_run, on_first_process, owned_run
+from lion_fast.training.trainer import LionTrainer, expect_resumable
 
-RECIPE_FILE = "recipe.yaml"
 SCHEDULE = "cosine_warmup_with_min_lr"
 
 
@@ -29,6 +28,7 @@ def train(
     recipe: Recipe,
     *,
     resume: bool = False,
+    allow_changed_data: bool = False,
     train_samples: Mapping[str, Dataset] | None = None,
     eval_samples: Mapping[str, Dataset] | None = None,
     data_collator: Any = None,
@@ -36,13 +36,14 @@ def train(
 ) -> LionTrainer:
     """Run one stage, on all processes of `torchrun`.
 
-    The run writes to `recipe.output_dir`: `recipe.yaml`, `checkpoint-N/`, `tensorboard/` (if TensorBoard is installed),
-    `pictures/` and at the end `model/`, which `LionForCausalLM.from_pretrained` and `LionProcessor.from_pretrained`
-    load.
+    The run writes to `recipe.output_dir`: `recipe.yaml`, `trained_on.json`, `checkpoint-N/`, `tensorboard/` (if
+    TensorBoard is installed), `pictures/` and at the end `model/`, which `LionForCausalLM.from_pretrained` and
+    `LionProcessor.from_pretrained` load. One run at a time owns the directory.
 
     Args:
         recipe: see `load_recipe`.
         resume: resume from the newest undamaged checkpoint in `output_dir`, or start anew if there is none.
+        allow_changed_data: resume also if files that the run is trained on have changed since its start.
         train_samples: task -> dataset (`lion_fast.training.data` describes the samples), instead of the recipe's data.
         eval_samples: the same for evaluation.
         data_collator: collator to use instead of `LionCollator`.
@@ -52,7 +53,9 @@ def train(
         The trainer after its last step.
 
     Raises:
-        RecipeError: settings contradict each other or, with `resume`, the settings that the run started with.
+        RecipeError: settings contradict each other or, with `resume`, the settings or the data that the run started
+            with; `output_dir` holds another run, or files that no run wrote.
+        OutputInUseError: another run is using `output_dir`.
         CheckpointError: a model's directory cannot be loaded.
         DataError: a line is invalid or an image unreadable, unless `data.skip_bad`.
         NonFiniteError: a loss or gradient is NaN or infinite.
@@ -62,68 +65,58 @@ def train(
     require("train", "accelerate")
     from accelerate.utils import broadcast_object_list
 
-    run_dir = Path(recipe.output_dir)
     if train_samples is None:
         recipe.check_sources()
-        train_samples = open_training_data(recipe.data, recipe.seed)
-    if eval_samples is None:
-        eval_samples = open_evaluation_data(recipe.data)
-    arguments = training_arguments(recipe, evaluates=bool(eval_samples))
-    checkpoint = [prepare_run(recipe, run_dir, resume) if arguments.process_index == 0 else None]
-    broadcast_object_list(checkpoint)
-    model, processor = build_model(recipe)
-    hold_to(processor, train_samples)
-    hold_to(processor, eval_samples)
-    trainer = LionTrainer(
-        model,
-        arguments,
-        recipe=recipe,
-        processor=processor,
-        order=training_order(recipe, train_samples),
-        eval_samples=dict(eval_samples),
-        data_collator=data_collator,
-        callbacks=[*(callbacks or []), TensorBoardCurves()],
-    )
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint[0])
-    except DataError as error:
-        # The message from a worker process is its whole traceback, whose last line is the error.
-        message = str(error).strip().splitlines()[-1]
-        raise DataError(message.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
-    trainer.save_final(run_dir / "model")
-    trainer.report_left_out()
+    evaluates = any(vars(recipe.data.evaluate).values()) if eval_samples is None else bool(eval_samples)
+    arguments = training_arguments(recipe, evaluates)
+    first = arguments.process_index == 0
+    with ExitStack() as stack:
+        owned = owned_run(
+            recipe, resume=resume, reads_sources=train_samples is None, allow_changed_data=allow_changed_data
+        )
+        start = on_first_process(first, broadcast_object_list, lambda: stack.enter_context(owned))
+        if train_samples is None:
+            train_samples = open_training_data(recipe.data, recipe.seed)
+        if eval_samples is None:
+            eval_samples = open_evaluation_data(recipe.data)
+        if start.checkpoint is not None:
+            expect_resumable(start.checkpoint)
+        on_first_process(first, broadcast_object_list, lambda: begin_run(recipe, start))
+        model, processor = build_model(recipe)
+        hold_to(processor, train_samples)
+        hold_to(processor, eval_samples)
+        trainer = LionTrainer(
+            model,
+            arguments,
+            recipe=recipe,
+            processor=processor,
+            order=training_order(recipe, train_samples),
+            eval_samples=dict(eval_samples),
+            data_collator=data_collator,
+            callbacks=[*(callbacks or []), TensorBoardCurves()],
+        )
+        try:
+            trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+        except DataError as error:
+            # The frames and the error refer to each other. If they were left to garbage collection, the loader's queues
+            # could be freed before its workers are told to end, and it would wait 5 seconds for each of them.
+            traceback.clear_frames(error.__traceback__)
+            # The message from a worker process is its whole traceback, whose last line is the error.
+            message = str(error).strip().splitlines()[-1]
+            raise DataError(message.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
+        finally:
+            _close_progress_bars(trainer)
+        trainer.save_final(Path(recipe.output_dir) / MODEL)
+        trainer.report_left_out()
     return trainer
 
 
-def prepare_run(recipe: Recipe, run_dir: Path, resume: bool) -> str | None:
-    """Create the run's directory, or check that the run in it can be resumed; called on one process.
-
-    Returns:
-        The checkpoint to resume from, or None to start anew.
-
-    Raises:
-        RecipeError: the directory holds checkpoints and `resume` is False, or checkpoints of another recipe.
-    """
-    begun = run_dir / RECIPE_FILE
-    if saving.checkpoints(run_dir) and not resume:
-        raise RecipeError(
-            f"output_dir: expected a directory without checkpoints, got {run_dir}; resume the run, or use another "
-            "directory"
-        )
-    if resume and begun.is_file():
-        check_resumable(yaml.safe_load(begun.read_text(encoding="utf-8")), recipe.plain())
-    run_dir.mkdir(parents=True, exist_ok=True)
-    saving.clear_aside(run_dir)
-    write_text(begun, dump_recipe(recipe))
-    if not resume:
-        return None
-    checkpoint = saving.last_complete(run_dir)
-    print(f"resuming from {checkpoint or 'the start: there is no undamaged checkpoint'}")
-    for path in saving.checkpoints(run_dir):
-        if path == checkpoint:
-            return str(checkpoint)
-        saving.remove(path)  # damaged, and the resumed run will write a checkpoint with its name
-    return None
+def _close_progress_bars(trainer: LionTrainer) -> None:
+    """Let an error's message come after the bars, which would otherwise be printed again when they are freed."""
+    progress: Any = trainer.pop_callback(ProgressCallback)
+    for bar in (progress and progress.training_bar, progress and progress.prediction_bar):
+        if bar is not None:
+            bar.close()
 
 
 def schedule_rates(recipe: Recipe) -> dict[str, float]:

@@ -8,8 +8,10 @@ Several processes write into one directory on a shared file system; the first pr
 """
 
 import hashlib
+import itertools
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +25,8 @@ from lion_fast.io.atomic import remove_directory, whole_directory, write_json
 
 SEAL = "complete.json"
 ASIDE = ".aside"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-([0-9]+)")
+_MAX_SEAL_BYTES = 16 << 20
 logger = logging.getLogger(__name__)
 
 
@@ -45,12 +48,23 @@ def written_aside(
         OSError: the directory could not be written, for example to a full disk; `target` is unchanged.
     """
     aside = target.parent / ASIDE / target.name
+    with (
+        failing_with_os_error(target),
+        whole_directory(target, aside=aside, finish=seal, first=first, wait_for_all=wait_for_all),
+    ):
+        yield aside
+
+
+@contextmanager
+def failing_with_os_error(target: Path) -> Iterator[None]:
+    """Turn the errors of writing a model or a checkpoint into an OSError that names it.
+
+    torch.save, safetensors, tokenizers and distributed checkpoints raise errors of their own on a full disk.
+    """
     try:
-        with whole_directory(target, aside=aside, finish=seal, first=first, wait_for_all=wait_for_all):
-            yield aside
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        # torch.save, safetensors and distributed checkpoints raise errors of their own on a full disk.
-        failures = [error]
+        yield
+    except Exception as error:
+        failures: list[BaseException] = [error]
         if isinstance(error, CheckpointException):
             failures = [cause for cause, _ in error.failures.values()]
         about_files = next(filter(_is_about_files, failures), None)
@@ -60,9 +74,10 @@ def written_aside(
 
 
 def _is_about_files(error: BaseException) -> bool:
+    words = ["(os error "]  # of Rust, as in tokenizers' bare `Exception`
     if isinstance(error, RuntimeError):
-        return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "iostream error"))
-    return isinstance(error, OSError | SafetensorError)
+        words += ["PytorchStreamWriter", "unexpected pos", "iostream error"]
+    return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in words)
 
 
 def seal(directory: Path) -> None:
@@ -74,27 +89,52 @@ def seal(directory: Path) -> None:
 
 def damage(directory: Path) -> str | None:
     """Return the first difference between a directory and its seal, or None if it is undamaged."""
-    try:
-        files = json.loads((directory / SEAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (directory / SEAL).is_file():
         return f"{SEAL} is missing"
-    except (OSError, ValueError) as error:
+    try:
+        files = _sealed(directory / SEAL)
+        for name, (size, digest) in files.items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if _digest(path) != digest:
+                return f"{name} does not hold what was written"
+    except OSError as error:
+        return f"{Path(str(error.filename or directory)).name} cannot be read ({error.strerror or error})"
+    except ValueError as error:
         return f"{SEAL} cannot be read ({error})"
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if _digest(path) != expected["sha256"]:
-            return f"{name} does not hold what was written"
     return None
+
+
+def _sealed(file: Path) -> dict[str, tuple[int, str]]:
+    """Return the files of a seal with their sizes and digests.
+
+    Raises:
+        ValueError: the seal is not one.
+    """
+    if file.stat().st_size > _MAX_SEAL_BYTES:
+        raise ValueError(f"over {_MAX_SEAL_BYTES} bytes")
+    try:
+        listed = json.loads(file.read_bytes())
+        files = {name: (marks["size"], marks["sha256"]) for name, marks in listed.items()}
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("not a list of files with sizes and digests") from error
+    if not files or any(os.path.isabs(name) or ".." in Path(name).parts for name in files):
+        raise ValueError("not a list of files in its directory")
+    return files
+
+
+def entries(run_dir: Path) -> list[Path]:
+    """Return what is named as a checkpoint, newest first, whether it is one or not."""
+    found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the directories named as checkpoints, newest first."""
-    found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for path in entries(run_dir) if path.is_dir()]
 
 
 def last_complete(run_dir: Path) -> Path | None:
@@ -114,12 +154,25 @@ def keep_newest(run_dir: Path, count: int) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory if it exists, atomically: its name never refers to a part of it."""
-    remove_directory(directory, directory.parent / ASIDE / f"{directory.name}.removed")
+    """Remove a directory if it exists, atomically: its name never refers to a part of it. Of a link, only the link."""
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        remove_directory(directory, directory.parent / ASIDE / f"{directory.name}.removed")
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint to `damaged-NAME`, where it is in nobody's way and can still be looked at."""
+    names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    target = next(to for end in names if not os.path.lexists(to := path.with_name(f"damaged-{path.name}{end}")))
+    logger.warning("%s is renamed to %s", path, target.name)
+    path.rename(target)
 
 
 def clear_aside(run_dir: Path) -> None:
     """Remove everything that an earlier run left unfinished."""
+    if (run_dir / ASIDE).is_symlink():
+        (run_dir / ASIDE).unlink()
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
 
 

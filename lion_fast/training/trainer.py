@@ -16,10 +16,13 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lion_fast.data.order import POSITION, TrainingData, TrainingOrder
 from lion_fast.data.seeding import seed_everything
-from lion_fast.io.atomic import write_json
+from lion_fast.io.atomic import whole_file, write_json
+from lion_fast.io.checkpoints import naming
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.training import saving
@@ -114,6 +117,26 @@ class LionTrainer(Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         return self.model, train_dataloader
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _resuming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint without some of the weights; Trainer warns, also about those that are tied to others."""
+        tensors = self.model.state_dict(keep_vars=True)
+        loaded = {id(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
+        absent = [name for name in load_result.missing_keys if id(tensors[name]) not in loaded]
+        if absent or load_result.unexpected_keys:
+            raise ValueError(f"lacks {absent[:1]}, has {load_result.unexpected_keys[:1]} besides")
+
     def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
         return self.order
 
@@ -199,10 +222,31 @@ class LionTrainer(Trainer):
         if shown:
             directory = self.run_dir / "pictures"
             directory.mkdir(parents=True, exist_ok=True)
-            draw_answers(shown).save(directory / f"step-{self.state.global_step}.png")
+            with whole_file(directory / f"step-{self.state.global_step}.png") as unfinished:
+                draw_answers(shown).save(unfinished, format="png")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def expect_resumable(checkpoint: Path) -> None:
+    """Check the state of the trainer in a checkpoint, which `Trainer.train` reads first.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another step.
+    """
+    file = checkpoint / TRAINER_STATE_NAME
+    with naming(file, "the state of a trainer at the step of its checkpoint"):
+        state = TrainerState.load_from_json(str(file))
+        if checkpoint.name != f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}":
+            raise ValueError(f"step {str(state.global_step)[:20]}")
+        if not all(isinstance(entry, dict) for entry in state.log_history):
+            raise ValueError("log_history without entries")
+
+
+def _resuming(checkpoint: str | None) -> AbstractContextManager[None]:
+    """Give errors of loading a checkpoint its name."""
+    return naming(checkpoint or "", "a checkpoint that the trainer can resume from")
 
 
 class _LogWithCheckpoints(TrainerCallback):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from lion_fast import LionForCausalLM, LionProcessor
 from lion_fast.io.boxes import parse_boxes
+from lion_fast.io.owning import OutputInUseError
 from lion_fast.quickstart import Metrics, evaluate, render, run
 from lion_fast.quickstart.data import compute_features, training_batches
 from lion_fast.quickstart.evaluation import answer
@@ -26,6 +28,7 @@ from lion_fast.quickstart.report import format_table
 from lion_fast.quickstart.standins import Facts
 from lion_fast.scenes import SceneGenerator
 from lion_fast.training.evaluation import is_right
+from lion_fast.training.run_folder import owned_directory
 from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
 from tests.rounding import relative_error
 
@@ -44,6 +47,10 @@ def test_all_files_are_written(quickstart_dir: Path) -> None:
     assert all(0 <= share <= 1 for row in report["metrics"].values() for share in row.values())
     assert report["seconds"]["total"] == max(report["seconds"].values())
     assert all(row in (quickstart_dir / "table.txt").read_text() for row in rows)
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for path in quickstart_dir.rglob("*"):
+        assert path.is_dir() or stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
     for name in ("predictions.png", "losses.png"):
         with Image.open(quickstart_dir / name) as image:
             assert min(image.size) > 200
@@ -139,6 +146,9 @@ def test_side_by_side_runs_both_functions_and_reports_failures() -> None:
     if os.cpu_count() != 1:
         with pytest.raises(RuntimeError, match="it was killed"):
             side_by_side(lambda: None, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        # An interrupt of both processes leaves the second to the first.
+        handler = side_by_side(lambda: None, lambda: signal.getsignal(signal.SIGINT))[1]
+        assert handler == signal.SIG_IGN
     with pytest.raises(KeyError):
         side_by_side(lambda: {}["ours"], lambda: time.sleep(60))
     assert torch.get_num_threads() == threads
@@ -208,5 +218,23 @@ def test_the_table_shows_percentages() -> None:
 
 
 def test_scale_must_be_positive(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="scale"):
-        run(tmp_path, scale=0)
+    for scale in (0, -1, float("nan"), float("inf"), 10**400, "2"):
+        with pytest.raises(ValueError, match="scale: expected a positive factor up to 1000, got"):
+            run(tmp_path, scale=scale)  # type: ignore[arg-type]
+    for seed in (-1, 2**32, 10**5000, 1.5, None):
+        with pytest.raises(ValueError, match="seed: expected a whole number from 0 to"):
+            run(tmp_path, seed=seed)  # type: ignore[arg-type]
+
+
+def test_files_that_no_quickstart_wrote_are_left_alone(tmp_path: Path) -> None:
+    for name, content in (("table.txt", "mine"), ("metrics.json", '{"accuracy": 1}'), ("metrics.json", "[" * 10**5)):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"output_dir: expected the directory of an earlier .* without {name}"):
+            run(tmp_path, smoke=True, show=False)
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content}
+        (tmp_path / name).unlink()
+    with owned_directory(tmp_path), pytest.raises(OutputInUseError, match="output_dir: expected a directory that no"):
+        run(tmp_path, smoke=True, show=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="output_dir: expected a directory, got a file"):
+        run(tmp_path / "file", smoke=True, show=False)

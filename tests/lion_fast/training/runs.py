@@ -1,6 +1,7 @@
 """Helpers: data of a run, its results, and runs on several processes."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lion_fast.training import saving
 from lion_fast.training.recipe import Recipe
-from tests.lion_fast.processes import finish, free_port
+from tests.lion_fast.processes import PATIENCE, finish, free_port
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -43,3 +44,12 @@ def run_on(processes: int, start: Callable[..., Any], recipe: Recipe, **argument
     port = free_port()
     group = [start(recipe, rank=rank, world=processes, port=port, **arguments) for rank in range(processes)]
     finish(*group)
+
+
+def wait_for(file: Path, process: Any) -> None:
+    """Wait until `process` has created `file`, or has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while not file.exists():
+        assert process.is_alive(), "the process has ended by itself"
+        assert time.monotonic() < deadline, f"no {file.name} after {PATIENCE} seconds"
+        time.sleep(0.001)

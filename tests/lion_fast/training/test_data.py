@@ -1,6 +1,7 @@
 """Training data of a recipe: files, shards and scenes, augmentation and tags, and unusable records."""
 
 import json
+import multiprocessing
 import random
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def test_bad_lines_and_images_stop_a_run_or_are_skipped_and_counted(
         train(make_recipe(2, *settings, name="strict"))
     assert str(caught.value).startswith(f"{file}:1: image")
     assert len(str(caught.value).splitlines()) == 1
+    assert not multiprocessing.active_children(), "workers end with the run, not seconds after it"
 
 
 def test_records_that_the_model_does_not_take_are_unusable(files: Files, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from lion_fast import LionForCausalLM
 from lion_fast.training import RecipeError, saving, train
 from lion_fast.training.recipe import Recipe
 from tests.lion_fast.processes import PATIENCE, finish, free_port
-from tests.lion_fast.training.runs import Files, MakeRecipe, losses_of, run_on, weights_of
+from tests.lion_fast.training.runs import Files, MakeRecipe, losses_of, run_on, wait_for, weights_of
 from tests.rounding import LOSS_TWO_WAYS, TWO_WAYS
 
 
@@ -48,15 +47,6 @@ def test_kills_change_nothing(make_recipe: MakeRecipe, start: Callable[..., Any]
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(killed.output_dir).items())
     assert losses_of(killed.output_dir) == losses_of(whole.output_dir)
     assert not (Path(killed.output_dir) / saving.ASIDE / "checkpoint-40").exists()
-
-
-def wait_for(file: Path, process: Any) -> None:
-    """Wait until `process` has created `file`, or has ended."""
-    deadline = time.monotonic() + PATIENCE
-    while not file.exists():
-        assert process.is_alive(), "the process has ended by itself"
-        assert time.monotonic() < deadline, f"no {file.name} after {PATIENCE} seconds"
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("engine", ["trainer", "fsdp2"])

@@ -1,9 +1,12 @@
 """Recipes: their content, their errors, and their schedule."""
 
 import itertools
+import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,14 +52,43 @@ def test_shipped_recipes_are_complete(stage: int) -> None:
         ("data.prefetch=0", "data.prefetch: expected greater than or equal to 1, got 0"),
         ("data={group_by_length: true, shuffle: false}", "group_by_length: expected false with shuffle false"),
         ("data.train.image_level=x", "data.train.image_level: expected a valid list, got 'x'"),
+        ("steps=" + "9" * 50, "steps: expected less than or equal to 2147483647, got an integer of 167 bits"),
+        ("steps=0x" + "f" * 5000, "steps: expected less than or equal to 2147483647, got an integer of 20000 bits"),
+        ("steps=" + "9" * 5000, "steps: not readable as YAML (Exceeds the limit"),
+        ("optimizer.weight_decay=" + "9" * 400, "optimizer.weight_decay: expected a finite number, got an integer"),
+        ("optimizer.clip=.inf", "optimizer.clip: expected a finite number, got inf"),
+        ("optimizer.betas=[0.9, .nan]", "optimizer.betas.1: expected greater than or equal to 0, got nan"),
+        ("optimizer.lr=1e-320", "lr: expected a rate that min_lr 1e-05 can be divided by, got 1e-320"),
+        ("data={mix: step, mix: sample}", "data: not readable as YAML (key 'mix' is given twice, in lines 1 and 1)"),
+        ("data=&a {train: *a}", "data: not readable as YAML (a refers to itself"),
+        ("data=" + "[" * 5000, "data: not readable as YAML (expected at most 50 levels"),
+        ("data.skip_bad=!!bool x", "data.skip_bad: not readable as YAML ('x')"),
+        ("data.skip_bad=2001-02-30", "data.skip_bad: not readable as YAML (day is out of range for month)"),
+        ("steps=!!python/object/apply:os.system [x]", "steps: not readable as YAML (could not determine a constructor"),
+        ("a\nb=1", "'a\\nb': unknown key"),
+        ("a.b.c=[" + "1, " * 1000 + "1]", "a: unknown key"),
+        ("optimizer=[" + "1, " * 1000 + "1]", "optimizer: expected keys with values, got [1, 1, 1, 1, 1, 1, ...]"),
+        ("output_dir=''", "output_dir: expected a path, got ''"),
+        ('output_dir="a\\0b"', "output_dir: expected a path, got 'a\\x00b'"),
+        ('output_dir="\\udcff"', "output_dir: expected a path in UTF-8, got '\\udcff'"),
+        ("output_dir=" + "a" * 300, "output_dir: expected a path of at most 4000 characters and names of at most 255"),
+        ("output_dir=$LION_UNSET/a", "output_dir: expected environment variables that are set ($LION_UNSET is not)"),
+        ("data.tagger=~no-such-user/a", "data.tagger: expected the name of a user after ~, got '~no-such-user/a'"),
+        (
+            "data.train.image_level=[a.jsonl, ./a.jsonl]",
+            "image_level: expected each source once, got 'a.jsonl' and",
+        ),
+        ("data.train.image_level=['scenes:0:1', 'scenes:0:1']", "image_level: expected each source once"),
         ("stage=2", "stage: expected 1 (the requested stage), got 2"),
         ("steps", "override: expected section.key=value, got 'steps'"),
+        ("a." * 5000 + "b=1", "override: expected section.key=value, got 'a.a."),
     ],
 )
 def test_errors_name_the_key(override: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(1, overrides=[override])
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_recipe_is_checked_on_creation(make_recipe: MakeRecipe) -> None:
@@ -93,6 +125,81 @@ def test_a_file_overrides_the_recipe_of_the_stage(tmp_path: Path) -> None:
     file.write_text("steps: [\n")
     with pytest.raises(RecipeError, match=r"mine.yaml: not readable as YAML"):
         load_recipe(1, file)
+
+
+BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: 3\nseed: \xff\n", "expected text in UTF-8, got other bytes in line 2"),
+        (b"steps: 3\x00\n", "not readable as YAML"),
+        ("steps: 3\n".encode("utf-16"), "expected text in UTF-8, got other bytes in line 1"),
+        (b"steps: 3\nseed: 1\nsteps: 4\n", r"key 'steps' is given twice, in lines 1 and 3"),
+        (b"data: " + b"[" * 10**5, "expected at most 50 levels"),
+        (BOMB.encode(), "expected at most 50000 values"),
+        (b"- 1\n", "expected keys with values, got list"),
+        (b"#" * (1 << 20) + b"\n", "expected at most 1048576 bytes, got more"),
+        (b"".join(b"key%d: 1\n" % i for i in range(10**4)), "unknown key; .*; and [0-9]+ more$"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(1, file)
+    assert "mine.yaml" in str(caught.value) or "unknown key" in message
+    assert len(str(caught.value)) < 1000
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(RecipeError, match=r"expected a YAML file, got (a directory|no regular file)"):
+            load_recipe(1, tmp_path / name)
+    for name in ("absent.yaml", "a" * 5000):
+        with pytest.raises(OSError, match=name[:50]) as caught:
+            load_recipe(1, tmp_path / name)
+        assert len(str(caught.value)) < 1000
+    with pytest.raises(RecipeError, match="/dev/zero: expected at most"):
+        load_recipe(1, "/dev/zero")
+    for stage in (0, 5, "1", None, 10**5000):
+        with pytest.raises(ValueError, match="stage: expected one of 1, 2, 3, 4, got"):
+            load_recipe(stage)  # type: ignore[arg-type]
+
+
+def test_aliases_and_merged_keys_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data:\n  train: &s {image_level: [a.jsonl]}\n  evaluate: {<<: *s, region_level: [b.jsonl]}\n")
+    data = load_recipe(1, file).data
+    assert (data.evaluate.image_level, data.evaluate.region_level) == (["a.jsonl"], ["b.jsonl"])
+
+
+def test_paths_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., Any]) -> None:
+    """`~` and variables, in files, overrides and recipes made in Python; a name that is no path stays as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {frozen_from: ~/a, qformer_from: $DATA/q.pth, carry_over: ['${DATA}/b', ~/c]}\n")
+    sources = "data.train={image_level: [~/d.jsonl, 'scenes:$DATA:1'], region_level: [$DATA/shards]}"
+    recipe = load_recipe(3, file, ["output_dir=~/runs/a", sources, "data.tagger=~", "data.image_root=~/images"])
+    home = str(tmp_path)
+    assert recipe.output_dir == f"{home}/runs/a"
+    model = recipe.model
+    assert (model.frozen_from, model.qformer_from) == (f"{home}/a", "/data/q.pth")
+    assert model.carry_over == ["/data/b", f"{home}/c"]
+    assert recipe.data.train.image_level == [f"{home}/d.jsonl", "scenes:$DATA:1"]
+    assert recipe.data.train.region_level == ["/data/shards"]
+    assert (recipe.data.tagger, recipe.data.image_root) == (None, f"{home}/images")
+    assert replace(recipe, output_dir="~/b").output_dir == f"{home}/b"
+    assert Recipe.read(recipe.plain()) == recipe
+    (tmp_path / "$UNSET_AND_THERE").mkdir()
+    assert load_recipe(3, None, ["output_dir=$UNSET_AND_THERE"]).output_dir == "$UNSET_AND_THERE"
+    file.write_text("steps: 0\n")
+    status, _, err = run_cli("train", "--stage", 3, "--config=~/mine.yaml")
+    assert (status, err) == (2, "lion-fast train: steps: expected greater than or equal to 1, got 0\n")
 
 
 def test_the_deprecated_key_of_shares_still_loads(tmp_path: Path) -> None:

@@ -83,6 +83,21 @@ def test_the_command_reports_errors_in_one_line(tmp_path: Path, run_cli: Callabl
         assert len(err.strip().splitlines()) == 1
 
 
+@needing("tensorboard", "train")
+def test_an_interrupt_ends_the_command(
+    make_recipe: MakeRecipe, tmp_path: Path, run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings = [f"{key}={value}" for key, value in (("output_dir", tmp_path / "run"), ("model.carry_over", "[x]"))]
+    argv = ["train", "--stage", "1", *settings, "data.train.image_level=[scenes:0:2]"]
+    for name in ("lion_fast.training.run.build_model", "argparse.ArgumentParser.parse_args"):
+        monkeypatch.setattr(name, interrupt)
+        assert run_cli(*argv)[0] == 130
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["recipe.yaml", "trained_on.json"]
+
+
 def test_a_run_without_tensorboard_warns(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
