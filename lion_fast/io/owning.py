@@ -149,6 +149,8 @@ def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Itera
             given, hidden = os.fspath(error.filename), str(temporary)
             if temporary is not None and (given == hidden or given.startswith(hidden + os.sep)):
                 error.filename = str(path) + given[len(hidden) :]
+        elif error.errno is None and temporary is not None and str(temporary) in str(error):
+            raise OSError(str(error).replace(str(temporary), str(path))) from error
         elif error.filename is None and (temporary is None or error.errno in _FULL):
             if error.errno is not None and error.strerror is not None and len(error.args) == 2:
                 error.filename = str(path)
