@@ -54,14 +54,18 @@ def expect_free(path: str | os.PathLike, name: str = "out", *, overwrite: bool =
 
     Raises:
         OutputExistsError: there is a file with content; the message starts with `name`.
-        IsADirectoryError: there is a directory.
+        OSError: there is a directory, a link that leads to itself, or something else that cannot be looked at.
     """
     path = Path(path)
     if is_stream(path):
         return
     if path.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, got the directory {path}")
-    if not overwrite and path.exists() and path.stat().st_size:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        size = 0
+    if not overwrite and size:
         raise OutputExistsError(f"{name}: expected the name of a new file, got {path}, which exists (see --overwrite)")
 
 

@@ -28,6 +28,7 @@ def claimed(job: BulkJob, output: Output, settings: dict[str, Any], *, overwrite
         OSError: it cannot be written.
     """
     record = record_of(job)
+    recorded = record.exists()
     with made_directories(output.path.parent), sole_writer(Path(os.path.realpath(output.path))):
         was_there, existed = os.path.lexists(output.path), output.holds_anything()
         try:
@@ -48,7 +49,8 @@ def claimed(job: BulkJob, output: Output, settings: dict[str, Any], *, overwrite
             yield
         except BaseException:
             if not existed and not output.holds_anything():
-                record.unlink(missing_ok=True)
+                if not recorded:
+                    record.unlink(missing_ok=True)
                 if not was_there:
                     output.remove()
             raise

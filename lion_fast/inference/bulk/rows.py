@@ -112,9 +112,10 @@ def expect_rows(path: Path, fields: Sequence[str]) -> None:
         first = file.readline()
         end = _end_of_last_line(file)
         file.seek(end)
-        torn = file.read(_TAIL).rstrip(b"\0")  # a machine that stops may leave zeros
+        torn = file.read(_TAIL)
     if end:
         _parsed(first, f"{path}:1", fields)
+        torn = torn.rstrip(b"\0")  # a machine that stops may leave zeros
     if not torn.startswith(_BEGIN[: len(torn)]):
         raise ValueError(f"{path}: not a file of a bulk job: it ends with {torn[:40]!r}")
 
