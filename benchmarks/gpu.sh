@@ -138,7 +138,7 @@ compile() { # arguments: suite, number of processes
 
 environment() {
   command -v nvidia-smi && nvidia-smi
-  limited "$(left)" "$PYTHON" -m lion_fast.check.environment --rates --json "$OUT/environment.json"
+  limited "$(left)" "$PYTHON" -m lion_fast.check.environment --rates --json "$OUT/environment.json" --overwrite
 }
 
 check() { # every operator in fp32, fp16 and bf16 with all gradients, and at the model's shapes; no times
@@ -146,7 +146,7 @@ check() { # every operator in fp32, fp16 and bf16 with all gradients, and at the
   [ -z "$GPU" ] && which=(--operators rms_norm gated_gelu)
   compile headline 6 &
   limited "$(left)" "$PYTHON" -m lion_fast check "${which[@]}" --processes "$PROCESSES" --repeats 2 --no-times \
-    --json "$OUT/check.json"
+    --json "$OUT/check.json" --overwrite
   status=$?
   wait
   return $status
@@ -203,7 +203,7 @@ determinism() {
   local which=() repeats=200
   [ -z "$GPU" ] && which=(--operators rms_norm) && repeats=3
   limited "$(left)" "$PYTHON" -m lion_fast check "${which[@]}" --dtypes "$([ -n "$GPU" ] && echo bfloat16 || echo float16)" \
-    --processes "$PROCESSES" --repeats $repeats --no-times --json "$OUT/determinism.json"
+    --processes "$PROCESSES" --repeats $repeats --no-times --json "$OUT/determinism.json" --overwrite
 }
 
 # ---------------------------------------------------------------- rest
@@ -249,7 +249,7 @@ tuning() {
   if [ -z "$GPU" ]; then
     limited "$(left)" "$PYTHON" -m lion_fast bench --tune --dry-run
   else
-    limited "$(left)" "$PYTHON" -m lion_fast bench --tune --tune-seconds "$(left 60)" --table "$OUT/tuning.json"
+    limited "$(left)" "$PYTHON" -m lion_fast bench --tune --tune-seconds "$(left 60)" --table "$OUT/tuning.json" --overwrite
   fi
 }
 

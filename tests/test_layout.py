@@ -30,7 +30,7 @@ THIRD_PARTY = {"lion_kernels": {"torch", "triton"}, "lion_reference": {"torch", 
 # Folders and top-level modules of lion_fast from the bottom up: a module imports only from its own folder and from
 # lower layers.
 LAYERS = (
-    {"extras", "tasks"},
+    {"extras", "interrupts", "tasks"},
     {"io"},
     {"configuration_lion"},
     {"model"},

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lion_fast.io.atomic import write_json
+from lion_fast.io.owning import expect_free
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "peft", "flash-attn", "liger-kernel")
 
@@ -62,7 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lion_fast.check.environment")
     parser.add_argument("--rates", action="store_true", help="measure what the GPU reaches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it there, too")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --json if it exists")
     options = parser.parse_args(arguments)
+    if options.json is not None:
+        try:
+            expect_free(options.json, "--json", overwrite=options.overwrite)
+        except OSError as error:
+            parser.error(str(error))
     found = environment()
     if options.json is not None:
         write_json(options.json, found)

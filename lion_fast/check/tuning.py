@@ -16,6 +16,7 @@ from lion_fast.check.cases import CASES, TIMED, Case
 from lion_fast.check.compare import Draw, leaves, make_tensors, relative_error, results_of
 from lion_fast.check.timing import Clock, Seconds, measure
 from lion_fast.io.atomic import write_json
+from lion_fast.io.owning import made_directories
 from lion_kernels.core import tuned_sizes
 
 Key = tuple[str, str]  # an operator's name in the table, and the shape class
@@ -131,8 +132,8 @@ def run(out: Path | None, seconds: float, dry_run: bool) -> int:
         print(_line(found), flush=True)
         if found.after < found.before:
             entries.setdefault(operator, {})[shape_class] = found.sizes
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(target, entries)  # after each entry, in case of interruption
+            with made_directories(target.parent):
+                write_json(target, entries)  # after each entry, in case of interruption
     count = sum(map(len, entries.values()))
     print(f"{count} entries better than the default{f', written to {target}' if count else ''}")
     return count

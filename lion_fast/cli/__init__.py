@@ -5,7 +5,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lion_fast.cli import ask, bench, check, convert, data, demo, kernels, memory, quickstart, tag, train
+from lion_fast import interrupts
+from lion_fast.cli import (
+    ask,
+    bench,
+    check,
+    convert,
+    data,
+    demo,
+    kernels,
+    memory,
+    quickstart,
+    tag,
+    train,
+)
 from lion_fast.cli.arguments import Parser
 from lion_fast.extras import MissingExtraError
 
@@ -26,13 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)  # may import PyTorch, to check a device
         args.argv = sys.argv[1:] if argv is None else argv
+        interrupts.raise_from_now_on()
         try:
             return args.run(args) or 0
         except (ValueError, OSError, MissingExtraError) as error:
             print(f"lion-fast {args.command}: {error}", file=sys.stderr)
             return 2
     except KeyboardInterrupt:
-        return 130
+        if argv is None:
+            interrupts.ignore_from_now_on()
+        return interrupts.STATUS
 
 
 def _quieten_libraries() -> None:

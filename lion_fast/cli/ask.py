@@ -47,7 +47,11 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "expression", metavar="EXPRESSION", nargs="?", help=f'what to locate, e.g. "the red circle"; {column}'
     )
     locate.add_argument(
-        "--output", type=path, metavar="PNG", help="image to write (default: IMAGE's name with .located.png)"
+        "--output",
+        type=path,
+        metavar="IMAGE",
+        help="image to write, in the format of its suffix (default: the input's name with .located.png); with the "
+        "same name, a new drawing replaces an earlier one in PNG",
     )
     caption.set_defaults(run=_caption)
     ask.set_defaults(run=_ask)
@@ -79,13 +83,15 @@ def _locate(args: argparse.Namespace) -> None:
         return bulk.run_bulk(args, args.model, text=args.expression)
     _expect_text(args.expression, "EXPRESSION")
     from lion_fast.io.boxes import draw_boxes
+    from lion_fast.io.drawings import expect_drawing, save_drawing
 
     output = args.output or Path(Path(args.image).with_suffix(".located.png").name)
+    expect_drawing(output, args.image, overwrite=args.overwrite)
     image, answer = _answer(args, LOCATE_INSTRUCTION.format(expression=args.expression), "region_level")
     print(answer.text)
     if not answer.boxes:
         raise ValueError(f"the model's answer holds no box: {answer.text!r}")
-    draw_boxes(image, answer.boxes, labels=[args.expression] * len(answer.boxes)).save(output)
+    save_drawing(draw_boxes(image, answer.boxes, labels=[args.expression] * len(answer.boxes)), output)
     print(f"box in pixels: {[round(x) for x in answer.boxes[0]]}, drawn in {output}")
 
 

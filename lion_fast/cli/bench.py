@@ -21,6 +21,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--tune-seconds", type=float, default=400.0, metavar="S", help="time limit (default: %(default)s)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --table if it exists")
     parser.add_argument("moved", nargs="*", metavar="ACTION", help=argparse.SUPPRESS)
     parser.set_defaults(run=_tune)
 
@@ -33,8 +34,11 @@ def _tune(args: argparse.Namespace) -> int:
     from lion_fast.cli.processes import kernels_can_be, run_again
 
     interprets = args.dry_run and kernels_can_be(interpreted=True)
+    from lion_fast.io.owning import expect_free
     from lion_kernels import HAS_TRITON
 
+    if args.table is not None:
+        expect_free(args.table, "--table", overwrite=args.overwrite)
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so there is nothing to tune")
     if args.dry_run and not interprets:

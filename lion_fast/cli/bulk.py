@@ -18,10 +18,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
     group.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: number of cores - 1)")
     group.add_argument(
-        "--column", action="append", default=[], metavar="ROLE=NAME", help="field of the table, e.g. image=jpg"
+        "--column",
+        action="append",
+        default=[],
+        metavar="ROLE=NAME",
+        help="field of the table, e.g. id=question_id",
     )
     group.add_argument(
         "--image-root", type=path_text, metavar="DIR", help="root of the paths in a table (default: its folder)"
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an output that is not this job's; its own is always resumed",
     )
     group.add_argument("--strict", action="store_true", help="stop at the first unusable image")
     group.add_argument(
@@ -34,7 +43,7 @@ def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) 
     from lion_fast.inference.bulk import BulkJob, run, run_on_ray
 
     columns = dict(part.partition("=")[::2] for part in args.column)
-    if not all(columns.values()):
+    if any("=" not in part for part in args.column):
         raise ValueError(f"--column: expected ROLE=NAME, got {' '.join(args.column)}")
     if len(columns) != len(args.column):
         raise ValueError(f"--column: expected each ROLE once, got {' '.join(args.column)}")
@@ -50,12 +59,13 @@ def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) 
         num_beams=getattr(args, "num_beams", None),
         max_new_tokens=getattr(args, "max_new_tokens", None),
     )
+    how = {"strict": args.strict, "overwrite": args.overwrite}
     if args.ray_workers:
         if args.device is not None or args.workers is not None:
             raise ValueError("--ray-workers: expected neither --device nor --workers, which Ray manages")
-        summary = run_on_ray(job, num_workers=args.ray_workers, batch_size=args.batch_size, strict=args.strict)
+        summary = run_on_ray(job, num_workers=args.ray_workers, batch_size=args.batch_size, **how)
     else:
-        summary = run(job, batch_size=args.batch_size, num_workers=args.workers, device=args.device, strict=args.strict)
+        summary = run(job, batch_size=args.batch_size, num_workers=args.workers, device=args.device, **how)
     share = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f" by process {os.environ['RANK']}"
     rate = f", {summary.rows / summary.seconds:.1f} images a second" if summary.rows else ""
     errors = f"; {summary.errors} with an error, first {summary.first_error}" if summary.errors else ""

@@ -24,6 +24,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
     parser.add_argument("--json", type=path, metavar="F", help="write all results to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --json if it exists")
     parser.add_argument(
         "--processes", type=positive_int, default=1, metavar="N", help="compare N cases in parallel (default: 1)"
     )
@@ -52,6 +53,7 @@ def _run(args: argparse.Namespace) -> int:
     can_be = kernels_can_be(interpreted=interpret)
     from lion_fast.check.cases import OPERATORS
     from lion_fast.check.report import run_check
+    from lion_fast.io.owning import expect_free
     from lion_kernels import HAS_TRITON
 
     unknown = sorted(set(args.operators or ()) - set(OPERATORS))
@@ -59,6 +61,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--operators: expected some of {', '.join(OPERATORS)}, got {', '.join(unknown)}")
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so no kernel runs")
+    if args.json is not None:
+        expect_free(args.json, "--json", overwrite=args.overwrite)
     if not can_be:
         return run_again(args, interpret=interpret)
 

@@ -32,6 +32,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
             "--image-root", type=path, metavar="DIR", help="root of the images (default: the file's folder)"
         )
         _add_skip_bad(action, "unusable lines and images")
+    _add_overwrite(tag)
 
 
 def _add_scenes(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,6 +48,7 @@ def _add_scenes(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="caption, vqa, rec, reg (default: all)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="directory to write to")
+    _add_overwrite(parser)
     parser.set_defaults(run=_scenes)
 
 
@@ -73,6 +75,7 @@ def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of instructions (default: %(default)s)")
     _add_skip_bad(parser, "invalid entries")
+    _add_overwrite(parser)
     parser.set_defaults(run=_convert)
 
 
@@ -80,14 +83,20 @@ def _add_skip_bad(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--skip-bad", action="store_true", help=f"skip and count {what} instead of stopping")
 
 
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what exists at --out instead of refusing it")
+
+
 def _scenes(args: argparse.Namespace) -> None:
     from lion_fast.scenes import write_scenes
 
-    print(write_scenes(args.out, args.count, args.seed, image_size=args.image_size, kinds=args.kinds))
+    options = {"image_size": args.image_size, "kinds": args.kinds, "overwrite": args.overwrite}
+    print(write_scenes(args.out, args.count, args.seed, **options))
 
 
 def _convert(args: argparse.Namespace) -> None:
     from lion_fast.data import Conversion, write_jsonl
+    from lion_fast.io.owning import expect_other
 
     conversion = Conversion(
         args.format,
@@ -99,7 +108,8 @@ def _convert(args: argparse.Namespace) -> None:
         strict=not args.skip_bad,
         seed=args.seed,
     )
-    count = write_jsonl(conversion, args.out)
+    expect_other(args.out, conversion.files, "--out")
+    count = write_jsonl(conversion, args.out, overwrite=args.overwrite)
     print(f"{args.out}: {count} samples; skipped {conversion.num_bad} invalid entries")
 
 
@@ -132,11 +142,14 @@ def _shards(args: argparse.Namespace) -> None:
 def _tag(args: argparse.Namespace) -> None:
     from lion_fast.data import add_tags
     from lion_fast.inference.loading import default_device
+    from lion_fast.io.owning import expect_free
     from lion_fast.tagging.modeling_ram import RamTagger
 
+    expect_free(args.out, "--out", overwrite=args.overwrite)  # before the tagger, which takes long to load
     tagger: Any = RamTagger.from_pretrained(args.ram)
     dataset = _open(args)
-    tagged, bad = add_tags(dataset, args.out, tagger.to(args.device or default_device()), batch_size=args.batch_size)
+    options = {"batch_size": args.batch_size, "overwrite": args.overwrite}
+    tagged, bad = add_tags(dataset, args.out, tagger.to(args.device or default_device()), **options)
     print(f"{args.out}: tagged {tagged} images; skipped {dataset.num_bad_lines} invalid lines and {bad} bad images")
 
 

@@ -86,11 +86,11 @@ def convert_checkpoint(
     Raises:
         CheckpointError: a file is missing or truncated, holds more than tensors, lacks tensors, or has tensors whose
             shapes contradict the others; the message names them.
-        FileExistsError: `out` exists and is not empty.
+        OutputExistsError: `out` exists and is not empty.
+        OutputInUseError: another process is converting to `out`; raised before anything is read.
+        OSError: `out` cannot be written.
     """
     out = Path(os.path.realpath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out: expected a directory that is empty or does not exist yet, got {out}")
     ram_sources = {"ram": ram, "ram_tags": ram_tags, "ram_thresholds": ram_thresholds}
     given = {name: Path(source) for name, source in ram_sources.items() if source is not None}
     if given and len(given) < len(ram_sources):
@@ -100,6 +100,22 @@ def convert_checkpoint(
     for folder in (Path(llm), Path(bert)):
         if folder.is_dir():
             expect_data_only(folder)
+    with whole_directory(out, new=True) as staging:
+        report = _convert(vit, llm, bert, lion, staging, given, max_shard_bytes)
+    report.files = sorted(out.rglob("*.safetensors"))
+    return report
+
+
+def _convert(
+    vit: str | Path,
+    llm: str | Path,
+    bert: str | Path,
+    lion: str | Path,
+    staging: Path,
+    given: dict[str, Path],
+    max_shard_bytes: int,
+) -> ConversionReport:
+    """Write the model, its processor and RAM's `given` files to a directory."""
     sources = {"vit": _Source(vit, scan(vit)), "llm": _Source(llm, scan(llm)), "lion": _Source(lion, scan(lion))}
     vision_config, text_config = _vision_config(sources["vit"]), _text_config(sources["llm"])
     bert_settings = _bert_settings(Path(bert))
@@ -110,29 +126,20 @@ def convert_checkpoint(
     tensors = _find_tensors(sources, config)
 
     report = ConversionReport(config)
-    with whole_directory(out, keep_others=True, finish=_apply_umask) as staging:
-        if given:
-            ram_report = convert_ram(given["ram"], given["ram_tags"], given["ram_thresholds"], staging / "ram")
-            report.read[str(ram)], report.ignored[str(ram)] = len(ram_report.read), ram_report.ignored
-        write_sharded(tensors, staging, max_shard_bytes)
-        config.save_pretrained(staging)
-        lion_generation_config(config).save_pretrained(staging)
-        processor.save_pretrained(staging)
+    if given:
+        ram_report = convert_ram(given["ram"], given["ram_tags"], given["ram_thresholds"], staging / "ram")
+        ram = str(given["ram"])
+        report.read[ram], report.ignored[ram] = len(ram_report.read), ram_report.ignored
+    write_sharded(tensors, staging, max_shard_bytes)
+    config.save_pretrained(staging)
+    lion_generation_config(config).save_pretrained(staging)
+    processor.save_pretrained(staging)
     used = {(info.file, info.name) for info in tensors.values()}
     for source in sources.values():
         ignored = sorted(name for name, info in source.tensors.items() if (info.file, name) not in used)
         report.ignored[str(source.path)] = ignored
         report.read[str(source.path)] = len(source.tensors) - len(ignored)
-    report.files = sorted(out.rglob("*.safetensors"))
     return report
-
-
-def _apply_umask(directory: Path) -> None:
-    """Give files the permissions that the umask allows; safetensors gives access to the owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in directory.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import SwinConfig
 
+from lion_fast.io.atomic import whole_directory
 from lion_fast.io.checkpoints import CheckpointError, TensorInfo, read_tensors, scan
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.modeling_ram import RamTagger, read_tags, read_thresholds
@@ -83,6 +85,8 @@ def convert_ram(
         CheckpointError: a file is missing or damaged, lacks tensors, has tensors whose shapes contradict the others, or
             does not have one tag and one threshold per row of `label_embed`; the message names them.
         FileExistsError: `out_dir` exists.
+        OutputInUseError: another process is converting to `out_dir`.
+        OSError: `out_dir` cannot be written.
         ValueError: `image_size` is not a multiple of the last stage's stride.
     """
     infos = scan(ram)
@@ -98,9 +102,14 @@ def convert_ram(
     shapes = {name: tuple(tensor.shape) for name, tensor in tagger.state_dict().items()}
     _check(shapes, infos, str(ram))
 
-    Path(out_dir).mkdir(parents=True)
-    tagger.load_state_dict(_read(shapes, infos), assign=True)
-    tagger.save_pretrained(out_dir)
+    if Path(out_dir).exists():
+        raise FileExistsError(f"out_dir: expected a directory that does not exist yet, got {out_dir}")
+    with whole_directory(Path(out_dir), new=True) as unfinished:
+        tagger.load_state_dict(_read(shapes, infos), assign=True)
+        try:
+            tagger.save_pretrained(unfinished)
+        except SafetensorError as error:  # raised for a full disk too
+            raise OSError(f"{out_dir}: cannot be written ({error})") from error
     read = {_source_name(name) for name in shapes}
     return RamConversionReport(
         config=config,

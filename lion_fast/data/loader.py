@@ -1,8 +1,11 @@
 """A loader that keeps a GPU busy: workers decode images ahead of the model, into pinned memory."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +80,22 @@ def checked_workers(num_workers: int | None) -> int:
 def rank_and_size() -> tuple[int, int]:
     """Return this process's rank and the number of processes of `torch.distributed`'s default group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Start processes and threads that Ctrl-C does not reach, so that this process alone decides how to end.
+
+    A terminal sends it to all of them, and a worker that it interrupts while it starts prints a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # an interrupt that came meanwhile comes now
 
 
 def start_method() -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
+from lion_fast.io.owning import made_directories, naming_path
 from lion_fast.io.reading import Repeated, Unreadable, parse_json
 from lion_fast.tasks import TASKS
 
@@ -146,15 +147,33 @@ def record_from_fields(fields: Any, place: str) -> Record:
         raise DataError(f"{place}: {error}") from error
 
 
-def write_jsonl(records: Iterable[Record], path: str | os.PathLike) -> int:
-    """Write records to a file atomically and return their number."""
+def write_jsonl(records: Iterable[Record], path: str | os.PathLike, *, overwrite: bool = True) -> int:
+    """Write records to a file atomically and return their number.
+
+    Args:
+        records: read while the file is written; no other process can write it meanwhile.
+        path: output file; missing directories are created.
+        overwrite: whether a file with content is replaced.
+
+    Raises:
+        OutputExistsError: there is a file with content, without `overwrite`; it is not touched, and nothing is read.
+        OutputInUseError: another process is writing the file.
+        OSError: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(record.to_json() + "\n")
-            count += 1
+    with made_directories(path.parent), whole_file(path, overwrite=overwrite) as unfinished:
+        with naming_path(unfinished):
+            file = unfinished.open("w", encoding="utf-8")
+        try:
+            for record in records:
+                line = record.to_json() + "\n"
+                with naming_path(path):
+                    file.write(line)
+                count += 1
+        finally:
+            with naming_path(path):
+                file.close()
     return count
 
 

@@ -19,7 +19,9 @@ import numpy as np
 from lion_fast.data.dataset import JsonlDataset, SampleDataset, Tagger, Transform, check_task, text_length
 from lion_fast.data.records import DataError, Record, describe, record_from_fields
 from lion_fast.data.shard_index import BLOCK, INDEX, read_index, write_index
+from lion_fast.io.atomic import whole_directory
 from lion_fast.io.images import image_suffixes, load_image
+from lion_fast.io.owning import OutputExistsError, expect_empty, naming_path
 from lion_fast.io.reading import naming, parse_json
 from lion_fast.tasks import TASKS
 
@@ -34,7 +36,8 @@ def write_shards(
     """Write a dataset's records and images to shards.
 
     Image files are copied unchanged, in a random order drawn from `seed`, so that each shard is a random sample; every
-    image is decoded once as a check. The index is written last: a directory without an index is unfinished.
+    image is decoded once as a check. `out` appears when everything has been written; in an existing empty directory,
+    the index comes last.
 
     Args:
         dataset: dataset whose records are read; transforms and tagger do not run. Unless it is strict, an unreadable
@@ -47,16 +50,23 @@ def write_shards(
         The paths of the shards.
 
     Raises:
-        ValueError: `out` is not empty, or `shard_bytes` is below 1.
+        ValueError: `out` is not empty, `shard_bytes` is below 1, or another process is writing to `out`.
         DataError: an image cannot be read (the message names file and line), or none can.
         OSError: the shards cannot be written.
     """
     out = Path(out)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes: expected 1 or more, got {shard_bytes}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected an empty or new directory, got {out}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        expect_empty(out)
+    except OutputExistsError as error:
+        raise OutputExistsError(f"out: expected an empty or new directory, got {out}") from error
+    with whole_directory(out, new=True) as unfinished, naming_path(out, unfinished):
+        return [out / name for name in _write(dataset, unfinished, shard_bytes, seed)]
+
+
+def _write(dataset: JsonlDataset, out: Path, shard_bytes: int, seed: int) -> list[str]:
+    """Write the shards and their index, and return the names of the shards."""
     by_image: dict[str, list[int]] = {}
     for index in range(len(dataset)):
         by_image.setdefault(dataset.record(index).image, []).append(index)
@@ -88,7 +98,7 @@ def write_shards(
     if not rows:
         raise DataError(f"{dataset.path}: none of its images can be read")
     write_index(out, writer.shards, rows)
-    return writer.shards
+    return [shard.name for shard in writer.shards]
 
 
 class ShardDataset(SampleDataset):
@@ -201,10 +211,12 @@ class _ShardWriter:
             member.size = len(content)
             # The USTAR header of a short name is one block.
             spans += [self._tar.offset + BLOCK, len(content)]
-            self._tar.addfile(member, io.BytesIO(content))
+            with naming_path(self.shards[-1]):
+                self._tar.addfile(member, io.BytesIO(content))
         return spans
 
     def close(self) -> None:
         if self._tar is not None:
-            self._tar.close()
+            with naming_path(self.shards[-1]):
+                self._tar.close()
             self._tar = None

@@ -4,13 +4,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from PIL import Image
 
 from lion_fast.data.dataset import JsonlDataset
 from lion_fast.data.records import DataError, Record, write_jsonl
 from lion_fast.io.images import MAX_PIXELS, load_image
+from lion_fast.io.owning import expect_other
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,8 @@ def add_tags(
     out: str | os.PathLike,
     tagger: Callable[[list[Image.Image]], Sequence[str]],
     batch_size: int = 32,
+    *,
+    overwrite: bool = True,
 ) -> tuple[int, int]:
     """Write a dataset's records with the tags of their images; existing tags are kept.
 
@@ -32,6 +34,7 @@ def add_tags(
         out: file to write; must differ from the dataset's file.
         tagger: returns the tags of each image of a list, joined by ", ", like a `RamTagger`.
         batch_size: images per call of the tagger; fewer if they hold more than `MAX_PIXELS` pixels together.
+        overwrite: whether a file with content is replaced.
 
     Returns:
         The number of images that were tagged, and the number of images that were skipped.
@@ -39,27 +42,27 @@ def add_tags(
     Raises:
         ValueError: `out` is the dataset's file, `batch_size` is below 1, or the tagger does not return one result per
             image.
+        OutputExistsError, OutputInUseError: see `write_jsonl`; raised before the first image is tagged.
         DataError: an image cannot be read, or a record cannot have its tags; the message names file and line.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-    if Path(out).exists() and Path(out).samefile(dataset.path):
-        raise ValueError(f"out: expected a file other than the input, got {dataset.path}")
+    expect_other(out, [dataset.path])
     untagged: dict[str, int] = {}
     for index in range(len(dataset)):
         record = dataset.record(index)
         if record.tags is None:
             untagged.setdefault(record.image, index)
     tags: dict[str, tuple[str, ...]] = {}
-    readable = _readable(dataset, untagged)
-    for batch in _batches(readable, batch_size):
-        results = tagger([image for _, image in batch])
-        if len(results) != len(batch):
-            raise ValueError(f"tagger: expected one result per image ({len(batch)}), got {len(results)}")
-        for (name, _), joined in zip(batch, results, strict=True):
-            tags[name] = tuple(_split(joined))
 
     def records() -> Iterator[Record]:
+        readable = _readable(dataset, untagged)
+        for batch in _batches(readable, batch_size):
+            results = tagger([image for _, image in batch])
+            if len(results) != len(batch):
+                raise ValueError(f"tagger: expected one result per image ({len(batch)}), got {len(results)}")
+            for (name, _), joined in zip(batch, results, strict=True):
+                tags[name] = tuple(_split(joined))
         for index in range(len(dataset)):
             record = dataset.record(index)
             if record.tags is not None:
@@ -70,7 +73,7 @@ def add_tags(
                 except ValueError as error:
                     raise DataError(f"{dataset.place(index)}: {error}") from error
 
-    write_jsonl(records(), out)
+    write_jsonl(records(), out, overwrite=overwrite)
     return len(tags), len(untagged) - len(tags)
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from lion_fast.io.owning import (
     expect_empty,
     expect_free,
     is_stream,
-    made_directories,
     naming_path,
     sole_writer,
     temporary_beside,
@@ -29,7 +28,7 @@ __all__ = ["UNFINISHED", "remove_directory", "to_disk", "whole_directory", "whol
 
 
 @contextmanager
-def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+def whole_file(path: Path, *, overwrite: bool = True, locked: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which is renamed to `path` at the end and removed after an error.
 
     A symbolic link stays a link, and a file that is replaced keeps its permissions. A path that is not a file, such as
@@ -37,6 +36,7 @@ def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Args:
         overwrite: whether a file with content is replaced.
+        locked: whether the caller holds the lock of the file, `sole_writer`.
 
     Raises:
         OutputExistsError: there is a file with content, without `overwrite`.
@@ -48,7 +48,7 @@ def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         return
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     expect_free(path, overwrite=overwrite)
-    with sole_writer(target):
+    with nullcontext() if locked else sole_writer(target):
         unfinished = temporary_beside(target)
         try:
             with naming_path(path, unfinished):
@@ -113,7 +113,7 @@ def whole_directory(
     with ExitStack() as stack:
         if aside is None:
             if not stays:
-                stack.enter_context(made_directories(target.parent))
+                target.parent.mkdir(parents=True, exist_ok=True)
             if new:
                 stack.enter_context(sole_writer(target, inside=stays))
                 expect_empty(target)  # nothing may have appeared before the lock was there

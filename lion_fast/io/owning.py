@@ -54,14 +54,18 @@ def expect_free(path: str | os.PathLike, name: str = "out", *, overwrite: bool =
 
     Raises:
         OutputExistsError: there is a file with content; the message starts with `name`.
-        IsADirectoryError: there is a directory.
+        OSError: there is a directory, a link that leads to itself, or something else that cannot be looked at.
     """
     path = Path(path)
     if is_stream(path):
         return
     if path.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, got the directory {path}")
-    if not overwrite and path.exists() and path.stat().st_size:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        size = 0
+    if not overwrite and size:
         raise OutputExistsError(f"{name}: expected the name of a new file, got {path}, which exists (see --overwrite)")
 
 
@@ -149,6 +153,8 @@ def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Itera
             given, hidden = os.fspath(error.filename), str(temporary)
             if temporary is not None and (given == hidden or given.startswith(hidden + os.sep)):
                 error.filename = str(path) + given[len(hidden) :]
+        elif error.errno is None and temporary is not None and str(temporary) in str(error):
+            raise OSError(str(error).replace(str(temporary), str(path))) from error
         elif error.filename is None and (temporary is None or error.errno in _FULL):
             if error.errno is not None and error.strerror is not None and len(error.args) == 2:
                 error.filename = str(path)

@@ -26,6 +26,7 @@ COUNTS: dict[str, int] = {
     "tables": 200,
     "tar_files": 200,
     "training_records": 100,
+    "outputs": 60,
 }
 SLOW = bool(os.environ.get("LION_SLOW_TESTS"))
 

@@ -51,13 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)")
     parser.add_argument("--json", type=Path, metavar="F", help="write configurations, reports and complaints here too")
     parser.add_argument("--page", type=Path, metavar="F", help="write the report as a page of Markdown")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of --json and --page if they exist")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `python -m lion_kernels`: print the report and return the number of unknown complaints."""
     parser = argparse.ArgumentParser(prog="python -m lion_kernels", description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
-    return print_report(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    try:
+        return print_report(options)
+    except FileExistsError as error:
+        parser.error(str(error))
 
 
 def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = ()) -> int:
@@ -68,10 +73,16 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
 
     Raises:
         ValueError: one of the modules has no kernels.
+        FileExistsError: a file to write exists with content, without `--overwrite`; nothing is compiled.
         RuntimeError: the process interprets its kernels.
     """
     if interpreting():
         raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
+    for name, path in (("--json", options.json), ("--page", options.page)):
+        if path is not None and path.is_file() and path.stat().st_size and not options.overwrite:
+            raise FileExistsError(
+                f"{name}: expected the name of a new file, got {path}, which exists (see --overwrite)"
+            )
     tasks = _tasks(options, recorded)
     print(f"triton {version('triton')}")
     print(f"{'kernel':<72} {'target':<7} regs stack  shared matrix  wide narrow programs  loop wgmma waits")
@@ -102,10 +113,18 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
         "known": [known_of(complaints, reason) for reason in dict.fromkeys(c.reason for c in complaints if c.reason)],
     }
     if options.json:
-        options.json.write_text(to_json(found), encoding="utf-8")
+        _write(options.json, to_json(found))
     if options.page:
-        options.page.write_text(page(found), encoding="utf-8")
+        _write(options.page, page(found))
     return len(unknown)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        error.filename = error.filename or str(path)  # the kernel names none for a full disk
+        raise
 
 
 def known_of(complaints: Sequence[Complaint], reason: str) -> dict[str, Any]:

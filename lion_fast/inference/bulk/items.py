@@ -1,7 +1,7 @@
 """Base of all inputs of a bulk job: items with ids, and the fields read from them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the fields to read; `text` and `tags` are None if they are not read."""
+    """Names of the fields to read; `text`, `tags` and `id` are None if they are not read.
+
+    Args:
+        needs_id: whether every row of a table must have an id, because the job names its field.
+    """
 
     image: str
     text: str | None
     tags: str | None
+    id: str | None = None
+    needs_id: bool = False
 
     @classmethod
     def of(cls, job: BulkJob) -> "Columns":
@@ -44,7 +50,26 @@ class Columns:
             image=job.columns.get("image", "image"),
             text=None if asks is None or job.text is not None else job.columns.get(asks, asks),
             tags=None if job.command == "tag" or job.tags is not None else job.columns.get("tags", "tags"),
+            id=job.columns.get("id", "id") or None,
+            needs_id=bool(job.columns.get("id")),
         )
+
+    def id_of(self, fields: Mapping[str, Any]) -> str | int | None:
+        """Return the own id of a table's row, or None if it has none.
+
+        Raises:
+            ValueError: the id is neither text nor a whole number, or is missing although the job names its field.
+        """
+        id = None if self.id is None else fields.get(self.id)
+        if id is None:
+            if self.needs_id:
+                raise ValueError(f"{self.id}: missing")
+            return None
+        if isinstance(id, bool) or not isinstance(id, str | int) or (isinstance(id, str) and not id.strip()):
+            raise ValueError(f"{self.id}: expected text or a whole number, got {describe(id)}")
+        if printable(str(id)) != str(id):
+            raise ValueError(f"{self.id}: expected text that UTF-8 can hold, got half a surrogate pair")
+        return id
 
     def text_of(self, fields: Mapping[str, Any]) -> str | None:
         """Return the text of an input, or None if it is not read.
@@ -90,7 +115,14 @@ class Source(ABC):
         columns: fields to read from each input.
         lengths: int32 [n], characters of text, by which batches are grouped.
         files: [name, bytes] of files whose change would change the ids; recorded with the job.
+
+    Attributes:
+        own_ids: whether ids are read from a field of the input.
+        tables: files of an input that is not images.
     """
+
+    own_ids = False
+    tables: Sequence[Path] = ()
 
     def __init__(self, columns: Columns, lengths: Sequence[int] | np.ndarray, files: list[list]):
         self.columns = columns
@@ -101,7 +133,7 @@ class Source(ABC):
         return len(self.lengths)
 
     @abstractmethod
-    def id(self, index: int) -> str:
+    def id(self, index: int) -> str | int:
         """Return the id of the input in the output, the same in every run."""
 
     @abstractmethod
@@ -111,6 +143,44 @@ class Source(ABC):
         Raises:
             ValueError, OSError: the input is invalid or cannot be read.
         """
+
+
+class Ids:
+    """The ids of a table's rows: their own where they have one, else file and number.
+
+    Args:
+        columns: fields to read from each row.
+    """
+
+    def __init__(self, columns: Columns):
+        self.columns = columns
+        self.own: dict[int, str | int] = {}  # index -> id, for the rows that have one
+
+    def add(self, index: int, fields: Mapping[str, Any]) -> None:
+        """Read the id of a row; one that is invalid is an error of the row."""
+        try:
+            id = self.columns.id_of(fields)
+        except ValueError:
+            return
+        if id is not None:
+            self.own[index] = id
+
+    def expect_unique(self, count: int, place: Callable[[int], str]) -> None:
+        """Check the ids of `count` rows, whose places are also the ids of those without one.
+
+        Raises:
+            ValueError: two rows have the same id; the message names both.
+        """
+        if not self.own:
+            return
+        seen: dict[str, int] = {}
+        for index in range(count):
+            id = str(self.own.get(index, place(index)))
+            if (other := seen.setdefault(id, index)) != index:
+                raise ValueError(
+                    f"{place(other)} and {place(index)}: expected different ids, got {id!r} twice "
+                    "(--column id=NAME reads them from another field, --column id= numbers the rows)"
+                )
 
 
 def sized(files: Sequence[tuple[str, Path]]) -> list[list]:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lion_fast.io.atomic import write_json
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 
@@ -49,7 +48,8 @@ class BulkJob:
         model: directory of LION's checkpoint, or of a `RamTagger` for `tag`.
         text: question (`ask`) or expression (`locate`) for all images; None to read it from the input.
         tags: tags of all images, `"dog, cart, man"`; None to read them from the input, if it has any.
-        columns: names of fields of the input that differ from `image`, `question`, `expression` and `tags`.
+        columns: names of fields of the input that differ from `id`, `image`, `question`, `expression` and `tags`;
+            an empty one for `id` numbers the rows of a table although it has that field.
         image_root: directory that image paths in a table are relative to; the directory of the table if None.
         num_beams, max_new_tokens: arguments of `generate`; the checkpoint's if None.
 
@@ -78,9 +78,14 @@ class BulkJob:
         if self.command == "tag" and self.tags is not None:
             raise ValueError(f"tags: expected none for tag, which generates them, got {self.tags!r}")
         roles = {"image"} | ({asks} if asks else set()) | (set() if self.command == "tag" else {"tags"})
-        for role in self.columns:
-            if role not in roles:
-                raise ValueError(f"columns: expected names for {', '.join(sorted(roles))}, got one for {role!r}")
+        for role, name in self.columns.items():
+            if role not in roles | {"id"}:
+                expected = ", ".join(sorted(roles))
+                raise ValueError(
+                    f"columns: expected names for {expected}, got one for {role!r}, which is not id either"
+                )
+            if not name and role != "id":
+                raise ValueError(f"columns: expected a name for {role!r}, got an empty one")
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out: expected a name that ends in .jsonl or .parquet, got {self.out}")
 
@@ -88,38 +93,65 @@ class BulkJob:
     def definition(self) -> Command:
         return COMMANDS[self.command]
 
-    def row(self, id: str, **values: Any) -> dict[str, Any]:
+    def row(self, id: str | int, **values: Any) -> dict[str, Any]:
         """Return a row of the output with every field of the command; fields without a value are None."""
         given = {"id": id, **values}
         return {name: given.get(name) for name in ("id", "image", *self.definition.fields, "error")}
 
 
-def record_settings(job: BulkJob, files: list[list], dtype: str, began: bool) -> None:
-    """Write the settings next to the output (`captions.jsonl.job.json`), or compare them with the recorded ones.
+def record_of(job: BulkJob) -> Path:
+    """Return the path of the file next to the output that records a job's settings, such as `rows.jsonl.job.json`."""
+    return Path(job.out + ".job.json")
+
+
+def settings_of(job: BulkJob, files: list[list], dtype: str, own_ids: bool) -> dict[str, Any]:
+    """Return the settings that are recorded, in JSON's types.
 
     Args:
         files: input files whose change would change the ids, [name, bytes] each.
         dtype: dtype of the model.
-        began: whether the output already has rows.
+        own_ids: whether ids are read from a field of the input.
+    """
+    settings = {**asdict(job), "dtype": dtype, "weights": _weights(Path(job.model)), "files": files}
+    del settings["out"]
+    if own_ids:
+        settings["own_ids"] = True
+    return json.loads(json.dumps(settings))
+
+
+def recorded_settings(path: Path) -> dict[str, Any] | None:
+    """Read recorded settings; None if the file is missing or empty.
+
+    Raises:
+        ValueError: the file does not hold the settings of a job.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if not content:
+        return None
+    try:
+        before = json.loads(content)
+        if not isinstance(before, dict) or not {"command", "input", "model"} <= before.keys():
+            raise ValueError("expected an object with command, input and model")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not the settings of a job ({' '.join(str(error).split())})") from error
+    return before
+
+
+def expect_same_settings(job: BulkJob, settings: dict[str, Any]) -> None:
+    """Compare a job's settings with those recorded next to its output.
 
     Raises:
         ValueError: the output was started with other settings, or not by a job.
     """
-    path = Path(job.out + ".job.json")
-    settings = json.loads(
-        json.dumps({**asdict(job), "dtype": dtype, "weights": _weights(Path(job.model)), "files": files})
-    )
-    del settings["out"]
-    if not began:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-        return
-    if not path.is_file():
-        raise ValueError(f"out: expected an unused name, got {job.out}, which has rows but no {path.name}")
-    try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not the settings of a job ({error})") from error
+    path = record_of(job)
+    before = recorded_settings(path)
+    if before is None:
+        raise ValueError(
+            f"out: expected an unused name, got {job.out}, which has rows but no {path.name} (see --overwrite)"
+        )
     changes = [
         f"{name} was {_brief(before.get(name))}, is {_brief(settings.get(name))}"
         for name in sorted(before.keys() | settings.keys())

@@ -6,62 +6,33 @@ truncated; it is removed, and its input is processed again. Each of several proc
 cannot be appended to, so rows for Parquet also go to such a file first, and from there to `part-00000.parquet` and so
 on, each written atomically.
 
-Every step can be killed and repeated: a row is moved only if the output has no row with its id.
+Every step can be killed and repeated: a row is moved only if the output has no row with its id. Files with other names
+in a Parquet output's directory, or beside a file, are never touched.
 """
 
-import fcntl
-import glob
 import itertools
-import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lion_fast.extras import require
+from lion_fast.inference.bulk.rows import Journal, Row, expect_rows, read_rows
 from lion_fast.io.atomic import UNFINISHED, whole_file
+from lion_fast.io.owning import naming_path
 
-Row = dict[str, Any]
-
-_TAIL = 1 << 16
 ROWS_PER_PART = 10_000
-
-
-class Journal:
-    """A file of JSON lines that one process appends to; opening it removes a truncated last line.
-
-    Raises:
-        ValueError: another process has the file open.
-    """
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        try:
-            # `lockf` locks belong to this process: forked workers, which may outlive it by seconds, do not hold them.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ValueError(f"out: expected a file that no other process is writing, got {path}") from error
-        self._file.truncate(_end_of_last_line(self._file))
-        self._file.seek(0, os.SEEK_END)
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Append rows and sync them to disk."""
-        content = memoryview(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
-        while content:
-            content = content[self._file.write(content) :]
-        os.fsync(self._file.fileno())
-
-    def clear(self) -> None:
-        """Remove all rows."""
-        self._file.truncate(0)
-        self._file.seek(0)
-
-    def close(self) -> None:
-        self._file.close()
+PART = "part-{:05d}.parquet"
+JOURNAL_SUFFIX = "_rank-{:05d}.jsonl"
+_PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
+_JOURNAL_NAME = re.compile(r"_rank-\d{5,}\.jsonl")
+# Left by a kill while a part was written; the first form is that of earlier versions.
+_LEFT = re.compile(
+    rf"part-\d{{5,}}\.parquet{re.escape(UNFINISHED)}"
+    rf"|\.part-\d{{5,}}\.parquet(-[0-9a-f]{{8}}{re.escape(UNFINISHED)}|\.lock)"
+)
 
 
 class Output(ABC):
@@ -81,14 +52,55 @@ class Output(ABC):
         seen: set[str] | None = None
         for path in self._journals():
             seen = set(self.ids()) if seen is None else seen
-            rows = (row for row in read_rows(path) if row["id"] not in seen)
+            rows = (row for row in read_rows(path) if str(row["id"]) not in seen)
             while chunk := list(itertools.islice(rows, ROWS_PER_PART)):
                 self._take_over(chunk)
             path.unlink()
 
-    def began(self) -> bool:
-        """Return whether the output has rows; call it after `settle`."""
-        return next(iter(self.ids()), None) is not None
+    def finish(self, ids: Sequence[str | int], *, in_order: bool) -> None:
+        """Settle at the end of a job, and check that every input has its row; called on one process.
+
+        Args:
+            ids: id of each input.
+            in_order: whether to bring the rows into this order, for an output that has one.
+
+        Raises:
+            OSError: rows are missing.
+        """
+        self.settle()
+        there = set(self.ids())
+        missing = [id for id in ids if str(id) not in there]
+        if missing:
+            raise OSError(
+                f"{self.path}: expected {len(ids)} rows, got {len(ids) - len(missing)}, for example none for "
+                f"{missing[0]}: another program has changed the output; repeat the command"
+            )
+        if in_order:
+            self._sort(ids)
+
+    @abstractmethod
+    def holds_anything(self) -> bool:
+        """Return whether there is content, whosever it is."""
+
+    @abstractmethod
+    def expect_own(self) -> None:
+        """Check that the content may be a job's, without changing it.
+
+        Raises:
+            ValueError: it is not.
+        """
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Remove the output.
+
+        Raises:
+            ValueError: there are files that no job writes.
+        """
+
+    @abstractmethod
+    def _sort(self, ids: Sequence[str | int]) -> None:
+        """Bring the rows into this order, in an output that has one."""
 
     @abstractmethod
     def _journals(self) -> list[Path]:
@@ -108,7 +120,27 @@ class Output(ABC):
 
 
 class JsonlOutput(Output):
-    """A file of JSON lines. A single process appends to it, several processes to files next to it."""
+    """A file of JSON lines. A single process appends to it, several processes to files next to it.
+
+    Args:
+        fields: fields of the rows.
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str]):
+        super().__init__(path)
+        self.fields = fields
+
+    def holds_anything(self) -> bool:
+        return any(path.exists() and path.stat().st_size for path in (self.path, *self._journals()))
+
+    def expect_own(self) -> None:
+        for path in (self.path, *self._journals()):
+            if path.exists():
+                expect_rows(path, self.fields)
+
+    def remove(self) -> None:
+        for path in (Path(os.path.realpath(self.path)), *self._journals()):
+            path.unlink(missing_ok=True)
 
     def settle(self) -> None:
         if self.path.exists():
@@ -116,19 +148,41 @@ class JsonlOutput(Output):
         super().settle()
 
     def ids(self) -> Iterator[str]:
-        return (row["id"] for row in read_rows(self.path)) if self.path.exists() else iter(())
+        return (str(row["id"]) for row in read_rows(self.path)) if self.path.exists() else iter(())
 
     def open(self, rank: int, world_size: int) -> Journal:
         path = self.path if world_size == 1 else self.path.with_name(f"{self.path.name}.rank-{rank:05d}")
         return Journal(path)
 
     def _journals(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank-*"))
+        return _named(self.path.parent, re.compile(re.escape(self.path.name) + r"\.rank-\d{5,}"))
 
     def _take_over(self, rows: list[Row]) -> None:
         journal = Journal(self.path)
         journal.append(rows)
         journal.close()
+
+    def _sort(self, ids: Sequence[str | int]) -> None:
+        places: dict[str, tuple[int, int]] = {}
+        start = 0
+        with self.path.open("rb") as file:
+            for line, row in zip(file, read_rows(self.path), strict=True):
+                places[str(row["id"])] = (start, len(line))
+                start += len(line)
+        wanted = {str(id): None for id in ids}
+        wanted |= dict.fromkeys(places)  # rows of other ids come last
+        if list(wanted) == list(places):
+            return
+        with (
+            whole_file(self.path, locked=True) as unfinished,
+            naming_path(self.path),
+            self.path.open("rb") as old,
+            unfinished.open("wb") as new,
+        ):
+            for id in wanted:
+                start, size = places[id]
+                old.seek(start)
+                new.write(old.read(size))
 
 
 class ParquetOutput(Output):
@@ -146,34 +200,66 @@ class ParquetOutput(Output):
         self.rows_per_part = rows_per_part
 
     def settle(self) -> None:
-        for unfinished in self.path.glob(f"*{UNFINISHED}"):
-            unfinished.unlink()
+        for path in _named(self.path, _LEFT):
+            path.unlink()
         super().settle()
 
-    def ids(self) -> Iterator[str]:
-        import pyarrow.parquet as pq
+    def holds_anything(self) -> bool:
+        return any(
+            path.stat().st_size or not _JOURNAL_NAME.fullmatch(path.name)
+            for path in _named(self.path, re.compile(".*"))
+        )
 
+    def expect_own(self) -> None:
+        for path in self._journals():
+            expect_rows(path, self.schema.names)
         for part in self._parts():
-            yield from pq.read_table(part, columns=["id"])["id"].to_pylist()
+            with _opened(part) as file:
+                if file.schema_arrow.names != self.schema.names:
+                    raise ValueError(
+                        f"{part}: expected the columns {', '.join(self.schema.names)}, "
+                        f"got {', '.join(file.schema_arrow.names)}"
+                    )
+
+    def remove(self) -> None:
+        entries = _named(self.path, re.compile(".*"))
+        for path in entries:
+            if not any(name.fullmatch(path.name) for name in (_PART_NAME, _JOURNAL_NAME, _LEFT)):
+                raise ValueError(f"out: expected a directory of a job's files alone, got {self.path} with {path.name}")
+        for path in entries:
+            path.unlink()
+        if self.path.is_dir():
+            self.path.rmdir()
+
+    def ids(self) -> Iterator[str]:
+        for part in self._parts():
+            with _opened(part) as file:
+                ids = file.read(columns=["id"])["id"].to_pylist()
+            yield from map(str, ids)
+
+    def _sort(self, ids: Sequence[str | int]) -> None:
+        """Leave the rows as they are: a table of several files has no order."""
 
     def open(self, rank: int, world_size: int) -> "_PartJournal":
-        return _PartJournal(self, self.path / f"_rank-{rank:05d}.jsonl", self._next_part() + rank, world_size)
+        return _PartJournal(self, self.path / JOURNAL_SUFFIX.format(rank), self._next_part() + rank, world_size)
 
     def write_part(self, number: int, rows: list[Row]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with whole_file(self.path / f"part-{number:05d}.parquet") as unfinished:
-            pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), unfinished)
+        part = self.path / PART.format(number)
+        table = pa.Table.from_pylist([{**row, "id": str(row["id"])} for row in rows], schema=self.schema)
+        with whole_file(part, overwrite=False) as unfinished, naming_path(part):
+            pq.write_table(table, unfinished)
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.glob("part-*.parquet"))
+        return _named(self.path, _PART_NAME)
 
     def _next_part(self) -> int:
         return max((int(part.stem.removeprefix("part-")) + 1 for part in self._parts()), default=0)
 
     def _journals(self) -> list[Path]:
-        return sorted(self.path.glob("_rank-*.jsonl"))
+        return _named(self.path, _JOURNAL_NAME)
 
     def _take_over(self, rows: list[Row]) -> None:
         self.write_part(self._next_part(), rows)
@@ -201,7 +287,7 @@ def open_output(path: Path, fields: Sequence[str], rows_per_part: int = ROWS_PER
     """Return the output for a path, by its suffix.
 
     Raises:
-        ValueError: the path is a file for Parquet or a directory for JSON lines.
+        ValueError: the path is anything but a directory for Parquet, or anything but a file for JSON lines.
         MissingExtraError: pyarrow is not installed, for Parquet.
     """
     if path.suffix == ".parquet":
@@ -210,23 +296,29 @@ def open_output(path: Path, fields: Sequence[str], rows_per_part: int = ROWS_PER
         return ParquetOutput(path, fields, rows_per_part)
     if path.is_dir():
         raise ValueError(f"out: expected a file, got the directory {path}")
-    return JsonlOutput(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"out: expected a file, got the pipe or device {path}")
+    return JsonlOutput(path, fields)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file of JSON lines.
+def _named(directory: Path, pattern: re.Pattern) -> list[Path]:
+    names = os.listdir(directory) if directory.is_dir() else ()
+    return [directory / name for name in sorted(names) if pattern.fullmatch(name)]
+
+
+def _opened(part: Path) -> Any:
+    """Open a Parquet file.
 
     Raises:
-        ValueError: a line is not a row.
+        ValueError: it is none.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                row["id"]
-            except (ValueError, TypeError, LookupError) as error:
-                raise ValueError(f"{path}:{number}: not a row of a bulk job ({error})") from error
-            yield row
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(part)
+    except pa.ArrowException as error:
+        raise ValueError(f"{part}: not a readable Parquet file ({' '.join(str(error).split())})") from error
 
 
 def _schema(fields: Sequence[str]) -> Any:
@@ -234,16 +326,3 @@ def _schema(fields: Sequence[str]) -> Any:
 
     types = {"tags": pa.list_(pa.string()), "boxes": pa.list_(pa.list_(pa.float64()))}
     return pa.schema([(name, types.get(name, pa.string())) for name in fields])
-
-
-def _end_of_last_line(file: Any) -> int:
-    """Return the number of bytes up to and including the last newline."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - _TAIL)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0

@@ -16,7 +16,7 @@ from lion_fast.inference.bulk.answering import dtype_of, load_answerer
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Row
 from lion_fast.inference.bulk.preparing import Prepared, Preparer
-from lion_fast.inference.bulk.running import Summary, begin, plan_batches, write_all
+from lion_fast.inference.bulk.running import Summary, begun, finish, plan_batches, write_all
 from lion_fast.inference.bulk.sources import open_source
 
 _BATCHES_PER_TASK = 8
@@ -29,6 +29,7 @@ def run_on_ray(
     batch_size: int = 32,
     threads: int = 2,
     strict: bool = False,
+    overwrite: bool = False,
     rows_per_part: int = ROWS_PER_PART,
 ) -> Summary:
     """Run a job like `run`, on a Ray cluster.
@@ -42,7 +43,7 @@ def run_on_ray(
             the cluster, or one without GPUs.
         batch_size: inputs per batch.
         threads: threads of each worker that read and decode.
-        strict, rows_per_part: see `run`.
+        strict, overwrite, rows_per_part: see `run`.
 
     Raises:
         ValueError, OSError: as for `run`.
@@ -63,28 +64,33 @@ def run_on_ray(
         gpus = int(ray.cluster_resources().get("GPU", 0))
         source = open_source(job)
         dtype = dtype_of(job, torch.device("cuda" if gpus else "cpu"))
-        output, done = begin(job, source, dtype, rows_per_part)
-        batches = plan_batches(source.lengths, done, batch_size)
-        writer = output.open(0, 1)
-        answered: Iterable[Sequence[Row]] = ()
-        if batches:
-            # Not ray.data.range: its read tasks need CPUs, and workers may hold all of them.
-            dataset: Any = ray.data.from_items(
-                list(range(len(batches))), override_num_blocks=math.ceil(len(batches) / _BATCHES_PER_TASK)
-            )
-            dataset.context.enable_progress_bars = False
-            what = ray.put((job, source, batches))
-            dataset = dataset.map_batches(
-                _Worker,
-                fn_constructor_kwargs={"what": [what], "threads": threads, "folder": os.getcwd(), "on_gpu": gpus > 0},
-                batch_size=_BATCHES_PER_TASK,
-                concurrency=num_workers or max(1, gpus),
-                num_cpus=1,
-                num_gpus=1 if gpus else 0,
-            )
-            answered = _received(dataset)
-        summary = write_all(answered, writer, batches, done, label=job.command, strict=strict)
-        output.settle()
+        with begun(job, source, dtype, rows_per_part, overwrite) as (output, done):
+            batches = plan_batches(source.lengths, done, batch_size)
+            writer = output.open(0, 1)
+            answered: Iterable[Sequence[Row]] = ()
+            if batches:
+                # Not ray.data.range: its read tasks need CPUs, and workers may hold all of them.
+                dataset: Any = ray.data.from_items(
+                    list(range(len(batches))), override_num_blocks=math.ceil(len(batches) / _BATCHES_PER_TASK)
+                )
+                dataset.context.enable_progress_bars = False
+                what = ray.put((job, source, batches))
+                dataset = dataset.map_batches(
+                    _Worker,
+                    fn_constructor_kwargs={
+                        "what": [what],
+                        "threads": threads,
+                        "folder": os.getcwd(),
+                        "on_gpu": gpus > 0,
+                    },
+                    batch_size=_BATCHES_PER_TASK,
+                    concurrency=num_workers or max(1, gpus),
+                    num_cpus=1,
+                    num_gpus=1 if gpus else 0,
+                )
+                answered = _received(dataset)
+            summary = write_all(answered, writer, batches, done, label=job.command, strict=strict)
+            finish(output, source)
         return summary
     finally:
         if ours:

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lion_fast.data.loader import checked_workers, rank_and_size, start_method
+from lion_fast.data.loader import checked_workers, rank_and_size, start_method, without_interrupts
 from lion_fast.inference.bulk.answering import dtype_of, load_answerer
+from lion_fast.inference.bulk.claiming import claimed, expect_output_elsewhere
 from lion_fast.inference.bulk.items import Source
-from lion_fast.inference.bulk.job import BulkJob, record_settings
+from lion_fast.inference.bulk.job import BulkJob, settings_of
 from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Journal, Output, Row, open_output
 from lion_fast.inference.bulk.preparing import Preparer
 from lion_fast.inference.bulk.sources import open_source
@@ -53,21 +54,26 @@ def run(
     num_workers: int | None = None,
     device: torch.device | None = None,
     strict: bool = False,
+    overwrite: bool = False,
     rows_per_part: int = ROWS_PER_PART,
 ) -> Summary:
     """Run a job, or resume it after an earlier run with the same settings.
 
-    Under `torchrun`, the inputs are split among the processes, which must share a file system for the output.
+    Under `torchrun`, the inputs are split among the processes, which must share a file system for the output. Rows of
+    a table or of shards are in its order when the job has ended.
 
     Args:
         batch_size: inputs per batch and process; a batch has inputs of similar length.
         num_workers: processes that read and decode, per model; 0 for none. The default is one fewer than the cores.
         device: device of the model; this process's GPU if available by default.
         strict: whether an unusable input raises an error. Otherwise its row holds the error.
+        overwrite: whether an output that is not this job's is replaced; its own is always resumed.
         rows_per_part: rows per file of a Parquet output.
 
     Raises:
-        ValueError: the settings do not match the input or those of the existing output; with `strict`, a bad input.
+        ValueError: the settings do not match the input or those of the existing output, which is then left as it is;
+            with `strict`, a bad input.
+        OutputInUseError: another run is writing the output.
         OSError: the input or the model does not exist, or the output cannot be written.
     """
     if batch_size < 1:
@@ -76,54 +82,70 @@ def run(
     with process_group() as (rank, world_size):
         device = device or default_device(int(os.environ.get("LOCAL_RANK", "0")))
         source = open_source(job)
-        output, done = begin(job, source, dtype_of(job, device), rows_per_part)
-        batches = plan_batches(source.lengths, done, batch_size)[rank::world_size]
-        answer = load_answerer(job, device)
-        writer = output.open(rank, world_size)
-        _meet(None)
-        loader: Any = DataLoader(
-            batches,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=num_workers if batches else 0,
-            multiprocessing_context=start_method() if num_workers and batches else None,
-            # Without a batch size, the workers call it on each entry of the plan.
-            collate_fn=Preparer(job, source, answer.encode, answer.reduce),
-            pin_memory=device.type == "cuda",
-        )
-        label = job.command if world_size == 1 else f"{job.command}, process {rank + 1} of {world_size}"
-        summary = write_all(map(answer, loader), writer, batches, done, label=label, strict=strict, show=rank == 0)
-        _meet(None)
-        if rank == 0:
-            output.settle()
-        _meet(None)
+        with begun(job, source, dtype_of(job, device), rows_per_part, overwrite) as (output, done):
+            batches = plan_batches(source.lengths, done, batch_size)[rank::world_size]
+            answer = load_answerer(job, device)
+            writer = output.open(rank, world_size)
+            _meet(None)
+            loader: Any = DataLoader(
+                batches,  # type: ignore[arg-type]
+                batch_size=None,
+                num_workers=num_workers if batches else 0,
+                multiprocessing_context=start_method() if num_workers and batches else None,
+                # Without a batch size, the workers call it on each entry of the plan.
+                collate_fn=Preparer(job, source, answer.encode, answer.reduce),
+                pin_memory=device.type == "cuda",
+            )
+            with without_interrupts():
+                prepared = iter(loader)
+            label = job.command if world_size == 1 else f"{job.command}, process {rank + 1} of {world_size}"
+            how: Any = {"label": label, "strict": strict, "show": rank == 0}
+            summary = write_all(map(answer, prepared), writer, batches, done, **how)
+            _meet(None)
+            if rank == 0:
+                finish(output, source)
+            _meet(None)
     return summary
 
 
-def begin(job: BulkJob, source: Source, dtype: torch.dtype, rows_per_part: int) -> tuple[Output, np.ndarray]:
-    """Settle the output, record or compare the settings, and find the inputs that are done.
+@contextmanager
+def begun(
+    job: BulkJob, source: Source, dtype: torch.dtype, rows_per_part: int, overwrite: bool
+) -> Iterator[tuple[Output, np.ndarray]]:
+    """Own the output until the end, settle it, record or compare the settings, and find the inputs that are done.
 
-    Returns:
+    The first process holds the lock for all.
+
+    Yields:
         The output, and bool [n]: whether the output has a row for each input.
     """
     if not Path(job.model).is_dir():
         raise ValueError(f"model: expected a directory, got {job.model}")
+    expect_output_elsewhere(job, source.tables)
     output = open_output(Path(job.out), tuple(job.row("")), rows_per_part)
-    failure = None
-    if rank_and_size()[0] == 0:
-        try:
-            output.settle()
-            record_settings(job, source.files, str(dtype).removeprefix("torch."), began=output.began())
-        except (ValueError, OSError) as error:
-            failure = str(error)
-    failure, size = _meet((failure, len(source)))
-    if failure is not None:
-        raise ValueError(failure)
-    if size != len(source):
-        raise ValueError(f"input: expected the same {size} inputs in every process, got {len(source)}")
-    ids = set(output.ids())
-    done = np.fromiter((source.id(index) in ids for index in range(len(source))), bool, len(source))
-    _meet(None)
-    return output, done
+    with ExitStack() as stack:
+        failure = None
+        if rank_and_size()[0] == 0:
+            settings = settings_of(job, source.files, str(dtype).removeprefix("torch."), source.own_ids)
+            try:
+                stack.enter_context(claimed(job, output, settings, overwrite=overwrite))
+            except (ValueError, OSError) as error:
+                failure = error
+        failure, size = _meet((failure, len(source)))
+        if failure is not None:
+            raise failure
+        if size != len(source):
+            raise ValueError(f"input: expected the same {size} inputs in every process, got {len(source)}")
+        ids = set(output.ids())
+        done = np.fromiter((str(source.id(index)) in ids for index in range(len(source))), bool, len(source))
+        _meet(None)
+        yield output, done
+
+
+def finish(output: Output, source: Source) -> None:
+    """Complete the output; called on one process when all have ended."""
+    # The rows of tables and shards, which cannot change, have an order; images may have been added to a folder.
+    output.finish([source.id(index) for index in range(len(source))], in_order=bool(source.files))
 
 
 def plan_batches(lengths: np.ndarray, done: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -57,12 +57,15 @@ def open_source(job: BulkJob) -> Source:
     for _, path in files if kind else ():
         check_regular(path, f"a {kind} file")
     if kind == ".jsonl":
-        return JsonlSource(columns, files, image_root)
-    if kind == ".parquet":
-        return ParquetSource(columns, files, image_root)
-    if kind == SHARDS:
-        return ShardSource(columns, files)
-    return ImageSource(columns, files)
+        source: Source = JsonlSource(columns, files, image_root)
+    elif kind == ".parquet":
+        source = ParquetSource(columns, files, image_root)
+    elif kind == SHARDS:
+        source = ShardSource(columns, files)
+    else:
+        return ImageSource(columns, files)
+    source.tables = [path for _, path in files]
+    return source
 
 
 def _expect_different(names: Sequence[str]) -> None:
