@@ -428,7 +428,8 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         given |= {"task_ids": task_ids, "labels": labels, "decoder_input_ids": decoder_input_ids}
         given |= {"decoder_attention_mask": decoder_attention_mask, **kwargs}
         expect_values(given, self.vision_model.cls_token)
-        batch = expect_images(self.config, images)
+        # Training has its own reports of what is not finite (`on_nonfinite`).
+        batch = expect_images(self.config, images, finite=not self.training)
         text, attention_mask = expect_text(self.config, batch, input_ids, inputs_embeds, attention_mask)
         task_ids = expect_task_ids(self.config, task_ids, batch, self._task_hint() if task_ids is None else "")
         if labels is not None:
@@ -437,7 +438,8 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
             self.config, batch, labels, decoder_input_ids, kwargs.get("decoder_inputs_embeds"), decoder_attention_mask
         )
         if image_features is None:
-            features = self.get_vision_features(pixel_values) if vision_features is None else vision_features
+            pixels: Any = pixel_values
+            features = self.get_vision_features(pixels) if vision_features is None else vision_features
             image_features = self._encode(features)
         prefix = self._visual_prefix(image_features, qformer_input_ids, qformer_attention_mask)
         text, attention_mask = self._pad(text, attention_mask)

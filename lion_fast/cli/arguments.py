@@ -3,33 +3,24 @@
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from lion_fast.io.paths import path, path_text
+from lion_fast.training.options import add_resuming
 
 if TYPE_CHECKING:
     import torch
 
-
-def path_text(text: str) -> str:
-    """Return the text of a path, with `~` expanded, which a shell does not do in `--option=~/path`."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, got ''")
-    return os.path.expanduser(text)
-
-
-def path(text: str) -> Path:
-    """Return a path, with `~` expanded."""
-    return Path(path_text(text))
-
-
-def add_resuming(parser: argparse.ArgumentParser) -> None:
-    """Add the options with which a training run is resumed."""
-    parser.add_argument("--resume", action="store_true", help="resume from the newest undamaged checkpoint")
-    parser.add_argument(
-        "--allow-changed-data",
-        action="store_true",
-        help="resume also if files that the run is trained on have changed since its start",
-    )
+__all__ = [
+    "Parser",
+    "add_resuming",
+    "device",
+    "expect_file",
+    "expect_model",
+    "path",
+    "path_text",
+    "positive_int",
+]
 
 
 class Parser(argparse.ArgumentParser):

@@ -124,8 +124,9 @@ def _norm_objection(norm: Any) -> str | None:
 
 def _looks_like_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    is_parameter = isinstance(weight, nn.Parameter) and not is_lazy(weight)
-    return hasattr(module, "variance_epsilon") and is_parameter and weight.dim() == 1
+    if not isinstance(weight, nn.Parameter) or is_lazy(weight):
+        return False
+    return hasattr(module, "variance_epsilon") and weight.dim() == 1
 
 
 RULES = (

@@ -22,7 +22,8 @@ if os.name != "nt":
 UNFINISHED = ".unfinished"
 _LOCK = ".lock"
 _LONGEST = 200  # bytes of a name that still leave room for what temporary names add; file systems take 255
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors that only writing raises
+# Errors that only writing raises, once a file is open.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 logger = logging.getLogger(__name__)

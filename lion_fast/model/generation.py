@@ -57,7 +57,7 @@ class LionGenerationMixin(GenerationMixin):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         kwargs = expect_generation_arguments(self.config, self.generation_config, kwargs)
         self.language_model.generation_config = self.generation_config
-        with names_for_rows(self):
+        with names_for_rows(self):  # type: ignore[arg-type]
             if "encoder_outputs" in kwargs:
                 encoded = expect_encoder_outputs(self.config, kwargs["encoder_outputs"])
                 batch, task_ids = len(encoded), expect_task_ids(self.config, task_ids, len(encoded))

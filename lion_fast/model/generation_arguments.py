@@ -199,7 +199,8 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 def _known() -> frozenset[str]:
     """Return the names of all arguments that `LionForCausalLM.generate` takes in its keyword arguments."""
     settings = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    own = {name for name in inspect.signature(GenerationMixin.generate).parameters if name not in ("self", "kwargs")}
+    signature = inspect.signature(GenerationMixin.generate)  # type: ignore[misc]
+    own = {name for name in signature.parameters if name not in ("self", "kwargs")}
     inputs = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "past_key_values", "tokenizer"}
     return frozenset({*settings, *own, *inputs, *RULES, *UNSUPPORTED} - {"transformers_version"})
 

@@ -18,7 +18,7 @@ _ENCODER_DECODER = ("encoder_outputs", "decoder_inputs_embeds", "past_key_values
 _DECODER_ONLY = ("logits_to_keep",)
 
 
-def expect_images(config: LionConfig, images: Mapping[str, Any]) -> int:
+def expect_images(config: LionConfig, images: Mapping[str, Any], *, finite: bool = True) -> int:
     """Check the one of `pixel_values`, `vision_features` and `image_features` that is given, and return its batch size.
 
     Raises:
@@ -37,7 +37,8 @@ def expect_images(config: LionConfig, images: Mapping[str, Any]) -> int:
         expect_vision_features(config, value)
     else:
         vision = config.vision_config
-        expect_floats(name, value, ("B", vision.num_channels, vision.image_size, vision.image_size))
+        shape = ("B", vision.num_channels, vision.image_size, vision.image_size)
+        expect_floats(name, value, shape, finite=finite)
     if len(value) == 0:
         raise ValueError(f"{name}: expected one image or more, got none")
     return len(value)

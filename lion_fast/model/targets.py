@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_fast.configuration_lion import LionConfig
+from lion_fast.model.padding import shifted_right
 
 
 class TargetsMixin:
@@ -32,7 +33,7 @@ class TargetsMixin:
             continues the question, does not read the first token.
         """
         if self.config.is_encoder_decoder:
-            return self.language_model.prepare_decoder_input_ids_from_labels(labels)
+            return shifted_right(labels, self.language_model.prepare_decoder_input_ids_from_labels(labels))
         padding = self.config.text_config.pad_token_id or 0
         return F.pad(labels.masked_fill(labels == -100, padding), (1, -1), value=padding)
 

@@ -5,6 +5,7 @@ checks them.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from numbers import Integral, Real  # of which NumPy's are, too
 from typing import Any
@@ -47,12 +48,19 @@ def _printed(shape: Shape) -> str:
     return f"[{', '.join('L' if want is None else str(want) for want in shape)}]"
 
 
-def expect_floats(name: str, tensor: Any, shape: Shape) -> None:
-    """Raise ValueError unless `tensor` has the shape `shape` and floating values, finite as far as a CPU can tell."""
+def expect_floats(name: str, tensor: Any, shape: Shape, *, finite: bool = True) -> None:
+    """Raise ValueError unless `tensor` has the shape `shape` and floating values.
+
+    With `finite`, they are also finite, as far as a CPU can tell.
+    """
     expect_shape(name, tensor, shape)
     if tensor.dtype not in _FLOATS:
         raise ValueError(f"{name}: expected a floating dtype of 16 bits or more, got {tensor.dtype}")
-    if values_on_host(tensor) and not tensor.isfinite().all():
+    if not finite or not values_on_host(tensor):
+        return
+    # The sum is one pass without a mask; only if it is not finite, because it may also overflow, is each value asked.
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not total.isfinite() and not tensor.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 
 
@@ -154,7 +162,7 @@ def expect_number(name: str, value: Any, low: float, high: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number in {low:g}..{high:g}, got {brief(value)}")
-    if not low <= value <= high:
+    if not low <= value <= high:  # type: ignore[operator]
         raise ValueError(f"{name}: expected a number in {low:g}..{high:g}, got {brief(value)}")
     return float(value)
 
@@ -165,7 +173,9 @@ def is_integer(value: Any, low: int, high: float = math.inf) -> bool:
 
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     """Return whether `value` is a finite number in low..high."""
-    return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return low <= value <= high and abs(value) <= sys.float_info.max  # type: ignore[operator]
 
 
 def brief(value: Any) -> str:

@@ -140,7 +140,7 @@ class LionVisionModel(AttendingModel):
             ValueError: the shape of `pixel_values` does not match the configuration.
         """
         channels, size = self.config.num_channels, self.config.image_size
-        expect_floats("pixel_values", pixel_values, ("B", channels, size, size))
+        expect_floats("pixel_values", pixel_values, ("B", channels, size, size), finite=not self.training)
         layers = [len(self.blocks) - 1] if layers is None else list(layers)
         patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
         class_token = self.cls_token.expand(patches.shape[0], -1, -1)

@@ -147,13 +147,14 @@ class ZeroShotTagger:
         bias = getattr(self.model, "logit_bias", None)
         return (logits.softmax(-1) if bias is None else (logits + bias).sigmoid()).float().cpu()
 
-    def _pixels(self, image: Image.Image) -> dict[str, Tensor]:
+    def _pixels(self, image: Image.Image) -> Any:
         """Return the model's inputs for one image, which are much smaller than the image may be."""
-        return dict(self.processor(images=image, return_tensors="pt"))
+        process: Any = self.processor
+        return dict(process(images=image, return_tensors="pt"))
 
     def _run(self, texts: list[str], pixels: list[dict[str, Tensor]]) -> Any:
         # SigLIP was trained with no other padding.
         padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
-        batch = self.processor(text=texts, padding=padding, truncation=True, return_tensors="pt")
+        batch: Any = self.processor(text=texts, padding=padding, truncation=True, return_tensors="pt")
         batch.update({name: torch.cat([one[name] for one in pixels]) for name in pixels[0]})
         return self.model(**batch.to(self.model.device, self.model.dtype))

@@ -29,10 +29,12 @@ from lion_fast.data import make_loader
 from lion_fast.data.order import POSITION
 from lion_fast.data.seeding import seed_everything
 from lion_fast.io.checkpoints import naming
+from lion_fast.io.paths import path
 from lion_fast.processing_lion import IGNORED, LionProcessor
 from lion_fast.training import saving
 from lion_fast.training.building import build_model, build_optimizer
 from lion_fast.training.data import SAMPLE_IDS, LionCollator, hold_to, open_training_data, training_order
+from lion_fast.training.options import add_resuming
 from lion_fast.training.recipe import Recipe, load_recipe
 from lion_fast.training.run import SCHEDULE, schedule_rates
 from lion_fast.training.run_folder import MODEL, begin_run, on_first_process, owned_run
@@ -233,8 +235,6 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def main() -> None:
-    from lion_fast.cli.arguments import add_resuming, path
-
     parser = argparse.ArgumentParser(description="Train one of LION's stages with FSDP2; start with torchrun.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))

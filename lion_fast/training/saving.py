@@ -63,7 +63,7 @@ def failing_with_os_error(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         failures: list[BaseException] = [error]
         if isinstance(error, CheckpointException):
             failures = [cause for cause, _ in error.failures.values()]

@@ -22,7 +22,7 @@ def read(job: BulkJob) -> list[Row]:
             found.extend(zip(images, items, strict=True))
             return {}
 
-        (row,) = Preparer(job, source, encode)([index]).rows
+        (row,) = Preparer(job, source, encode, lambda image: image)([index]).rows
         rows += [{**row, "pixel": image.getpixel((0, 0)), "text": item.text} for image, item in found[:1]] or [row]
     return rows
 

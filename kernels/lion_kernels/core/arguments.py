@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.masked import MaskedTensor
 from torch.nn import Parameter
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # "floating" in docstrings and errors
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)

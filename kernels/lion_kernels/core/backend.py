@@ -167,7 +167,8 @@ def values_on_host(ids: Tensor) -> bool:
     """
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids: expected a torch.Tensor, got {shown(ids)}")
-    has_values = type(ids) is Tensor or type(ids).__torch_dispatch__ is Tensor.__torch_dispatch__
+    dispatch = type(ids).__torch_dispatch__  # type: ignore[misc]
+    has_values = type(ids) is Tensor or dispatch is Tensor.__torch_dispatch__  # type: ignore[misc]
     return ids.device.type == "cpu" and has_values and not torch.compiler.is_compiling()
 
 

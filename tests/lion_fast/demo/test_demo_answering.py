@@ -130,6 +130,7 @@ def test_shares_and_map_equal_the_cross_attention_of_transformers() -> None:
     batch, ids, insight = inside(answerer)
     for stack in (answerer.model.language_model.encoder, answerer.model.language_model.decoder):
         stack.set_attn_implementation("eager")  # transformers 5.17 does not pass the setting of the whole model on
+    answerer.model.config.text_config._attn_implementation = "eager"
     outputs = answerer.model(**batch, decoder_input_ids=ids[:, :-1], output_attentions=True)
     weights = torch.stack(outputs.language_model_outputs.cross_attentions).mean((0, 1, 2, 3)).detach()
     queries, patches = answerer.model.config.num_query_tokens, 5

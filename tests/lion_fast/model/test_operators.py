@@ -221,7 +221,12 @@ def test_only_padding_masks_reach_the_kernels() -> None:
     batch = make_batch(batch=1, labels=True)
     any_mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match=r"attention_mask: expected padding, bool \[B, 1, 1, Lk\].* \[1, 1, 4, 4\]"):
-        make_model(kernel_backend="triton")(**batch, decoder_attention_mask=any_mask)
+        make_model(kernel_backend="triton").language_model(
+            inputs_embeds=torch.zeros(1, 7, 32),
+            labels=batch["labels"],
+            decoder_attention_mask=any_mask,
+            task_ids=batch["task_ids"],
+        )
 
 
 def test_other_activations_are_left_to_transformers(calls: Calls) -> None:
