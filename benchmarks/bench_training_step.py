@@ -131,8 +131,10 @@ def error_and_bound() -> tuple[float, float]:
     """Return the difference between our loss and the original's before any step, without dropout, and its bound.
 
     Tests check the gradients, which are chaotic with random weights. In fp32, those of the small model differ between
-    both forms by 5e-3 to 3e-2, depending on the CPU. Losses differ by at most 2e-6.
+    both forms by 5e-3 to 3e-2, depending on the CPU. Losses of these pixels differ by 4e-6.
     """
+    models()
+    torch.manual_seed(0)  # of the pixels: a ReLU near zero may flip in one form and not in the other
     batch = one_sample(min(PICTURES))
     with torch.no_grad():
         ours, original = (loss_of(models()[name].eval(), batch).item() for name in ("lion_fast", "original"))
