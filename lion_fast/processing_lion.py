@@ -30,12 +30,12 @@ from lion_fast.model.chat import CHAT_TEMPLATE, expect_conversations, with_conte
 from lion_fast.model.processor_arguments import (
     Settings,
     Tags,
-    brief,
     sorted_settings,
     strings,
     tags_by_sample,
     task_ids,
 )
+from lion_fast.model.validation import brief
 from lion_fast.tagging.distinct import DistinctTags
 
 TAG_SENTENCE = "According to {soft_prompt}, you are allowed to use or partially use the following tags: [{tags}]. "

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lion_fast.io.reading import brief
+
 MAX_PIXELS = 89_478_485
 """Largest image, in pixels: a quarter of a GiB as RGB, and the size above which Pillow warns."""
 
@@ -14,8 +16,6 @@ MAX_DECODING_BYTES = 1_000_000_000
 
 MAX_SCAN_PIXELS = 50 * MAX_PIXELS
 """Most pixels in all scans of a JPEG file. A progressive file of a camera or an editor has about ten scans."""
-
-_SHOWN = 200  # characters of another library's message
 
 
 def check_size(width: int, height: int, name: str) -> None:
@@ -55,8 +55,3 @@ def noting(name: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"raised by {name}")
         raise
-
-
-def brief(error: Exception) -> str:
-    """Return an exception's message in one line of limited length, or else the name of its class."""
-    return " ".join(str(error).split())[:_SHOWN] or type(error).__name__

@@ -47,7 +47,7 @@ def naming(path: str | os.PathLike, what: str, error: type[ValueError] = ValueEr
         raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """Return an error's message on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 

@@ -20,7 +20,8 @@ from huggingface_hub.utils import HFValidationError
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from lion_fast.io.checkpoints import CheckpointError, brief, naming
+from lion_fast.io.checkpoints import CheckpointError, naming
+from lion_fast.io.reading import brief
 
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json")
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lion_fast.io.image_sources import base64_content
-from lion_fast.model.processor_arguments import brief
+from lion_fast.model.validation import brief
 
 # LION's prompts are plain text. The image has no token in it: the model puts the visual tokens before the text.
 CHAT_TEMPLATE = """\

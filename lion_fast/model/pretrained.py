@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lion_fast.io.checkpoints import CheckpointError, brief, scan
+from lion_fast.io.checkpoints import CheckpointError, scan
+from lion_fast.io.reading import brief
 from lion_fast.io.untrusted import expect_data_only
 from lion_fast.model.fitting import Size, Weights, expect_fitting
 

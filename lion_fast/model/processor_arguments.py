@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lion_fast.model.validation import brief
 from lion_fast.tasks import TASKS
 
 Tags = str | Sequence[str] | None
@@ -83,11 +84,6 @@ def sorted_settings(given: Mapping[str, Any], image_names: Sequence[str], return
         images=found["images_kwargs"],
         return_tensors=return_tensors,
     )
-
-
-def brief(value: Any) -> str:
-    """Return the start of a value's representation, on one line."""
-    return " ".join(repr(value).split())[:100]
 
 
 def _group(name: str, value: Any) -> Mapping[str, Any]:

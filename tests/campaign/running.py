@@ -16,7 +16,7 @@ import resource
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,3 @@ def _status(name: str) -> int:
 
 def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def seeds_of(first: int, count: int) -> Iterator[int]:
-    return iter(range(first, first + count))
