@@ -166,7 +166,7 @@ def _run(output_dir: Path, settings: Settings, seed: int, say: Callable[..., Any
     report["seconds"]["total"] = round(time.perf_counter() - start, 1)
     write_json(output_dir / _METRICS, report, indent=2)
     say(f"\n{format_table(rows)}\n\n{report['seconds']['total']:.0f} seconds in all; written to {output_dir}:")
-    for path in sorted(output_dir.iterdir()):
+    for path in sorted(output_dir.glob("[!.]*")):  # not the lock, which goes with the run
         say(f"  {path.name}")
     return report
 
