@@ -81,10 +81,9 @@ def _are_callable(value: Any, _: int) -> bool:
 
 
 def _may_be_cache(value: Any, _: int) -> bool:
-    offloaded = value in ("offloaded", "offloaded_static", "offloaded_hybrid")
-    return (
-        isinstance(value, str) and value not in ("paged", "quantized") and (torch.cuda.is_available() or not offloaded)
-    )
+    if not isinstance(value, str) or value in ("paged", "quantized"):
+        return False
+    return torch.cuda.is_available() or value not in ("offloaded", "offloaded_static", "offloaded_hybrid")
 
 
 def _are_strings(value: Any, _: int) -> bool:
@@ -136,7 +135,8 @@ RULES: dict[str, Rule] = {
         ),
         _FLAG,
     ),
-    "length_penalty": Rule("a number", lambda value, _: is_number(value)),
+    # transformers divides by length ** length_penalty, which a float has to hold: (2 ** 20) ** 40 is 2 ** 800.
+    "length_penalty": _numbers(-40, 40),
     "early_stopping": Rule(
         "True, False or 'never'",
         lambda value, _: isinstance(value, bool) or (isinstance(value, str) and value == "never"),
@@ -205,7 +205,15 @@ def _known() -> frozenset[str]:
     return frozenset({*settings, *own, *inputs, *RULES, *UNSUPPORTED} - {"transformers_version"})
 
 
-_FLOATS = ("repetition_penalty", "encoder_repetition_penalty", "temperature", "typical_p", "min_p", "top_p")
+_FLOATS = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "temperature",
+    "typical_p",
+    "min_p",
+    "top_p",
+    "length_penalty",
+)
 
 
 def expect_generation_arguments(
@@ -240,7 +248,25 @@ def expect_generation_arguments(
             f"output_attentions: expected False with attn_implementation={config.text_config._attn_implementation!r}, "
             "which keeps no attention weights; load the model with attn_implementation='eager'"
         )
-    return {name: float(value) if name in _FLOATS else value for name, value in given.items()}
+    floats = {name: value for name in _FLOATS if isinstance(value := _first(name, given, own, defaults), int)}
+    checked = {**given, **{name: float(value) for name, value in floats.items()}}
+    if "prefix_allowed_tokens_fn" in given:
+        checked["prefix_allowed_tokens_fn"] = _checked_prefixes(given["prefix_allowed_tokens_fn"], vocabulary)
+    return checked
+
+
+def _checked_prefixes(allowed: Callable[[int, Tensor], Any], vocabulary: int) -> Callable[[int, Tensor], Any]:
+    """Return `prefix_allowed_tokens_fn` with a check of what it returns, in which transformers only looks up."""
+
+    def checked(sample: int, ids: Tensor) -> Any:
+        tokens = allowed(sample, ids)
+        if not isinstance(tokens, Tensor) and not _are_tokens(tokens, vocabulary):
+            raise ValueError(
+                f"prefix_allowed_tokens_fn: expected a list of ids from 0 to {vocabulary - 1}, got {brief(tokens)}"
+            )
+        return tokens
+
+    return checked
 
 
 def _first(name: str, given: Mapping[str, Any], own: Any, defaults: GenerationConfig) -> Any:

@@ -98,13 +98,15 @@ def forward_tensor(rng: random.Random) -> Trial:
     batch = inputs(rng, family, labels=not generates)
     name = rng.choice([name for name, value in batch.items() if isinstance(value, Tensor)])
     what, batch[name] = changed(rng, batch[name], list(batch))
-    model = model_of(family)
+    model, names = model_of(family), [*batch, "input_ids"]  # None for embeddings asks for ids
     if generates:
-        return Trial(f"{family} generate, {name} {what}", lambda: model.generate(**batch, **SEARCH), list(batch), whole)
-    return Trial(f"{family} forward, {name} {what}", lambda: model(**batch), list(batch), finite)
+        return Trial(f"{family} generate, {name} {what}", lambda: model.generate(**batch, **SEARCH), names, whole)
+    return Trial(f"{family} forward, {name} {what}", lambda: model(**batch), names, finite)
 
 
 def finite(output: Any) -> None:
+    if output.loss is None:
+        return  # no labels
     assert torch.isfinite(output.loss), f"loss {output.loss}"
     assert not output.loss.is_meta, "a loss without a value"
 

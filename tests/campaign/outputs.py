@@ -138,6 +138,8 @@ def make(rng: random.Random, folder: Path) -> Trial:
         for path, content in before.items():
             if resumable and path == str(out) and now.get(path, b"").startswith(content):
                 continue  # a job's own row, beside its own record
+            if resumable and path == f"{out}.rank-00001" and content == CONTENTS[3]:
+                continue  # whole rows of the job's format in the file of one of its processes, beside its own record
             assert now.get(path) == content, f"{path} was {content[:40]!r}, is {now.get(path, b'gone')[:40]!r}"
         left = [path for path in now if path not in before and Path(path).name.startswith(".")]
         assert not left, f"left {left}"

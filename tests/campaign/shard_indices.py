@@ -135,7 +135,7 @@ def mutate(arrays: dict[str, Any], rng: random.Random) -> str:
         return f"{len(arrays[name])} {name}"
     if kind == 4 and "names" in arrays:
         names = arrays["names"].tolist()
-        if isinstance(names, list) and names:
+        if isinstance(names, list) and names and not isinstance(names[0], list | tuple):
             names[rng.randrange(len(names))] = rng.choice(NAMES)
             arrays["names"] = np.array(names)
         return f"names {names}"[:300]

@@ -40,7 +40,7 @@ def make(rng: random.Random, folder: Path) -> Trial:
                 assert (row["error"], row["pixel"], row.get("text")) == (None, (number, 0, 0), f"What{number}?"), row
 
     description = f"{command} {settings} {content[:400]!r}"
-    return Trial(description, lambda: read(job(command, path, **settings)), [str(path), "columns"], check)
+    return Trial(description, lambda: read(job(command, path, **settings)), [path.name, "columns"], check)
 
 
 def json_lines(rng: random.Random) -> tuple[str, bytes, list[int]]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -265,6 +266,10 @@ def test_trainer_obeys_its_generation_length(tmp_path: Any) -> None:
         ({"decoder_input_ids": torch.ones(2, 2).long()}, "decoder_input_ids: expected"),
         ({"return_dict": False}, "return_dict: not supported"),
         ({"cache_implementation": "quantized"}, "cache_implementation: expected the name of a cache"),
+        ({"cache_implementation": np.ones(3)}, "cache_implementation: expected the name of a cache"),
+        ({"length_penalty": 10**20}, r"length_penalty: expected a number in -40\.\.40, got 1"),
+        ({"prefix_allowed_tokens_fn": lambda sample, ids: None}, "prefix_allowed_tokens_fn: expected a list of ids"),
+        ({"prefix_allowed_tokens_fn": lambda sample, ids: [10**6]}, "prefix_allowed_tokens_fn: expected a list of ids"),
     ],
 )
 def test_an_argument_of_generate_is_named(model: Any, given: dict[str, Any], message: str) -> None:
@@ -282,6 +287,14 @@ def test_values_that_ask_for_nothing_are_taken(model: Any) -> None:
     given = {"guidance_scale": 1.0, "num_beam_groups": 1, "assistant_model": None, "top_k": None}
     assert model.generate(**batch, **SHORT, repetition_penalty=2, temperature=1).shape[0] == 3  # integers
     assert torch.equal(model.generate(**batch, **SHORT, **given), model.generate(**batch, **SHORT))
+
+
+def test_a_penalty_of_lengths_may_be_an_integer(model: Any) -> None:
+    """Lengths to the power of an integer soon exceed int64."""
+    expected = model.generate(**make_batch(), **SHORT, length_penalty=40.0)
+    settings = GenerationConfig(**SHORT, length_penalty=40)
+    assert torch.equal(model.generate(**make_batch(), generation_config=settings), expected)
+    assert torch.equal(model.generate(**make_batch(), **SHORT, length_penalty=40), expected)
 
 
 def test_encodings_may_be_passed_again_and_as_a_tuple() -> None:
