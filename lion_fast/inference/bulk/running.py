@@ -196,7 +196,13 @@ def write_all(
     # Without a terminal, a line every 30 seconds is enough.
     interval = 0.5 if sys.stderr.isatty() else 30.0
     progress = tqdm(
-        total=total, desc=label, unit="image", smoothing=0, mininterval=interval, maxinterval=interval, disable=not show
+        total=total,
+        desc=label,
+        unit="image",
+        smoothing=0,
+        mininterval=interval,
+        maxinterval=interval,
+        disable=not show or total == 0,
     )
     try:
         with progress:

@@ -270,7 +270,9 @@ def test_strict_stops_and_can_be_resumed(make_job: MakeJob, captions: bytes) -> 
     assert by_id(rows_in(job.out)) == by_id(parsed(captions))
 
 
-def test_new_images_are_added(make_job: MakeJob, images: Path, tmp_path: Path) -> None:
+def test_new_images_are_added(
+    make_job: MakeJob, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("b.png", "c.png"):
@@ -281,6 +283,9 @@ def test_new_images_are_added(make_job: MakeJob, images: Path, tmp_path: Path) -
     summary = run(job, num_workers=0)
     assert (summary.rows, summary.before) == (1, 2)
     assert [row["id"] for row in rows_in(job.out)] == ["b.png", "c.png", "a.png"]
+    capsys.readouterr()
+    run(job, num_workers=0)  # nothing is left to do, and no progress to show
+    assert "image/s" not in capsys.readouterr().err
 
 
 def test_tags(make_job: MakeJob, images: Path, tmp_path: Path, run_cli: Callable) -> None:
