@@ -26,26 +26,24 @@ from lion_fast.model.checkpointing import with_gradient
 from lion_fast.model.fitting import lion_sizes
 from lion_fast.model.generation import LionGenerationMixin, lion_generation_config
 from lion_fast.model.image_features import ImageFeatures
+from lion_fast.model.input_assembly import InputAssemblyMixin
 from lion_fast.model.inputs import (
     expect_decoder_inputs,
     expect_encoder_outputs,
-    expect_image_features,
     expect_images,
     expect_item_count,
     expect_labels,
     expect_passed_on,
-    expect_question,
     expect_task_ids,
     expect_text,
-    expect_vision_features,
 )
-from lion_fast.model.kernel_modules import PrefixEmbedding, run_on_kernels
-from lion_fast.model.padding import IGNORED, padding_last, padding_repeats, shifted_right
+from lion_fast.model.kernel_modules import run_on_kernels
+from lion_fast.model.padding import IGNORED
 from lion_fast.model.pretrained import load_pretrained
 from lion_fast.model.quantization import keep_trained_modules
-from lion_fast.model.targets import TargetsMixin
+from lion_fast.model.targets import Targets, TargetsMixin
 from lion_fast.model.text import language_model_class
-from lion_fast.model.validation import expect_ids, expect_shape, expect_values
+from lion_fast.model.validation import expect_values
 from lion_fast.model.vision import LionVisionModel
 
 
@@ -80,7 +78,7 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
+class LionForCausalLM(InputAssemblyMixin, TargetsMixin, AttendingModel, LionGenerationMixin):
     """LION (CVPR 2024), around T5 or a decoder-only language model.
 
     `kernel_backend` (see `LionConfig`) selects lion_kernels or PyTorch for this model alone. Its modules support both
@@ -227,149 +225,6 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
             if isinstance(module, MixtureOfAdapters):
                 module.unfold()
 
-    def get_vision_features(self, pixel_values: Tensor) -> Tensor:
-        """Return the outputs of the vision blocks that the Q-Former and the aggregator read.
-
-        The tower is frozen in LION, so these features can be computed once per image and passed as `vision_features`,
-        in training too. `encode_images` also computes everything else that depends on the image alone.
-
-        Args:
-            pixel_values: [B, 3, image_size, image_size].
-
-        Returns:
-            [B, S, N, vision hidden size] for the S layers of `config.feature_layers`, in their order.
-        """
-        return self.vision_model(pixel_values, layers=self.config.feature_layers)
-
-    def encode_images(self, pixel_values: Tensor | None = None, vision_features: Tensor | None = None) -> ImageFeatures:
-        """Compute everything that does not depend on the question: vision tower and aggregator.
-
-        `forward` and `generate` take the result, or an indexed selection, as `image_features`: `features[[0, 0, 1]]`
-        for two questions about the first image and one about the second. The result is differentiable; use
-        `torch.no_grad()` to save memory.
-
-        Args:
-            pixel_values: [B, 3, image_size, image_size].
-            vision_features: [B, S, N, vision hidden size] from `get_vision_features`, instead of `pixel_values`.
-
-        Raises:
-            ValueError: both arguments or neither are given, or a shape does not match.
-        """
-        if vision_features is None:
-            if pixel_values is None:
-                raise ValueError("pixel_values: expected either pixel_values or vision_features, got neither")
-            vision_features = self.get_vision_features(pixel_values)
-        elif pixel_values is not None:
-            raise ValueError("pixel_values: expected either pixel_values or vision_features, got both")
-        else:
-            expect_vision_features(self.config, vision_features)
-            expect_values({"vision_features": vision_features}, self.vision_model.cls_token)
-        return self._encode(vision_features)
-
-    def _encode(self, vision_features: Tensor) -> ImageFeatures:
-        visual_input = self.config.visual_input
-        qformer_context = aggregated = None
-        if visual_input != "AGGREGATOR":
-            qformer_context = self.vision_layernorm(vision_features[:, 0].to(self.query_tokens.dtype))
-        if visual_input != "QFORMER":
-            hidden_states = self.aggregator(vision_features.to(self.aggregator.dtype))
-            aggregated = self.aggregator_projection(self.aggregator_layernorm(hidden_states))
-        return ImageFeatures(qformer_context, aggregated)
-
-    def get_visual_prefix(
-        self,
-        image_features: ImageFeatures,
-        qformer_input_ids: Tensor | None = None,
-        qformer_attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the visual tokens of the language model's input: the Q-Former's, then the aggregator's.
-
-        Args:
-            image_features: features of B images, from `encode_images`.
-            qformer_input_ids: int64 [B, Lq], the question in the Q-Former's vocabulary; required if the model has a
-                Q-Former.
-            qformer_attention_mask: [B, Lq], 0 at padding; all ones if None.
-
-        Returns:
-            [B, config.num_visual_tokens, text hidden size].
-
-        Raises:
-            ValueError: `qformer_input_ids` is missing, or its batch size differs from that of `image_features`.
-        """
-        expect_image_features(self.config, image_features)
-        return self._visual_prefix(image_features, qformer_input_ids, qformer_attention_mask)
-
-    def _visual_prefix(self, features: ImageFeatures, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-        parts = []
-        if features.qformer_context is not None:
-            parts.append(
-                self._run_qformer(features.qformer_context, *expect_question(self.config, len(features), ids, mask))
-            )
-        if features.aggregated is not None:
-            parts.append(features.aggregated)
-        return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
-
-    def _run_qformer(self, context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        attention_mask, input_ids = padding_last(attention_mask, input_ids)
-        queries = with_gradient(self.query_tokens.expand(context.shape[0], -1, -1), self.qformer.encoder.layer)
-        attend_queries = attention_mask.new_ones(queries.shape[:2])
-        hidden_states = self.qformer(
-            input_ids=input_ids,
-            attention_mask=torch.cat([attend_queries, attention_mask], dim=1),
-            query_embeds=queries,
-            encoder_hidden_states=context,
-            return_dict=True,
-        ).last_hidden_state
-        return self.qformer_projection(hidden_states[:, : queries.shape[1]])
-
-    def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Return token embeddings [B, L, text hidden size] of `input_ids` [B, L], with the soft prompt in its place.
-
-        Raises:
-            ValueError: an id is out of range.
-        """
-        expect_shape("input_ids", input_ids, ("B", None))
-        expected = self.config.text_config.vocab_size, self.config.soft_prompt_token_id
-        return self._embed_text(expect_ids("input_ids", input_ids, *expected))
-
-    def _embed_text(self, input_ids: Tensor) -> Tensor:
-        embedding = self.get_input_embeddings()
-        if self.config.soft_prompt_token_id is None:
-            return embedding(input_ids)
-        is_soft_prompt = input_ids == self.config.soft_prompt_token_id
-        embeddings = embedding(input_ids.masked_fill(is_soft_prompt, 0))  # the token may lie beyond the table
-        soft_prompt = self.soft_prompt.to(embeddings.device, embeddings.dtype)
-        return torch.where(is_soft_prompt.unsqueeze(-1).to(embeddings.device), soft_prompt, embeddings)
-
-    def _embed(self, prefix: Tensor, text: Tensor) -> Tensor:
-        """Return the language model's input, [visual | text], for the text's ids [B, L] or embeddings [B, L, D]."""
-        embedding, soft_prompt_id = self.get_input_embeddings(), self.config.soft_prompt_token_id
-        if text.dim() == 3:
-            weight: Any = embedding.weight
-            text = text.to(weight.dtype)
-        # A module that replaces the embedding, such as LoRA's, takes no prefix.
-        elif isinstance(embedding, PrefixEmbedding) and embedding.assembles and soft_prompt_id is not None:
-            return embedding(text, prefix, self.soft_prompt, soft_prompt_id)
-        else:
-            text = self._embed_text(text)
-        return torch.cat([prefix.to(text.device, text.dtype), text], dim=1)
-
-    def _task_hint(self) -> str:
-        if not self.config.has_router:
-            return ""
-        in_peft = any(type(module).__module__.startswith("peft.") for module in self.modules())
-        return "; PEFT's models do not pass it on with a task_type, which has to be None" if in_peft else ""
-
-    def _pad(self, text: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the text and its mask with padding where the language model takes it."""
-        if attention_mask is None:
-            return text, torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
-        if self.config.is_encoder_decoder:
-            attention_mask, text = padding_last(attention_mask, text)
-        else:
-            text, _ = padding_repeats(attention_mask, text)
-        return text, attention_mask
-
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -428,8 +283,7 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         given |= {"task_ids": task_ids, "labels": labels, "decoder_input_ids": decoder_input_ids}
         given |= {"decoder_attention_mask": decoder_attention_mask, **kwargs}
         expect_values(given, self.vision_model.cls_token)
-        # Training has its own reports of what is not finite (`on_nonfinite`).
-        batch = expect_images(self.config, images, finite=not self.training)
+        batch = expect_images(self.config, images)
         text, attention_mask = expect_text(self.config, batch, input_ids, inputs_embeds, attention_mask)
         task_ids = expect_task_ids(self.config, task_ids, batch, self._task_hint() if task_ids is None else "")
         if labels is not None:
@@ -453,72 +307,17 @@ class LionForCausalLM(TargetsMixin, AttendingModel, LionGenerationMixin):
         if labels is not None or self.training:
             kwargs.setdefault("use_cache", False)  # the loss needs no cache, and PyTorch 2.11 cannot trace one
         inputs_embeds = with_gradient(inputs_embeds, self.language_model.blocks())
-        run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
-        kwargs.update(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
-        outputs = run(inputs_embeds, attention_mask, labels, task_ids=task_ids, return_dict=True, **kwargs)
+        targets = Targets(labels, decoder_input_ids, decoder_attention_mask)
+        outputs = self._run_language_model(inputs_embeds, attention_mask, targets, task_ids=task_ids, **kwargs)
         loss = None if labels is None else token_cross_entropy(outputs.logits, labels, num_items_in_batch)
         result = LionOutput(loss=loss, logits=outputs.logits, visual_prefix=prefix, language_model_outputs=outputs)
         return result if return_dict else result.to_tuple()
 
-    def _run_encoder_decoder(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None,
-        decoder_input_ids: Tensor | None,
-        decoder_attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
-        if decoder_input_ids is None and "decoder_inputs_embeds" not in kwargs:
-            if labels is None:
-                raise ValueError("labels: expected labels or decoder_input_ids for an encoder-decoder, got neither")
-            shifted = self.language_model.prepare_decoder_input_ids_from_labels(labels)
-            decoder_input_ids = shifted_right(labels, shifted)
-            if decoder_attention_mask is None:
-                decoder_attention_mask = (labels != IGNORED).to(attention_mask.dtype)
-        return self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            **kwargs,
-        )
-
-    def _run_decoder_only(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None,
-        decoder_input_ids: Tensor | None,
-        decoder_attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run on [visual | text | target] and keep the logits that predict the targets."""
-        targets = mask = None
-        if decoder_input_ids is not None:
-            if decoder_attention_mask is None:
-                decoder_attention_mask = torch.ones_like(decoder_input_ids)
-            targets, mask = decoder_input_ids[:, 1:], decoder_attention_mask[:, 1:]  # the question stands for the first
-            kwargs["logits_to_keep"] = decoder_input_ids.shape[1]
-        elif labels is not None:
-            targets, mask = labels, (labels != IGNORED).to(attention_mask.dtype)
-            kwargs["logits_to_keep"] = labels.shape[1] + 1
-        if targets is not None and mask is not None:
-            repeated, leading = padding_repeats(mask, targets)
-            embedded = self.get_input_embeddings()(repeated.masked_fill(leading, 0))
-            # Padding before the targets repeats the question's last token.
-            embedded = torch.where(leading.unsqueeze(-1), inputs_embeds[:, -1:], embedded)
-            inputs_embeds = torch.cat([inputs_embeds, embedded], dim=1)
-            attention_mask = torch.cat([attention_mask, mask], dim=1)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),  # padding takes up no positions
-            **kwargs,
-        )
-        if labels is not None and decoder_input_ids is None:
-            outputs.logits = outputs.logits[:, :-1]
-        return outputs
+    def _task_hint(self) -> str:
+        if not self.config.has_router:
+            return ""
+        in_peft = any(type(module).__module__.startswith("peft.") for module in self.modules())
+        return "; PEFT's models do not pass it on with a task_type, which has to be None" if in_peft else ""
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -528,7 +327,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tens
     """
     reduction = "mean" if num_items_in_batch is None else "sum"
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    loss = F.cross_entropy(logits, labels.to(logits.device).flatten(), ignore_index=-100, reduction=reduction)
+    loss = F.cross_entropy(logits, labels.to(logits.device).flatten(), ignore_index=IGNORED, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 

@@ -9,6 +9,7 @@ from transformers import Cache
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.model.image_features import ImageFeatures
+from lion_fast.model.padding import IGNORED
 from lion_fast.model.validation import brief, expect_floats, expect_ids, expect_integer, expect_mask, expect_shape
 from lion_kernels import values_on_host
 
@@ -18,7 +19,7 @@ _ENCODER_DECODER = ("encoder_outputs", "decoder_inputs_embeds", "past_key_values
 _DECODER_ONLY = ("logits_to_keep",)
 
 
-def expect_images(config: LionConfig, images: Mapping[str, Any], *, finite: bool = True) -> int:
+def expect_images(config: LionConfig, images: Mapping[str, Any]) -> int:
     """Check the one of `pixel_values`, `vision_features` and `image_features` that is given, and return its batch size.
 
     Raises:
@@ -38,7 +39,7 @@ def expect_images(config: LionConfig, images: Mapping[str, Any], *, finite: bool
     else:
         vision = config.vision_config
         shape = ("B", vision.num_channels, vision.image_size, vision.image_size)
-        expect_floats(name, value, shape, finite=finite)
+        expect_floats(name, value, shape, finite=False)  # the vision tower looks at the values
     if len(value) == 0:
         raise ValueError(f"{name}: expected one image or more, got none")
     return len(value)
@@ -127,7 +128,7 @@ def expect_labels(config: LionConfig, labels: Any, batch: int) -> Tensor:
     expect_shape("labels", labels, (batch, None))
     if labels.shape[1] == 0:
         raise ValueError(f"labels: expected one token or more per answer, got {list(labels.shape)}")
-    return expect_ids("labels", labels, config.text_config.vocab_size, also=-100)
+    return expect_ids("labels", labels, config.text_config.vocab_size, also=IGNORED)
 
 
 def expect_decoder_inputs(

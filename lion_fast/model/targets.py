@@ -1,4 +1,4 @@
-"""The answers as inputs, for losses that transformers' Trainer computes itself.
+"""The answers as inputs of the language model, in a call of LION and for losses that Trainer computes itself.
 
 With `label_smoothing_factor` or a `compute_loss_func`, Trainer takes the labels out of the batch before it calls the
 model. Other models of transformers find the answers in `input_ids`, or in the `decoder_input_ids` of
@@ -6,21 +6,38 @@ model. Other models of transformers find the answers in `input_ids`, or in the `
 """
 
 import sys
+from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lion_fast.configuration_lion import LionConfig
-from lion_fast.model.padding import shifted_right
+from lion_fast.model.padding import IGNORED, padding_repeats, shifted_right
+
+
+class Targets(NamedTuple):
+    """The answers of a call, checked; all None if the text alone is run.
+
+    Args:
+        labels: int64 [B, Lt], `IGNORED` at padding.
+        decoder_input_ids: int64 [B, Lt], the answers shifted right, instead of those made of `labels`.
+        decoder_attention_mask: int64 [B, Lt], 0 at padding of `decoder_input_ids`.
+    """
+
+    labels: Tensor | None
+    decoder_input_ids: Tensor | None
+    decoder_attention_mask: Tensor | None
 
 
 class TargetsMixin:
-    """What Trainer and the collators of transformers call to make a model's inputs of its labels."""
+    """Runs the language model on LION's input and the answers, and makes inputs of labels for transformers' Trainer."""
 
     config: LionConfig
     language_model: Any
+    get_input_embeddings: Callable[[], nn.Module]
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Return `decoder_input_ids` whose logits predict `labels`: the answers, shifted right.
@@ -35,17 +52,74 @@ class TargetsMixin:
         if self.config.is_encoder_decoder:
             return shifted_right(labels, self.language_model.prepare_decoder_input_ids_from_labels(labels))
         padding = self.config.text_config.pad_token_id or 0
-        return F.pad(labels.masked_fill(labels == -100, padding), (1, -1), value=padding)
+        return F.pad(labels.masked_fill(labels == IGNORED, padding), (1, -1), value=padding)
 
     def decoder_inputs(self, labels: Tensor) -> dict[str, Tensor]:
         """Return `decoder_input_ids` and `decoder_attention_mask`, with which a call has the logits of `labels`."""
-        mask = (labels != -100).long()
+        mask = (labels != IGNORED).long()
         if not self.config.is_encoder_decoder:
             mask = F.pad(mask, (1, -1), value=1)
         return {
             "decoder_input_ids": self.prepare_decoder_input_ids_from_labels(labels),
             "decoder_attention_mask": mask,
         }
+
+    def _run_language_model(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, targets: Targets, **kwargs: Any
+    ) -> Any:
+        """Run the language model on its input and the answers.
+
+        Args:
+            inputs_embeds: [B, Lv + L, text hidden size], [visual | text].
+            attention_mask: int64 [B, Lv + L].
+            targets: the answers.
+            kwargs: further arguments of the language model.
+
+        Returns:
+            The language model's output; its logits are those of the answers if there are any.
+        """
+        run = self._run_encoder_decoder if self.config.is_encoder_decoder else self._run_decoder_only
+        return run(inputs_embeds, attention_mask, targets, return_dict=True, **kwargs)
+
+    def _run_encoder_decoder(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, targets: Targets, **kwargs: Any
+    ) -> Any:
+        labels, ids, mask = targets
+        if ids is None and "decoder_inputs_embeds" not in kwargs:
+            if labels is None:
+                raise ValueError("labels: expected labels or decoder_input_ids for an encoder-decoder, got neither")
+            made = self.decoder_inputs(labels)
+            ids = made["decoder_input_ids"]
+            mask = made["decoder_attention_mask"] if mask is None else mask
+        kwargs.update(decoder_input_ids=ids, decoder_attention_mask=mask)
+        return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+    def _run_decoder_only(self, inputs_embeds: Tensor, attention_mask: Tensor, targets: Targets, **kwargs: Any) -> Any:
+        """Run on [visual | text | target] and keep the logits that predict the targets."""
+        labels, ids, mask = targets
+        if ids is not None:
+            mask = torch.ones_like(ids) if mask is None else mask
+            kwargs["logits_to_keep"] = ids.shape[1]
+            ids, mask = ids[:, 1:], mask[:, 1:]  # the question stands for the first
+        elif labels is not None:
+            ids, mask = labels, (labels != IGNORED).long()
+            kwargs["logits_to_keep"] = labels.shape[1] + 1
+        if ids is not None and mask is not None:
+            repeated, leading = padding_repeats(mask, ids)
+            embedded = self.get_input_embeddings()(repeated.masked_fill(leading, 0))
+            # Padding before the targets repeats the question's last token.
+            embedded = torch.where(leading.unsqueeze(-1), inputs_embeds[:, -1:], embedded)
+            inputs_embeds = torch.cat([inputs_embeds, embedded], dim=1)
+            attention_mask = torch.cat([attention_mask, mask], dim=1)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),  # padding takes up no positions
+            **kwargs,
+        )
+        if labels is not None and targets.decoder_input_ids is None:
+            outputs.logits = outputs.logits[:, :-1]
+        return outputs
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode as any module does; Trainer calls this before each pass, so it is prepared here."""

@@ -137,9 +137,11 @@ class LionVisionModel(AttendingModel):
             [B, S, N, hidden_size], S = number of `layers`, N = 1 + number of patches.
 
         Raises:
-            ValueError: the shape of `pixel_values` does not match the configuration.
+            ValueError: the shape of `pixel_values` does not match the configuration, or on a CPU, outside training, a
+                value is not finite.
         """
         channels, size = self.config.num_channels, self.config.image_size
+        # Training has its own reports of what is not finite (`on_nonfinite`).
         expect_floats("pixel_values", pixel_values, ("B", channels, size, size), finite=not self.training)
         layers = [len(self.blocks) - 1] if layers is None else list(layers)
         patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
