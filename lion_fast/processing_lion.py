@@ -11,7 +11,6 @@ from transformers import (
     AddedToken,
     AutoConfig,
     AutoProcessor,
-    AutoTokenizer,
     BatchFeature,
     BlipImageProcessorPil,
     PreTrainedTokenizerBase,
@@ -21,33 +20,32 @@ from transformers.processing_utils import ProcessingKwargs
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.io.boxes import draw_boxes, parse_boxes
-from lion_fast.io.checkpoints import CheckpointError, naming
+from lion_fast.io.checkpoints import naming
 from lion_fast.io.image_sources import flattened
 from lion_fast.io.images import ImageLike, load_each
-from lion_fast.io.processor_files import QFORMER_TOKENIZER, expect_processor_files
-from lion_fast.io.untrusted import PROCESSOR_FILES, expect_data_only, local_folder
-from lion_fast.model.chat import CHAT_TEMPLATE, expect_conversations, with_content
+from lion_fast.io.processor_files import QFORMER_TOKENIZER, expect_processor_files, load_tokenizer
+from lion_fast.io.untrusted import PROCESSOR_FILES, local_folder
+from lion_fast.model.chat import ChatMixin
+from lion_fast.model.padding import IGNORED
 from lion_fast.model.processor_arguments import (
     Settings,
     Tags,
+    expect_equal_lengths,
     sorted_settings,
     strings,
     tags_by_sample,
     task_ids,
 )
+from lion_fast.model.prompts import TAG_SENTENCE
+from lion_fast.model.tokenizing import TokenizingMixin, token_id
 from lion_fast.model.validation import brief
 from lion_fast.tagging.distinct import DistinctTags
-
-TAG_SENTENCE = "According to {soft_prompt}, you are allowed to use or partially use the following tags: [{tags}]. "
-# Without any of these files, a tokenizer silently gets an empty vocabulary.
-_VOCABULARY_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
-IGNORED = -100  # label that the loss ignores
 
 Tagger = Callable[[list[Image.Image]], Sequence[Tags]]
 """A function from a list of images to the tags of each: a `RamTagger`, a `ZeroShotTagger` or any other."""
 
 
-class LionProcessor(ProcessorMixin):
+class LionProcessor(TokenizingMixin, ChatMixin, ProcessorMixin):
     """Combines an image processor, the language model's tokenizer and the Q-Former's tokenizer.
 
     The tokenizers are configured in place. Both truncate on the left. The language model's tokenizer pads on the right
@@ -113,7 +111,7 @@ class LionProcessor(ProcessorMixin):
         qformer_tokenizer.padding_side = "right"
         self.is_encoder_decoder = is_encoder_decoder
         self.soft_prompt_token = soft_prompt_token
-        self.soft_prompt_token_id = _token_id(tokenizer, soft_prompt_token)
+        self.soft_prompt_token_id = token_id(tokenizer, soft_prompt_token)
         self.max_txt_len = max_txt_len
         self.max_target_len = max_target_len
 
@@ -207,7 +205,7 @@ class LionProcessor(ProcessorMixin):
                 strings(text_target, "text_target", len(questions)), padded=settings.padding is not False
             )
         if settings.return_tensors is not None and settings.padding is not True:
-            _expect_equal_lengths(data, settings)
+            expect_equal_lengths(data, settings)
         return BatchFeature(data, tensor_type=settings.return_tensors)
 
     def resize(self, image: Image.Image) -> Image.Image:
@@ -221,39 +219,6 @@ class LionProcessor(ProcessorMixin):
         if not (process.do_resize and height and width and isinstance(process.resample, int)):
             return image
         return image.resize((width, height), Image.Resampling(process.resample))
-
-    def apply_chat_template(self, conversation: Sequence[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
-        """Turn a conversation, or several, into a prompt, or with `tokenize=True` into the model's inputs.
-
-        LION's prompts are plain text, so the default template joins the texts of all messages by line breaks. The
-        published models were trained on single questions: a conversation of several turns is read as one long question.
-
-        Args:
-            conversation: messages, each a dict of `role` and `content`, as transformers' chat templates take them, with
-                one image in all; or a list of such conversations.
-            chat_template: another template, in Jinja.
-            kwargs: as for `ProcessorMixin.apply_chat_template`; `tags`, `task`, `text_target` and `allow_urls` go to
-                the processor's call, as `processor_kwargs` do.
-
-        Raises:
-            ValueError, TypeError: as for the processor's call; a message is not a dict of role and content, or an
-                encoder-decoder is to continue an answer.
-        """
-        several = expect_conversations(conversation)
-        conversations = with_content(conversation if several else [conversation])
-        last = conversations[0][-1]["role"]
-        if self.is_encoder_decoder and (kwargs.get("continue_final_message") or last == "assistant"):
-            raise ValueError(
-                "conversation: expected a question last, because an encoder-decoder cannot continue an answer, got "
-                f"a message of role {last!r}"
-            )
-        own = {name: kwargs.pop(name) for name in ("tags", "task", "text_target", "allow_urls") if name in kwargs}
-        kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **own}
-        return super().apply_chat_template(
-            conversations if several else conversations[0],
-            chat_template or self.chat_template or CHAT_TEMPLATE,  # type: ignore[arg-type]
-            **kwargs,
-        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -272,8 +237,8 @@ class LionProcessor(ProcessorMixin):
         """
         folder = local_folder(pretrained_model_name_or_path, PROCESSOR_FILES, kwargs)
         expect_processor_files(folder)
-        _tokenizer(folder)
-        _tokenizer(folder / QFORMER_TOKENIZER)  # transformers would replace it by the other if it cannot be loaded
+        load_tokenizer(folder)
+        load_tokenizer(folder / QFORMER_TOKENIZER)  # transformers would replace it by the other if it cannot be loaded
         with naming(folder, "a directory with LION's processor"):
             return super().from_pretrained(folder, local_files_only=True, trust_remote_code=False, **kwargs)
 
@@ -287,24 +252,6 @@ class LionProcessor(ProcessorMixin):
             "qformer_attention_mask",
             "task_ids",
         ]
-
-    def _prompt(self, question: str, tags: str, index: int) -> str:
-        if not question.strip():
-            raise ValueError(f"text[{index}]: expected a question or an instruction, got {brief(question)}")
-        for name, value in (("text", question), ("tags", tags)):
-            if self.soft_prompt_token is not None and self.soft_prompt_token in value:
-                raise ValueError(
-                    f"{name}[{index}]: expected text without {self.soft_prompt_token!r}, the token of the soft prompt, "
-                    f"got {brief(value)}"
-                )
-        if not tags:
-            return question
-        if self.soft_prompt_token_id is None:
-            raise ValueError(
-                f"tags[{index}]: expected none, as the tokenizer has no token for the soft prompt "
-                f"(soft_prompt_token={self.soft_prompt_token!r}), got {brief(tags)}"
-            )
-        return self.tag_sentence.format(soft_prompt=self.soft_prompt_token, tags=tags) + question
 
     def _images_alone(
         self, images: list[Image.Image] | None, settings: Settings, others: Mapping[str, Any]
@@ -330,31 +277,6 @@ class LionProcessor(ProcessorMixin):
                 f"images_kwargs: expected settings that {type(process).__name__} takes for these images, got "
                 f"{brief(settings.images)} ({' '.join(str(error).split())[:200] or type(error).__name__})"
             ) from error
-
-    def _tokens(self, prompts: list[str], questions: list[str], settings: Settings, truncation: bool) -> dict[str, Any]:
-        """Return the tokens of prompts and questions; `truncation` is the rule for prompts without a setting."""
-        if settings.truncation is not None:
-            truncation = settings.truncation
-        elif settings.max_length is not None:
-            truncation = True
-        max_length = settings.max_length or self.max_txt_len
-        lengths = {"max_length": max_length} if truncation or settings.padding == "max_length" else {}
-        prompt = self.tokenizer(
-            prompts, padding=settings.padding, truncation=truncation, **lengths, **settings.tokenizer
-        )
-        question = self.qformer_tokenizer(
-            questions,
-            padding=settings.padding,
-            truncation=True,
-            max_length=min(max_length, self.max_txt_len),
-            pad_to_multiple_of=settings.tokenizer.get("pad_to_multiple_of"),
-        )
-        return {
-            "input_ids": prompt["input_ids"],
-            "attention_mask": prompt["attention_mask"],
-            "qformer_input_ids": question["input_ids"],
-            "qformer_attention_mask": question["attention_mask"],
-        }
 
     def _labels(self, answers: list[str], padded: bool) -> list[list[int]]:
         rows = [
@@ -389,10 +311,10 @@ def build_processor(
     for name, path in (("llm_dir", llm_dir), ("bert_dir", bert_dir)):
         if not Path(path).is_dir():
             raise NotADirectoryError(f"{name}: expected a directory with a tokenizer, got {path}")
-    tokenizer = _tokenizer(Path(llm_dir))
-    if soft_prompt_token is not None and _token_id(tokenizer, soft_prompt_token) is None:
+    tokenizer = load_tokenizer(Path(llm_dir))
+    if soft_prompt_token is not None and token_id(tokenizer, soft_prompt_token) is None:
         tokenizer.add_tokens([AddedToken(soft_prompt_token, normalized=False, special=True)], special_tokens=True)
-    qformer_tokenizer = _tokenizer(Path(bert_dir))
+    qformer_tokenizer = load_tokenizer(Path(bert_dir))
     qformer_tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     with naming(Path(llm_dir) / "config.json", "a readable configuration"):
         config = AutoConfig.from_pretrained(llm_dir, trust_remote_code=False)
@@ -403,33 +325,6 @@ def build_processor(
         is_encoder_decoder=config.is_encoder_decoder,
         soft_prompt_token=soft_prompt_token,
     )
-
-
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    expect_data_only(directory)
-    if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
-        raise CheckpointError(f"{directory}: expected a tokenizer's {', '.join(_VOCABULARY_FILES)}, found none of them")
-    with naming(directory, "a readable tokenizer"):
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-
-
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
-    """Return the token's id, or None if the tokenizer does not map it to one token."""
-    if token is None:
-        return None
-    ids = tokenizer(token, add_special_tokens=False).input_ids
-    return next((i for i in ids if tokenizer.convert_ids_to_tokens(i) == token), None)
-
-
-def _expect_equal_lengths(data: Mapping[str, Any], settings: Settings) -> None:
-    for name, rows in data.items():
-        lengths = {len(row) for row in rows if isinstance(row, list)}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"padding: expected True, or 'max_length' with truncation=True, for "
-                f"return_tensors={settings.return_tensors!r}, got {settings.padding!r} with {name} of {min(lengths)} "
-                f"to {max(lengths)} tokens"
-            )
 
 
 AutoProcessor.register(LionConfig, LionProcessor)

@@ -1,13 +1,17 @@
-"""Settings of a saved `LionProcessor`, checked before transformers reads them."""
+"""The files of a saved `LionProcessor`, checked before transformers reads them."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lion_fast.io.checkpoints import CheckpointError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.io.untrusted import expect_data_only, read_json, shown
 
 QFORMER_TOKENIZER = "qformer_tokenizer"
+# Without any of these files, a tokenizer silently gets an empty vocabulary.
+_VOCABULARY_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 
 _CLASSES = {
     "processor_class": ("LionProcessor",),
@@ -97,3 +101,16 @@ def _expect_settings(
         # A setting that is null has its default value.
         if key in settings and not (accepts(settings[key]) or (settings[key] is None and prefix)):
             raise CheckpointError(f"{file}: {prefix}{key}: expected {expected}, got {shown(settings[key])}")
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from the local files of `directory`, which run no code.
+
+    Raises:
+        CheckpointError: there is no vocabulary, a file asks for code, or one is damaged; the message names it.
+    """
+    expect_data_only(directory)
+    if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
+        raise CheckpointError(f"{directory}: expected a tokenizer's {', '.join(_VOCABULARY_FILES)}, found none of them")
+    with naming(directory, "a readable tokenizer"):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

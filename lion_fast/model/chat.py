@@ -55,3 +55,43 @@ def _message_with_content(message: Any, number: int) -> Any:
             block = {"type": "image", "image": base64_content(encoded, f"conversation[{number}]")}
         blocks.append(block)
     return {**message, "content": blocks}
+
+
+class ChatMixin:
+    """Chats for `LionProcessor`."""
+
+    is_encoder_decoder: bool
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: Sequence[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
+        """Turn a conversation, or several, into a prompt, or with `tokenize=True` into the model's inputs.
+
+        LION's prompts are plain text, so the default template joins the texts of all messages by line breaks. The
+        published models were trained on single questions: a conversation of several turns is read as one long question.
+
+        Args:
+            conversation: messages, each a dict of `role` and `content`, as transformers' chat templates take them, with
+                one image in all; or a list of such conversations.
+            chat_template: another template, in Jinja.
+            kwargs: as for `ProcessorMixin.apply_chat_template`; `tags`, `task`, `text_target` and `allow_urls` go to
+                the processor's call, as `processor_kwargs` do.
+
+        Raises:
+            ValueError, TypeError: as for the processor's call; a message is not a dict of role and content, or an
+                encoder-decoder is to continue an answer.
+        """
+        several = expect_conversations(conversation)
+        conversations = with_content(conversation if several else [conversation])
+        last = conversations[0][-1]["role"]
+        if self.is_encoder_decoder and (kwargs.get("continue_final_message") or last == "assistant"):
+            raise ValueError(
+                "conversation: expected a question last, because an encoder-decoder cannot continue an answer, got "
+                f"a message of role {last!r}"
+            )
+        own = {name: kwargs.pop(name) for name in ("tags", "task", "text_target", "allow_urls") if name in kwargs}
+        kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **own}
+        return super().apply_chat_template(  # type: ignore[misc]
+            conversations if several else conversations[0],
+            chat_template or self.chat_template or CHAT_TEMPLATE,
+            **kwargs,
+        )

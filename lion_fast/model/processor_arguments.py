@@ -163,3 +163,20 @@ def task_ids(task: str | Sequence[str], count: int) -> list[int]:
         if name not in TASKS:
             raise ValueError(f"task: expected {' or '.join(map(repr, TASKS))}, got {brief(name)}")
     return [TASKS.index(name) for name in names]
+
+
+def expect_equal_lengths(data: Mapping[str, Any], settings: Settings) -> None:
+    """Raise ValueError if rows of different lengths are to become a tensor.
+
+    Args:
+        data: name -> rows, of which lists are rows of tokens.
+        settings: the call's, named in the error.
+    """
+    for name, rows in data.items():
+        lengths = {len(row) for row in rows if isinstance(row, list)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"padding: expected True, or 'max_length' with truncation=True, for "
+                f"return_tensors={settings.return_tensors!r}, got {settings.padding!r} with {name} of {min(lengths)} "
+                f"to {max(lengths)} tokens"
+            )

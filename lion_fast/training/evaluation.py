@@ -13,7 +13,7 @@ from lion_fast.data.loader import rank_and_size
 from lion_fast.inference.pipeline import generate_texts
 from lion_fast.io.boxes import draw_boxes, iou, parse_boxes
 from lion_fast.io.images import load_image
-from lion_fast.processing_lion import IGNORED
+from lion_fast.model.padding import IGNORED
 from lion_fast.training.data import LionCollator, Sample
 
 _TILE, _MARGIN, _LINES, _COLUMNS = 320, 10, 4, 4

@@ -30,7 +30,8 @@ from lion_fast.data.order import POSITION
 from lion_fast.data.seeding import seed_everything
 from lion_fast.io.checkpoints import naming
 from lion_fast.io.paths import path
-from lion_fast.processing_lion import IGNORED, LionProcessor
+from lion_fast.model.padding import IGNORED
+from lion_fast.processing_lion import LionProcessor
 from lion_fast.training import saving
 from lion_fast.training.building import build_model, build_optimizer
 from lion_fast.training.data import SAMPLE_IDS, LionCollator, hold_to, open_training_data, training_order
