@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lion_fast.io.reading import brief
 from lion_kernels.core.cost import Device
 
 WARM_UP = 3
@@ -71,7 +72,7 @@ def captured(prepare: Callable[[], Any] | None, call: Callable[[Any], Any], devi
                 result = call(given)
     except RuntimeError as error:
         _recover(before, timed, current)
-        return as_it_is(prepare, call, _in_short(error.__context__ or error))
+        return as_it_is(prepare, call, brief(error.__context__ or error))
     # Graphs write to the memory of their results, which must live as long as they do.
     kept = given, result
     return Call(before.replay if prepare is not None else lambda: None, lambda: (timed.replay(), kept)[0])
@@ -95,7 +96,7 @@ def _waits(call: Callable[[], object]) -> str | None:
     try:
         call()
     except RuntimeError as error:
-        return _in_short(error)
+        return brief(error)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return None
@@ -124,10 +125,6 @@ def _recover(before: torch.cuda.CUDAGraph, timed: torch.cuda.CUDAGraph, current:
     torch.cuda.synchronize(current.device)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device=current.device)
-
-
-def _in_short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 class Clock:

@@ -14,7 +14,7 @@ from typing import Any
 from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
 from lion_fast.io.owning import made_directories, naming_path
-from lion_fast.io.reading import Repeated, Unreadable, parse_json
+from lion_fast.io.reading import Repeated, Unreadable, parse_json, shown
 from lion_fast.tasks import TASKS
 
 BOX_TEXT = re.compile(r"\[[01]\.\d{3}(?:,[01]\.\d{3}){3}\]")
@@ -204,12 +204,6 @@ def describe(value: Any) -> str:
         Unreadable: "a value that cannot be read",
     }
     return names.get(type(value), f"a value of type {type(value).__name__}")
-
-
-def shown(value: Any) -> str:
-    """Return the start of a value's representation, on one line, for messages."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:96]}...{text[-1]}"
 
 
 def _check_text(name: str, value: Any) -> None:

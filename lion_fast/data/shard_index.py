@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lion_fast.data.records import DataError, shown
+from lion_fast.data.records import DataError
 from lion_fast.io.atomic import whole_file
-from lion_fast.io.reading import naming
+from lion_fast.io.reading import naming, shown
 from lion_fast.tasks import TASKS
 
 INDEX = "index.npz"

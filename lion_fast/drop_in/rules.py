@@ -22,6 +22,7 @@ from lion_fast.drop_in.original import (
     VisionAttentionOnKernels,
 )
 from lion_fast.drop_in.rewiring import Rewirer, calls_like, forward_takes, has_own_forward, is_plain_linear
+from lion_fast.io.reading import brief
 from lion_fast.model.kernel_modules import (
     DecoderRMSNormOnKernels,
     GatedGeluOnKernels,
@@ -37,9 +38,6 @@ LOOKED_FOR = (
     "outputs (dense, LayerNorm, dropout), T5's attention (q, k, v, o, n_heads), gated feed-forward (wi_0, wi_1, wo) "
     "and RMS norms (weight, variance_epsilon)"
 )
-
-
-_SHOWN = 200  # characters of an error
 
 
 class Rule(NamedTuple):
@@ -193,7 +191,7 @@ def _objection(module: Any, rule: Rule) -> str | None:
     try:
         return rule.objection(module)
     except Exception as error:
-        return f"its check failed: {type(error).__name__}: {' '.join(str(error).split())[:_SHOWN]}"
+        return f"its check failed: {type(error).__name__}: {brief(error)}"
 
 
 def _rewire_feed_forward_layer(rewirer: Rewirer, layer: Any) -> None:

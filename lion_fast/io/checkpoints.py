@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lion_fast.io.reading import brief
+from lion_fast.io import reading
 
 SAFE_INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -29,21 +30,8 @@ class CheckpointError(ValueError):
     """A checkpoint file cannot be read, or its content is not as expected."""
 
 
-@contextmanager
-def naming(path: str | Path, what: str) -> Iterator[None]:
-    """Turn any exception inside into a `CheckpointError` that says that `path` is not `what`.
-
-    Only for calls into libraries that read files: on damaged files they raise anything, up to bare `Exception`, and
-    tokenizers' Rust raises a `BaseException`.
-    """
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{path}: not {what} ({brief(error)})") from error
+naming = partial(reading.naming, error=CheckpointError)
+"""Context that turns any exception of a reader into a `CheckpointError` that names the file."""
 
 
 @dataclass(frozen=True)

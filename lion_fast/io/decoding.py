@@ -27,12 +27,12 @@ from lion_fast.io.image_checks import (
     MAX_DECODING_BYTES,
     MAX_PIXELS,
     MAX_SCAN_PIXELS,
-    brief,
     check_size,
     noting,
     reading,
 )
 from lion_fast.io.image_cost import bytes_needed, scan_pixels
+from lion_fast.io.reading import brief
 
 # Pillow formats that are opened: not EPS, on which Pillow would run Ghostscript, nor other formats without photographs.
 # HEIF needs a registered plug-in such as pillow-heif, and AVIF may need one.

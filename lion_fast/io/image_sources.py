@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lion_fast.io.image_checks import noting, reading
+from lion_fast.io.reading import brief
 
 MAX_FILE_BYTES = 1 << 30
 """Largest file that is read from an open file or decoded from a data URI."""
@@ -77,7 +78,7 @@ def download(image: Any, name: str) -> Any:
                 if len(content) > MAX_FILE_BYTES:
                     raise ValueError(f"{name}: expected at most {MAX_FILE_BYTES} bytes at {image[:200]}, got more")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise OSError(f"{name}: no answer from {image[:200]} ({' '.join(str(error).split())[:200]})") from error
+        raise OSError(f"{name}: no answer from {image[:200]} ({brief(error)})") from error
     return bytes(content)
 
 

@@ -13,6 +13,7 @@ from lion_fast.io.arrays import expect_dense, image_from_array, image_from_tenso
 from lion_fast.io.decoding import FORMATS, convert, decode
 from lion_fast.io.image_checks import MAX_DECODING_BYTES, MAX_PIXELS, MAX_SIDE, noting
 from lion_fast.io.image_sources import content_of, download, is_one
+from lion_fast.io.reading import on_one_line
 
 ImageLike = Image.Image | str | os.PathLike | bytes | BinaryIO | Mapping[str, Any] | np.ndarray | torch.Tensor
 
@@ -38,16 +39,15 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
     Pillow's 32-bit mode "I" counts as 8-bit if no value is above 255. An animation gives the first frame of a file, and
     the current frame of a PIL image.
 
-    Args:
-        image: a PIL image of any mode; the path of an image file, its content as bytes, or a file opened in binary
-            mode; a row's `{"bytes": ..., "path": ...}`; a data URI; a numpy array or
-            torch tensor of shape [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4 (if both match, an array is
-            [H, W, C] and a tensor [C, H, W]). Values of arrays: integers 0..255, `uint16` 0..65535, booleans, or floats
-            0..1.
-        name: name of the image in error messages.
-
     Memory is bounded: an image has at most `MAX_PIXELS` pixels and `MAX_SIDE` pixels per side, and decoding it takes at
     most `MAX_DECODING_BYTES`, estimated from size, mode and format before the pixels are allocated.
+
+    Args:
+        image: a PIL image of any mode; the path of an image file, its content as bytes, or a file opened in binary
+            mode; a row's `{"bytes": ..., "path": ...}`; a data URI; a numpy array or torch tensor of shape [H, W],
+            [H, W, C] or [C, H, W] with C of 1, 3 or 4 (if both match, an array is [H, W, C] and a tensor [C, H, W]).
+            Values of arrays: integers 0..255, `uint16` 0..65535, booleans, or floats 0..1.
+        name: name of the image in error messages.
 
     Raises:
         FileNotFoundError: the path is not a file.
@@ -142,8 +142,7 @@ def load_batches(
 
 
 def _read(path: str, name: str) -> Image.Image:
-    shown = path if path.isprintable() else repr(path)[1:-1]
-    name = f"{name} ({shown[:_SHOWN] or 'an empty path'})"
+    name = f"{name} ({on_one_line(path)[:_SHOWN] or 'an empty path'})"
     try:
         found = path and Path(path).is_file()
     except (OSError, ValueError):  # the path is too long or contains a null character

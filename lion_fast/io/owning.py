@@ -10,11 +10,13 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
+
+from lion_fast.io.reading import brief
 
 if os.name != "nt":
     import fcntl
@@ -70,7 +72,7 @@ def expect_free(path: str | os.PathLike, name: str = "out", *, overwrite: bool =
         raise OutputExistsError(f"{name}: expected the name of a new file, got {path}, which exists (see --overwrite)")
 
 
-def expect_other(path: str | os.PathLike, inputs: "list[Path]", name: str = "out") -> None:
+def expect_other(path: str | os.PathLike, inputs: Sequence[Path], name: str = "out") -> None:
     """Check that a file to write is none of the inputs, under any name that leads to it.
 
     Raises:
@@ -160,7 +162,7 @@ def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Itera
             if error.errno is not None and error.strerror is not None and len(error.args) == 2:
                 error.filename = str(path)
             elif str(path) not in str(error):
-                raise OSError(f"{path}: {' '.join(str(error).split())}") from error
+                raise OSError(f"{path}: {brief(error)}") from error
         raise
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lion_fast.io.checkpoints import CheckpointError, naming
-from lion_fast.io.untrusted import expect_data_only, read_json, shown
+from lion_fast.io.reading import shown
+from lion_fast.io.untrusted import expect_data_only, read_json
 
 QFORMER_TOKENIZER = "qformer_tokenizer"
 # Without any of these files, a tokenizer silently gets an empty vocabulary.

@@ -7,6 +7,7 @@ import codecs
 import json
 import math
 import os
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -35,21 +36,59 @@ class Unreadable:
 def naming(path: str | os.PathLike, what: str, error: type[ValueError] = ValueError) -> Iterator[None]:
     """Turn any exception inside into an `error` that says that `path` is not `what`.
 
-    Only for calls into libraries that read files.
+    Only for calls into libraries that read files: on damaged files they raise anything, up to bare `Exception`, and
+    tokenizers' Rust raises a `BaseException`. What names a file already stays as it is: an `error` of a class of our
+    own, and a ValueError whose message begins with the path.
     """
     try:
         yield
-    except error as found:
-        if type(found) is error and str(found).startswith(on_one_line(path)):
+    except BaseException as found:
+        if not isinstance(found, Exception) and type(found).__name__ != "PanicException":
             raise
-        raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
-    except Exception as found:
+        named = error is not ValueError or (type(found) is error and str(found).startswith(on_one_line(path)))
+        if isinstance(found, error) and named:
+            raise
         raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
 
 
 def brief(error: BaseException) -> str:
     """Return an error's message on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """Return a value on one line of at most 120 characters; a tensor as its dtype and shape."""
+    text = _short.repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[-1]}"
+
+
+class _Short(reprlib.Repr):
+    """Representations that take little time and memory, whatever the value."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x[:_SHOWN])
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x[:_SHOWN])
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to print integers of more than 4300 digits.
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        torch: Any = sys.modules.get("torch")  # not imported, because commands read files without it
+        if torch is not None and isinstance(x, torch.Tensor):
+            return f"a tensor {x.dtype} {list(x.shape)}"
+        try:
+            return " ".join(repr(x).split())
+        except Exception as error:  # of the user's own object
+            return f"{type(x).__name__}, whose repr raises {type(error).__name__}"
+
+
+_SHOWN = 120
+_short = _Short()
+_short.maxlevel = 4
+_short.maxdict = _short.maxlist = _short.maxtuple = _short.maxset = 12
 
 
 def on_one_line(path: str | os.PathLike) -> str:

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from lion_fast.io.checkpoints import CheckpointError, naming
-from lion_fast.io.untrusted import expect_data_only, expected_instead, items, local_folder, read_settings, shown
+from lion_fast.io.reading import shown
+from lion_fast.io.untrusted import expect_data_only, expected_instead, items, local_folder, read_settings
 
 
 class Range(NamedTuple):

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lion_fast.io.checkpoints import CheckpointError, naming
-from lion_fast.io.reading import brief
+from lion_fast.io.reading import brief, shown
 
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json")
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -255,12 +255,6 @@ def items(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             left += below
         elif isinstance(value, list):
             left += [(f"{prefix}[{index}]", item) for index, item in enumerate(value)]
-
-
-def shown(value: Any) -> str:
-    """Return a value of a file for an error's one line."""
-    text = repr(value)
-    return text if len(text) <= 120 else text[:120] + "..."
 
 
 def _is_plain_name(value: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from lion_fast.configuration_lion import LionConfig
+from lion_fast.model.inputs import expect_attention_weights
 from lion_fast.model.validation import brief, is_integer, is_number
 
 MAX_NEW_TOKENS = 1 << 20
@@ -243,11 +244,8 @@ def expect_generation_arguments(
             raise ValueError(f"{name}: expected {rule.expected}, got {brief(value)}")
     if _first("stop_strings", given, own, defaults) is not None and "tokenizer" not in given:
         raise ValueError("tokenizer: expected the processor's tokenizer with stop_strings, got None")
-    if _first("output_attentions", given, own, defaults) and config.text_config._attn_implementation != "eager":
-        raise ValueError(
-            f"output_attentions: expected False with attn_implementation={config.text_config._attn_implementation!r}, "
-            "which keeps no attention weights; load the model with attn_implementation='eager'"
-        )
+    if _first("output_attentions", given, own, defaults):
+        expect_attention_weights(config)
     floats = {name: value for name in _FLOATS if isinstance(value := _first(name, given, own, defaults), int)}
     checked = {**given, **{name: float(value) for name, value in floats.items()}}
     if "prefix_allowed_tokens_fn" in given:

@@ -193,13 +193,15 @@ def expect_passed_on(config: LionConfig, given: Mapping[str, Any], labels: Any) 
         if labels is not None:
             raise ValueError("logits_to_keep: expected None with labels, whose positions the logits are of")
         expect_integer("logits_to_keep", given["logits_to_keep"], 0)
-    _expect_attention_weights(config, given)
+    if given.get("output_attentions"):
+        expect_attention_weights(config)
     return given
 
 
-def _expect_attention_weights(config: LionConfig, given: Mapping[str, Any]) -> None:
+def expect_attention_weights(config: LionConfig) -> None:
+    """Raise ValueError for `output_attentions=True` unless the language model's attention keeps its weights."""
     implementation = config.text_config._attn_implementation
-    if given.get("output_attentions") and implementation != "eager":
+    if implementation != "eager":
         raise ValueError(
             f"output_attentions: expected False with attn_implementation={implementation!r}, which keeps no attention "
             "weights; load the model with attn_implementation='eager'"

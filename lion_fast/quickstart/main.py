@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lion_fast.extras import require
 from lion_fast.io.atomic import UNFINISHED, whole_directory, write_json, write_text
+from lion_fast.io.reading import shown
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
@@ -26,7 +27,6 @@ from lion_fast.quickstart.standins import train_language, train_vision
 from lion_fast.scenes import SceneGenerator
 from lion_fast.training.run_folder import owned_directory
 from lion_fast.training.saving import failing_with_os_error
-from lion_fast.training.sections import shown
 from lion_fast.training.stages import STAGES, Stage, carry_over, copy_frozen, freeze_for_stage
 
 KINDS = {1: ("caption", "vqa"), 2: ("rec",), 3: ("caption", "rec", "vqa", "rec")}

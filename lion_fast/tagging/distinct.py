@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from lion_fast.io.image_checks import MAX_PIXELS
+from lion_fast.io.reading import shown
 
 
 class DistinctTags:
@@ -47,8 +48,7 @@ class DistinctTags:
         found = self._tagger(list(self._waiting.values()))
         if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != len(self._waiting):
             raise ValueError(
-                f"tags: expected one entry from the tagger for each of {len(self._waiting)} images, got "
-                f"{' '.join(repr(found).split())[:100]}"
+                f"tags: expected one entry from the tagger for each of {len(self._waiting)} images, got {shown(found)}"
             )
         self._tags |= zip(self._waiting, found, strict=True)
         self._waiting = {}

@@ -20,11 +20,11 @@ from lion_fast.data.dataset import EpochDataset, SampleDataset, Tagger, Transfor
 from lion_fast.data.order import POSITION, TrainingOrder, epoch_order, sample_of
 from lion_fast.data.records import Record
 from lion_fast.io.checkpoints import naming
+from lion_fast.io.reading import shown
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.scenes import SceneGenerator
 from lion_fast.tagging.modeling_ram import RamTagger
 from lion_fast.training.recipe import SCENES, Augmentation, Data, Recipe, RecipeError
-from lion_fast.training.sections import shown
 
 Sample = Mapping[str, Any]
 SAMPLE_IDS = "sample_ids"

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from lion_fast.io.reading import shown
 from lion_fast.tasks import TASKS
-from lion_fast.training.sections import shown
 
 _IMAGE_PATH = ("vision_layernorm", "query_tokens", "qformer", "qformer_projection")
 _REGION_PATH = ("aggregator", "aggregator_layernorm", "aggregator_projection")

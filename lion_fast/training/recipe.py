@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from lion_fast.io.reading import shown
 from lion_fast.tasks import TASKS
 from lion_fast.training.definitions import STAGES, Stage, stage_of
-from lion_fast.training.sections import Limits, PathName, RecipeError, Section, shown, shown_name
+from lion_fast.training.sections import Limits, PathName, RecipeError, Section, shown_name
 from lion_fast.training.settings_files import parse_settings, parse_value, read_settings
 
 SCENES = "scenes:"

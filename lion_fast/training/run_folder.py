@@ -11,10 +11,10 @@ import yaml
 
 from lion_fast.io.atomic import write_text
 from lion_fast.io.owning import OutputInUseError, made_directories, sole_writer
+from lion_fast.io.reading import shown
 from lion_fast.training import saving
 from lion_fast.training.fingerprints import RECORD, Fingerprints, expect_same_files, fingerprints_of, write_fingerprints
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
-from lion_fast.training.sections import shown
 from lion_fast.training.settings_files import read_settings
 
 RECIPE_FILE = "recipe.yaml"
@@ -151,7 +151,9 @@ def _expect_own(run_dir: Path, resume: bool) -> None:
     for name in (RECIPE_FILE, RECORD):
         path = run_dir / name
         if os.path.lexists(path) and not path.is_file():  # writing to a pipe could block forever
-            raise RecipeError(f"output_dir: expected a file at {path}, or nothing, got none or a broken link")
+            raise RecipeError(
+                f"output_dir: expected a file at {path}, or nothing, got a directory, a pipe or a broken link"
+            )
     begun = run_dir / RECIPE_FILE
     names = (RECIPE_FILE, *(path.name for path in checkpoints), *_DIRECTORIES)
     present = [name for name in names if os.path.lexists(run_dir / name)]

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_fast.io.atomic import remove_directory, whole_directory, write_json
+from lion_fast.io.reading import brief
 
 SEAL = "complete.json"
 ASIDE = ".aside"
@@ -70,7 +71,7 @@ def failing_with_os_error(target: Path) -> Iterator[None]:
         about_files = next(filter(_is_about_files, failures), None)
         if about_files is None:
             raise
-        raise OSError(f"{target}: cannot be written ({' '.join(str(about_files).split())})") from error
+        raise OSError(f"{target}: cannot be written ({brief(about_files)})") from error
 
 
 def _is_about_files(error: BaseException) -> bool:

@@ -5,12 +5,13 @@ import json
 import math
 import os
 import re
-import reprlib
 import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from lion_fast.io.reading import shown
 
 
 class RecipeError(ValueError):
@@ -124,27 +125,13 @@ class Section:
         return section
 
 
-def shown(value: Any) -> str:
-    """Return a value for an error's message, shortened."""
-    text = _short.repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
-
-
 def shown_name(name: Any) -> str:
     """Return a key or a path for an error's message: itself, or shortened and quoted if it is long or has no words."""
     text = str(name) if isinstance(name, str | os.PathLike) else shown(name)
-    return text if text.isprintable() and 0 < len(text) <= 2 * _MAX_SHOWN else shown(text)
+    return text if text.isprintable() and 0 < len(text) <= _MAX_NAME_SHOWN else shown(text)
 
 
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to print integers of more than 4300 digits.
-        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
-
-
-_MAX_SHOWN = 120
-_short = _Short()
-_short.maxstring = _short.maxother = _MAX_SHOWN
+_MAX_NAME_SHOWN = 240
 _MAX_MESSAGE = 800
 
 

@@ -8,7 +8,8 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from lion_fast.training.sections import RecipeError, shown, shown_name
+from lion_fast.io.reading import shown
+from lion_fast.training.sections import RecipeError, shown_name
 
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 50_000  # PyYAML takes 0.1 ms for each

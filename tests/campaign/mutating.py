@@ -117,31 +117,24 @@ def png(color: tuple[int, int, int]) -> bytes:
 
 def _mutated(value: Any, rng: random.Random) -> Any:
     """Change a value, or a value in it."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        name = rng.choice(list(value))
-        kind = rng.randrange(8)
-        if kind == 0:
-            del value[name]
-        elif kind == 1:
-            value[rng.choice(["", "id", "image", name + " ", "a\nb", "x" * 300, "\0"])] = value.pop(name)
-        elif kind == 2:
-            value["extra"] = rng.choice(VALUES)
-        else:
-            value[name] = _mutated(value[name], rng)
-        return value
-    if isinstance(value, list) and value and rng.random() < 0.85:
-        index = rng.randrange(len(value))
-        kind = rng.randrange(8)
-        if kind == 0:
-            del value[index]
-        elif kind == 1:
-            value.append(copy.deepcopy(value[index]))
-        elif kind == 2:
-            value.insert(index, rng.choice(VALUES))
-        else:
-            value[index] = _mutated(value[index], rng)
-        return value
-    return copy.deepcopy(rng.choice(VALUES))
+    if not isinstance(value, dict | list) or not value or rng.random() >= 0.85:
+        return copy.deepcopy(rng.choice(VALUES))
+    names = isinstance(value, dict)
+    place = rng.choice(list(value)) if names else rng.randrange(len(value))
+    kind = rng.randrange(8)
+    if kind == 0:
+        del value[place]
+    elif kind == 1 and names:
+        value[rng.choice(["", "id", "image", place + " ", "a\nb", "x" * 300, "\0"])] = value.pop(place)
+    elif kind == 1:
+        value.append(copy.deepcopy(value[place]))
+    elif kind == 2 and names:
+        value["extra"] = rng.choice(VALUES)
+    elif kind == 2:
+        value.insert(place, rng.choice(VALUES))
+    else:
+        value[place] = _mutated(value[place], rng)
+    return value
 
 
 def _repeat_name(text: str, rng: random.Random) -> str:

@@ -10,7 +10,8 @@ from lion_fast.data.converters.entries import Entry, Format, Options, load_json,
 from lion_fast.data.converters.questions import aokvqa, gqa, ocr_vqa, vqa
 from lion_fast.data.converters.regions import mdetr, refcoco, visual_genome
 from lion_fast.data.converters.skipping import Skipping
-from lion_fast.data.records import DataError, Record, shown
+from lion_fast.data.records import DataError, Record
+from lion_fast.io.reading import shown
 
 __all__ = ["FORMATS", "Conversion", "Format"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.data.converters.skipping import Skipping
-from lion_fast.data.records import DataError, Record, describe, shown
-from lion_fast.io.reading import Unreadable, check_regular, check_utf8, parse_json, without_mark
+from lion_fast.data.records import DataError, Record, describe
+from lion_fast.io.reading import Unreadable, check_regular, check_utf8, parse_json, shown, without_mark
 
 # A format of an image's name: a width of at most two digits, and nothing that reads attributes.
 _FORMAT_SPEC = re.compile(r"[<>=^]?0?\d{0,2}[ds]?")

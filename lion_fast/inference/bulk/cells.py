@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lion_fast.data.records import shown
-from lion_fast.io.reading import Unreadable, on_one_line
+from lion_fast.io.reading import Unreadable, on_one_line, shown
 
 
 def rows_of(table: Any) -> list[dict[str, Any]]:

@@ -10,9 +10,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lion_fast.data.records import shown
 from lion_fast.io.images import image_suffixes
-from lion_fast.io.reading import on_one_line
+from lion_fast.io.reading import on_one_line, shown
 
 TABLES = (".jsonl", ".parquet")
 SHARDS = ".tar"

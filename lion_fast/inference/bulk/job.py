@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lion_fast.io.reading import brief
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 
@@ -77,13 +78,11 @@ class BulkJob:
             raise ValueError(f"{asks or 'text'}: expected {expected}, got {self.text!r}")
         if self.command == "tag" and self.tags is not None:
             raise ValueError(f"tags: expected none for tag, which generates them, got {self.tags!r}")
-        roles = {"image"} | ({asks} if asks else set()) | (set() if self.command == "tag" else {"tags"})
+        roles = {"id", "image"} | ({asks} if asks else set()) | (set() if self.command == "tag" else {"tags"})
         for role, name in self.columns.items():
-            if role not in roles | {"id"}:
+            if role not in roles:
                 expected = ", ".join(sorted(roles))
-                raise ValueError(
-                    f"columns: expected names for {expected}, got one for {role!r}, which is not id either"
-                )
+                raise ValueError(f"columns: expected names for {expected}, got one for {role!r}")
             if not name and role != "id":
                 raise ValueError(f"columns: expected a name for {role!r}, got an empty one")
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
@@ -136,7 +135,7 @@ def recorded_settings(path: Path) -> dict[str, Any] | None:
         if not isinstance(before, dict) or not {"command", "input", "model"} <= before.keys():
             raise ValueError("expected an object with command, input and model")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not the settings of a job ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path}: not the settings of a job ({brief(error)})") from error
     return before
 
 

@@ -22,6 +22,7 @@ from lion_fast.extras import require
 from lion_fast.inference.bulk.rows import Journal, Row, expect_rows, read_rows
 from lion_fast.io.atomic import UNFINISHED, whole_file
 from lion_fast.io.owning import naming_path
+from lion_fast.io.reading import brief
 
 ROWS_PER_PART = 10_000
 PART = "part-{:05d}.parquet"
@@ -318,7 +319,7 @@ def _opened(part: Path) -> Any:
     try:
         return pq.ParquetFile(part)
     except pa.ArrowException as error:
-        raise ValueError(f"{part}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{part}: not a readable Parquet file ({brief(error)})") from error
 
 
 def _schema(fields: Sequence[str]) -> Any:

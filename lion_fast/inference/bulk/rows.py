@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.io.owning import OutputInUseError, naming_path
+from lion_fast.io.reading import brief
 
 Row = dict[str, Any]
 
@@ -98,7 +99,7 @@ def _parsed(line: bytes, place: str, fields: Iterable[str] = ("id",)) -> Row:
         if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
             raise ValueError("id: expected text or a whole number")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not a row of a bulk job ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(f"{place}: not a row of a bulk job ({brief(error)})") from error
     return row
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from lion_fast.data.dataset import is_blank, lines_with_offsets
-from lion_fast.data.records import MAX_LINE_BYTES, describe, shown
+from lion_fast.data.records import MAX_LINE_BYTES, describe
 from lion_fast.extras import require
 from lion_fast.inference.bulk.cells import check_columns, rows_of
 from lion_fast.inference.bulk.items import Columns, Ids, Item, Source, printable, sized
-from lion_fast.io.reading import check_utf8, naming, parse_json
+from lion_fast.io.reading import check_utf8, naming, parse_json, shown
 
 _CACHED_BYTES = 256 << 20
 _NAMES = 20  # fields of the lines that are listed in a message

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from lion_fast.data.records import shown
 from lion_fast.inference.bulk.files import is_hidden
 from lion_fast.io.images import image_suffixes
-from lion_fast.io.reading import naming, on_one_line
+from lion_fast.io.reading import naming, on_one_line, shown
 
 _TEXT = ".json"
 _IMAGE_BYTES = 1 << 30  # an image within the limit of pixels takes less

@@ -234,7 +234,7 @@ def test_errors_name_the_input(input: str, command: str, error: type[Exception],
         ({"text": "What?"}, "text: expected none for caption, got 'What?'"),
         ({"command": "ask", "text": " "}, "question: expected words, got ' '"),
         ({"command": "tag", "tags": "dog"}, "tags: expected none for tag, which generates them, got 'dog'"),
-        ({"columns": {"question": "q"}}, "columns: expected names for image, tags, got one for 'question'"),
+        ({"columns": {"question": "q"}}, "columns: expected names for id, image, tags, got one for 'question'"),
     ],
 )
 def test_invalid_jobs_are_rejected(settings: dict[str, Any], message: str) -> None:
