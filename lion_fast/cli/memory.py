@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lion_fast.cli.arguments import path, positive_int
+from lion_fast.training.definitions import STAGE_NUMBERS
 
 _SIZES = ("xl", "xxl")
 
@@ -19,7 +20,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         ),
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. batch.per_process=64")
-    parser.add_argument("--stage", type=int, default=4, choices=(1, 2, 3, 4), help="default: %(default)s")
+    parser.add_argument("--stage", type=int, default=4, choices=STAGE_NUMBERS, help="default: %(default)s")
     parser.add_argument("--config", type=path, metavar="YAML", help="settings that override the stage's recipe")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", type=path, metavar="DIR", help="checkpoint (default: the recipe's)")

@@ -3,6 +3,7 @@
 import argparse
 
 from lion_fast.cli.arguments import add_resuming, path
+from lion_fast.training.definitions import STAGE_NUMBERS
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -12,7 +13,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Train one stage. --config overrides the stage's recipe, and KEY=VALUE overrides both.",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. optimizer.lr=3e-5 batch.size=128")
-    parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
+    parser.add_argument("--stage", type=int, required=True, choices=STAGE_NUMBERS)
     parser.add_argument("--config", type=path, metavar="YAML", help="settings that override the stage's recipe")
     add_resuming(parser)
     parser.add_argument("--print-recipe", action="store_true", help="print the stage's commented recipe and exit")

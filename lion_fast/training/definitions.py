@@ -42,6 +42,7 @@ STAGES = (
     Stage(3, "joint", "ALL", _IMAGE_PATH + _REGION_PATH, ("image_level", "region_level")),
     Stage(4, "joint_published", "ALL", _IMAGE_PATH + _REGION_PATH, ("image_level", "region_level")),
 )
+STAGE_NUMBERS = tuple(stage.number for stage in STAGES)
 
 
 def stage_of(number: int) -> Stage:
@@ -53,4 +54,4 @@ def stage_of(number: int) -> Stage:
     for stage in STAGES:
         if stage.number == number:
             return stage
-    raise ValueError(f"stage: expected one of {', '.join(str(stage.number) for stage in STAGES)}, got {shown(number)}")
+    raise ValueError(f"stage: expected one of {', '.join(map(str, STAGE_NUMBERS))}, got {shown(number)}")

@@ -35,6 +35,7 @@ from lion_fast.processing_lion import LionProcessor
 from lion_fast.training import saving
 from lion_fast.training.building import build_model, build_optimizer
 from lion_fast.training.data import SAMPLE_IDS, LionCollator, hold_to, open_training_data, training_order
+from lion_fast.training.definitions import STAGE_NUMBERS
 from lion_fast.training.options import add_resuming
 from lion_fast.training.recipe import Recipe, load_recipe
 from lion_fast.training.run import SCHEDULE, schedule_rates
@@ -238,7 +239,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train one of LION's stages with FSDP2; start with torchrun.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
+    parser.add_argument("--stage", type=int, required=True, choices=STAGE_NUMBERS)
     parser.add_argument("--config", type=path, metavar="YAML")
     add_resuming(parser)
     args = parser.parse_args()
