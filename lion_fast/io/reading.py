@@ -57,7 +57,7 @@ def brief(error: BaseException) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value on one line of at most 120 characters; a tensor as its dtype and shape."""
+    """Return a value for a message: on one line of at most 120 characters, and a tensor as its dtype and shape."""
     text = _short.repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[-1]}"
 
@@ -88,7 +88,7 @@ class _Short(reprlib.Repr):
 _SHOWN = 120
 _short = _Short()
 _short.maxlevel = 4
-_short.maxdict = _short.maxlist = _short.maxtuple = _short.maxset = 12
+_short.maxdict = 6  # as lists, of reprlib's own bounds
 
 
 def on_one_line(path: str | os.PathLike) -> str:

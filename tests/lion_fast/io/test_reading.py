@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from lion_fast.io.reading import Repeated, check_regular, naming, on_one_line, parse_json
+from lion_fast.io.reading import Repeated, check_regular, naming, on_one_line, parse_json, shown
 
 
 def test_json_is_that_of_the_standard_with_unique_names() -> None:
@@ -45,6 +47,20 @@ def test_any_exception_of_a_reader_names_the_file() -> None:
     with pytest.raises(OwnError, match=r"^a.x: as it is$"), naming("a.x", "a table", OwnError):
         raise OwnError("a.x: as it is")
     assert on_one_line("a\nb") == "a\\nb"
+
+
+def test_values_are_short_whatever_they_are() -> None:
+    class Broken:
+        def __repr__(self) -> str:
+            raise KeyError
+
+    assert shown("a\nb") == r"'a\nb'"
+    assert shown("x" * 10**6) == "'" + "x" * 115 + "...'"
+    assert shown([0] * 10**6) == "[0, 0, 0, 0, 0, 0, ...]"
+    assert shown(10**5000) == "an integer of 16610 bits"
+    assert shown(np.zeros((2, 2))) == "array([[0., 0.], [0., 0.]])"
+    assert shown([torch.zeros(2, 3)]) == "[a tensor torch.float32 [2, 3]]"
+    assert shown(Broken()) == "Broken, whose repr raises KeyError"
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

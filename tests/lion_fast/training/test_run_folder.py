@@ -178,7 +178,7 @@ def test_a_directory_is_not_taken_over_by_another_run(make_recipe: MakeRecipe, t
         train(recipe)
     (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
     os.mkfifo(run_dir / RECORD)
-    with pytest.raises(RecipeError, match=rf"output_dir: expected a file at .*{RECORD}, or nothing, got none"):
+    with pytest.raises(RecipeError, match=rf"output_dir: expected a file at .*{RECORD}, or nothing, got a directory"):
         train(recipe)
     (tmp_path / "file").touch()
     (tmp_path / "nowhere").symlink_to("absent/absent")
