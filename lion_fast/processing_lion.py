@@ -24,6 +24,7 @@ from lion_fast.io.checkpoints import naming
 from lion_fast.io.image_sources import flattened
 from lion_fast.io.images import ImageLike, load_each
 from lion_fast.io.processor_files import QFORMER_TOKENIZER, expect_processor_files, load_tokenizer
+from lion_fast.io.reading import brief, shown
 from lion_fast.io.untrusted import PROCESSOR_FILES, local_folder
 from lion_fast.model.chat import ChatMixin
 from lion_fast.model.padding import IGNORED
@@ -38,7 +39,6 @@ from lion_fast.model.processor_arguments import (
 )
 from lion_fast.model.prompts import TAG_SENTENCE
 from lion_fast.model.tokenizing import TokenizingMixin, token_id
-from lion_fast.model.validation import brief
 from lion_fast.tagging.distinct import DistinctTags
 
 Tagger = Callable[[list[Image.Image]], Sequence[Tags]]
@@ -167,7 +167,7 @@ class LionProcessor(TokenizingMixin, ChatMixin, ProcessorMixin):
             TypeError: text, tags or tasks are not strings, or a setting is unknown.
         """
         if not isinstance(allow_urls, bool):
-            raise TypeError(f"allow_urls: expected True or False, got {brief(allow_urls)}")
+            raise TypeError(f"allow_urls: expected True or False, got {shown(allow_urls)}")
         settings = sorted_settings(kwargs, sorted(self.image_processor.valid_kwargs.__annotations__), return_tensors)
         questions = None if text is None else strings(text, "text")
         tagging = DistinctTags(tags) if callable(tags) else None
@@ -275,7 +275,7 @@ class LionProcessor(TokenizingMixin, ChatMixin, ProcessorMixin):
         except Exception as error:  # it raises anything, such as its own validation's exceptions
             raise ValueError(
                 f"images_kwargs: expected settings that {type(process).__name__} takes for these images, got "
-                f"{brief(settings.images)} ({' '.join(str(error).split())[:200] or type(error).__name__})"
+                f"{shown(settings.images)} ({brief(error)})"
             ) from error
 
     def _labels(self, answers: list[str], padded: bool) -> list[list[int]]:

@@ -16,9 +16,10 @@ from lion_fast.io.boxes import parse_boxes
 from lion_fast.io.checkpoints import naming
 from lion_fast.io.image_sources import is_one
 from lion_fast.io.images import ImageLike, load_image
+from lion_fast.io.reading import shown
 from lion_fast.model.image_features import ImageFeatures
 from lion_fast.model.prompts import CAPTION_INSTRUCTION
-from lion_fast.model.validation import brief, expect_integer
+from lion_fast.model.validation import expect_integer
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor, Tagger, Tags
 from lion_fast.tagging.distinct import DistinctTags
@@ -78,9 +79,9 @@ class LionPipeline:
             if value is not None:
                 raise ValueError(f"{name}: expected None for a loaded model, got {value!r}")
         if not (hasattr(model, "generate") and hasattr(model, "eval")):
-            raise TypeError(f"model: expected a checkpoint's directory or a loaded model, got {brief(model)}")
+            raise TypeError(f"model: expected a checkpoint's directory or a loaded model, got {shown(model)}")
         if not (callable(processor) and hasattr(processor, "batch_decode")):
-            raise ValueError(f"processor: expected the LionProcessor of the loaded model, got {brief(processor)}")
+            raise ValueError(f"processor: expected the LionProcessor of the loaded model, got {shown(processor)}")
         self.model, self.processor = model.eval(), processor
 
     @overload
@@ -170,7 +171,7 @@ class LionPipeline:
         """
         for name, value in inputs.items():
             if not isinstance(value, Tensor | ImageFeatures):
-                raise TypeError(f"inputs[{name!r}]: expected a tensor, got {brief(value)}")
+                raise TypeError(f"inputs[{name!r}]: expected a tensor, got {shown(value)}")
         on_device = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in inputs.items()}
         texts, _ = generate_texts(self.model, self.processor, on_device, **generation)
         if len(texts) != len(sizes):
@@ -235,7 +236,7 @@ def _load(
         raise ValueError(f"kernel_backend: expected one of {', '.join(KERNEL_BACKENDS)}, got {kernel_backend!r}")
     device = default_device() if device is None else _device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype: expected a floating torch.dtype, got {brief(dtype)}")
+        raise ValueError(f"dtype: expected a floating torch.dtype, got {shown(dtype)}")
     with naming(directory, "a directory with LION's processor"):
         processor = LionProcessor.from_pretrained(directory)
     settings = {} if kernel_backend is None else {"kernel_backend": kernel_backend}
@@ -246,7 +247,7 @@ def _device(device: Any) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected a device such as 'cpu' or 'cuda:0', got {brief(device)}") from error
+        raise ValueError(f"device: expected a device such as 'cpu' or 'cuda:0', got {shown(device)}") from error
 
 
 def _samples(images: Iterable[ImageLike], columns: Mapping[str, Any]) -> Iterator[tuple]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lion_fast.io.image_sources import base64_content
-from lion_fast.model.validation import brief
+from lion_fast.io.reading import shown
 
 # LION's prompts are plain text. The image has no token in it: the model puts the visual tokens before the text.
 CHAT_TEMPLATE = """\
@@ -19,12 +19,12 @@ CHAT_TEMPLATE = """\
 def expect_conversations(conversation: Any) -> bool:
     """Check a conversation, or several, and return whether it is several."""
     if not isinstance(conversation, list | tuple) or not conversation:
-        raise TypeError(f"conversation: expected a list of messages, got {brief(conversation)}")
+        raise TypeError(f"conversation: expected a list of messages, got {shown(conversation)}")
     several = isinstance(conversation[0], list | tuple)
     for place, messages in enumerate(conversation if several else [conversation]):
         name = f"conversation[{place}]" if several else "conversation"
         if not isinstance(messages, list | tuple) or not messages:
-            raise TypeError(f"{name}: expected a list of messages, got {brief(messages)}")
+            raise TypeError(f"{name}: expected a list of messages, got {shown(messages)}")
         for number, message in enumerate(messages):
             content = message.get("content") if isinstance(message, Mapping) else None
             fits = isinstance(content, str) or (
@@ -34,7 +34,7 @@ def expect_conversations(conversation: Any) -> bool:
             if not fits or not isinstance(message.get("role"), str):
                 raise TypeError(
                     f"{name}[{number}]: expected a dict of 'role' and 'content', text or a list of dicts with 'type', "
-                    f"got {brief(message)}"
+                    f"got {shown(message)}"
                 )
     return several
 

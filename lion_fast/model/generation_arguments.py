@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from lion_fast.configuration_lion import LionConfig
+from lion_fast.io.reading import shown
 from lion_fast.model.inputs import expect_attention_weights
-from lion_fast.model.validation import brief, is_integer, is_number
+from lion_fast.model.validation import is_integer, is_number
 
 MAX_NEW_TOKENS = 1 << 20
 """Largest length: beam search allocates memory for all tokens that it may generate."""
@@ -237,11 +238,11 @@ def expect_generation_arguments(
     for name, (neutral, reason) in UNSUPPORTED.items():
         value = _first(name, given, own, defaults)
         if value is not None and not (isinstance(value, bool | int | float) and value in neutral):
-            raise ValueError(f"{name}: not supported, because {reason}; got {brief(value)}")
+            raise ValueError(f"{name}: not supported, because {reason}; got {shown(value)}")
     for name, rule in RULES.items():
         value = _first(name, given, own, defaults)
         if value is not None and not rule.fits(value, vocabulary):
-            raise ValueError(f"{name}: expected {rule.expected}, got {brief(value)}")
+            raise ValueError(f"{name}: expected {rule.expected}, got {shown(value)}")
     if _first("stop_strings", given, own, defaults) is not None and "tokenizer" not in given:
         raise ValueError("tokenizer: expected the processor's tokenizer with stop_strings, got None")
     if _first("output_attentions", given, own, defaults):
@@ -260,7 +261,7 @@ def _checked_prefixes(allowed: Callable[[int, Tensor], Any], vocabulary: int) ->
         tokens = allowed(sample, ids)
         if not isinstance(tokens, Tensor) and not _are_tokens(tokens, vocabulary):
             raise ValueError(
-                f"prefix_allowed_tokens_fn: expected a list of ids from 0 to {vocabulary - 1}, got {brief(tokens)}"
+                f"prefix_allowed_tokens_fn: expected a list of ids from 0 to {vocabulary - 1}, got {shown(tokens)}"
             )
         return tokens
 

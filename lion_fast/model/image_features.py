@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lion_fast.model.validation import brief, expect_integer, is_integer
+from lion_fast.io.reading import shown
+from lion_fast.model.validation import expect_integer, is_integer
 from lion_kernels import values_on_host
 
 MAX_REPEATS = 1 << 16
@@ -41,7 +42,7 @@ class ImageFeatures:
             raise ValueError("qformer_context: expected qformer_context, aggregated or both, got neither")
         for name, part in given.items():
             if not isinstance(part, Tensor) or part.dim() != 3:
-                raise ValueError(f"{name}: expected a tensor [B, N, hidden size], got {brief(part)}")
+                raise ValueError(f"{name}: expected a tensor [B, N, hidden size], got {shown(part)}")
         if len({part.shape[0] for part in given.values()}) > 1:
             counts = " and ".join(str(part.shape[0]) for part in given.values())
             raise ValueError(f"aggregated: expected as many images as qformer_context, got {counts}")
@@ -71,7 +72,7 @@ class ImageFeatures:
         """
         if isinstance(repeats, Tensor):
             if repeats.dtype not in _INDEX_DTYPES:
-                raise TypeError(f"repeats: expected an integer or a tensor of integers, got {brief(repeats)}")
+                raise TypeError(f"repeats: expected an integer or a tensor of integers, got {shown(repeats)}")
             if repeats.dim() > 1 or (repeats.dim() == 1 and len(repeats) not in (1, len(self))):
                 raise ValueError(f"repeats: expected one number per image ({len(self)}), got {list(repeats.shape)}")
             if values_on_host(repeats) and (repeats < 0).any():
@@ -113,12 +114,12 @@ def _selection(index: Any, count: int) -> Any:
 
 
 def _unusable(index: Any) -> TypeError:
-    return TypeError(f"index: expected an integer, a slice, a list of integers or a mask, got {brief(index)}")
+    return TypeError(f"index: expected an integer, a slice, a list of integers or a mask, got {shown(index)}")
 
 
 def _place(name: str, index: Any, count: int) -> int:
     if not -count <= index < count:
-        raise IndexError(f"{name}: expected an image in {-count}..{count - 1}, got {brief(index)}")
+        raise IndexError(f"{name}: expected an image in {-count}..{count - 1}, got {shown(index)}")
     return int(index)
 
 
@@ -127,7 +128,7 @@ def _checked_slice(index: slice) -> slice:
         if not (value is None or (isinstance(value, Integral) and not isinstance(value, bool))):
             raise _unusable(index)
     if index.step is not None and not is_integer(index.step, 1):
-        raise ValueError(f"index: expected a slice with a step of 1 or more, got {brief(index)}")
+        raise ValueError(f"index: expected a slice with a step of 1 or more, got {shown(index)}")
     return index
 
 
@@ -138,7 +139,7 @@ def _listed(index: list[Any], count: int) -> list[Any]:
         return [place for place, chosen in enumerate(index) if chosen]
     for number, value in enumerate(index):
         if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
-            raise TypeError(f"index[{number}]: expected an integer, got {brief(value)}")
+            raise TypeError(f"index[{number}]: expected an integer, got {shown(value)}")
     return [_place(f"index[{number}]", value, count) for number, value in enumerate(index)]
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import Cache
 
 from lion_fast.configuration_lion import LionConfig
+from lion_fast.io.reading import shown
 from lion_fast.model.image_features import ImageFeatures
 from lion_fast.model.padding import IGNORED
-from lion_fast.model.validation import brief, expect_floats, expect_ids, expect_integer, expect_mask, expect_shape
+from lion_fast.model.validation import expect_floats, expect_ids, expect_integer, expect_mask, expect_shape
 from lion_kernels import values_on_host
 
 # Arguments of `forward` that the language model takes: of every family, and of one kind only.
@@ -54,7 +55,7 @@ def expect_vision_features(config: LionConfig, features: Any) -> None:
 def expect_image_features(config: LionConfig, features: Any) -> None:
     """Raise ValueError unless `features` are those that `encode_images` of a model with this configuration returns."""
     if not isinstance(features, ImageFeatures):
-        raise ValueError(f"image_features: expected ImageFeatures from encode_images, got {brief(features)}")
+        raise ValueError(f"image_features: expected ImageFeatures from encode_images, got {shown(features)}")
     expected = {
         "qformer_context": None if config.visual_input == "AGGREGATOR" else config.vision_config.hidden_size,
         "aggregated": None if config.visual_input == "QFORMER" else config.text_config.hidden_size,
@@ -66,7 +67,7 @@ def expect_image_features(config: LionConfig, features: Any) -> None:
         if value is None or width is None:
             raise ValueError(
                 f"image_features.{part}: expected {'None' if width is None else 'a tensor'} for visual_input="
-                f"{config.visual_input!r}, got {brief(value)}"
+                f"{config.visual_input!r}, got {shown(value)}"
             )
         expect_floats(f"image_features.{part}", value, (len(features), "N", width))
 
@@ -160,7 +161,7 @@ def expect_encoder_outputs(config: LionConfig, outputs: Any, shape: Sequence[int
     if hidden_states is None and isinstance(outputs, tuple | list) and outputs:
         hidden_states = outputs[0]
     if not isinstance(hidden_states, Tensor):
-        raise ValueError(f"encoder_outputs: expected the output of the model's encoder, got {brief(outputs)}")
+        raise ValueError(f"encoder_outputs: expected the output of the model's encoder, got {shown(outputs)}")
     expected = ("B", "L", config.text_config.hidden_size) if shape is None else tuple(shape)
     expect_floats("encoder_outputs.last_hidden_state", hidden_states, expected)
     if 0 in hidden_states.shape:
@@ -182,13 +183,13 @@ def expect_passed_on(config: LionConfig, given: Mapping[str, Any], labels: Any) 
     for name, value in given.items():
         if name in other:
             kind = "an encoder-decoder" if config.is_encoder_decoder else "a decoder-only language model"
-            raise ValueError(f"{name}: expected None for {kind}, got {brief(value)}")
+            raise ValueError(f"{name}: expected None for {kind}, got {shown(value)}")
         if name not in (*_FLAGS, *own):
             raise TypeError(f"{name}: unexpected argument; expected some of {', '.join((*_FLAGS, *own))}")
         if name in _FLAGS and not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {brief(value)}")
+            raise TypeError(f"{name}: expected True or False, got {shown(value)}")
         if name == "past_key_values" and not isinstance(value, Cache):
-            raise TypeError(f"{name}: expected a Cache of transformers, got {brief(value)}")
+            raise TypeError(f"{name}: expected a Cache of transformers, got {shown(value)}")
     if "logits_to_keep" in given:
         if labels is not None:
             raise ValueError("logits_to_keep: expected None with labels, whose positions the logits are of")
@@ -212,6 +213,6 @@ def expect_item_count(count: Any) -> None:
     """Raise unless `num_items_in_batch` can divide the summed loss."""
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.is_complex():
-            raise ValueError(f"num_items_in_batch: expected one number, got {brief(count)}")
+            raise ValueError(f"num_items_in_batch: expected one number, got {shown(count)}")
     elif count is not None:
         expect_integer("num_items_in_batch", count, 1)

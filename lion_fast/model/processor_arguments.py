@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lion_fast.model.validation import brief
+from lion_fast.io.reading import shown
 from lion_fast.tasks import TASKS
 
 Tags = str | Sequence[str] | None
@@ -66,14 +66,14 @@ def sorted_settings(given: Mapping[str, Any], image_names: Sequence[str], return
         owners = [owner for owner in known if name in known[owner]]
         if name in _OTHER_MODALITIES:
             if not (value is None or (isinstance(value, Mapping) and not value)):
-                raise ValueError(f"{name}: expected none, because LION reads images and text, got {brief(value)}")
+                raise ValueError(f"{name}: expected none, because LION reads images and text, got {shown(value)}")
         elif name not in ("common_kwargs", *known) and not owners:
             expected = ", ".join(sorted({*known["text_kwargs"], *known["images_kwargs"], *known, "common_kwargs"}))
             raise TypeError(f"{name}: unexpected argument; expected some of {expected}")
         for owner in owners:
             found[owner][name] = value
     if return_tensors is not None and str(return_tensors) not in ("pt", "np"):
-        raise ValueError(f"return_tensors: expected 'pt', 'np' or None, got {brief(return_tensors)}")
+        raise ValueError(f"return_tensors: expected 'pt', 'np' or None, got {shown(return_tensors)}")
     text = found["text_kwargs"]
     truncation = text.pop("truncation", None)
     return Settings(
@@ -97,13 +97,13 @@ def _group(name: str, value: Any) -> Mapping[str, Any]:
 def _one_of(name: str, value: Any, known: Mapping[Any, Any]) -> Any:
     if isinstance(value, bool | str | None) and value in known:
         return known[value]
-    raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {brief(value)}")
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {shown(value)}")
 
 
 def _count(name: str, value: Any) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31):
         return value
-    raise ValueError(f"{name}: expected a whole number of 1 or more, got {brief(value)}")
+    raise ValueError(f"{name}: expected a whole number of 1 or more, got {shown(value)}")
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -111,7 +111,7 @@ def _checked(name: str, value: Any) -> Any:
         return _count(name, value)
     expected = {"padding_side": ("left", "right"), "add_special_tokens": (True, False)}[name]
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in expected):
-        raise ValueError(f"{name}: expected {' or '.join(map(repr, expected))}, got {brief(value)}")
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, expected))}, got {shown(value)}")
     return value
 
 
@@ -161,7 +161,7 @@ def task_ids(task: str | Sequence[str], count: int) -> list[int]:
     names = [task] * count if isinstance(task, str) else strings(task, "task", count)
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"task: expected {' or '.join(map(repr, TASKS))}, got {brief(name)}")
+            raise ValueError(f"task: expected {' or '.join(map(repr, TASKS))}, got {shown(name)}")
     return [TASKS.index(name) for name in names]
 
 

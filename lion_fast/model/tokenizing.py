@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lion_fast.io.reading import shown
 from lion_fast.model.processor_arguments import Settings
-from lion_fast.model.validation import brief
 
 
 class TokenizingMixin:
@@ -20,19 +20,19 @@ class TokenizingMixin:
 
     def _prompt(self, question: str, tags: str, index: int) -> str:
         if not question.strip():
-            raise ValueError(f"text[{index}]: expected a question or an instruction, got {brief(question)}")
+            raise ValueError(f"text[{index}]: expected a question or an instruction, got {shown(question)}")
         for name, value in (("text", question), ("tags", tags)):
             if self.soft_prompt_token is not None and self.soft_prompt_token in value:
                 raise ValueError(
                     f"{name}[{index}]: expected text without {self.soft_prompt_token!r}, the token of the soft prompt, "
-                    f"got {brief(value)}"
+                    f"got {shown(value)}"
                 )
         if not tags:
             return question
         if self.soft_prompt_token_id is None:
             raise ValueError(
                 f"tags[{index}]: expected none, as the tokenizer has no token for the soft prompt "
-                f"(soft_prompt_token={self.soft_prompt_token!r}), got {brief(tags)}"
+                f"(soft_prompt_token={self.soft_prompt_token!r}), got {shown(tags)}"
             )
         return self.tag_sentence.format(soft_prompt=self.soft_prompt_token, tags=tags) + question
 

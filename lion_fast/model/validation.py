@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lion_fast.io.reading import shown
 from lion_kernels import values_on_host
 
 _INTEGERS = (
@@ -146,10 +147,10 @@ def expect_integer(name: str, value: Any, low: int, high: int | None = None) -> 
     """
     expected = f"{low} or more" if high is None else f"an integer in {low}..{high}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected {'an integer of ' if high is None else ''}{expected}, got {brief(value)}")
+        raise TypeError(f"{name}: expected {'an integer of ' if high is None else ''}{expected}, got {shown(value)}")
     number = int(value)
     if number < low or (high is not None and number > high):
-        raise ValueError(f"{name}: expected {expected}, got {brief(value)}")
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
     return number
 
 
@@ -161,9 +162,9 @@ def expect_number(name: str, value: Any, low: float, high: float) -> float:
         ValueError: it is out of range or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number in {low:g}..{high:g}, got {brief(value)}")
+        raise TypeError(f"{name}: expected a number in {low:g}..{high:g}, got {shown(value)}")
     if not low <= value <= high:  # type: ignore[operator]
-        raise ValueError(f"{name}: expected a number in {low:g}..{high:g}, got {brief(value)}")
+        raise ValueError(f"{name}: expected a number in {low:g}..{high:g}, got {shown(value)}")
     return float(value)
 
 
@@ -176,15 +177,3 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     return low <= value <= high and abs(value) <= sys.float_info.max  # type: ignore[operator]
-
-
-def brief(value: Any) -> str:
-    """Return a value as one short line for a message."""
-    if isinstance(value, Tensor):
-        return f"a tensor {value.dtype} {list(value.shape)}"
-    try:
-        printed = repr(value)
-    except Exception as error:  # of the user's own object
-        return f"{type(value).__name__}, whose repr raises {type(error).__name__}"
-    printed = " ".join(printed.split())
-    return printed if len(printed) <= 100 else f"{printed[:100]}..."

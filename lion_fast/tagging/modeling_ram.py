@@ -21,10 +21,11 @@ from transformers import initialization as init
 
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.io.images import ImageLike, load_batches, load_each
+from lion_fast.io.reading import shown
 from lion_fast.io.untrusted import TAGGER_FILES, expect_data_only, expect_text_file, local_folder
 from lion_fast.model.attention import attend
 from lion_fast.model.pretrained import load_pretrained
-from lion_fast.model.validation import brief, expect_floats, expect_integer, expect_number, expect_values
+from lion_fast.model.validation import expect_floats, expect_integer, expect_number, expect_values
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.fitting import ram_sizes
 
@@ -300,12 +301,12 @@ def _check_tags(config: RamConfig, tags: Any, thresholds: Any) -> None:
             continue
         listed = isinstance(values, np.ndarray | Tensor) and values.ndim == 1
         if not listed and not isinstance(values, Sequence):
-            raise TypeError(f"{name}: expected a list, one entry per tag, got {brief(values)}")
+            raise TypeError(f"{name}: expected a list, one entry per tag, got {shown(values)}")
         if len(values) != config.num_tags:
             raise ValueError(f"{name}: expected {config.num_tags} (config.num_tags), got {len(values)}")
     for index, tag in enumerate([] if tags is None else tags):
         if not isinstance(tag, str):
-            raise TypeError(f"tags[{index}]: expected a string, got {brief(tag)}")
+            raise TypeError(f"tags[{index}]: expected a string, got {shown(tag)}")
     if thresholds is not None:
         listed = thresholds.tolist() if isinstance(thresholds, np.ndarray | Tensor) else thresholds
         for index, threshold in enumerate(listed):

@@ -16,8 +16,9 @@ from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from lion_fast.io.checkpoints import naming
 from lion_fast.io.images import ImageLike, load_batches
+from lion_fast.io.reading import shown
 from lion_fast.io.untrusted import expect_data_only
-from lion_fast.model.validation import brief, expect_integer, expect_number
+from lion_fast.model.validation import expect_integer, expect_number
 
 _TEXTS_AT_ONCE = 256
 
@@ -56,16 +57,16 @@ class ZeroShotTagger:
         if not hasattr(model, "logit_scale"):
             raise ValueError(f"model: expected a model with a logit_scale, as CLIP has, got {type(model).__name__}")
         if isinstance(tags, str) or not isinstance(tags, Sequence) or len(tags) == 0:
-            raise ValueError(f"tags: expected a list of at least one tag, got {brief(tags)}")
+            raise ValueError(f"tags: expected a list of at least one tag, got {shown(tags)}")
         for index, tag in enumerate(tags):
             if not isinstance(tag, str):
-                raise TypeError(f"tags[{index}]: expected a string, got {brief(tag)}")
+                raise TypeError(f"tags[{index}]: expected a string, got {shown(tag)}")
         expect_integer("max_tags", max_tags, 1)
         expect_number("threshold", threshold, 0, 1)
         if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(f"template: expected {{}} for the tag, got {brief(template)}")
+            raise ValueError(f"template: expected {{}} for the tag, got {shown(template)}")
         if not callable(processor):
-            raise TypeError(f"processor: expected the classifier's processor, got {brief(processor)}")
+            raise TypeError(f"processor: expected the classifier's processor, got {shown(processor)}")
         self.model = model.eval()
         self.processor = processor
         self.tags = list(tags)
