@@ -12,6 +12,7 @@ from tests.lion_fast.processes import import_path
 RUN = """
 import os, runpy, signal, sys
 where = sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 
 def interrupt(event, arguments):
     if event == ("open" if "/" in where else "import") and str(arguments[0]).endswith(where):
