@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
     from lion_fast.configuration_lion import FLAN_T5_XL, FLAN_T5_XXL, LionConfig
     from lion_fast.inference.loading import load_config
     from lion_fast.training.building import stage_config
-    from lion_fast.training.memory import Shapes, as_table, estimate
+    from lion_fast.training.memory import Shapes, as_table, estimates
 
     if args.size:
         text = {"xl": FLAN_T5_XL, "xxl": FLAN_T5_XXL}[args.size]
@@ -63,15 +63,13 @@ def _run(args: argparse.Namespace) -> int:
     columns = {}
     for backend, label in (("torch", "PyTorch"), *([("triton", "kernels")] if HAS_TRITON else [])):
         settings = replace(recipe, model=replace(recipe.model, kernel_backend=backend))
-        for checkpointed in (False, True):
-            columns[label + (", checkpointed" if checkpointed else "")] = estimate(
-                stage_config(config, settings),
-                recipe.definition,
-                shapes,
-                precision=recipe.precision,
-                gradient_checkpointing=checkpointed,
-                shards=args.processes if recipe.parallel == "fsdp" else 1,
-            )
+        columns[label], columns[f"{label}, checkpointed"] = estimates(
+            stage_config(config, settings),
+            recipe.definition,
+            shapes,
+            precision=recipe.precision,
+            shards=args.processes if recipe.parallel == "fsdp" else 1,
+        )
     print(
         f"{name}, stage {recipe.stage}, {recipe.precision}, {shapes.batch_size} samples a device, "
         f"{shapes.text_tokens} tokens of text, {shapes.answer_tokens} of answers"

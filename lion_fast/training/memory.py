@@ -1,24 +1,28 @@
 """Estimate of training memory: weights, gradients, optimizer, and the activations saved for the backward pass.
 
-The model runs on PyTorch's fake tensors, which have shapes but no storage, so the published sizes are estimated in
-seconds on any machine. The estimate counts the tensors that autograd saves, including those of the fused operators. It
-does not count the temporary memory of an operator, gradients of activations, or the allocator's unused memory.
+The model runs on PyTorch's fake tensors, which have shapes but no storage, with few blocks in each stack, to which the
+others are equal, so the published sizes are estimated in seconds on any machine. The estimate counts the tensors that
+autograd saves, including those of the fused operators. It does not count the temporary memory of an operator, gradients
+of activations, or the allocator's unused memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.initialization import no_init_weights
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.modeling_lion import LionForCausalLM
+from lion_fast.training.shortened import Stack, shorten
 from lion_fast.training.stages import Stage, convert_frozen, freeze_for_stage
+
+_HALF = torch.float16  # has the size of bfloat16, and Triton's interpreter supports it
 
 
 @dataclass(frozen=True)
@@ -64,21 +68,22 @@ class SavedTensors:
 
     Args:
         known: storages that are not counted, such as those of parameters.
+        nbytes: bytes of all of them.
+        begun: bytes saved before each block's first call.
         blocks: bytes that each call of a block saved first.
     """
 
     known: set[int]
     storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+    nbytes: int = 0
+    begun: dict[nn.Module, int] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
 
     def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
+        if storage._cdata not in self.known and storage._cdata not in self.storages:
             self.storages[storage._cdata] = storage
+            self.nbytes += storage.nbytes()
         return tensor
 
 
@@ -89,8 +94,9 @@ def counting_saved_tensors(model: LionForCausalLM) -> Iterator[SavedTensors]:
     saved = SavedTensors({tensor.untyped_storage()._cdata for tensor in held})
     begun: list[int] = []
 
-    def before(*_: Any) -> None:
+    def before(block: nn.Module, _: Any) -> None:
         begun.append(saved.nbytes)
+        saved.begun.setdefault(block, saved.nbytes)
 
     def after(*_: Any) -> None:
         saved.blocks.append(saved.nbytes - begun.pop())
@@ -112,7 +118,15 @@ def estimate(
     gradient_checkpointing: bool,
     shards: int = 1,
 ) -> Estimate:
-    """Estimate the memory of one training process.
+    """Estimate the memory of one training process, with or without gradient checkpointing; see `estimates`."""
+    kept, recomputed = estimates(config, stage, shapes, precision=precision, shards=shards)
+    return recomputed if gradient_checkpointing else kept
+
+
+def estimates(
+    config: LionConfig, stage: Stage, shapes: Shapes, *, precision: Literal["bf16", "fp32"], shards: int = 1
+) -> tuple[Estimate, Estimate]:
+    """Estimate the memory of one training process, without and with gradient checkpointing.
 
     Args:
         config: configuration of the stage's model (`building.stage_config`). `kernel_backend` "triton"
@@ -120,45 +134,61 @@ def estimate(
         stage: determines the trained parameters.
         shapes: sizes of a micro-batch.
         precision: `bf16` keeps frozen parameters in 2 bytes and computes under autocast.
-        gradient_checkpointing: whether blocks are recomputed in the backward pass.
         shards: number of processes over which FSDP2 shards parameters, gradients and optimizer.
 
     Raises:
         ValueError: the configuration's `visual_input` differs from the stage's, or the kernels are not available.
     """
-    activations, blocks, model = _saved_by_forward(config, stage, shapes, precision, checkpointed=False)
-    if gradient_checkpointing:
-        activations = _saved_by_forward(config, stage, shapes, precision, checkpointed=True)[0] + max(blocks, default=0)
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    return Estimate(
+    short, stacks = shorten(config)
+    with FakeTensorMode():
+        model = _initial_model(short, stage, precision)
+        activations, blocks = _saved_by_forward(model, stacks, shapes, precision)
+        checkpoint_blocks(model)  # blocks that are recomputed in the backward pass
+        inputs, _ = _saved_by_forward(model, stacks, shapes, precision)
+
+    def total(measure: Callable[[Iterable[nn.Parameter]], int]) -> int:
+        built = measure(model.parameters())
+        return built + sum(
+            stack.missing * measure(p for block in stack.blocks(model)[stack.repeated] for p in block.parameters())
+            for stack in stacks
+        )
+
+    frozen = total(lambda parameters: sum(p.nbytes for p in parameters if not p.requires_grad))
+    trained = total(lambda parameters: sum(p.numel() for p in parameters if p.requires_grad))
+    count = total(lambda parameters: sum(p.requires_grad for p in parameters))
+    kept = Estimate(
         frozen=frozen // shards,
-        trained=4 * sum(trained) // shards,
-        gradients=4 * sum(trained) // shards,
-        optimizer=(8 * sum(trained)) // shards + 4 * len(trained),
+        trained=4 * trained // shards,
+        gradients=4 * trained // shards,
+        optimizer=(8 * trained) // shards + 4 * count,
         activations=activations,
     )
+    return kept, replace(kept, activations=inputs + max(blocks, default=0))
+
+
+def _initial_model(config: LionConfig, stage: Stage, precision: str) -> LionForCausalLM:
+    """Return the stage's model, ready for training, without initial values."""
+    with no_init_weights():
+        model = LionForCausalLM(config).train()
+    model.tie_weights()  # `no_init_weights` leaves this out, too
+    freeze_for_stage(model, stage)
+    if precision == "bf16":
+        convert_frozen(model, _HALF)
+    return model
 
 
 def _saved_by_forward(
-    config: LionConfig, stage: Stage, shapes: Shapes, precision: str, *, checkpointed: bool
-) -> tuple[int, list[int], LionForCausalLM]:
-    """Return the bytes saved by a forward pass, the bytes of each block, and the model on fake tensors."""
-    # float16 has the size of bfloat16, and Triton's interpreter supports it.
-    half = torch.float16
-    with FakeTensorMode():
-        with no_init_weights():
-            model = LionForCausalLM(config).train()
-        model.tie_weights()  # `no_init_weights` leaves this out, too
-        freeze_for_stage(model, stage)
-        if checkpointed:
-            checkpoint_blocks(model)
-        if precision == "bf16":
-            convert_frozen(model, half)
-        with torch.autocast("cpu", dtype=half, enabled=precision == "bf16"), counting_saved_tensors(model) as saved:
-            loss = model(**_batch(config, shapes)).loss  # the saved tensors live as long as the loss
-            del loss
-    return saved.nbytes, saved.blocks, model
+    model: LionForCausalLM, stacks: list[Stack], shapes: Shapes, precision: str
+) -> tuple[int, list[int]]:
+    """Return the bytes that a forward pass saves at full depth, and the bytes of each built block."""
+    with torch.autocast("cpu", dtype=_HALF, enabled=precision == "bf16"), counting_saved_tensors(model) as saved:
+        loss = model(**_batch(model.config, shapes)).loss  # the saved tensors live as long as the loss
+        del loss
+    missing = 0
+    for stack in stacks:
+        blocks, repeated = stack.blocks(model), stack.repeated
+        missing += stack.missing * (saved.begun[blocks[repeated.stop]] - saved.begun[blocks[repeated.start]])
+    return saved.nbytes + missing, saved.blocks
 
 
 def checkpoint_blocks(model: LionForCausalLM) -> None:

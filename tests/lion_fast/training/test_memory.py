@@ -10,11 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+import lion_fast.training.memory
 import lion_kernels
 from lion_fast import LionConfig, LionForCausalLM
-from lion_fast.training.memory import SavedTensors, Shapes, checkpoint_blocks, counting_saved_tensors, estimate
+from lion_fast.training.memory import (
+    SavedTensors,
+    Shapes,
+    checkpoint_blocks,
+    counting_saved_tensors,
+    estimate,
+    estimates,
+)
+from lion_fast.training.shortened import shorten
 from lion_fast.training.stages import STAGES, freeze_for_stage, parameter_groups
-from tests.lion_fast.tiny import make_batch
+from tests.lion_fast.tiny import make_batch, make_config
 
 SHAPES = Shapes(batch_size=3, text_tokens=7, question_tokens=5, answer_tokens=4)  # of `make_batch`
 
@@ -55,6 +64,43 @@ def test_the_estimate_equals_the_measured_memory(tiny_lion: Path, stage: int, ba
     assert saved.nbytes < plain.nbytes
     assert again.activations == pytest.approx(saved.nbytes + max(plain.blocks), rel=2e-2)
     assert replace(again, activations=0) == replace(kept, activations=0)
+
+
+DEEP: dict[str, Any] = {
+    "vision_config": {"num_hidden_layers": 5},
+    "qformer_config": {"num_hidden_layers": 11, "hidden_dropout_prob": 0.1},  # in pairs, and one
+    "aggregator_config": {"feature_layers": [4, 1]},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "backend", "precision", "text"),
+    [
+        ("t5", 3, "torch", "bf16", {"num_layers": 5, "num_decoder_layers": 6, "dropout_rate": 0.1}),
+        ("llama", 2, "triton", "fp32", {"num_hidden_layers": 6}),
+    ],
+)
+def test_blocks_that_are_not_built_count_in_full(
+    family: str, stage: int, backend: str, precision: Any, text: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visual_input = STAGES[stage - 1].visual_input
+    config = make_config(family, text=text, visual_input=visual_input, kernel_backend=backend, **DEEP)
+    assert {stack.path.split(".")[0] for stack in shorten(config)[1]} >= {"vision_model", "language_model"}
+    short = estimates(config, STAGES[stage - 1], SHAPES, precision=precision)
+    monkeypatch.setattr(lion_fast.training.memory, "shorten", lambda config: (config, []))
+    assert short == estimates(config, STAGES[stage - 1], SHAPES, precision=precision)
+
+
+def test_stacks_are_shortened_by_equal_blocks_only() -> None:
+    text = {"num_hidden_layers": 6, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 5}
+    config = make_config("qwen2", text=text, **DEEP)
+    short, stacks = shorten(config)
+    assert [(stack.path, stack.period, stack.missing) for stack in stacks] == [
+        ("vision_model.blocks", 1, 1),
+        ("qformer.encoder.layer", 2, 1),
+    ]
+    assert (short.text_config.num_hidden_layers, short.qformer_config.num_hidden_layers) == (6, 9)
+    assert config.qformer_config.num_hidden_layers == 11
 
 
 def test_frozen_parts_keep_no_activations_and_get_no_gradients(tiny_lion: Path) -> None:
