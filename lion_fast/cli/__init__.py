@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     installed. Any other exception is a bug and propagates with its traceback.
     """
     _quieten_libraries()
-    parser = Parser(prog="lion-fast", description="LION: caption, answer, locate, and train.")
+    description = "LION: caption, answer, locate, and train."
+    parser = Parser(prog="lion-fast", description=description, example="quickstart")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:
         module.add_parsers(commands)

@@ -65,10 +65,12 @@ def expect_file(path: str | os.PathLike, name: str) -> None:
         raise FileNotFoundError(f"{name}: expected a file, got a directory or nothing at {path}")
 
 
-def expect_model(path: str | os.PathLike, name: str) -> None:
+def expect_model(
+    path: str | os.PathLike, name: str, made_by: str = "lion-fast quickstart or lion-fast convert"
+) -> None:
     """Raise ValueError unless a directory exists, before anything is imported that takes long."""
     if not os.path.isdir(path):
-        raise ValueError(f"{name}: no directory {path}; make one with lion-fast quickstart or lion-fast convert")
+        raise ValueError(f"{name}: no directory {path}; make one with {made_by}")
 
 
 def positive_int(text: str) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lion_fast.cli import bulk
 from lion_fast.cli.arguments import device, expect_file, expect_model, path, positive_int
+from lion_fast.cli.loading import importing
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 if TYPE_CHECKING:
@@ -100,8 +101,9 @@ def _answer(args: argparse.Namespace, question: str, task: str) -> "tuple[Image,
     expect_model(args.model, "--model")
     if args.image:
         expect_file(args.image, "IMAGE")
-    from lion_fast.inference.pipeline import LionPipeline
-    from lion_fast.io.images import load_image
+    with importing():
+        from lion_fast.inference.pipeline import LionPipeline
+        from lion_fast.io.images import load_image
 
     image = load_image(args.image, "images")  # before the model, which takes longer to load
     limits = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}

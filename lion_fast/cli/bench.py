@@ -11,6 +11,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "bench",
         help="tune the kernels for this GPU",
+        example="--tune",
         description=f"Tune the kernels for this GPU. The benchmarks' {_MOVED}.",
     )
     parser.add_argument("--tune", action="store_true", help="find the fastest tile sizes for this GPU")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from lion_fast.cli.arguments import path_text, positive_int
+from lion_fast.cli.loading import importing
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) -> None:
     """Run the command on all images of `args.image`, and print the numbers of rows and errors."""
-    from lion_fast.inference.bulk import BulkJob, run, run_on_ray
+    from lion_fast.inference.bulk.job import BulkJob
 
     columns = dict(part.partition("=")[::2] for part in args.column)
     if any("=" not in part for part in args.column):
@@ -59,6 +60,10 @@ def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) 
         num_beams=getattr(args, "num_beams", None),
         max_new_tokens=getattr(args, "max_new_tokens", None),
     )
+    job.expect_model()
+    with importing():
+        from lion_fast.inference.bulk import run, run_on_ray
+
     how = {"strict": args.strict, "overwrite": args.overwrite}
     if args.ray_workers:
         if args.device is not None or args.workers is not None:

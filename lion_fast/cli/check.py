@@ -1,8 +1,11 @@
 """`lion-fast check`: the kernels against the reference, on this machine."""
 
 import argparse
+from importlib.util import find_spec
+from pkgutil import iter_modules
 
 from lion_fast.cli.arguments import device, path, positive_int
+from lion_fast.cli.loading import importing
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERPRETED = """\
@@ -14,11 +17,12 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "check",
         help="compare the kernels with the reference on this machine",
+        example="--operators rms_norm",
         description="Compare the Triton kernels of every operator, forward and all gradients, with the reference in "
         "fp64. On a GPU, also print times and their lower bounds; without one, run in Triton's interpreter. The exit "
         "status is 1 if any error is out of bounds.",
     )
-    parser.add_argument("--operators", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--operators", nargs="+", metavar="NAME", help=f"{', '.join(operators())} (default: all)")
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: all supported)"
     )
@@ -40,7 +44,16 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> int:
-    import torch
+    from lion_fast.io.owning import expect_free
+
+    known = operators()
+    unknown = sorted(set(args.operators or ()) - set(known))
+    if unknown:
+        raise ValueError(f"--operators: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    if args.json is not None:
+        expect_free(args.json, "--json", overwrite=args.overwrite)
+    with importing():
+        import torch
 
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type not in ("cpu", "cuda"):
@@ -50,19 +63,14 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--dtypes: bfloat16 needs a GPU, because Triton's interpreter does not compute it correctly")
     from lion_fast.cli.processes import kernels_can_be, run_again
 
-    can_be = kernels_can_be(interpreted=interpret)
-    from lion_fast.check.cases import OPERATORS
-    from lion_fast.check.report import run_check
-    from lion_fast.io.owning import expect_free
-    from lion_kernels import HAS_TRITON
+    with importing():
+        can_be = kernels_can_be(interpreted=interpret)
+        from lion_fast.check.cases import OPERATORS
+        from lion_fast.check.report import run_check
+        from lion_kernels import HAS_TRITON
 
-    unknown = sorted(set(args.operators or ()) - set(OPERATORS))
-    if unknown:
-        raise ValueError(f"--operators: expected some of {', '.join(OPERATORS)}, got {', '.join(unknown)}")
     if not HAS_TRITON:
         raise ValueError("triton cannot be imported here, so no kernel runs")
-    if args.json is not None:
-        expect_free(args.json, "--json", overwrite=args.overwrite)
     if not can_be:
         return run_again(args, interpret=interpret)
 
@@ -77,3 +85,10 @@ def _run(args: argparse.Namespace) -> int:
     how = {"processes": args.processes, "repeats": args.repeats, "times": args.times}
     check = run_check(args.operators or OPERATORS, dtypes, device, args.json, **how)
     return 1 if check.problems else 0
+
+
+def operators() -> list[str]:
+    """Return the names of the operators, each of which is a module of lion_kernels, without importing them."""
+    package = find_spec("lion_kernels")
+    folders = None if package is None else package.submodule_search_locations
+    return [found.name for found in iter_modules(folders) if not found.ispkg and not found.name.startswith("_")]

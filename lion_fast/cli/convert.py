@@ -9,6 +9,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "convert",
         help="convert the published checkpoints",
+        example="--vit eva_vit_g.pth --llm flan-t5-xl --bert bert-base-uncased --lion LION-FlanT5-XL.pth --out lion-xl",
         description="Convert the published checkpoints to a directory that LionForCausalLM.from_pretrained loads.",
     )
     parser.add_argument("--vit", type=path_text, required=True, metavar="PTH", help="EVA's vision tower, eva_vit_g.pth")

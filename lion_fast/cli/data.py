@@ -4,23 +4,30 @@ import argparse
 from typing import Any
 
 from lion_fast.cli.arguments import device, expect_file, path, path_text, positive_int
+from lion_fast.cli.loading import importing
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("data", help="generate, convert, check, tag and pack training data")
+    parser = commands.add_parser(
+        "data", help="generate, convert, check, tag and pack training data", example="check data.jsonl"
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_scenes(actions)
     _add_convert(actions)
-    check = actions.add_parser("check", help="check every line and every image of a file")
+    check = actions.add_parser("check", help="check every line and every image of a file", example="data.jsonl")
     check.set_defaults(run=_check)
-    shards = actions.add_parser("shards", help="pack a file and its images into tar files")
+    shards = actions.add_parser(
+        "shards", help="pack a file and its images into tar files", example="data.jsonl --out shards"
+    )
     shards.add_argument("--out", type=path, required=True, metavar="DIR", help="directory to create")
     shards.add_argument(
         "--shard-mb", type=positive_int, default=512, metavar="N", help="maximum MiB per shard (default: %(default)s)"
     )
     shards.add_argument("--seed", type=int, default=0, help="seed of the order (default: %(default)s)")
     shards.set_defaults(run=_shards)
-    tag = actions.add_parser("tag", help="add tags to the records of a file")
+    tag = actions.add_parser(
+        "tag", help="add tags to the records of a file", example="data.jsonl --ram ram --out tagged.jsonl"
+    )
     tag.add_argument("--ram", type=path, required=True, metavar="DIR", help="directory of a RamTagger")
     tag.add_argument("--out", type=path, required=True, metavar="JSONL", help="file to write")
     tag.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
@@ -36,7 +43,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _add_scenes(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = actions.add_parser("scenes", help="generate scenes, to try training without a download")
+    parser = actions.add_parser(
+        "scenes", help="generate scenes, to try training without a download", example="--count 100 --out scenes"
+    )
     parser.add_argument("--count", type=positive_int, required=True, metavar="N", help="number of scenes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: %(default)s)")
     parser.add_argument(
@@ -59,6 +68,7 @@ def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = actions.add_parser(
         "convert",
         help="convert a public dataset's annotations",
+        example="coco-captions captions_train2017.json --out data.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Convert a public dataset's annotations. Formats and their files:\n{listing}",
     )
@@ -140,12 +150,15 @@ def _shards(args: argparse.Namespace) -> None:
 
 
 def _tag(args: argparse.Namespace) -> None:
-    from lion_fast.data import add_tags
-    from lion_fast.inference.loading import default_device
     from lion_fast.io.owning import expect_free
-    from lion_fast.tagging.modeling_ram import RamTagger
 
     expect_free(args.out, "--out", overwrite=args.overwrite)  # before the tagger, which takes long to load
+    expect_file(args.file, "JSONL")
+    with importing():
+        from lion_fast.data import add_tags
+        from lion_fast.inference.loading import default_device
+        from lion_fast.tagging.modeling_ram import RamTagger
+
     tagger: Any = RamTagger.from_pretrained(args.ram)
     dataset = _open(args)
     options = {"batch_size": args.batch_size, "overwrite": args.overwrite}

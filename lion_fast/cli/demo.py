@@ -11,6 +11,7 @@ from typing import Any
 
 from lion_fast.cli.arguments import device, expect_model, path, positive_int
 from lion_fast.cli.ask import DEFAULT_MODEL
+from lion_fast.cli.loading import importing
 
 _PATIENCE = 10.0  # seconds after a signal
 
@@ -19,6 +20,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "demo",
         help="serve a web page to upload an image, ask about it, and inspect the answer",
+        example="--model runs/quickstart/checkpoint",
         description="Serve a web page that captions, answers and locates, and shows which visual tokens and adapters "
         "were used. Only this machine can open it unless --host says otherwise. It loads nothing from the internet.",
     )
@@ -38,14 +40,15 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _run(args: argparse.Namespace) -> None:
     expect_model(args.model, "--model")
     from lion_fast.demo.addresses import find_address
-    from lion_fast.demo.answering import Answerer
     from lion_fast.extras import require
-    from lion_fast.inference.loading import default_device
 
-    require("demo", "gradio", "matplotlib")
-    from lion_fast.demo.server import serving
+    address, port = find_address(args.host, args.port)  # before what takes long to load
+    with importing():
+        require("demo", "gradio", "matplotlib")
+        from lion_fast.demo.answering import Answerer
+        from lion_fast.demo.server import serving
+        from lion_fast.inference.loading import default_device
 
-    address, port = find_address(args.host, args.port)  # before the model, which takes longer to load
     with _ending_on_signals():
         answerer = Answerer.from_pretrained(args.model, args.device or default_device())
         with serving(answerer, str(args.model), host=address, port=port) as url:

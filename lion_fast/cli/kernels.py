@@ -11,6 +11,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     commands.add_parser(
         "kernels",
         help="compile the kernels ahead of time, for GPUs that need not be present, and report the result",
+        example="--targets sm_90",
         description="Compile every kernel and configuration ahead of time and print registers, stack, shared memory, "
         "matrix instructions and widths of memory accesses by architecture. For sm_90, also print the launches that "
         "check and the model make, with the instructions of their main loops. The exit status is 1 if a kernel spills, "

@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 
 from lion_fast.cli.arguments import path
+from lion_fast.cli.loading import importing
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "quickstart",
         help="train a small LION on generated scenes, in minutes on a CPU",
+        example="--output runs/quickstart",
         description="Train a small LION through the paper's three stages on generated scenes; nothing is downloaded.",
     )
     parser.add_argument(
@@ -27,6 +29,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(args: argparse.Namespace) -> None:
-    from lion_fast.quickstart import run
+    with importing():
+        from lion_fast.quickstart import run
 
     run(args.output, seed=args.seed, scale=args.scale)

@@ -4,7 +4,8 @@ import argparse
 from typing import Any
 
 from lion_fast.cli import bulk
-from lion_fast.cli.arguments import device, path
+from lion_fast.cli.arguments import device, expect_file, expect_model, path
+from lion_fast.cli.loading import importing
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,11 +21,14 @@ def _run(args: argparse.Namespace) -> None:
     if args.out is not None:
         bulk.run_bulk(args, args.ram)
         return
-    import torch
+    expect_model(args.ram, "--ram", made_by="lion-fast convert --ram")
+    expect_file(args.image, "IMAGE")
+    with importing():
+        import torch
 
-    from lion_fast.inference.loading import default_device
-    from lion_fast.io.checkpoints import naming
-    from lion_fast.tagging.modeling_ram import RamTagger
+        from lion_fast.inference.loading import default_device
+        from lion_fast.io.checkpoints import naming
+        from lion_fast.tagging.modeling_ram import RamTagger
 
     with naming(args.ram, "a directory with a RamTagger"):
         tagger: Any = RamTagger.from_pretrained(args.ram, dtype=torch.float32)

@@ -3,6 +3,7 @@
 import argparse
 
 from lion_fast.cli.arguments import add_resuming, path
+from lion_fast.cli.loading import importing
 from lion_fast.training.definitions import STAGE_NUMBERS
 
 
@@ -10,6 +11,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "train",
         help="train one stage on your data",
+        example="--stage 1 --config recipe.yaml",
         description="Train one stage. --config overrides the stage's recipe, and KEY=VALUE overrides both.",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. optimizer.lr=3e-5 batch.size=128")
@@ -30,7 +32,8 @@ def _run(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.stage, args.config, args.overrides)
     recipe.check_sources()
     require("train", "accelerate", "tensorboard")
-    from lion_fast.training.run import train
+    with importing():
+        from lion_fast.training.run import train
 
     trainer = train(recipe, resume=args.resume, allow_changed_data=args.allow_changed_data)
     if trainer.is_world_process_zero():

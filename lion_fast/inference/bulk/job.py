@@ -88,6 +88,11 @@ class BulkJob:
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out: expected a name that ends in .jsonl or .parquet, got {self.out}")
 
+    def expect_model(self) -> None:
+        """Raise ValueError unless the model is a directory."""
+        if not Path(self.model).is_dir():
+            raise ValueError(f"model: expected a directory, got {self.model}")
+
     @property
     def definition(self) -> Command:
         return COMMANDS[self.command]

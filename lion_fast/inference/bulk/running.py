@@ -119,8 +119,7 @@ def begun(
     Yields:
         The output, and bool [n]: whether the output has a row for each input.
     """
-    if not Path(job.model).is_dir():
-        raise ValueError(f"model: expected a directory, got {job.model}")
+    job.expect_model()
     expect_output_elsewhere(job, source.tables)
     output = open_output(Path(job.out), tuple(job.row("")), rows_per_part)
     with ExitStack() as stack:

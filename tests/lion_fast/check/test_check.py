@@ -23,6 +23,7 @@ from lion_fast.check.cases import CASES, OPERATORS, TIMED, Case, Tensors
 from lion_fast.check.compare import compare, make_tensors, poisoned_memory
 from lion_fast.check.timing import Clock, Seconds, captured, measure, measure_rates, quantiles
 from lion_fast.check.worker import Task, side_by_side
+from lion_fast.cli.check import operators
 from lion_kernels.core.cost import H200, Cost, Device, floor_seconds
 from tests.operators import OPERATORS as PUBLIC_OPERATORS
 
@@ -45,7 +46,7 @@ def _smallest_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_operator_is_checked_and_timed() -> None:
-    assert sorted(OPERATORS) == PUBLIC_OPERATORS
+    assert sorted(OPERATORS) == PUBLIC_OPERATORS == operators()
     assert {case.operator for case in TIMED} == set(OPERATORS)
     assert all(case.cost for case in TIMED)
 
@@ -211,7 +212,7 @@ def test_check_runs_without_installation_and_chooses_the_interpreter_before_trit
     [
         (
             ["--operators", "rms_norm", "layer_norm"],
-            "--operators: expected some of mixture_of_adapters, .*, got layer_norm",
+            "--operators: expected some of assemble_inputs, .*, got layer_norm",
         ),
         (["--device", "meta"], "no device 'meta' here|expected cpu or cuda, got meta"),
         (["--dtypes", "bfloat16", "--device", "cpu"], "--dtypes: bfloat16 needs a GPU"),

@@ -43,12 +43,21 @@ REFUSALS = [
     ["ask", "none.png"],
     ["locate", "none.png", "the dog", "--num-beams", "0"],
     ["tag", "none.png"],
+    ["tag", "none.png", "--ram", "nowhere"],
+    ["tag", "none.png", "--ram", "."],
+    ["caption", ".", "--out", "rows.txt"],
+    ["caption", ".", "--out", "rows.jsonl", "--model", "nowhere"],
     ["demo", "--model", "nowhere"],
+    ["demo", "--model", ".", "--host", "no address"],
+    ["data", "tag", "none.jsonl", "--ram", "nowhere", "--out", "out.jsonl"],
     ["data", "check", "none.jsonl"],
     ["data", "convert", "gqa", "none.json", "--out", "out.jsonl"],
     ["convert", "--vit", "a", "--llm", "b", "--bert", "c", "--lion", "d", "--out", "e"],
     ["train", "--stage", "4", "no.such=setting"],
     ["memory", "--stage", "4", "no.such=setting"],
+    ["memory"],
+    ["check", "--operators", "layer_norm"],
+    ["check", "--json", "."],
     ["bench"],
 ]
 
@@ -88,6 +97,33 @@ def test_the_package_alone_imports_nothing_heavy() -> None:
         "; print(all(hasattr(lion_fast, name) for name in lion_fast.__all__), hasattr(lion_fast, 'nothing'))"
     )
     assert run_python("-c", code).split("\n")[:2] == ["[]", "True False"]
+
+
+UNUSED = {
+    "datasets",
+    "gradio",
+    "matplotlib",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "ray",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torchvision",
+}
+
+
+def test_the_model_imports_little_beyond_its_libraries() -> None:
+    """What captioning and the estimate of memory import is nearly all PyTorch's and transformers' T5."""
+    code = (
+        "import sys, torch; from transformers.models.t5 import modeling_t5; libraries = len(sys.modules)"
+        "; import lion_fast.inference.pipeline, lion_fast.io.images, lion_fast.training.memory"
+        "; print(libraries, len(sys.modules), *{name.split('.')[0] for name in sys.modules})"
+    )
+    libraries, modules, *names = run_python("-c", code).split()
+    assert int(modules) < int(libraries) + 250
+    assert not UNUSED & set(names)
 
 
 def test_an_error_of_arguments_shows_an_example(run_cli) -> None:
