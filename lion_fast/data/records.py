@@ -193,7 +193,8 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return "text" if value.strip() else "blank text"
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"the number {str(value)[:20]}"
+        text = str(value)
+        return f"the number {text}" if len(text) <= 24 else f"the number {text[:20]}... of {len(text)} characters"
     names = {
         dict: "an object",
         list: "a list",

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lion_fast.io.reading import shown
+from lion_fast.model.padding import IGNORED
 from lion_fast.model.processor_arguments import Settings
 
 
@@ -17,6 +18,14 @@ class TokenizingMixin:
     soft_prompt_token: str | None
     soft_prompt_token_id: int | None
     max_txt_len: int
+
+    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Decode sequences of token ids, [B, L], as the tokenizer does, without the -100 that pads labels."""
+        return self.tokenizer.batch_decode(_without_ignored(sequences), *args, **kwargs)
+
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Decode token ids, [L], as the tokenizer does, without the -100 that pads labels."""
+        return self.tokenizer.decode(_without_ignored(token_ids), *args, **kwargs)
 
     def _prompt(self, question: str, tags: str, index: int) -> str:
         if not question.strip():
@@ -68,3 +77,11 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | Non
         return None
     ids = tokenizer(token, add_special_tokens=False).input_ids
     return next((i for i in ids if tokenizer.convert_ids_to_tokens(i) == token), None)
+
+
+def _without_ignored(ids: Any) -> Any:
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if not isinstance(ids, list | tuple):
+        return ids
+    return [_without_ignored(entry) for entry in ids if not (isinstance(entry, int) and entry == IGNORED)]

@@ -205,6 +205,10 @@ def test_labels_are_the_answer_and_eos(kind):
         length = len(processor.tokenizer.tokenize(text)) + 1
         assert processor.decode(row[:length]) == text + eos
         assert (row[length:] == -100).all()
+    texts = ["a red one", "", "x" * 127, "<extra_id_0> dog"]
+    for given in (labels, labels.numpy(), labels.tolist()):
+        assert processor.batch_decode(given) == [text + eos for text in texts]
+        assert processor.decode(given[0]) == texts[0] + eos
 
 
 @pytest.mark.parametrize("kind", ["t5", *DECODERS])

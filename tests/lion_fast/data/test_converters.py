@@ -132,7 +132,7 @@ def test_records_name_their_source_and_are_deterministic(format: str, write_file
         ("visual-genome", 1, (0, "url"), REMOVED, r"b.data: \[0\].url: missing"),
         ("visual-genome", 1, (0, "url"), "https://x/1.jpg", r"\[0\].url: expected an address that ends in a directory"),
         ("visual-genome", 0, (0, "id"), 2, r"\[0\].image_id: expected 2, as .*a.data: \[0\].id says"),
-        ("visual-genome", 0, (0, "regions", 0, "x"), 10**400, r"\[0\].x: expected a finite number, got the number 1"),
+        ("visual-genome", 0, (0, "regions", 0, "x"), 10**400, r"\[0\].x: expected a finite number, got the .* of 401"),
         ("refcoco", 1, ("annotations", 0, "bbox", 2), math.nan, r"bbox\[2\]: expected a finite number, .* nan"),
         ("refcoco", 1, ("images", 0, "width"), 10**400, r"images\[0\]: expected an image with pixels, got 1000"),
         ("refcoco", 1, ("annotations", 0, "image_id"), 2, r"image_id: expected 1, as .*: \[0\].image_id says, got 2"),
