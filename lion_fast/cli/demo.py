@@ -4,9 +4,10 @@ import argparse
 import ipaddress
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lion_fast.cli.arguments import device, expect_model, path, positive_int
@@ -60,22 +61,42 @@ def _run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _ending_on_signals() -> Iterator[None]:
-    """Let signals end the context in order, so that the uploads are removed, and within `_PATIENCE` seconds."""
+    """Let signals end the process in order, so that the uploads are removed, and within `_PATIENCE` seconds."""
+    came: list[int] = []
 
     def end(number: int, frame: Any) -> None:
+        came.append(number)
         for other in before:
             signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the removal
-        watchdog = threading.Timer(_PATIENCE, os._exit, [128 + number])  # a thread may still run the model
+        watchdog = threading.Timer(_PATIENCE, _leave, [number])  # whatever has caught the exception below
         watchdog.daemon = True
         watchdog.start()
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # A signal that is ignored, as SIGHUP is after nohup, stays so.
+    ends = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if _is_heard(number)]
+    before = {number: signal.signal(number, end) for number in ends}
     try:
         yield
     finally:
+        if came:
+            _leave(came[0])  # a thread may still run the model, and Python would wait for it
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_heard(number: int) -> bool:
+    return signal.getsignal(number) != signal.SIG_IGN
+
+
+def _leave(number: int) -> None:
+    from lion_fast.demo.server import remove_uploads
+
+    remove_uploads()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(128 + number)
 
 
 def _wait() -> None:

@@ -162,7 +162,7 @@ def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) 
             receive, image, [image, tags, refused], preprocess=False, concurrency_limit=1, api_visibility="private"
         )
         want.change(
-            lambda value: gr.update(**_TEXT_FIELD[value]), want, question, queue=False, api_visibility="private"
+            lambda value: gr.update(**_TEXT_FIELD[value or "caption"]), want, question, api_visibility="private"
         )
         for event in (go.click, question.submit):
             event(
@@ -176,6 +176,9 @@ def build_page(answerer: Answerer, name: str, examples: Sequence[Example] = ()) 
                 api_visibility="private",
             )
     page.queue(max_size=64)
+    for function in page.fns.values():
+        function.queue = True  # also that of the examples: calls outside the queue fail with status 500
+    _name_no_values(page)
     return page
 
 
@@ -237,6 +240,22 @@ def _take_uploads_only(image: gr.Image) -> None:
         return await move_to_cache(url_or_file_path)
 
     image.async_move_resource_to_block_cache = move_upload
+
+
+def _name_no_values(page: gr.Blocks) -> None:
+    """Reject values that the page never sends in one line: Gradio would log them, whatever their length."""
+    preprocess_data = page.preprocess_data
+
+    async def preprocess(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await preprocess_data(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise
+            logger.warning("a request to the page had values that it does not send (%s)", type(error).__name__)
+            raise gr.Error("Expected values that the page offers, got others.", print_exception=False) from error
+
+    page.preprocess_data = preprocess
 
 
 def _problem(message: str) -> str:

@@ -1,10 +1,13 @@
 """The server of the page, which is local: it fetches nothing and leaves no files."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gradio.themes import Base
 
@@ -16,6 +19,14 @@ from lion_fast.scenes import SceneGenerator
 
 _FONT = ("system-ui", "sans-serif")  # local fonts: Gradio's themes would load fonts from a service
 _EXAMPLE_SEED = 2026  # seed of scenes that the quickstart's training has not seen
+_PATIENCE = 1.0  # seconds that requests in progress get at the end
+_folders: set[str] = set()
+
+
+def remove_uploads() -> None:
+    """Remove the uploads of all pages that this process serves, if it has to end without ending their contexts."""
+    for folder in _folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -38,8 +49,9 @@ def serving(answerer: Answerer, name: str, *, host: str = "127.0.0.1", port: int
     """
     address, port = find_address(host, port)
     with (
-        tempfile.TemporaryDirectory(prefix="lion-fast-demo-") as folder,
-        _environment(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder),
+        _upload_folder() as folder,
+        # Gradio asks its own server whether it answers, which no proxy can tell.
+        _environment(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder, NO_PROXY="*", no_proxy="*"),
     ):
         page = build_page(answerer, name, draw_examples(Path(folder) / "scenes", answerer))
         theme = _theme()
@@ -53,16 +65,33 @@ def serving(answerer: Answerer, name: str, *, host: str = "127.0.0.1", port: int
                 prevent_thread_lock=True,
                 show_error=False,  # unexpected errors would be shown with their message
                 max_file_size=MAX_FILE_BYTES,
-                app_kwargs={"middleware": guards(address, MAX_FILE_BYTES)},
+                app_kwargs={"middleware": guards(address, MAX_FILE_BYTES, Path(folder))},
                 ssr_mode=False,
                 run_history=False,
                 footer_links=[],
                 theme=theme,
                 css_paths=Path(__file__).with_name("page.css"),
             )
+            page.server.close = partial(_stop, page.server)
             yield url
         finally:
             page.close(verbose=False)
+
+
+def _stop(server: Any) -> None:
+    """Stop a server of Gradio's, whose own method waits for the model and for all open event streams."""
+    server.should_exit = server.force_exit = True
+    server.thread.join(_PATIENCE)
+
+
+@contextmanager
+def _upload_folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="lion-fast-demo-", ignore_cleanup_errors=True) as folder:
+        _folders.add(folder)
+        try:
+            yield folder
+        finally:
+            _folders.discard(folder)
 
 
 def draw_examples(folder: Path, answerer: Answerer) -> list[Example]:

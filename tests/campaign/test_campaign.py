@@ -27,6 +27,7 @@ COUNTS: dict[str, int] = {
     "tar_files": 200,
     "training_records": 100,
     "outputs": 60,
+    "page_requests": 60,
 }
 SLOW = bool(os.environ.get("LION_SLOW_TESTS"))
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ def image_file(kind: str = "PNG", size: tuple[int, int] = (20, 10)) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, (20, 40, 200)).save(file, kind)
     return file.getvalue()
+
+
+def wait_until(happened: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +128,70 @@ def test_errors_quote_nothing(address: str, body: bytes, capfd: pytest.CaptureFi
     assert "SECRET" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "gradio_api/pwa_icon/1000000000", 404),
+        ("GET", "pwa_icon/1000000000", 404),  # Gradio would draw an icon of this size
+        ("GET", "gradio_api/proxy=x", 404),
+        ("GET", "gradio_api/custom_component/x/client/a/b", 404),
+        ("GET", "gradio_api/deep_link", 404),
+        ("GET", f"assets/{'x' * 3000}", 400),
+        ("POST", "gradio_api/process_recording", 405),
+        ("POST", "gradio_api/call/v2/none", 405),
+        ("POST", "gradio_api/run/predict", 405),
+        ("OPTIONS", "config", 405),
+    ],
+)
+def test_only_what_the_page_requests_is_served(address: str, method: str, path: str, status: int) -> None:
+    reply = httpx.request(method, address + path, json={} if method == "POST" else None)
+    assert (reply.status_code, list(reply.json())) == (status, ["detail"])
+
+
+def test_malformed_requests_are_the_clients_errors(address: str, capfd: pytest.CaptureFixture[str]) -> None:
+    call = {"data": ["SECRET"], "fn_index": 999, "session_hash": "a"}
+    assert httpx.post(f"{address}gradio_api/queue/join", json=call).status_code == 400
+    no_file = {"content-type": "multipart/form-data; boundary=b"}
+    body = b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nSECRET\r\n--b--\r\n'
+    assert httpx.post(f"{address}gradio_api/upload", content=body, headers=no_file).status_code == 400
+    image = upload(address, "a.png", image_file())
+    for range in ("bytes=1-2-3", "bytes=-", "bytes=5-2"):
+        reply = httpx.get(f"{address}gradio_api/file={image['path']}", headers={"range": range})
+        assert reply.status_code in (200, 206, 400, 416), range
+    unknown = httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": "none"})
+    assert "Session not found" in unknown.text or "404" in unknown.text
+    for function, data in (
+        ("receive", []),
+        ("receive", ["SECRET" * 999]),
+        ("ask", ["SECRET"] * 9),
+        ("lambda", [["x"]]),
+    ):
+        assert "values that the page offers" in send(address, function, data)["output"]["error"]
+    log = "".join(capfd.readouterr())
+    assert "SECRET" not in log
+    assert "Traceback" not in log
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(address: str, answerer: Any) -> None:
+    folder = Path(upload(address, "a.png", image_file())["path"]).parents[1]
+    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(9000)
+    head = (
+        f"POST /gradio_api/upload HTTP/1.1\r\nHost: {httpx.URL(address).netloc.decode()}\r\nContent-Length: 10000\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", httpx.URL(address).port)) as connection:
+        connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n".encode() + body)
+        wait_until(lambda: any(path.is_file() for path in folder.iterdir()))
+    wait_until(lambda: not any(path.is_file() for path in folder.iterdir()))
+
+
+def test_a_proxy_in_the_environment_is_not_asked(answerer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lion_fast.demo.server import serving
+
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with serving(answerer, "a model") as address:
+        assert httpx.get(f"{address}config", trust_env=False).status_code == 200
+
+
 def send(address: str, function: str, data: list) -> dict:
     functions = httpx.get(f"{address}config").json()["dependencies"]
     number = next(f["id"] for f in functions if f["api_name"] == function)
@@ -182,6 +254,8 @@ def test_errors_tell_the_user_nothing_about_the_server(
         ("[]", None, r"host: expected an address or a name of this machine, got '\[\]'"),
         ("no such host", None, "host: expected an address or a name of this machine, got 'no such host'"),
         ("192.0.2.1", None, "host: expected an address of this machine, got '192.0.2.1'"),
+        ("224.0.0.1", None, "host: expected an address of this machine, got '224.0.0.1', which is that of a group"),
+        ("x" * 500, None, r"host: expected an address or a name of this machine, got 'x{95}\.\.\.'"),
     ],
 )
 def test_an_address_that_cannot_be_served_is_named(host: str, port: Any, message: str) -> None:
@@ -199,6 +273,7 @@ def test_addresses_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from lion_fast.demo import addresses
 
     assert addresses.find_address("localhost")[0] == "127.0.0.1"
+    assert addresses.find_address("::ffff:127.0.0.1")[0] == "127.0.0.1"
     found = [(socket.AF_INET6, None, None, "", ("::1", 0)), (socket.AF_INET, None, None, "", ("127.0.0.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     assert addresses.find_address("this-machine")[0] == "127.0.0.1"
@@ -230,23 +305,28 @@ def begin() -> Iterator[Callable[..., Any]]:
         yield begin
 
 
+@pytest.fixture(scope="module")
+def model(answerer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    answerer.model.save_pretrained(folder)
+    answerer.processor.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_signal_ends_the_server_and_removes_the_uploads(
-    begin: Callable[..., Any], answerer: Any, number: int, tmp_path: Path
+    begin: Callable[..., Any], model: str, number: int, tmp_path: Path
 ) -> None:
-    answerer.model.save_pretrained(tmp_path / "model")
-    answerer.processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "temporary").mkdir()
     port = free_port()
-    process = begin(model=str(tmp_path / "model"), folder=str(tmp_path / "temporary"), port=port)
-    address, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + PATIENCE
-    while True:
-        try:
-            functions = httpx.get(f"{address}config").json()["dependencies"]
-            break
-        except httpx.TransportError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    process = begin(model=model, folder=str(tmp_path), port=port, loading=False)
+    address, functions = f"http://127.0.0.1:{port}/", []
+
+    def is_served() -> bool:
+        with suppress(httpx.TransportError):
+            functions.extend(httpx.get(f"{address}config").json()["dependencies"])
+        return bool(functions)
+
+    wait_until(is_served)
     image = upload(address, "a.png", image_file())
     assert Path(image["path"]).is_file()
     asking = {
@@ -254,11 +334,28 @@ def test_a_signal_ends_the_server_and_removes_the_uploads(
         "fn_index": next(function["id"] for function in functions if function["api_name"] == "ask"),
         "session_hash": "a",
     }
-    httpx.post(f"{address}gradio_api/queue/join", json=asking).raise_for_status()  # the model takes a minute
+    httpx.post(f"{address}gradio_api/queue/join", json=asking).raise_for_status()
     with httpx.stream("GET", f"{address}gradio_api/queue/data", params={"session_hash": "a"}):
+        wait_until((tmp_path / "busy").exists)  # the model takes a minute
         began = time.monotonic()
         os.kill(process.pid, number)
+        time.sleep(0.1)
+        os.kill(process.pid, number)  # a second one changes nothing
         process.join(timeout=PATIENCE)
     assert time.monotonic() - began < 30
     assert process.exitcode == 128 + number
-    assert list((tmp_path / "temporary").glob("lion-fast-demo-*")) == []
+    assert list(tmp_path.glob("lion-fast-demo-*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_a_signal_ends_the_command_while_the_model_is_loaded(
+    begin: Callable[..., Any], model: str, number: int, tmp_path: Path
+) -> None:
+    process = begin(model=model, folder=str(tmp_path), port=free_port(), loading=True)
+    wait_until((tmp_path / "busy").exists)
+    began = time.monotonic()
+    os.kill(process.pid, number)
+    process.join(timeout=PATIENCE)
+    assert time.monotonic() - began < 30
+    assert process.exitcode == 128 + number
+    assert list(tmp_path.iterdir()) == [tmp_path / "busy"]
