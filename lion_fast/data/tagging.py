@@ -58,10 +58,12 @@ def add_tags(
     def records() -> Iterator[Record]:
         readable = _readable(dataset, untagged)
         for batch in _batches(readable, batch_size):
+            names = [name for name, _ in batch]
             results = tagger([image for _, image in batch])
-            if len(results) != len(batch):
-                raise ValueError(f"tagger: expected one result per image ({len(batch)}), got {len(results)}")
-            for (name, _), joined in zip(batch, results, strict=True):
+            batch.clear()  # before the images of the next one are read
+            if len(results) != len(names):
+                raise ValueError(f"tagger: expected one result per image ({len(names)}), got {len(results)}")
+            for name, joined in zip(names, results, strict=True):
                 tags[name] = tuple(_split(joined))
         for index in range(len(dataset)):
             record = dataset.record(index)

@@ -1,6 +1,7 @@
 """Preparation of a model's inputs, which runs in worker processes or threads that decode images."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ Encode = Callable[[Sequence[Image.Image], Sequence[Item]], Inputs]
 
 
 class Good(NamedTuple):
-    """A readable input: its row, its reduced image, the (width, height) of its full image, and the item."""
+    """A readable input: its row, reduced image, the (width, height) of the full image, and the item without content."""
 
     row: Row
     image: Image.Image
@@ -69,8 +70,9 @@ class Preparer:
                 if asks is not None:
                     row[asks] = printable(_text_of(item, self.job))
                 image = load_image(item.image)
-                good.append(Good(row, self.reduce(image), image.size, item))
-                del image
+                # Neither the image nor its file's content stays until the batch is complete.
+                good.append(Good(row, self.reduce(image), image.size, replace(item, image=b"")))
+                del image, item
             except (ValueError, OSError) as error:
                 _fail(row, error)
         try:
