@@ -1,7 +1,6 @@
 """`lion-fast data`: generate, convert, check, tag and pack training data."""
 
 import argparse
-from typing import Any
 
 from lion_fast.cli.arguments import device, expect_file, path, path_text, positive_int
 from lion_fast.cli.loading import importing
@@ -157,12 +156,12 @@ def _tag(args: argparse.Namespace) -> None:
     with importing():
         from lion_fast.data import add_tags
         from lion_fast.inference.loading import default_device
-        from lion_fast.tagging.modeling_ram import RamTagger
+        from lion_fast.tagging.loading import load_tagger
 
-    tagger: Any = RamTagger.from_pretrained(args.ram)
+    tagger = load_tagger(args.ram, args.device or default_device())
     dataset = _open(args)
     options = {"batch_size": args.batch_size, "overwrite": args.overwrite}
-    tagged, bad = add_tags(dataset, args.out, tagger.to(args.device or default_device()), **options)
+    tagged, bad = add_tags(dataset, args.out, tagger, **options)
     print(f"{args.out}: tagged {tagged} images; skipped {dataset.num_bad_lines} invalid lines and {bad} bad images")
 
 

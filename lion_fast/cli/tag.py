@@ -1,7 +1,6 @@
 """`lion-fast tag`: list RAM's tags of an image."""
 
 import argparse
-from typing import Any
 
 from lion_fast.cli import bulk
 from lion_fast.cli.arguments import device, expect_file, expect_model, path
@@ -24,12 +23,7 @@ def _run(args: argparse.Namespace) -> None:
     expect_model(args.ram, "--ram", made_by="lion-fast convert --ram")
     expect_file(args.image, "IMAGE")
     with importing():
-        import torch
-
         from lion_fast.inference.loading import default_device
-        from lion_fast.io.checkpoints import naming
-        from lion_fast.tagging.modeling_ram import RamTagger
+        from lion_fast.tagging.loading import load_tagger
 
-    with naming(args.ram, "a directory with a RamTagger"):
-        tagger: Any = RamTagger.from_pretrained(args.ram, dtype=torch.float32)
-    print(*tagger.to(args.device or default_device())([args.image]))
+    print(*load_tagger(args.ram, args.device or default_device())([args.image]))

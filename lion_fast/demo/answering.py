@@ -5,7 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -13,10 +13,10 @@ from PIL import Image
 from lion_fast.demo.insight import Insight, look_inside
 from lion_fast.inference.pipeline import LionPipeline, generate_texts
 from lion_fast.io.boxes import parse_boxes
-from lion_fast.io.checkpoints import naming
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
+from lion_fast.tagging.loading import load_tagger
 from lion_fast.tagging.modeling_ram import RamTagger
 
 Want = Literal["caption", "answer", "place"]
@@ -110,11 +110,8 @@ class Answerer:
             CheckpointError: the directory has no processor or no complete LION model, or its tagger cannot be loaded.
         """
         pipeline = LionPipeline(directory, device=device)
-        tagger: Any = None
-        if (directory / "ram").is_dir():
-            with naming(directory / "ram", "a RAM tagger"):
-                tagger = RamTagger.from_pretrained(directory / "ram")
-            tagger.to(device).eval()
+        ram = directory / "ram"
+        tagger = load_tagger(ram, device) if ram.is_dir() else None
         return cls(pipeline.model, pipeline.processor, tagger)
 
     @property

@@ -19,11 +19,10 @@ from lion_fast.data import JsonlDataset, PictureTagger, RandomCrop, RandomHorizo
 from lion_fast.data.dataset import EpochDataset, SampleDataset, Tagger, Transform
 from lion_fast.data.order import POSITION, TrainingOrder, epoch_order, sample_of
 from lion_fast.data.records import Record
-from lion_fast.io.checkpoints import naming
 from lion_fast.io.reading import shown
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.scenes import SceneGenerator
-from lion_fast.tagging.modeling_ram import RamTagger
+from lion_fast.tagging.loading import load_tagger
 from lion_fast.training.recipe import SCENES, Augmentation, Data, Recipe, RecipeError
 
 Sample = Mapping[str, Any]
@@ -249,9 +248,7 @@ def _load_tagger(data: Data) -> Tagger:
         raise RecipeError(
             f"data.tagger: expected a directory of `lion-fast convert`'s RamTagger, got {shown(data.tagger)}"
         )
-    with naming(directory, "a directory with a RamTagger"):
-        tagger: Any = RamTagger.from_pretrained(directory)
-    return PictureTagger(tagger.eval().to("cuda" if on_gpu else "cpu"))
+    return PictureTagger(load_tagger(directory, "cuda" if on_gpu else "cpu"))
 
 
 def _open(name: str, task: str, data: Data, seed: int, transforms: list[Transform], tagger: Tagger | None) -> Dataset:

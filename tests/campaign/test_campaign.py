@@ -28,6 +28,7 @@ COUNTS: dict[str, int] = {
     "training_records": 100,
     "outputs": 60,
     "page_requests": 60,
+    "tagging": 60,
 }
 SLOW = bool(os.environ.get("LION_SLOW_TESTS"))
 

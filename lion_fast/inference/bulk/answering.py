@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from lion_fast.inference.bulk.preparing import (
 )
 from lion_fast.inference.loading import compute_dtype
 from lion_fast.inference.pipeline import LionPipeline
-from lion_fast.io.checkpoints import naming
-from lion_fast.tagging.modeling_ram import RamTagger
+from lion_fast.tagging.loading import load_tagger
 
 
 class Answerer(ABC):
@@ -77,10 +77,8 @@ class LionAnswerer(Answerer):
 class TagAnswerer(Answerer):
     def __init__(self, job: BulkJob, device: torch.device):
         super().__init__(job, device)
-        with naming(job.model, "a directory with a RamTagger"):
-            tagger: Any = RamTagger.from_pretrained(job.model, dtype=dtype_of(job, device))
-        self.tagger = tagger.to(device)
-        self.reduce = partial(reduce_for_tagger, tagger.config.vision_config.image_size)
+        self.tagger: Any = load_tagger(Path(job.model), device)
+        self.reduce = partial(reduce_for_tagger, self.tagger.config.vision_config.image_size)
         self.encode = encode_for_tagger
 
     def _answers(self, inputs: Inputs, sizes: list[tuple[int, int]]) -> list[Row]:

@@ -1,5 +1,6 @@
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -394,3 +395,24 @@ def test_interpolated_positions_keep_their_direction(edited):
 def test_an_image_size_that_is_not_a_multiple_of_the_stride_is_refused(ram_files, tmp_path, image_size):
     with pytest.raises(ValueError, match="image_size: expected a multiple of 32"):
         convert_ram(**ram_files, out_dir=tmp_path / "ram", image_size=image_size)
+
+
+def test_commands_tag_in_float32_whatever_the_dtype_of_the_file(tmp_path: Path, run_cli: Callable) -> None:
+    GRADIENT.save(tmp_path / "a.png")
+    folder, rows, tagged = tmp_path / "ram", tmp_path / "rows.jsonl", tmp_path / "tagged.jsonl"
+    small = make_tagger("abcdef", [0.5] * 6).half()
+    pixels = small.preprocess(GRADIENT)
+    small.save_pretrained(folder)
+    with torch.no_grad():
+        half = small.logits(pixels)[0].float().sigmoid()
+        single = small.float().logits(pixels)[0].sigmoid()
+    assert (half != single).sum() > 3
+    (folder / "tag_thresholds.txt").write_text("".join(f"{number}\n" for number in ((half + single) / 2).tolist()))
+    expected = [tag for tag, in_half, in_single in zip("abcdef", half, single, strict=True) if in_single > in_half]
+    record = {"image": "a.png", "task": "image_level", "question": "What is it?", "answer": "a dog"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    assert run_cli("tag", tmp_path / "a.png", ram=folder, device="cpu")[1].strip() == ", ".join(expected)
+    run_cli("tag", tmp_path / "a.png", ram=folder, device="cpu", out=rows, workers=0)
+    run_cli("data", "tag", tmp_path / "data.jsonl", ram=folder, device="cpu", out=tagged)
+    for file in (rows, tagged):
+        assert json.loads(file.read_text())["tags"] == expected
