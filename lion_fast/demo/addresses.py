@@ -6,7 +6,7 @@ import socket
 import threading
 from typing import Any
 
-from lion_fast.data.records import shown
+from lion_fast.io.reading import shown
 
 PORTS = range(7860, 7960)
 """Ports that are tried if none is given."""

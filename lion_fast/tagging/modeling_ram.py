@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, SwinModel
 from transformers import initialization as init
 
+from lion_fast.io.arrays import expect_dense
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.io.images import ImageLike, load_batches, load_each
 from lion_fast.io.reading import shown
@@ -300,6 +301,8 @@ def _check_tags(config: RamConfig, tags: Any, thresholds: Any) -> None:
         if values is None:
             continue
         listed = isinstance(values, np.ndarray | Tensor) and values.ndim == 1
+        if isinstance(values, Tensor):
+            expect_dense(values, name)
         if not listed and not isinstance(values, Sequence):
             raise TypeError(f"{name}: expected a list, one entry per tag, got {shown(values)}")
         if len(values) != config.num_tags:
@@ -351,7 +354,7 @@ def read_thresholds(path: str | os.PathLike) -> list[float]:
         except ValueError:
             threshold = float("nan")
         if not 0 <= threshold <= 1:
-            raise CheckpointError(f"{path}, line {number}: expected a number in 0..1, got {line!r}")
+            raise CheckpointError(f"{path}, line {number}: expected a number in 0..1, got {shown(line)}")
         thresholds.append(threshold)
     return thresholds
 

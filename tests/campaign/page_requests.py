@@ -559,7 +559,7 @@ REQUEST = ("", "caption", "", "automatic")
 
 
 def _is_file(output: dict[str, Any]) -> bool:
-    data = output.get("data") or [None]
+    data: list[Any] = output.get("data") or [None]
     return isinstance(data[0], dict) and "path" in data[0]
 
 

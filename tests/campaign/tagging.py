@@ -60,7 +60,7 @@ def tagger() -> RamTagger:
 def saved() -> dict[torch.dtype, dict[str, bytes]]:
     """Return the files of the same tagger saved in each dtype, with values that all of them hold."""
     found = {}
-    small = make_tagger(TAGS, [0.45, 0.5, 0.55])
+    small: Any = make_tagger(TAGS, [0.45, 0.5, 0.55])
     small.to(torch.float16).to(torch.bfloat16)  # the fewest bits of mantissa and of exponent
     for dtype in DTYPES:
         with tempfile.TemporaryDirectory() as name:

@@ -255,7 +255,7 @@ def test_errors_tell_the_user_nothing_about_the_server(
         ("no such host", None, "host: expected an address or a name of this machine, got 'no such host'"),
         ("192.0.2.1", None, "host: expected an address of this machine, got '192.0.2.1'"),
         ("224.0.0.1", None, "host: expected an address of this machine, got '224.0.0.1', which is that of a group"),
-        ("x" * 500, None, r"host: expected an address or a name of this machine, got 'x{95}\.\.\.'"),
+        ("x" * 500, None, r"host: expected an address or a name of this machine, got 'x{115}\.\.\.'"),
     ],
 )
 def test_an_address_that_cannot_be_served_is_named(host: str, port: Any, message: str) -> None:

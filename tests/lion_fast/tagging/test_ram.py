@@ -254,6 +254,7 @@ def test_the_default_is_swin_large():
         (lambda _: RamConfig(vision_config=RamConfig()), "vision_config.*RamConfig"),
         (lambda tiny: RamTagger(tiny.config, ["a", "b"], [0.5] * 6), "tags: expected 6 .*got 2"),
         (lambda tiny: RamTagger(tiny.config, list("abcdef"), [0.5]), "tag_thresholds: expected 6 .*got 1"),
+        (lambda tiny: RamTagger(tiny.config, list("abcdef"), torch.ones(6, device="meta")), "tag_thresholds: .*values"),
         (lambda tiny: RamTagger(tiny.config)(GRADIENT), "tags, tag_thresholds"),
         (lambda tiny: tiny(GRADIENT, batch_size=-1), "batch_size: expected 1 or more, got -1"),
         (lambda tiny: tiny.logits(torch.zeros(1, 3, 64, 64)), r"pixel_values.*\[B, 3, 32, 32\].*\[1, 3, 64, 64\]"),
