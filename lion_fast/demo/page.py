@@ -256,6 +256,14 @@ def _name_no_values(page: gr.Blocks) -> None:
             raise gr.Error("Expected values that the page offers, got others.", print_exception=False) from error
 
     page.preprocess_data = preprocess
+    push = page._queue.push
+
+    async def push_of_session(body: Any, *args: Any, **kwargs: Any) -> Any:
+        if not body.session_hash:  # Gradio would fail later, outside the request
+            return False, "Session hash not found.", "error"
+        return await push(body, *args, **kwargs)
+
+    page._queue.push = push_of_session
 
 
 def _problem(message: str) -> str:

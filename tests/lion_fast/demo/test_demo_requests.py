@@ -151,6 +151,8 @@ def test_only_what_the_page_requests_is_served(address: str, method: str, path: 
 def test_malformed_requests_are_the_clients_errors(address: str, capfd: pytest.CaptureFixture[str]) -> None:
     call = {"data": ["SECRET"], "fn_index": 999, "session_hash": "a"}
     assert httpx.post(f"{address}gradio_api/queue/join", json=call).status_code == 400
+    nobodys = {**call, "fn_index": 0, "session_hash": ""}
+    assert httpx.post(f"{address}gradio_api/queue/join", json=nobodys).status_code == 400
     no_file = {"content-type": "multipart/form-data; boundary=b"}
     body = b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nSECRET\r\n--b--\r\n'
     assert httpx.post(f"{address}gradio_api/upload", content=body, headers=no_file).status_code == 400
