@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.model.adapter_names import names_for_rows
-from lion_fast.model.generation_arguments import expect_generation_arguments
+from lion_fast.model.generation_arguments import expect_fitting_rows, expect_generation_arguments
 from lion_fast.model.image_features import ImageFeatures
 from lion_fast.model.inputs import expect_decoder_inputs, expect_encoder_outputs, expect_task_ids
 from lion_fast.model.validation import expect_mask
@@ -56,6 +56,7 @@ class LionGenerationMixin(GenerationMixin):
         kwargs.pop("labels", None)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         kwargs = expect_generation_arguments(self.config, self.generation_config, kwargs)
+        kwargs |= self._start_token(kwargs)
         self.language_model.generation_config = self.generation_config
         with names_for_rows(self):  # type: ignore[arg-type]
             if "encoder_outputs" in kwargs:
@@ -84,9 +85,24 @@ class LionGenerationMixin(GenerationMixin):
                 kwargs["inputs_embeds"], attention_mask = inputs.inputs_embeds, inputs.attention_mask
                 batch = len(inputs.inputs_embeds)
             kwargs |= self._begun_answers(batch, kwargs)
+            expect_fitting_rows(kwargs, self.generation_config, batch, self._tokens_read(kwargs))
             if self.config.has_router and task_ids is not None:
                 kwargs["task_ids"] = task_ids.to(torch.int64)
             return self.language_model.generate(attention_mask=attention_mask, **kwargs)
+
+    def _start_token(self, given: dict[str, Any]) -> dict[str, int]:
+        """Return T5's start token if no configuration of generation has one, as after Trainer has replaced it."""
+        if self.generation_config.decoder_start_token_id is not None or not self.config.is_encoder_decoder:
+            return {}
+        known = getattr(given.get("generation_config"), "decoder_start_token_id", None) is not None
+        start = self.config.text_config.decoder_start_token_id
+        return {} if known or start is None else {"decoder_start_token_id": start, **given}
+
+    def _tokens_read(self, given: dict[str, Any]) -> int:
+        """Return the number of tokens that the language model reads before its first answer."""
+        if not self.config.is_encoder_decoder:
+            return given["inputs_embeds"].shape[1]
+        return given["decoder_input_ids"].shape[1] if "decoder_input_ids" in given else 1
 
     def _begun_answers(self, batch: int, given: dict[str, Any]) -> dict[str, Tensor]:
         """Return `decoder_input_ids` and their mask, of those that are given, as int64."""
@@ -96,9 +112,11 @@ class LionGenerationMixin(GenerationMixin):
         if not self.config.is_encoder_decoder:
             raise ValueError(f"{names[0]}: expected None for a decoder-only language model")
         ids, mask = map(given.get, ("decoder_input_ids", "decoder_attention_mask"))
-        checked = expect_decoder_inputs(self.config, batch, None, ids, None, mask)
-        found = zip(("decoder_input_ids", "decoder_attention_mask"), checked, strict=True)
-        return {name: value for name, value in found if value is not None}
+        ids, mask = expect_decoder_inputs(self.config, batch, None, ids, None, mask)
+        if ids is not None and mask is None and "past_key_values" in given:
+            mask = torch.ones_like(ids)  # without one, transformers would read the cached tokens again
+        found = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def lion_generation_config(config: LionConfig) -> GenerationConfig:

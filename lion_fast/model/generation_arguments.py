@@ -7,11 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedTokenizerBase,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
+)
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.io.reading import shown
-from lion_fast.model.inputs import expect_attention_weights
+from lion_fast.model.inputs import expect_attention_weights, expect_cache
 from lion_fast.model.validation import is_integer, is_number
 
 MAX_NEW_TOKENS = 1 << 20
@@ -93,6 +100,18 @@ def _are_strings(value: Any, _: int) -> bool:
     return len(strings) > 0 and all(isinstance(string, str) and string for string in strings)
 
 
+def _watermarks(value: Any, _: int) -> bool:
+    """Return whether transformers can make a watermark of a value; its own errors name no argument."""
+    try:
+        config = WatermarkingConfig.from_dict(value) if isinstance(value, dict) else value
+        if not isinstance(config, WatermarkingConfig | SynthIDTextWatermarkingConfig):
+            return False
+        config.validate()
+    except (TypeError, ValueError):
+        return False
+    return isinstance(config, SynthIDTextWatermarkingConfig) or is_number(config.bias)
+
+
 def _may_synchronise(value: Any, _: int) -> bool:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return isinstance(value, bool) and (ready or not value)
@@ -115,8 +134,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("top_p", "min_p", "epsilon_cutoff", "eta_cutoff", "top_h"), _PROBABILITY),
     "typical_p": _numbers(1e-9, 1),
     "max_cache_len": _integers(1, MAX_NEW_TOKENS),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _PENALTY),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "top_k"), _integers(0)),
+    "repetition_penalty": _PENALTY,
+    **dict.fromkeys(("no_repeat_ngram_size", "top_k"), _integers(0)),
     **dict.fromkeys(("temperature", "max_time"), _numbers(0)),
     **dict.fromkeys(("pad_token_id", "bos_token_id"), _TOKEN),
     **dict.fromkeys(("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"), _STARTS),
@@ -154,23 +173,33 @@ RULES: dict[str, Rule] = {
     "tokenizer": Rule("a tokenizer of transformers", lambda value, _: isinstance(value, PreTrainedTokenizerBase)),
     "stop_strings": Rule("a string or a list of strings", _are_strings),
     "compile_config": Rule("a CompileConfig", lambda value, _: isinstance(value, CompileConfig)),
-    "cache_config": Rule("a dict", lambda value, _: isinstance(value, dict)),
     "cache_implementation": Rule(
         "the name of a cache that fits embeddings ('static', 'dynamic'; 'offloaded' with a GPU)", _may_be_cache
     ),
     "synced_gpus": Rule("a flag, True only within torch.distributed", _may_synchronise),
-    "past_key_values": Rule("a Cache of transformers", lambda value, _: isinstance(value, Cache)),
+    "watermarking_config": Rule("a WatermarkingConfig, a SynthIDTextWatermarkingConfig or a dict of one", _watermarks),
 }
 
 _OF_TEXT = "LION's prompt has embeddings in place of ids"
 _FROM_HUB = "its code is not part of transformers"
+_OF_ASSISTANT = "it is a setting of assisted generation, which would need the image"
 # Arguments of transformers' `generate` that have no effect or a wrong one here, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "inputs": ((), "the inputs are pixel_values, input_ids and so on"),
     "assistant_model": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
     "assistant_tokenizer": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
     "assistant_early_exit": ((), "an assistant would need the image; prompt_lookup_num_tokens needs none"),
-    "is_assistant": ((False,), "it is an assistant's setting"),
+    "is_assistant": ((False,), _OF_ASSISTANT),
+    # Some versions of transformers write these values of theirs to each checkpoint.
+    "num_assistant_tokens": ((20,), _OF_ASSISTANT),
+    "num_assistant_tokens_schedule": (("constant",), _OF_ASSISTANT),
+    "assistant_confidence_threshold": ((0.4,), _OF_ASSISTANT),
+    "assistant_ensemble_weight": ((), _OF_ASSISTANT),
+    "assistant_lookbehind": ((10,), _OF_ASSISTANT),
+    "target_lookbehind": ((10,), _OF_ASSISTANT),
+    "encoder_repetition_penalty": ((1, 1.0), _OF_TEXT),
+    "encoder_no_repeat_ngram_size": ((0,), _OF_TEXT),
+    "cache_config": ((), "it configures quantized caches, which do not fit embeddings"),
     "speculation_type": ((), "the language models have no heads for it"),
     "continuous_batching_config": ((), _OF_TEXT),
     "low_memory": ((False,), _FROM_HUB),
@@ -209,7 +238,6 @@ def _known() -> frozenset[str]:
 
 _FLOATS = (
     "repetition_penalty",
-    "encoder_repetition_penalty",
     "temperature",
     "typical_p",
     "min_p",
@@ -237,12 +265,17 @@ def expect_generation_arguments(
     own = given.get("generation_config")
     for name, (neutral, reason) in UNSUPPORTED.items():
         value = _first(name, given, own, defaults)
-        if value is not None and not (isinstance(value, bool | int | float) and value in neutral):
+        if value is not None and value != {} and not (isinstance(value, bool | int | float | str) and value in neutral):
             raise ValueError(f"{name}: not supported, because {reason}; got {shown(value)}")
     for name, rule in RULES.items():
         value = _first(name, given, own, defaults)
         if value is not None and not rule.fits(value, vocabulary):
             raise ValueError(f"{name}: expected {rule.expected}, got {shown(value)}")
+    if "past_key_values" in given:
+        expect_cache(config, given["past_key_values"])
+    start = given.get("decoder_start_token_id", getattr(own, "decoder_start_token_id", None))
+    if start is not None and not config.is_encoder_decoder:
+        raise ValueError(f"decoder_start_token_id: expected None for a decoder-only language model, got {shown(start)}")
     if _first("stop_strings", given, own, defaults) is not None and "tokenizer" not in given:
         raise ValueError("tokenizer: expected the processor's tokenizer with stop_strings, got None")
     if _first("output_attentions", given, own, defaults):
@@ -268,12 +301,41 @@ def _checked_prefixes(allowed: Callable[[int, Tensor], Any], vocabulary: int) ->
     return checked
 
 
+def expect_fitting_rows(given: Mapping[str, Any], defaults: GenerationConfig, rows: int, begun: int) -> None:
+    """Check the arguments of `generate` that have to fit its input.
+
+    Args:
+        given: the call's arguments.
+        defaults: the checkpoint's settings.
+        rows: number of samples.
+        begun: number of tokens that the language model reads before its first answer: those of [visual | text] for a
+            decoder-only model, those of `decoder_input_ids` for an encoder-decoder.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    own = given.get("generation_config")
+    if rows > 1 and _first("prompt_lookup_num_tokens", given, own, defaults) is not None:
+        raise ValueError(f"prompt_lookup_num_tokens: expected None with more than one sample, got {rows} samples")
+    starts = _first("decoder_start_token_id", given, own, defaults)
+    if isinstance(starts, list | tuple) and len(starts) != rows:
+        raise ValueError(
+            f"decoder_start_token_id: expected an id or a list of {rows}, one per sample, got {len(starts)}"
+        )
+    cached = given["past_key_values"].get_seq_length() if "past_key_values" in given else 0
+    if cached >= begun:
+        raise ValueError(
+            f"past_key_values: expected an empty cache, or one of fewer tokens than the {begun} before the answer, "
+            f"got one of {int(cached)}"
+        )
+
+
 def _first(name: str, given: Mapping[str, Any], own: Any, defaults: GenerationConfig) -> Any:
     """Return the value that holds: that of the call, of its `generation_config`, or of the checkpoint."""
-    for value in (given.get(name), getattr(own, name, None), getattr(defaults, name, None)):
-        if value is not None:
-            return value
-    return None
+    value = given.get(name)
+    if value is None and own is not None:
+        value = getattr(own, name, None)
+    return getattr(defaults, name, None) if value is None else value
 
 
 # Two settings of one bound, of which transformers takes the first, also where it is the checkpoint's.

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.io.reading import shown
@@ -188,8 +188,8 @@ def expect_passed_on(config: LionConfig, given: Mapping[str, Any], labels: Any) 
             raise TypeError(f"{name}: unexpected argument; expected some of {', '.join((*_FLAGS, *own))}")
         if name in _FLAGS and not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {shown(value)}")
-        if name == "past_key_values" and not isinstance(value, Cache):
-            raise TypeError(f"{name}: expected a Cache of transformers, got {shown(value)}")
+        if name == "past_key_values":
+            expect_cache(config, value)
     if "logits_to_keep" in given:
         if labels is not None:
             raise ValueError("logits_to_keep: expected None with labels, whose positions the logits are of")
@@ -197,6 +197,34 @@ def expect_passed_on(config: LionConfig, given: Mapping[str, Any], labels: Any) 
     if given.get("output_attentions"):
         expect_attention_weights(config)
     return given
+
+
+def expect_cache(config: LionConfig, cache: Any) -> None:
+    """Raise unless `past_key_values` is a cache in which this language model keeps its keys and values apart.
+
+    With a single cache for both attentions, T5 reads the answer's keys where the image's should be, and with a
+    cross-attention cache of fixed length also the keys that are not set: wrong logits without an error.
+
+    Raises:
+        TypeError: `cache` is not a cache of transformers.
+        ValueError: it is of another kind of language model.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values: expected a Cache of transformers, got {shown(cache)}")
+    if not config.is_encoder_decoder:
+        if isinstance(cache, EncoderDecoderCache):
+            raise ValueError(
+                "past_key_values: expected a cache of a decoder-only language model, got an EncoderDecoderCache"
+            )
+    elif not isinstance(cache, EncoderDecoderCache):
+        raise ValueError(
+            f"past_key_values: expected an EncoderDecoderCache for an encoder-decoder, got {type(cache).__name__}"
+        )
+    elif cache.cross_attention_cache.is_compileable:
+        raise ValueError(
+            "past_key_values: expected a cross-attention cache that grows with its input, such as DynamicCache, got "
+            f"{type(cache.cross_attention_cache).__name__}"
+        )
 
 
 def expect_attention_weights(config: LionConfig) -> None:

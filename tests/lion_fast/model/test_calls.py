@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    StaticCache,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from lion_fast import ImageFeatures
@@ -168,6 +175,57 @@ def test_encodings_and_a_cache_continue_an_answer() -> None:
     torch.testing.assert_close(step, whole[:, 2:])
 
 
+def caches(model: Any, *kinds: Any) -> Any:
+    """Make a cache of the kinds of self- and cross-attention, or a single one."""
+    made = [kind(config=model.language_model.config, **LONG if kind is StaticCache else {}) for kind in kinds]
+    return EncoderDecoderCache(*made) if len(made) == 2 else made[0]
+
+
+LONG = {"max_cache_len": 32}
+APART = [DynamicCache, DynamicCache]
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds", "message"),
+    [
+        ("t5", [DynamicCache], "expected an EncoderDecoderCache for an encoder-decoder, got DynamicCache"),
+        ("t5", [StaticCache], "expected an EncoderDecoderCache for an encoder-decoder, got StaticCache"),
+        ("t5", [StaticCache, StaticCache], "expected a cross-attention cache that grows .* got StaticCache"),
+        ("llama", APART, "expected a cache of a decoder-only language model, got an EncoderDecoderCache"),
+    ],
+)
+def test_a_cache_of_another_kind_is_named(family: str, kinds: Any, message: str) -> None:
+    """transformers takes them, and T5 gives other logits without an error."""
+    model, batch = make_model(family), make_batch(labels=True)
+    with pytest.raises(ValueError, match=f"past_key_values: {message}"):
+        model.generate(**without_labels(batch), past_key_values=caches(model, *kinds), **SHORT)
+    if family == "t5":
+        with pytest.raises(ValueError, match=f"past_key_values: {message}"):
+            model(**batch, past_key_values=caches(model, *kinds))
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [("t5", APART), ("t5", [StaticCache, DynamicCache]), ("llama", [DynamicCache]), ("llama", [StaticCache])],
+)
+def test_a_cache_of_ones_own(family: str, kinds: Any) -> None:
+    model, batch = make_model(family), make_batch()
+    cache = caches(model, *kinds)
+    assert torch.equal(model.generate(**batch, **SHORT, past_key_values=cache), model.generate(**batch, **SHORT))
+    with pytest.raises(ValueError, match="past_key_values: expected an empty cache, or one of fewer tokens"):
+        model.generate(**batch, **SHORT, past_key_values=cache)
+
+
+def test_a_returned_cache_continues_the_answer() -> None:
+    model, batch = make_model(), make_batch()
+    search = {"num_beams": 1, "repetition_penalty": 1.0, "suppress_tokens": [1]}
+    begun = model.generate(**batch, **search, max_new_tokens=5, return_dict_in_generate=True)
+    rest = {"past_key_values": begun.past_key_values, "decoder_input_ids": begun.sequences}
+    whole = model.generate(**batch, **search, max_new_tokens=9)
+    assert len(set(whole[0].tolist())) > 3
+    assert torch.equal(model.generate(**batch, **search, **rest, max_new_tokens=4), whole)
+
+
 @pytest.mark.parametrize("returns", [False, None])
 def test_a_tuple_instead_of_an_output(model: Any, returns: bool | None) -> None:
     batch = make_batch(labels=True)
@@ -270,6 +328,15 @@ def test_trainer_obeys_its_generation_length(tmp_path: Any) -> None:
         ({"length_penalty": 10**20}, r"length_penalty: expected a number in -40\.\.40, got 1"),
         ({"prefix_allowed_tokens_fn": lambda sample, ids: None}, "prefix_allowed_tokens_fn: expected a list of ids"),
         ({"prefix_allowed_tokens_fn": lambda sample, ids: [10**6]}, "prefix_allowed_tokens_fn: expected a list of ids"),
+        ({"cache_config": {"backend": "quanto"}}, "cache_config: not supported"),
+        ({"watermarking_config": 3}, "watermarking_config: expected a WatermarkingConfig"),
+        ({"watermarking_config": {"bias": "x"}}, "watermarking_config: expected a WatermarkingConfig"),
+        ({"num_assistant_tokens": 5}, "num_assistant_tokens: not supported"),
+        ({"generation_config": GenerationConfig(assistant_lookbehind=3)}, "assistant_lookbehind: not supported"),
+        ({"encoder_repetition_penalty": 2.0}, "encoder_repetition_penalty: not supported"),
+        ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size: not supported"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens: expected None with more than one sample"),
+        ({"decoder_start_token_id": [3, 4]}, "decoder_start_token_id: expected"),
     ],
 )
 def test_an_argument_of_generate_is_named(model: Any, given: dict[str, Any], message: str) -> None:
