@@ -23,7 +23,7 @@ from lion_fast.io.boxes import draw_boxes, parse_boxes
 from lion_fast.io.checkpoints import naming
 from lion_fast.io.image_sources import flattened
 from lion_fast.io.images import ImageLike, load_each
-from lion_fast.io.processor_files import QFORMER_TOKENIZER, expect_processor_files, load_tokenizer
+from lion_fast.io.processor_files import QFORMER_TOKENIZER, expect_processor_files, expect_replacements, load_tokenizer
 from lion_fast.io.reading import brief, shown
 from lion_fast.io.untrusted import PROCESSOR_FILES, local_folder
 from lion_fast.model.chat import ChatMixin
@@ -228,14 +228,17 @@ class LionProcessor(TokenizingMixin, ChatMixin, ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: directory, or name on the Hub.
-            kwargs: arguments of `ProcessorMixin.from_pretrained`.
+            kwargs: arguments of `ProcessorMixin.from_pretrained`; `max_txt_len`, `size` and other settings replace the
+                saved ones.
 
         Raises:
+            ValueError: a setting among the arguments has the wrong type or range.
             CheckpointError: a file asks for code, is damaged or missing, or has a setting of the wrong type or range;
                 the message names the file or directory.
             OSError: there is no such directory, nor such a name on the Hub.
         """
         folder = local_folder(pretrained_model_name_or_path, PROCESSOR_FILES, kwargs)
+        expect_replacements(kwargs)
         expect_processor_files(folder)
         load_tokenizer(folder)
         load_tokenizer(folder / QFORMER_TOKENIZER)  # transformers would replace it by the other if it cannot be loaded

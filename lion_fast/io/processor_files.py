@@ -1,10 +1,10 @@
 """The files of a saved `LionProcessor`, checked before transformers reads them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BlipImageProcessorPil, PreTrainedTokenizerBase
 
 from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.io.reading import shown
@@ -54,7 +54,7 @@ _PROCESSOR: dict[str, tuple[Callable[[Any], bool], str]] = {
     "is_encoder_decoder": (_is_flag, "true or false"),
     "max_txt_len": (_is_whole(1, _MAX_TOKENS), f"a whole number in 1..{_MAX_TOKENS}"),
     "max_target_len": (_is_whole(1, _MAX_TOKENS), f"a whole number in 1..{_MAX_TOKENS}"),
-    "soft_prompt_token": (lambda value: value is None or isinstance(value, str), "text or null"),
+    "soft_prompt_token": (lambda value: value is None or (isinstance(value, str) and value != ""), "text or null"),
     "image_processor": (lambda value: isinstance(value, dict), "a JSON object"),
 }
 _IMAGE_PROCESSOR: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -62,7 +62,10 @@ _IMAGE_PROCESSOR: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "do_center_crop", "do_pad"),
         (_is_flag, "true or false"),
     ),
-    "size": (_is_side, f"height and width, whole numbers in 1..{_MAX_SIDE}"),
+    **dict.fromkeys(
+        ("size", "crop_size", "pad_size"), (_is_side, f"height and width, whole numbers in 1..{_MAX_SIDE}")
+    ),
+    "data_format": (lambda value: value == "channels_first", "'channels_first'"),
     "image_mean": (_is_per_channel(False), "three numbers"),
     "image_std": (_is_per_channel(True), "three positive numbers"),
     "rescale_factor": (_is_number, "a number"),
@@ -95,9 +98,25 @@ def expect_processor_files(folder: Path) -> None:
         raise CheckpointError(f"{processor}: expected a key 'image_processor', got {shown(sorted(settings))}")
 
 
+def expect_replacements(given: Mapping[str, Any]) -> None:
+    """Check the arguments of `from_pretrained` that replace settings of a saved processor.
+
+    Raises:
+        ValueError: a setting has the wrong type or range.
+    """
+    for name, (accepts, expected) in {**_IMAGE_PROCESSOR, **_PROCESSOR}.items():
+        if name in given and name != "image_processor" and not accepts(given[name]):
+            raise ValueError(f"{name}: expected {expected}, got {shown(given[name])}")
+
+
 def _expect_settings(
     file: Path, prefix: str, settings: dict[str, Any], known: dict[str, tuple[Callable[[Any], bool], str]]
 ) -> None:
+    for key, value in settings.items():
+        if known is _IMAGE_PROCESSOR and callable(getattr(BlipImageProcessorPil, key, None)):
+            raise CheckpointError(
+                f"{file}: {prefix}{key}: expected no setting of this name, which is the class's own, got {shown(value)}"
+            )
     for key, (accepts, expected) in known.items():
         # A setting that is null has its default value.
         if key in settings and not (accepts(settings[key]) or (settings[key] is None and prefix)):

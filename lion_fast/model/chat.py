@@ -16,8 +16,14 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}"""
 
 
-def expect_conversations(conversation: Any) -> bool:
-    """Check a conversation, or several, and return whether it is several."""
+def expect_conversations(conversation: Any, texts_and_images: bool) -> bool:
+    """Check a conversation, or several, and return whether it is several.
+
+    Args:
+        conversation: what a caller passes as one.
+        texts_and_images: whether all content has to be text and images, which LION's template takes; it would drop
+            anything else. Videos and sounds are named by the processor's call.
+    """
     if not isinstance(conversation, list | tuple) or not conversation:
         raise TypeError(f"conversation: expected a list of messages, got {shown(conversation)}")
     several = isinstance(conversation[0], list | tuple)
@@ -36,7 +42,17 @@ def expect_conversations(conversation: Any) -> bool:
                     f"{name}[{number}]: expected a dict of 'role' and 'content', text or a list of dicts with 'type', "
                     f"got {shown(message)}"
                 )
+            if texts_and_images and isinstance(content, list | tuple):
+                _expect_texts_and_images(f"{name}[{number}].content", content)
     return several
+
+
+def _expect_texts_and_images(name: str, content: Sequence[Mapping[str, Any]]) -> None:
+    for place, block in enumerate(content):
+        if block["type"] not in ("text", "image", "image_url", "video", "audio"):
+            raise ValueError(f"{name}[{place}].type: expected 'text' or 'image', got {shown(block['type'])}")
+        if block["type"] == "text" and not isinstance(block.get("text"), str):
+            raise TypeError(f"{name}[{place}]: expected a key 'text' with a string, got {shown(block)}")
 
 
 def with_content(conversations: Sequence[Any]) -> list[Any]:
@@ -80,13 +96,18 @@ class ChatMixin:
             ValueError, TypeError: as for the processor's call; a message is not a dict of role and content, or an
                 encoder-decoder is to continue an answer.
         """
-        several = expect_conversations(conversation)
+        several = expect_conversations(conversation, texts_and_images=(chat_template or self.chat_template) is None)
         conversations = with_content(conversation if several else [conversation])
         last = conversations[0][-1]["role"]
         if self.is_encoder_decoder and (kwargs.get("continue_final_message") or last == "assistant"):
             raise ValueError(
                 "conversation: expected a question last, because an encoder-decoder cannot continue an answer, got "
                 f"a message of role {last!r}"
+            )
+        if kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError(
+                "return_assistant_tokens_mask: expected False, because LION's answers are labels and no part of the "
+                "prompt; pass them as text_target"
             )
         own = {name: kwargs.pop(name) for name in ("tags", "task", "text_target", "allow_urls") if name in kwargs}
         kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **own}

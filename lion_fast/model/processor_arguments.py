@@ -1,10 +1,11 @@
 """What the processor's arguments may be: texts, tags, tasks, and the settings that transformers' processors take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from lion_fast.io.reading import shown
+from lion_fast.model.validation import is_integer
 from lion_fast.tasks import TASKS
 
 Tags = str | Sequence[str] | None
@@ -13,6 +14,8 @@ Tags = str | Sequence[str] | None
 _PADDING = {True: True, "longest": True, "max_length": "max_length", False: False, "do_not_pad": False, None: False}
 _TRUNCATION = {True: True, "longest_first": True, "only_first": True, False: False, "do_not_truncate": False}
 _TEXT = ("padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", "add_special_tokens")
+_SIZES = ("size", "crop_size", "pad_size")
+MAX_SIDE = 4096  # pixels; far above every published model's
 _OTHER_MODALITIES = ("videos", "audio", "videos_kwargs", "audio_kwargs")
 
 
@@ -72,8 +75,10 @@ def sorted_settings(given: Mapping[str, Any], image_names: Sequence[str], return
             raise TypeError(f"{name}: unexpected argument; expected some of {expected}")
         for owner in owners:
             found[owner][name] = value
+    return_tensors = getattr(return_tensors, "value", return_tensors)  # of a TensorType
     if return_tensors is not None and str(return_tensors) not in ("pt", "np"):
         raise ValueError(f"return_tensors: expected 'pt', 'np' or None, got {shown(return_tensors)}")
+    expect_image_settings(found["images_kwargs"])
     text = found["text_kwargs"]
     truncation = text.pop("truncation", None)
     return Settings(
@@ -84,6 +89,30 @@ def sorted_settings(given: Mapping[str, Any], image_names: Sequence[str], return
         images=found["images_kwargs"],
         return_tensors=return_tensors,
     )
+
+
+def expect_image_settings(settings: Mapping[str, Any]) -> None:
+    """Check the settings of the image processor that it would obey at any cost of memory, or ignore.
+
+    Raises:
+        ValueError: a side is not a whole number in 1..`MAX_SIDE`, or the channels are not to be first.
+    """
+    for name in _SIZES:
+        sides = [side for side in _sides(settings.get(name)) if isinstance(side, int | float)]
+        if not all(is_integer(side, 1, MAX_SIDE) for side in sides):
+            raise ValueError(f"{name}: expected sides in 1..{MAX_SIDE} pixels, got {shown(settings[name])}")
+    layout = getattr(settings.get("data_format"), "value", settings.get("data_format"))
+    if layout not in (None, "channels_first"):
+        raise ValueError(f"data_format: expected 'channels_first', as the model takes images, got {shown(layout)}")
+
+
+def _sides(size: Any) -> list[Any]:
+    """Return the numbers in a size, which is a number, several, or a dict or SizeDict of transformers."""
+    if is_dataclass(size) and not isinstance(size, type):
+        size = asdict(size)
+    if isinstance(size, Mapping):
+        return list(size.values())
+    return list(size) if isinstance(size, list | tuple) else [size]
 
 
 def _group(name: str, value: Any) -> Mapping[str, Any]:

@@ -54,13 +54,19 @@ class TokenizingMixin:
         max_length = settings.max_length or self.max_txt_len
         lengths = {"max_length": max_length} if truncation or settings.padding == "max_length" else {}
         prompt = self.tokenizer(
-            prompts, padding=settings.padding, truncation=truncation, **lengths, **settings.tokenizer
+            prompts,
+            padding=settings.padding,
+            truncation=truncation,
+            return_attention_mask=True,  # whatever the tokenizer's settings
+            **lengths,
+            **settings.tokenizer,
         )
         question = self.qformer_tokenizer(
             questions,
             padding=settings.padding,
             truncation=True,
             max_length=min(max_length, self.max_txt_len),
+            return_attention_mask=True,
             pad_to_multiple_of=settings.tokenizer.get("pad_to_multiple_of"),
         )
         return {

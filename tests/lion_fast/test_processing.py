@@ -300,6 +300,9 @@ def test_invalid_settings_are_named(settings, message):
         ({"padding": True, "text_kwargs": {"padding": False}}, ValueError, "padding: expected it once, got it as an"),
         ({"videos": [IMAGE]}, ValueError, "videos: expected none, because LION reads images and text"),
         ({"image_mean": float("nan")}, ValueError, r"images_kwargs: .* \(the pixels are not finite\)"),
+        ({"size": {"height": 10**6, "width": 28}}, ValueError, r"size: expected sides in 1\.\.4096 pixels, got"),
+        ({"images_kwargs": {"crop_size": 10**6}}, ValueError, r"crop_size: expected sides in 1\.\.4096 pixels, got"),
+        ({"data_format": "channels_last"}, ValueError, "data_format: expected 'channels_first'"),
         ({"size": "large"}, ValueError, "images_kwargs: expected settings that BlipImageProcessorPil takes"),
         (
             {"images": [IMAGE] * 2, "text": ["a", "bcd"], "padding": False},
@@ -469,6 +472,12 @@ def test_a_chat_is_the_question_about_its_image(processor):
         ([{"role": "user"}], TypeError, r"conversation\[0\]: expected a dict of 'role' and 'content'"),
         ([{"content": "Why?"}], TypeError, r"conversation\[0\]: expected a dict of 'role' and 'content'"),
         ([{"role": "user", "content": ["Why?"]}], TypeError, "text or a list of dicts with 'type', got"),
+        ([{"role": "user", "content": [{"type": "text"}]}], TypeError, "expected a key 'text' with a string"),
+        (
+            [{"role": "user", "content": [{"type": "table"}, *CHAT[0]["content"]]}],
+            ValueError,
+            r"conversation\[0\]\.content\[0\]\.type: expected 'text' or 'image', got 'table'",
+        ),
         ([*CHAT, {"role": "assistant", "content": "a"}], ValueError, "conversation: expected a question last, because"),
         ([*CHAT, *CHAT], ValueError, r"images\[0\]: expected one image for each of 1 texts, got 2"),
         ([{"role": "user", "content": CHAT[0]["content"][:1]}], ValueError, r"text\[0\]: expected a question"),
@@ -477,6 +486,11 @@ def test_a_chat_is_the_question_about_its_image(processor):
 def test_a_chat_that_is_none_is_named(processor, chat, error, message):
     with pytest.raises(error, match=message):
         processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+
+
+def test_a_chat_has_no_mask_of_answers(processor):
+    with pytest.raises(ValueError, match="return_assistant_tokens_mask: expected False"):
+        processor.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
 
 
 def test_the_processor_parses_and_draws_boxes(processor):
@@ -529,6 +543,20 @@ def test_settings_are_saved_and_loaded(tmp_path):
     calls = [p([IMAGE] * 2, ["Why?", QUESTION], tags=["a", "b"], text_target=["c", "d"]) for p in (saved, loaded)]
     assert all(torch.equal(calls[0][name], calls[1][name]) for name in calls[0])
     assert calls[0].input_ids.shape == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_txt_len": "9"}, "max_txt_len: expected a whole number in 1..1048576, got '9'"),
+        ({"is_encoder_decoder": "no"}, "is_encoder_decoder: expected true or false, got 'no'"),
+        ({"size": {"height": 10**6, "width": 28}}, "size: expected height and width, whole numbers in 1..4096, got"),
+    ],
+)
+def test_settings_that_replace_the_saved_ones_are_checked(processor, tmp_path, settings, message):
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LionProcessor.from_pretrained(tmp_path, **settings)
 
 
 def test_the_configuration_is_json(processor):
