@@ -9,6 +9,7 @@ from lion_fast.tasks import TASKS
 
 VISUAL_INPUTS = ("ALL", "QFORMER", "AGGREGATOR")
 KERNEL_BACKENDS = ("auto", "triton", "torch")
+TEXT_MODELS = ("t5", "llama", "qwen2", "qwen3")
 
 
 class LionVisionConfig(CheckedSettings, PreTrainedConfig):
@@ -86,7 +87,7 @@ class LionConfig(CheckedSettings, PreTrainedConfig):
             `"triton"` for CUDA tensors and `"torch"` for others. An explicit `attn_implementation` takes precedence.
 
     Raises:
-        ValueError: `visual_input` or `kernel_backend` is unknown, or the widths of the parts do not match.
+        ValueError: a setting has the wrong type or range, or does not fit another; see `expect_valid`.
     """
 
     model_type = "lion"
@@ -113,8 +114,7 @@ class LionConfig(CheckedSettings, PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        expect_settings("", {**vars(self), **kwargs})
-        _expect_one_of("visual_input", self.visual_input, VISUAL_INPUTS)
+        expect_settings("", {**vars(self), **kwargs}, type(self))
         self.vision_config = _part("vision_config", self.vision_config, LionVisionConfig)
         self.qformer_config = _part("qformer_config", self.qformer_config, InstructBlipQFormerConfig)
         self.aggregator_config = _part("aggregator_config", self.aggregator_config, LionAggregatorConfig)
@@ -125,7 +125,7 @@ class LionConfig(CheckedSettings, PreTrainedConfig):
         self.is_encoder_decoder = self.text_config.is_encoder_decoder
         self.pad_token_id = getattr(self.text_config, "pad_token_id", None)
         self.eos_token_id = getattr(self.text_config, "eos_token_id", None)
-        self._check_parts()
+        self.expect_valid()
         self.share_settings()
         super().__post_init__(**kwargs)
 
@@ -153,7 +153,6 @@ class LionConfig(CheckedSettings, PreTrainedConfig):
 
     def share_settings(self) -> None:
         """Copy the adapters' and kernels' settings into the parts' configurations, where their layers read them."""
-        _expect_one_of("kernel_backend", self.kernel_backend, KERNEL_BACKENDS)
         self.text_config.num_adapters = self.num_adapters
         self.text_config.adapter_rank = self.adapter_rank
         self.text_config.num_tasks = len(TASKS)
@@ -163,8 +162,34 @@ class LionConfig(CheckedSettings, PreTrainedConfig):
                 self, part
             ).return_dict = True  # LION reads the parts' outputs by name; its own setting is for users
 
-    def _check_parts(self) -> None:
-        vision, aggregator = self.vision_config, self.aggregator_config
+    def expect_valid(self) -> None:
+        """Check all settings, also those that were changed after the configuration was made.
+
+        Raises:
+            ValueError: a setting is unknown, out of its range, or does not fit another.
+        """
+        super().expect_valid()
+        _expect_one_of("visual_input", self.visual_input, VISUAL_INPUTS)
+        _expect_one_of("kernel_backend", self.kernel_backend, KERNEL_BACKENDS)
+        self._check_own()
+        self._check_text(self.text_config)
+        self._check_parts()
+
+    def _check_text(self, text: PreTrainedConfig) -> None:
+        _expect_one_of("text_config.model_type", text.model_type, TEXT_MODELS)
+        if self.is_encoder_decoder != text.is_encoder_decoder:
+            raise ValueError(
+                f"is_encoder_decoder: expected {text.is_encoder_decoder} for text_config.model_type "
+                f"{text.model_type!r}, got {self.is_encoder_decoder!r}"
+            )
+        for name in ("pad_token_id", "decoder_start_token_id"):
+            token = getattr(text, name, None)
+            if token is not None and token >= text.vocab_size:
+                raise ValueError(
+                    f"text_config.{name}: expected an id below {text.vocab_size} (text_config.vocab_size), got {token}"
+                )
+
+    def _check_own(self) -> None:
         if self.num_adapters not in (1, len(TASKS)):
             raise ValueError(f"num_adapters: expected 1 or {len(TASKS)}, got {self.num_adapters}")
         if self.adapter_rank < 1:
@@ -173,13 +198,23 @@ class LionConfig(CheckedSettings, PreTrainedConfig):
             raise ValueError(f"num_query_tokens: expected 1 or more, got {self.num_query_tokens}")
         if self.soft_prompt_token_id is not None and self.soft_prompt_token_id < 0:
             raise ValueError(f"soft_prompt_token_id: expected 0 or more, or None, got {self.soft_prompt_token_id}")
+
+    def _check_parts(self) -> None:
+        vision, aggregator, qformer = self.vision_config, self.aggregator_config, self.qformer_config
         has_aggregator = self.visual_input != "QFORMER"
         if has_aggregator and aggregator.hidden_size != vision.hidden_size:
             raise ValueError(
                 f"aggregator_config.hidden_size: expected {vision.hidden_size} (vision_config.hidden_size), "
                 f"got {aggregator.hidden_size}"
             )
+        has_qformer = self.visual_input != "AGGREGATOR"
+        if has_qformer and (qformer.pad_token_id or 0) >= qformer.vocab_size:
+            raise ValueError(
+                f"qformer_config.pad_token_id: expected an id below {qformer.vocab_size} (qformer_config.vocab_size), "
+                f"got {qformer.pad_token_id}"
+            )
         attending = {"vision_config": vision} | ({"aggregator_config": aggregator} if has_aggregator else {})
+        attending |= {"qformer_config": qformer} if has_qformer else {}
         for name, part in attending.items():
             if part.hidden_size % part.num_attention_heads:
                 raise ValueError(

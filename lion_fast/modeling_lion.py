@@ -109,7 +109,8 @@ class LionForCausalLM(InputAssemblyMixin, TargetsMixin, AttendingModel, LionGene
     ]
 
     def __init__(self, config: LionConfig):
-        config.share_settings()  # again: `from_pretrained(kernel_backend=...)` sets it on an existing configuration
+        config.expect_valid()  # settings may have been changed since, as by `from_pretrained(kernel_backend=...)`
+        config.share_settings()
         if config.kernel_backend != "torch":
             prefer_kernel_attention(config)
         super().__init__(config)

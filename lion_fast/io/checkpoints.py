@@ -61,19 +61,41 @@ def scan(path: str | Path, variant: str | None = None) -> dict[str, TensorInfo]:
             unpickled.
     """
     infos: dict[str, TensorInfo] = {}
-    for file in _files(Path(path), variant):
+    files, indexed = _files(Path(path), variant)
+    for file in files:
         found = _scan_file(file)  # a separate function, which frees one file's tensors before the next file
         if twice := sorted(infos.keys() & found):
             raise CheckpointError(
                 f"{file}: expected tensors of its own, got {twice[0]}, which {infos[twice[0]].file} has"
             )
         infos |= found
+    for name, shard in indexed.items():
+        if name not in infos or infos[name].file.name != shard:
+            raise CheckpointError(f"{path}: expected {name} in {shard}, as the index of shards says, found none there")
     return infos
 
 
 def _scan_file(file: Path) -> dict[str, TensorInfo]:
     with open_tensors(file) as tensors:
+        if file.suffix == ".safetensors":
+            _expect_names_once(file)
         return {name: TensorInfo(file, name, tuple(value.shape), value.dtype) for name, value in tensors.items()}
+
+
+def _expect_names_once(file: Path) -> None:
+    """Refuse a header, which safetensors has read, that describes a tensor twice: it takes the last description."""
+
+    def names_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{file}: expected each name once in the header, got {twice!r} twice")
+        return found
+
+    with file.open("rb") as handle:
+        header = handle.read(int.from_bytes(handle.read(8), "little"))
+    json.loads(header, object_pairs_hook=names_once)
 
 
 @contextmanager
@@ -122,6 +144,9 @@ def _load_torch(file: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             raise CheckpointError(f"{file}: {name}: expected a plain dense tensor, got one that is sparse or quantized")
+        # One value, expanded to any shape, would confirm any size in `config.json` and take memory once it is copied.
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{file}: {name}: expected a value for each place of {list(value.shape)}, got fewer")
     return tensors
 
 
@@ -150,9 +175,10 @@ def has_weights(directory: Path) -> bool:
     return any((directory / name).exists() for name in (*_SINGLE, SAFE_INDEX, TORCH_INDEX))
 
 
-def _files(path: Path, variant: str | None = None) -> list[Path]:
+def _files(path: Path, variant: str | None = None) -> tuple[list[Path], dict[str, str]]:
+    """Return the files of a checkpoint, and for each tensor of an index of shards the file that it names."""
     if path.is_file():
-        return [path]
+        return [path], {}
     if not path.is_dir():
         got = "a pipe, socket or device" if path.exists() else "no such file or directory"
         raise CheckpointError(f"{path}: {got}")
@@ -160,20 +186,24 @@ def _files(path: Path, variant: str | None = None) -> list[Path]:
         if variant is not None:
             single, index = (f".{variant}.".join(name.rsplit(".", 1)) for name in (single, index))
         if (path / single).is_file():  # transformers prefers it to an index too
-            return [path / single]
+            return [path / single], {}
         if (path / index).is_file():
             return _indexed_files(path / index)
     raise CheckpointError(f"{path}: found neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
     with naming(index, "a readable index of shards"):
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [index.parent / name for name in names]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        indexed = dict(content["weight_map"])
+        files = [index.parent / name for name in sorted(set(indexed.values()))]
+        if not isinstance(content.get("metadata", {}), dict):
+            got = type(content["metadata"]).__name__
+            raise CheckpointError(f"{index}: metadata: expected a JSON object, got {got}")
     for file in files:
         if file.parent != index.parent or not file.is_file():
             raise CheckpointError(f"{index}: names the shard {file.name!r}, which is not in {index.parent}")
-    return files
+    return files, indexed
 
 
 def write_sharded(tensors: Mapping[str, TensorInfo], directory: Path, max_shard_bytes: int) -> list[Path]:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.io.reading import shown
@@ -84,6 +85,7 @@ RANGES: dict[str, Range] = {
             "dropout_rate",
             "classifier_dropout",
             "drop_path_rate",
+            "partial_rotary_factor",
         ),
         _SHARE,
     ),
@@ -96,6 +98,7 @@ RANGES: dict[str, Range] = {
             "initializer_factor",
             "rope_theta",
             "mlp_ratio",
+            "factor",
         ),
         _POSITIVE,
     ),
@@ -121,6 +124,7 @@ _IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"
 _TEXTS = ("feed_forward_proj", "soft_prompt_token", "model_type")
 _OF_CLASSES = ("attribute_map", "extra_files", "sub_configs", "sub_configs_defaults")
 _NESTED = ("rope_parameters", "rope_scaling")
+_UNSUPPORTED = ("per_layer_config", "fusion_config")  # with which transformers makes or replaces layers
 _MAX_LIST = 4096
 # Settings that hold a list of numbers.
 _LISTS: dict[str, Range] = {
@@ -132,12 +136,15 @@ _LISTS: dict[str, Range] = {
 _MAY_BE_NONE = ("num_adapters", "classifier_dropout", "num_key_value_heads", "head_dim", "num_decoder_layers", *_IDS)
 
 
-def expect_settings(prefix: str, settings: Mapping[str, Any] | PreTrainedConfig) -> None:
+def expect_settings(
+    prefix: str, settings: Mapping[str, Any] | PreTrainedConfig, owner: type[PreTrainedConfig] = PreTrainedConfig
+) -> None:
     """Check the settings of one part of a configuration whose type or range is known, before anything uses them.
 
     Args:
         prefix: of the keys in errors, such as `"text_config."`.
         settings: from a file, by their names, or a configuration.
+        owner: class of the configuration, whose methods and constants a file cannot set.
 
     Raises:
         ValueError: a setting has the wrong type, is out of its range or hides a method.
@@ -146,7 +153,7 @@ def expect_settings(prefix: str, settings: Mapping[str, Any] | PreTrainedConfig)
     given = settings if from_file else vars(settings)
     for key, value in given.items():
         expected = _expected(key, value)
-        if from_file and (key in _OF_CLASSES or callable(getattr(PreTrainedConfig, str(key), None))):
+        if from_file and (key in _OF_CLASSES or _is_fixed(getattr(owner, str(key), None))):
             expected = "no setting of this name, which is the configuration class's own"
         if expected is not None:
             raise ValueError(f"{prefix}{key}: expected {expected}, got {shown(value)}")
@@ -154,8 +161,15 @@ def expect_settings(prefix: str, settings: Mapping[str, Any] | PreTrainedConfig)
             expect_settings(f"{prefix}{key}.", value)
 
 
+def _is_fixed(attribute: Any) -> bool:
+    """Return whether a class's attribute is a method, or a property that cannot be set."""
+    return callable(attribute) or (isinstance(attribute, property) and attribute.fset is None)
+
+
 def _expected(key: str, value: Any) -> str | None:
     """Return what a setting should be instead of `value`, or None if it is right or not known here."""
+    if key in _UNSUPPORTED and value is not None:
+        return "none, because LION's layers do not support it"
     if value is None:
         required = (key in RANGES or key in _LISTS) and key not in _MAY_BE_NONE
         return "a number" if required else None
@@ -170,6 +184,12 @@ def _expected(key: str, value: Any) -> str | None:
         return None if all(map(_ID.accepts, ids)) else "a token's id"
     if key in _FLAGS:
         return None if isinstance(value, bool) else "true or false"
+    if key == "rope_type":
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        return None if value in known else f"one of {', '.join(known)}"
+    if key == "id2label":
+        labels = value.keys() if isinstance(value, Mapping) else [None]
+        return None if all(str(label).isdecimal() for label in labels) else "an object with whole numbers as keys"
     if key in _TEXTS:
         return None if isinstance(value, str) else "text"
     if key in _ACTIVATIONS:
@@ -182,6 +202,20 @@ class CheckedSettings:
 
     `trust_remote_code` has no effect: a configuration that asks for code is refused.
     """
+
+    def expect_valid(self: Any) -> None:
+        """Check the types and ranges of all settings, also of those that were changed later.
+
+        Raises:
+            ValueError: a setting is out of its range, or has the wrong type.
+        """
+        expect_settings("", self)
+        for name, part_class in self.sub_configs.items():
+            part = getattr(self, name)
+            expected = PreTrainedConfig if part_class is AutoConfig else part_class
+            if not isinstance(part, expected):
+                raise ValueError(f"{name}: expected a {expected.__name__}, got {shown(part)}")
+            expect_settings(f"{name}.", part)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:

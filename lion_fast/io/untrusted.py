@@ -64,6 +64,7 @@ _CLASSES = ("image_processor_type", "feature_extractor_type", "video_processor_t
 # Quantizers that run on an installed package alone; others download kernels.
 _QUANTIZERS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "hqq", "quanto", "torchao")
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # models compute in no other
 _OWN_TYPES = ("lion", "lion_ram")  # transformers knows them once their classes are imported
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -264,10 +265,8 @@ def _is_plain_name(value: Any) -> bool:
 def _is_dtype(value: Any) -> bool:
     if isinstance(value, dict):  # one per part
         return all(item is None or _is_dtype(item) for item in value.values())
-    if isinstance(value, torch.dtype):
-        return value.is_floating_point
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
-    return value == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    return value == "auto" or dtype in _DTYPES
 
 
 def _is_tokenizer(name: Any) -> bool:

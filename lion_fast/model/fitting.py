@@ -55,7 +55,9 @@ class Weights:
         if self.quantized and quantizable and (info is None or not info.dtype.is_floating_point):
             return None
         if info is None:
-            raise CheckpointError(f"lacks the tensor {name}")
+            prefixed = next((other for other in self.tensors if other.endswith(f".{name}")), None)
+            hint = "" if prefixed is None else f", but has {prefixed}: save the model without what wraps it"
+            raise CheckpointError(f"lacks the tensor {name}{hint}")
         if not -len(info.shape) <= dim < len(info.shape):
             least = dim + 1 if dim >= 0 else -dim
             raise CheckpointError(f"{name}: expected {least} dimensions or more, got {list(info.shape)}")
@@ -128,10 +130,10 @@ def lion_sizes(config: LionConfig, weights: Weights) -> Iterator[Size]:
 
 def _vision(vision: Any, weights: Weights) -> Iterator[Size]:
     patches = "vision_model.patch_embed.proj.weight"
+    yield Size("vision_config.hidden_size", vision.hidden_size, weights.dim("vision_model.cls_token", -1))
     yield Size(
         "vision_config.num_hidden_layers", vision.num_hidden_layers, weights.count(r"vision_model\.blocks\.(\d+)\.")
     )
-    yield Size("vision_config.hidden_size", vision.hidden_size, weights.dim("vision_model.cls_token", -1))
     yield Size("vision_config.num_channels", vision.num_channels, weights.dim(patches, 1))
     yield Size("vision_config.patch_size", vision.patch_size, weights.dim(patches, -1))
     tokens = weights.dim("vision_model.pos_embed", 1)

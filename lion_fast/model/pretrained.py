@@ -1,6 +1,7 @@
 """Loading of our models from untrusted checkpoints: looked through, compared with their weights, and then complete."""
 
 import copy
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedConfig
 
-from lion_fast.io.checkpoints import CheckpointError, scan
-from lion_fast.io.reading import brief
-from lion_fast.io.untrusted import expect_data_only
+from lion_fast.io.checkpoints import CheckpointError, naming, scan
+from lion_fast.io.reading import brief, shown
+from lion_fast.io.untrusted import expect_data_only, read_json
 from lion_fast.model.fitting import Size, Weights, expect_fitting
 
 # Settings of a model that decide which weights it has. A caller who replaces one asks for another model, whose further
@@ -55,7 +57,8 @@ def load_pretrained(
         expect_fitting(config, tensors, folder, sizes, replaced)
     with_info = options.pop("output_loading_info", False)
     name = str(options.pop("name_or_path", folder))
-    with _naming_unless_of_this_machine(folder):
+    _expect_generation_settings(folder / "generation_config.json")
+    with _naming_unless_of_this_machine(folder, options):
         model, info = load(
             folder,
             *args,
@@ -75,15 +78,40 @@ def load_pretrained(
 
 
 def _wanted(saved: Any, options: Mapping[str, Any]) -> Any:
-    """Return the configuration that transformers will use, with the settings among the caller's arguments."""
+    """Return the configuration that transformers will use, with the settings among the caller's arguments.
+
+    Raises:
+        TypeError: `config` is neither a configuration of this class nor where one is.
+        ValueError: a setting among the arguments has a value that the model does not take.
+    """
     given = options.get("config")
     if given is not None and not isinstance(given, type(saved)):
+        if not isinstance(given, str | os.PathLike):
+            raise TypeError(f"config: expected a {type(saved).__name__} or the path of one, got {shown(given)}")
         given = type(saved).from_pretrained(given)
     config = copy.deepcopy(saved if given is None else given)
     for name, value in options.items():
         if name in vars(config):
+            part = getattr(config, name)
+            if isinstance(part, PreTrainedConfig) and isinstance(value, dict):
+                value = type(part)(**{**part.to_dict(), **value})  # as transformers does
             setattr(config, name, value)
+    config.expect_valid()
     return config
+
+
+def _expect_generation_settings(file: Path) -> None:
+    if not file.is_file():
+        return
+    settings = read_json(file)
+    for key, value in settings.items():
+        if callable(getattr(GenerationConfig, key, None)):
+            raise CheckpointError(
+                f"{file}: {key}: expected no setting of this name, which is the configuration class's own, "
+                f"got {shown(value)}"
+            )
+    with naming(file, "a configuration of generation that can be used"):
+        GenerationConfig.from_dict(settings)
 
 
 def _expect_no_distributed_shards(folder: Path) -> None:
@@ -93,11 +121,16 @@ def _expect_no_distributed_shards(folder: Path) -> None:
 
 
 @contextmanager
-def _naming_unless_of_this_machine(folder: Path) -> Iterator[None]:
-    """Name the folder for any error but those of memory and of packages that are not installed."""
+def _naming_unless_of_this_machine(folder: Path, options: Mapping[str, Any]) -> Iterator[None]:
+    """Name folder and arguments for any error but those of memory and of packages that are not installed."""
     try:
         yield
     except (ImportError, MemoryError, torch.OutOfMemoryError, CheckpointError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{folder}: not a checkpoint that can be loaded ({brief(error)})") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if isinstance(error, TypeError) and unknown is not None and unknown[1] in options:
+            raise TypeError(f"{unknown[1]}: unexpected argument of from_pretrained") from error
+        given = ", ".join(f"{name}={shown(value)}" for name, value in options.items() if value is not None)
+        means = f" with {given}" if given else ""
+        raise CheckpointError(f"{folder}: not a checkpoint that can be loaded{means} ({brief(error)})") from error

@@ -3,6 +3,9 @@
 from typing import Any
 
 from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lion_fast.io.reading import brief, shown
 
 KEPT_MODULES = (
     "qformer",
@@ -26,9 +29,23 @@ def keep_trained_modules(quantization_config: Any) -> Any:
 
     Args:
         quantization_config: configuration of transformers or its dict, as for `from_pretrained`.
+
+    Raises:
+        ValueError: it is neither.
     """
     if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+        try:
+            quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                "quantization_config: expected the settings of a quantizer of transformers, got "
+                f"{shown(quantization_config)} ({brief(error)})"
+            ) from error
+    if not isinstance(quantization_config, QuantizationConfigMixin):
+        raise ValueError(
+            "quantization_config: expected a configuration of transformers or its dict, got "
+            f"{shown(quantization_config)}"
+        )
     for setting in _SETTINGS:
         if hasattr(quantization_config, setting) and getattr(quantization_config, setting) is None:
             setattr(quantization_config, setting, list(KEPT_MODULES))

@@ -43,12 +43,22 @@ class RamConfig(CheckedSettings, PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        expect_settings("", {**vars(self), **kwargs})
+        expect_settings("", {**vars(self), **kwargs}, type(self))
         vision = SWIN_LARGE_384 if self.vision_config is None else self.vision_config
         if not isinstance(vision, dict | SwinConfig):
             raise ValueError(f"vision_config: expected a dict or SwinConfig, got {type(vision).__name__}")
         expect_settings("vision_config.", vision)
         self.vision_config = SwinConfig(**vision) if isinstance(vision, dict) else vision
+        self.expect_valid()
+        super().__post_init__(**kwargs)
+
+    def expect_valid(self) -> None:
+        """Check all settings, also those that were changed after the configuration was made.
+
+        Raises:
+            ValueError: a setting is out of its range, or does not fit another.
+        """
+        super().expect_valid()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, "
@@ -61,7 +71,6 @@ class RamConfig(CheckedSettings, PreTrainedConfig):
                 f"vision_config.image_size: expected at least {smallest}, so that a window of {vision.window_size} "
                 f"fits the last feature map, got {vision.image_size}"
             )
-        super().__post_init__(**kwargs)
 
 
 SWIN_LARGE_384 = {

@@ -176,6 +176,7 @@ def test_truncated_files_are_named(tmp_path: Path, state: dict[str, torch.Tensor
         ({"state_dict": {"a": torch.zeros(1)}}, "found none under the keys .'state_dict'"),
         ({0: torch.zeros(1)}, "found none under the keys .0"),
         ({"a": torch.zeros(3).to_sparse()}, "a: expected a plain dense tensor"),
+        ({"a": torch.zeros(1).expand(10**12)}, r"a: expected a value for each place of \[1000000000000\], got fewer"),
         ({"a": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)}, "a: expected a plain dense tensor"),
     ],
 )
@@ -183,6 +184,17 @@ def test_unsupported_content_is_named(tmp_path: Path, content: object, message: 
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=message):
         scan(tmp_path / "other.pth")
+
+
+def test_a_name_twice_in_a_header_is_refused(tmp_path: Path) -> None:
+    """The library takes the last of them."""
+    entry = b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    header = b"{" + entry + b", " + entry + b"}"
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: expected each name once in the header, got 'a' twice"
+    ):
+        scan(tmp_path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -206,6 +218,23 @@ def test_an_index_must_stay_in_its_directory(tmp_path: Path, state: dict[str, to
 def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / SAFE_INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="not a readable index"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}},
+            "expected b in one.safetensors, as the index",
+        ),
+        ({"weight_map": {"a": "one.safetensors"}, "metadata": [1]}, "metadata: expected a JSON object, got list"),
+    ],
+)
+def test_an_index_has_to_fit_its_shards(tmp_path: Path, changed: dict, message: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "one.safetensors")
+    (tmp_path / SAFE_INDEX).write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=message):
         scan(tmp_path)
 
 

@@ -103,6 +103,7 @@ def test_ordinary_settings_are_accepted(lion: Path) -> None:
     [
         ("config.json", {"model_type": "t5"}, "model_type: expected 'lion', got 't5'"),
         ("config.json", {"dtype": "load"}, "dtype: expected the name of a floating-point dtype, got 'load'"),
+        ("config.json", {"dtype": "float8_e4m3fn"}, "dtype: expected the name of a floating-point dtype"),
         ("config.json", {"text_config": {"auto_map": {}}}, r"text_config\.auto_map: expected none"),
         ("config.json", {"quantization_config": []}, "quantization_config: expected a JSON object"),
         ("config.json", {"to_dict": 1}, "to_dict: expected no setting of this name"),
@@ -113,6 +114,14 @@ def test_ordinary_settings_are_accepted(lion: Path) -> None:
             {"image_processor": {"size": {"height": 10**9, "width": 1}}},
             "size: expected height",
         ),
+        (
+            "processor_config.json",
+            {"image_processor": {"do_pad": True, "pad_size": {"height": 10**9, "width": 1}}},
+            "pad_size: expected height",
+        ),
+        ("processor_config.json", {"image_processor": {"crop_size": 10**9}}, "crop_size: expected height"),
+        ("processor_config.json", {"image_processor": {"preprocess": 1}}, "preprocess: expected no setting of this"),
+        ("processor_config.json", {"soft_prompt_token": ""}, "soft_prompt_token: expected text or null"),
         ("processor_config.json", {"image_processor": {"image_std": [1, 0, 1]}}, "image_std: expected three positive"),
         ("processor_config.json", {"image_processor": {"image_processor_type": "CLIPImageProcessor"}}, "one of Blip"),
         ("tokenizer_config.json", {"tokenizer_class": "pipeline"}, "tokenizer_class: expected the name of a tokenizer"),

@@ -110,14 +110,102 @@ def test_the_message_has_both_numbers(copy) -> None:
         ("text_config", "tie_word_embeddings", "yes", "true or false"),
         ("text_config", "from_dict", {}, "no setting of this name"),
         ("text_config", "model_type", "evil", "a model type of transformers"),
+        ("text_config", "model_type", "gpt2", "one of 't5', 'llama', 'qwen2', 'qwen3'"),
+        ("text_config", "model_type", "lion", "one of 't5', 'llama', 'qwen2', 'qwen3'"),
+        ("text_config", "pad_token_id", 64, r"an id below 64 \(text_config.vocab_size\)"),
+        ("text_config", "per_layer_config", {"0": {"d_ff": 10**9}}, "none, because"),
+        ("text_config", "id2label", {"a": "b"}, "an object with whole numbers as keys"),
+        ("text_config", "rope_parameters", {"rope_type": "evil"}, "one of default, "),
+        ("qformer_config", "num_attention_heads", 3, "a divisor of hidden_size 16"),
+        ("qformer_config", "pad_token_id", 64, r"an id below 64 \(qformer_config.vocab_size\)"),
         ("vision_config", "model_type", "clip", "'lion_vision'"),
     ],
 )
 def test_types_and_ranges_of_a_new_configuration(part: str, key: str, value: object, expected: str) -> None:
     settings = make_config("t5").to_dict()
     settings[part][key] = value
-    with pytest.raises(ValueError, match=rf"{part}\.{key}: expected {expected}.*, got"):
+    with pytest.raises(ValueError, match=rf"{part}\.{key}[a-z_.]*: expected {expected}.*, got"):
         LionConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("share_settings", 1, "no setting of this name"),
+        ("has_router", True, "no setting of this name"),
+        ("fusion_config", {"patch_embeddings": True}, "none, because"),
+    ],
+)
+def test_a_new_configuration_sets_no_method_and_no_other_layers(key: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: expected {expected}.*, got"):
+        LionConfig(**make_config("t5").to_dict(), **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"visual_input": "BOTH"}, "visual_input: expected one of 'ALL', 'QFORMER', 'AGGREGATOR', got 'BOTH'"),
+        ({"num_adapters": 7}, "num_adapters: expected 1 or 2, got 7"),
+        ({"num_adapters": "2"}, "num_adapters: expected a whole number, got '2'"),
+        ({"kernel_backend": "cuda"}, "kernel_backend: expected one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ({"soft_prompt_token_id": "x"}, "soft_prompt_token_id: expected a token's id, got 'x'"),
+        ({"is_encoder_decoder": False}, "is_encoder_decoder: expected True for text_config.model_type 't5', got False"),
+        ({"text_config": 3}, "text_config: expected a PreTrainedConfig, got 3"),
+        ({"vision_config": None}, "vision_config: expected a LionVisionConfig, got None"),
+        ({"text_config": {"vocab_size": 70}}, "text_config.vocab_size: expected 64, as in the weights, got 70"),
+        ({"config": {}}, "config: expected a LionConfig or the path of one, got {}"),
+        (
+            {"quantization_config": 3},
+            "quantization_config: expected a configuration of transformers or its dict",
+        ),
+        ({"quantization_config": {"quant_method": "x"}}, "quantization_config: expected the settings of a quantizer"),
+        ({"dtype": "int8"}, "with dtype='int8' "),
+        ({"device_map": "nowhere"}, "with device_map='nowhere' "),
+        ({"hidden_size": 70}, "hidden_size: unexpected argument of from_pretrained"),
+    ],
+)
+def test_an_argument_of_loading_is_named(copy, settings: dict[str, Any], message: str) -> None:
+    folder = copy("t5")
+    with pytest.raises((ValueError, TypeError), match=message):
+        LionForCausalLM.from_pretrained(folder, **settings)
+
+
+def test_settings_of_a_part_may_be_replaced(copy) -> None:
+    folder = copy("t5")
+    model = LionForCausalLM.from_pretrained(folder, text_config={"dropout_rate": 0.5})
+    assert model.config.text_config.dropout_rate == 0.5
+    assert model.config.text_config.d_model == 32
+
+
+def test_a_changed_configuration_is_checked_again() -> None:
+    config = make_config("t5")
+    config.num_adapters = 7
+    with pytest.raises(ValueError, match="num_adapters: expected 1 or 2, got 7"):
+        LionForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": -1}, "not a configuration of generation that can be used"),
+        ({"validate": 1}, "validate: expected no setting of this name"),
+    ],
+)
+def test_settings_of_generation_are_named(copy, settings: dict[str, Any], message: str) -> None:
+    folder = copy("t5")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(CheckpointError, match=f"{file}: {message}"):
+        LionForCausalLM.from_pretrained(folder)
+
+
+def test_weights_of_a_wrapped_model_are_named(copy) -> None:
+    """As `DistributedDataParallel` and PEFT name them."""
+    folder = copy("t5")
+    tensors = {f"module.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks the tensor (\S+), but has module\.\1: save the model without"):
+        LionForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("change_of", ["missing", "dtype", "another visual input", "one adapter", "no heads"])
