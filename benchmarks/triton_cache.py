@@ -71,12 +71,15 @@ def make(out: Path, what: What, processes: int) -> None:
         RuntimeError: a process has failed.
         OSError: `out` cannot be written.
     """
+    from lion_fast.io.atomic import whole_file  # here, because unpacking needs Triton alone
+
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         counts = record(Path(folder), what, processes)
         seconds = time.perf_counter() - start
         manifest = {"fingerprint": fingerprint(), "what": asdict(what), **counts}
-        files = pack(Path(folder), out, manifest)
+        with whole_file(out) as unfinished:
+            files = pack(Path(folder), unfinished, manifest)
     size = out.stat().st_size / 2**20
     print(f"{out}: {size:.1f} MiB, {files} files; {describe(counts)}, in {seconds:.0f} s; fingerprint {fingerprint()}")
 

@@ -20,7 +20,7 @@ from transformers.processing_utils import ProcessingKwargs
 
 from lion_fast.configuration_lion import LionConfig
 from lion_fast.io.boxes import draw_boxes, parse_boxes
-from lion_fast.io.checkpoints import naming
+from lion_fast.io.checkpoints import CheckpointError, naming
 from lion_fast.io.image_sources import flattened
 from lion_fast.io.images import ImageLike, load_each
 from lion_fast.io.processor_files import QFORMER_TOKENIZER, expect_processor_files, expect_replacements, load_tokenizer
@@ -315,6 +315,8 @@ def build_processor(
         if not Path(path).is_dir():
             raise NotADirectoryError(f"{name}: expected a directory with a tokenizer, got {path}")
     tokenizer = load_tokenizer(Path(llm_dir))
+    if tokenizer.eos_token is None:
+        raise CheckpointError(f"{llm_dir}: expected a tokenizer with an EOS token to end the answers, got one without")
     if soft_prompt_token is not None and token_id(tokenizer, soft_prompt_token) is None:
         tokenizer.add_tokens([AddedToken(soft_prompt_token, normalized=False, special=True)], special_tokens=True)
     qformer_tokenizer = load_tokenizer(Path(bert_dir))

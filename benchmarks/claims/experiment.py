@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,9 +15,10 @@ import torch
 
 from benchmarks.claims.arms import ARMS, BLUR, IMAGE_KINDS, TRAINED_WRONG, WRONG_RATES, Arm, accuracy_name, noisy_tags
 from benchmarks.claims.reading import teach_tags, with_tag_sentence
-from benchmarks.claims.report import MAX_SEEDS, write_report
+from benchmarks.claims.report import MAX_SEEDS, REPORT_FILES, write_report
 from lion_fast.extras import require
 from lion_fast.io.atomic import whole_directory, write_json
+from lion_fast.io.reading import read_content
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
@@ -87,6 +89,32 @@ def run(
     return report
 
 
+def _expect_unused(output_dir: Path) -> None:
+    """Check that a directory without the record of an experiment has none of its other files.
+
+    Raises:
+        ValueError: it has one.
+    """
+    for name in ("arms", "checkpoints", *REPORT_FILES):
+        if os.path.lexists(output_dir / name):
+            raise ValueError(
+                f"output_dir: expected a directory without {name}, or with the identity.json of an experiment, got "
+                f"{output_dir}"
+            )
+
+
+def _read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: it is none; the message names the file.
+    """
+    try:
+        return json.loads(read_content(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON ({error})") from error
+
+
 class Experiment:
     """The stand-ins, the scenes with their features, and the arms' results.
 
@@ -94,7 +122,8 @@ class Experiment:
         output_dir, frozen_from, settings: see `run`.
 
     Raises:
-        ValueError: `output_dir` holds results of other settings or stand-ins.
+        ValueError: `output_dir` holds results of other settings or stand-ins, or files of the same names that no
+            experiment wrote.
         FileNotFoundError: there is no checkpoint.
     """
 
@@ -106,11 +135,13 @@ class Experiment:
         self.frozen: LionForCausalLM = LionForCausalLM.from_pretrained(frozen_from)
         # Converted to JSON's types, for comparison with the files.
         self.identity = json.loads(json.dumps({"settings": asdict(settings), "stand_ins": _digest(self.frozen)}))
-        (output_dir / "arms").mkdir(parents=True, exist_ok=True)
         path = output_dir / "identity.json"
         if not path.exists():
+            _expect_unused(output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
             write_json(path, self.identity)
-        if (written := json.loads(path.read_text(encoding="utf-8"))) != self.identity:
+        (output_dir / "arms").mkdir(exist_ok=True)
+        if (written := _read_json(path)) != self.identity:
             raise ValueError(f"output_dir: expected one of {self.identity}, got {output_dir} with results of {written}")
 
     @cached_property
@@ -162,7 +193,7 @@ class Experiment:
         path = self.output_dir / "arms" / f"{arm.name}-seed{seed}.json"
         if not path.is_file():
             write_json(path, self._train_and_measure(arm, seed))
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _read_json(path)
 
     def build(self, arm: Arm, seed: int) -> LionForCausalLM:
         """Return the arm's model before training, with gradients enabled for the trained parts."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # 97.5% quantile of Student's t by degrees of freedom, the number of seeds minus one.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 MAX_SEEDS = max(_T) + 1
+REPORT_FILES = ("claims.json", "claims.md", "images/claims.png")
 _KINDS = {"caption": "caption, exact", "vqa": "question", "rec": "grounding, IoU 0.5"}
 _BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -110,9 +111,10 @@ def write_report(output_dir: Path, report: dict[str, Any]) -> None:
         report: the return value of `experiment.run`.
     """
     (output_dir / "images").mkdir(parents=True, exist_ok=True)
-    for name, content in (("claims.json", json.dumps(report, indent=1)), ("claims.md", format_page(report))):
+    data, page, chart = REPORT_FILES
+    for name, content in ((data, json.dumps(report, indent=1)), (page, format_page(report))):
         write_text(output_dir / name, content.rstrip("\n") + "\n")
-    draw(report["results"], output_dir / "images" / "claims.png")
+    draw(report["results"], output_dir / chart)
 
 
 def format_page(report: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from benchmarks.harness import scaling
 from benchmarks.harness.headline import SUITE
 from benchmarks.harness.results import DIRECTIONS, Entry, Run
 from lion_fast.extras import require
+from lion_fast.io.atomic import whole_file
 
 _COLORS = {"ours": "#0b6e4f", "eager": "#b23a48", "original": "#b23a48", "floor": "#6c757d"}
 _OTHERS = ("#3a6ea5", "#c77d0a", "#7b4b94", "#4d908e", "#577590", "#9c6644", "#2f3e46", "#d62828")
@@ -61,7 +62,8 @@ def _save(file: Path, chart: Callable[[Any, Any], bool], run: Run | Sequence[Run
         drawn = chart(figure, run)
         if drawn:
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=130, metadata={"Software": None})
+            with whole_file(file) as unfinished:
+                figure.savefig(unfinished, format="png", dpi=130, metadata={"Software": None})
         pyplot.close(figure)
     return file if drawn else None
 

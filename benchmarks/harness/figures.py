@@ -13,6 +13,7 @@ from benchmarks.harness import ledger
 from benchmarks.harness.headline import HEADLINES
 from benchmarks.harness.ledger import Row
 from benchmarks.harness.results import Entry, Run
+from lion_fast.io.atomic import write_text
 
 Devices = Mapping[str, Sequence[Run]]  # runs by device, newest first
 _BLOCK = re.compile(
@@ -74,7 +75,7 @@ def write(root: Path, devices: Devices) -> list[Path]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if new != text:
-            path.write_text(new, encoding="utf-8")
+            write_text(path, new)
             changed.append(path)
     return changed
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.harness import charts, ledger, scaling
 from benchmarks.harness.results import Entry, Run, load_all
 from benchmarks.harness.units import percent, size_in_words, time_in_words
+from lion_fast.io.atomic import write_text
 
 LEDGER = """\
 # Benchmarks
@@ -102,7 +103,7 @@ def write_report(results: Path, page: Path) -> list[Path]:
     files.append(charts.draw_model(images))
     text += list(_model())
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+    write_text(page, "\n".join(text).rstrip() + "\n")
     return [page, *files]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.results import Run, describe_machine, make_entry, save
+from lion_fast.io.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -41,7 +42,7 @@ def run(names: Sequence[str], out: Path | None, seconds: float | None, quick: bo
     out.mkdir(parents=True, exist_ok=True)
     recover(out)
     records = out / f"records-{os.getpid()}.jsonl"  # survives if this process dies
-    records.write_text(json.dumps(described) + "\n", encoding="utf-8")
+    write_text(records, json.dumps(described) + "\n")
     # Without these, a benchmark inside a test run on several processes takes itself for a worker and does not measure.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment["LION_BENCH_RECORDS"] = str(records)

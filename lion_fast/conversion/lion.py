@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from lion_fast.configuration_lion import LionAggregatorConfig, LionConfig, LionVisionConfig
 from lion_fast.conversion.ram import convert_ram
 from lion_fast.io.atomic import whole_directory
-from lion_fast.io.checkpoints import CheckpointError, TensorInfo, scan, write_sharded
+from lion_fast.io.checkpoints import CheckpointError, TensorInfo, naming_output, scan, write_sharded
 from lion_fast.io.settings import expect_settings, naming_settings
 from lion_fast.io.untrusted import expect_data_only, read_json
 from lion_fast.model.generation import lion_generation_config
@@ -131,9 +131,10 @@ def _convert(
         ram = str(given["ram"])
         report.read[ram], report.ignored[ram] = len(ram_report.read), ram_report.ignored
     write_sharded(tensors, staging, max_shard_bytes)
-    config.save_pretrained(staging)
-    lion_generation_config(config).save_pretrained(staging)
-    processor.save_pretrained(staging)
+    with naming_output(staging):
+        config.save_pretrained(staging)
+        lion_generation_config(config).save_pretrained(staging)
+        processor.save_pretrained(staging)
     used = {(info.file, info.name) for info in tensors.values()}
     for source in sources.values():
         ignored = sorted(name for name, info in source.tensors.items() if (info.file, name) not in used)

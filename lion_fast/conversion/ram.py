@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import SwinConfig
 
 from lion_fast.io.atomic import whole_directory
-from lion_fast.io.checkpoints import CheckpointError, TensorInfo, read_tensors, scan
+from lion_fast.io.checkpoints import CheckpointError, TensorInfo, naming_output, read_tensors, scan
 from lion_fast.tagging.configuration_ram import RamConfig
 from lion_fast.tagging.modeling_ram import RamTagger, read_tags, read_thresholds
 
@@ -106,10 +105,8 @@ def convert_ram(
         raise FileExistsError(f"out_dir: expected a directory that does not exist yet, got {out_dir}")
     with whole_directory(Path(out_dir), new=True) as unfinished:
         tagger.load_state_dict(_read(shapes, infos), assign=True)
-        try:
+        with naming_output(Path(out_dir)):
             tagger.save_pretrained(unfinished)
-        except SafetensorError as error:  # raised for a full disk too
-            raise OSError(f"{out_dir}: cannot be written ({error})") from error
     read = {_source_name(name) for name in shapes}
     return RamConversionReport(
         config=config,

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from lion_fast.data.records import MAX_LINE_BYTES, DataError, Record, parse_record
 from lion_fast.io.images import load_image
-from lion_fast.io.reading import check_utf8, without_mark
+from lion_fast.io.reading import check_utf8, opened, without_mark
 from lion_fast.tasks import TASKS
 
 logger = logging.getLogger(__name__)
@@ -191,6 +191,7 @@ class JsonlDataset(SampleDataset):
         ValueError: unknown task.
         FileNotFoundError: the file does not exist.
         DataError: a line is not a valid record, or the file is not UTF-8 or has no sample.
+        OSError: the file cannot be read; from `dataset[i]` also: it has another size than before.
     """
 
     def __init__(
@@ -212,7 +213,8 @@ class JsonlDataset(SampleDataset):
         self.num_bad_lines = 0
         offsets, numbers, tasks, lengths = array("q"), array("q"), array("B"), array("i")
         first_error = None
-        with self.path.open("rb") as file:
+        with opened(self.path) as file:
+            self._size = os.fstat(file.fileno()).st_size
             try:
                 check_utf8(file.read(4))
             except ValueError as error:
@@ -254,7 +256,7 @@ class JsonlDataset(SampleDataset):
         return f"{self.path}:{self._numbers[index]}"
 
     def _read(self, index: int) -> tuple[Record, Path]:
-        with self.path.open("rb") as file:
+        with opened(self.path, self._size) as file:
             file.seek(self._offsets[index])
             record = self._parse(file.readline(MAX_LINE_BYTES), int(self._numbers[index]))
         return record, self.image_root / record.image

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lion_fast.data.order import ProcessBatches, TrainingData, TrainingOrder
+from lion_fast.data.records import DataError
 
 
 def make_loader(
@@ -80,6 +82,28 @@ def checked_workers(num_workers: int | None) -> int:
 def rank_and_size() -> tuple[int, int]:
     """Return this process's rank and the number of processes of `torch.distributed`'s default group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Turn an error of a worker process, whose message is the worker's whole traceback, into one of its last line.
+
+    Raises:
+        DataError, OSError: samples or their files cannot be read.
+    """
+    try:
+        yield
+    except (DataError, OSError) as error:
+        if not str(error).startswith("Caught "):
+            raise
+        # The frames and the error refer to each other. If they were left to garbage collection, the loader's queues
+        # could be freed before its workers are told to end, and it would wait 5 seconds for each of them.
+        traceback.clear_frames(error.__traceback__)
+        kind = type(error)
+        message = str(error).strip().splitlines()[-1]
+        for name in (f"{kind.__module__}.{kind.__qualname__}: ", f"{kind.__qualname__}: "):
+            message = message.removeprefix(name)
+        raise kind(message) from error
 
 
 @contextmanager

@@ -37,8 +37,8 @@ def write_index(directory: Path, shards: Sequence[Path], rows: Sequence[Sequence
         np.savez(file, version=_VERSION, names=names, sizes=sizes, rows=np.array(rows, np.int64))
 
 
-def read_index(directory: Path) -> tuple[list[Path], np.ndarray]:
-    """Return the paths of the shards, and the rows.
+def read_index(directory: Path) -> tuple[list[Path], list[int], np.ndarray]:
+    """Return the paths of the shards, their sizes in bytes, and the rows.
 
     Raises:
         FileNotFoundError: the directory has no index.
@@ -60,7 +60,7 @@ def read_index(directory: Path) -> tuple[list[Path], np.ndarray]:
         if found != size:
             raise DataError(f"{shard}: expected {size} bytes, as in {INDEX}, got {found}")
     _check_rows(path, rows, sizes)
-    return shards, rows
+    return shards, sizes.tolist(), rows
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from lion_fast.data.shard_index import BLOCK, INDEX, read_index, write_index
 from lion_fast.io.atomic import whole_directory
 from lion_fast.io.images import image_suffixes, load_image
 from lion_fast.io.owning import OutputExistsError, expect_empty, naming_path
-from lion_fast.io.reading import naming, parse_json
+from lion_fast.io.reading import brief, naming, opened, parse_json, read_content
 from lion_fast.tasks import TASKS
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _write(dataset: JsonlDataset, out: Path, shard_bytes: int, seed: int) -> lis
             path = dataset.image_root / images[i]
             try:
                 load_image(path)
-                content = path.read_bytes()
+                content = read_content(path)
             except (OSError, ValueError) as error:
                 message = f"{dataset.place(by_image[images[i]][0])}: {error}"
                 if dataset.strict:
@@ -113,7 +113,9 @@ class ShardDataset(SampleDataset):
         ValueError: unknown task.
         FileNotFoundError: the directory has no index.
         DataError: the index cannot be read or is not one of this directory's shards (`read_index`), or has no sample of
-            the task; from `dataset[i]` also: the shard does not hold what the index says.
+            the task; from `dataset[i]` also: the shard does not hold what the index says, or that part of it
+            cannot be read.
+        OSError: a shard cannot be opened, or has another size than before.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class ShardDataset(SampleDataset):
     ):
         check_task(task)
         self.directory = Path(directory)
-        self.shards, rows = read_index(self.directory)
+        self.shards, self._sizes, rows = read_index(self.directory)
         if task is not None:
             rows = rows[rows[:, 6] == TASKS.index(task)]
         if not len(rows):
@@ -161,7 +163,10 @@ class ShardDataset(SampleDataset):
     def _read(self, index: int) -> tuple[Record, bytes]:
         shard, image_start, image_size, text_start, text_size, number = map(int, self._rows[index])
         place = self.place(index)
-        with self.shards[shard].open("rb") as file, naming(place, "the records that the index lists", DataError):
+        with (
+            opened(self.shards[shard], self._sizes[shard]) as file,
+            naming(place, "the records that the index lists", DataError),
+        ):
             image_name, image = _member(file, image_start, image_size)
             text_name, text = _member(file, text_start, text_size)
             if text_name != f"{image_name.partition('.')[0]}.json":
@@ -178,8 +183,11 @@ class ShardDataset(SampleDataset):
 
 def _member(file: BinaryIO, start: int, size: int) -> tuple[str, bytes]:
     """Return the name and content of a member of a tar file, whose header must agree with the index."""
-    file.seek(start - BLOCK)
-    content = file.read(BLOCK + size)
+    try:
+        file.seek(start - BLOCK)
+        content = file.read(BLOCK + size)
+    except OSError as error:  # of this part of the disk, which is no reason to lose the other samples
+        raise ValueError(f"expected {BLOCK + size} readable bytes at {start - BLOCK}: {brief(error)}") from error
     header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
     if not header.isreg() or header.size != size or len(content) != BLOCK + size:
         raise ValueError(f"expected a member of {size} bytes, got {header.name} of {header.size}")

@@ -119,7 +119,8 @@ def whole_directory(
                 expect_empty(target)  # nothing may have appeared before the lock was there
             # A name of its own: nobody's directory is in the way, and two processes with one target do not meet.
             aside = temporary_beside(target, inside=stays)
-            aside.mkdir()
+            with naming_path(target, aside):
+                aside.mkdir()
         elif first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)

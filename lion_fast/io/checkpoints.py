@@ -2,14 +2,16 @@
 
 A source is opened twice: once for names, shapes and dtypes, and once, file by file, for the values, so that at most one
 file and one shard are in memory at a time. Files are memory-mapped, except those of torch < 1.6, which are read whole.
+The kernel ends a process that reads what a mapped file has lost, so the size is checked before each tensor.
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lion_fast.io import reading
+from lion_fast.io.reading import expect_size
 
 SAFE_INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -30,7 +33,7 @@ class CheckpointError(ValueError):
     """A checkpoint file cannot be read, or its content is not as expected."""
 
 
-naming = partial(reading.naming, error=CheckpointError)
+naming = partial(reading.naming, error=CheckpointError, of_kernel=True)
 """Context that turns any exception of a reader into a `CheckpointError` that names the file."""
 
 
@@ -100,13 +103,39 @@ def _expect_names_once(file: Path) -> None:
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Mapping[str, Tensor]]:
-    """Yield the memory-mapped tensors of one file; values are read on use."""
-    if file.suffix == ".safetensors":
-        with naming(file, "a readable safetensors file"), safe_open(file, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    else:
-        tensors = _load_torch(file)
-    yield tensors
+    """Yield the memory-mapped tensors of one file; values are read on use.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        OSError: when a tensor is taken: another program has truncated or extended the file.
+    """
+    with ExitStack() as stack:
+        with naming(file, "a readable checkpoint file"):
+            opened = stack.enter_context(file.open("rb"))
+            size = os.fstat(opened.fileno()).st_size
+        if file.suffix == ".safetensors":
+            with naming(file, "a readable safetensors file"), safe_open(file, framework="pt") as handle:
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        else:
+            tensors = _load_torch(file)
+        yield _Tensors(tensors, lambda: expect_size(opened, file, size))
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Tensors of a mapped file, each of which is taken after a check of the file."""
+
+    def __init__(self, tensors: dict[str, Tensor], check: Callable[[], None]):
+        self._tensors, self._check = tensors, check
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._check()
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def read_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -238,15 +267,39 @@ def write_sharded(tensors: Mapping[str, TensorInfo], directory: Path, max_shard_
     return [directory / name for name in names]
 
 
+@contextmanager
+def naming_output(target: Path) -> Iterator[None]:
+    """Turn the errors of writing a model into an OSError that names it.
+
+    torch.save, safetensors and tokenizers raise errors of their own on a full disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_about_files(error):
+            raise
+        raise cannot_be_written(target, error) from error
+
+
+def is_about_files(error: BaseException) -> bool:
+    """Return whether an error says that a file cannot be written, rather than what should be in it."""
+    words = ["(os error "]  # of Rust, as in tokenizers' bare `Exception`
+    if isinstance(error, RuntimeError):
+        words += ["PytorchStreamWriter", "unexpected pos", "iostream error"]
+    return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in words)
+
+
+def cannot_be_written(target: Path, error: BaseException) -> OSError:
+    return OSError(f"{target}: cannot be written ({' '.join(str(error).split())})")
+
+
 def _copy_file(file: Path, shards: dict[str, dict[str, TensorInfo]], directory: Path) -> None:
     """Write the shards that come from one file, and free their memory."""
     with open_tensors(file) as source:
         for name, shard in shards.items():
             values = {new: _own_storage(source[info.name].to(info.dtype)) for new, info in shard.items()}
-            try:
+            with naming_output(directory / name):
                 save_file(values, directory / name, metadata={"format": "pt"})
-            except SafetensorError as error:  # raised for a full disk too
-                raise OSError(f"{directory / name}: cannot be written ({error})") from error
             del values
 
 

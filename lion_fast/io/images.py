@@ -1,5 +1,6 @@
 """Loading images of any type as upright 8-bit RGB."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ def load_image(image: ImageLike, name: str = "image") -> Image.Image:
 
     Raises:
         FileNotFoundError: the path is not a file.
+        OSError: the file system cannot say whether it is one.
         ValueError: the file is not a complete image (any exception of a decoder), the image is empty or too large, an
             array has another shape or dtype, a tensor is not dense, or values are out of range or NaN.
         TypeError: `image` has another type.
@@ -145,7 +147,11 @@ def _read(path: str, name: str) -> Image.Image:
     name = f"{name} ({on_one_line(path)[:_SHOWN] or 'an empty path'})"
     try:
         found = path and Path(path).is_file()
-    except (OSError, ValueError):  # the path is too long or contains a null character
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise OSError(f"{name}: expected an image file, got an error ({error.strerror})") from error
+        found = False
+    except ValueError:  # a null character
         found = False
     if not found:
         raise FileNotFoundError(f"{name}: expected an image file, got a directory or nothing at that path")

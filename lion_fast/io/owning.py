@@ -24,8 +24,8 @@ if os.name != "nt":
 UNFINISHED = ".unfinished"
 _LOCK = ".lock"
 _LONGEST = 200  # bytes of a name that still leave room for what temporary names add; file systems take 255
-# Errors that only writing raises, once a file is open.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+# Errors of file systems. Readers name their files (`lion_fast.io.reading`), so those without a name are of writing.
+_OF_FILES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENXIO}
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Itera
     Args:
         path: file that is read or written.
         temporary: where it is written until it is finished; errors that name this name `path` instead. Errors without
-            a name are then taken for this file's only if nothing but writing raises them.
+            a name are then taken for this file's only if file systems raise them.
     """
     try:
         yield
@@ -158,7 +158,7 @@ def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Itera
                 error.filename = str(path) + given[len(hidden) :]
         elif error.errno is None and temporary is not None and str(temporary) in str(error):
             raise OSError(str(error).replace(str(temporary), str(path))) from error
-        elif error.filename is None and (temporary is None or error.errno in _FULL):
+        elif error.filename is None and (temporary is None or error.errno in _OF_FILES):
             if error.errno is not None and error.strerror is not None and len(error.args) == 2:
                 error.filename = str(path)
             elif str(path) not in str(error):

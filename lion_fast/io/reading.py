@@ -1,6 +1,7 @@
 """Reading files of any content: regular files only, text in UTF-8, and JSON whose names are unique.
 
-Libraries that read files raise anything on damaged ones; `naming` turns it into one error that names the file.
+Libraries that read files raise anything on damaged ones; `naming` turns it into one error that names the file. The
+kernel names no file when reading one fails; `opened` and `read_content` do.
 """
 
 import codecs
@@ -13,7 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from lion_fast.io.owning import naming_path
 
 # The first two bytes of UTF-32's mark in little-endian order are UTF-16's.
 _OTHER_MARKS = {
@@ -33,22 +36,73 @@ class Unreadable:
 
 
 @contextmanager
-def naming(path: str | os.PathLike, what: str, error: type[ValueError] = ValueError) -> Iterator[None]:
+def naming(
+    path: str | os.PathLike, what: str, error: type[ValueError] = ValueError, *, of_kernel: bool = False
+) -> Iterator[None]:
     """Turn any exception inside into an `error` that says that `path` is not `what`.
 
     Only for calls into libraries that read files: on damaged files they raise anything, up to bare `Exception`, and
     tokenizers' Rust raises a `BaseException`. What names a file already stays as it is: an `error` of a class of our
     own, and a ValueError whose message begins with the path.
+
+    Args:
+        of_kernel: whether errors of the kernel, which say nothing about the content, become an `error` too; otherwise
+            they stay OSErrors, and name the file.
     """
     try:
         yield
     except BaseException as found:
         if not isinstance(found, Exception) and type(found).__name__ != "PanicException":
             raise
+        if isinstance(found, OSError) and found.errno is not None and not of_kernel:
+            with naming_path(path):
+                raise
         named = error is not ValueError or (type(found) is error and str(found).startswith(on_one_line(path)))
         if isinstance(found, error) and named:
             raise
         raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
+
+
+@contextmanager
+def opened(path: str | os.PathLike, size: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file for reading; every OSError inside names it.
+
+    Args:
+        size: bytes that the file had when it was read before, if what is read now has to fit that.
+
+    Raises:
+        OSError: the file cannot be opened or read, or has another size before or after.
+    """
+    with naming_path(path), Path(path).open("rb") as file:
+        if size is None:
+            yield file
+            return
+        expect_size(file, path, size)
+        try:
+            yield file
+        finally:  # also instead of an error of what was read
+            expect_size(file, path, size)
+
+
+def expect_size(file: BinaryIO, path: str | os.PathLike, size: int) -> None:
+    """Check that no other program has truncated or extended an open file.
+
+    Raises:
+        OSError: it has another size; the message names `path`.
+    """
+    found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise OSError(f"{on_one_line(path)}: expected {size} bytes, as when it was first read, got {found}")
+
+
+def read_content(path: str | os.PathLike) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        OSError: the file cannot be read; the message names it.
+    """
+    with opened(path) as file:
+        return file.read()
 
 
 def brief(error: BaseException) -> str:
@@ -151,9 +205,13 @@ def parse_json(content: str | bytes, *, standard: bool = True) -> Any:
 def _kind(path: Path) -> str:
     if os.path.isdir(path):
         return "a directory"
-    if os.path.exists(path):
-        return "a pipe, a socket or a device"
-    return "a link to nothing" if os.path.islink(path) else "nothing at that path"
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return "a link to nothing" if os.path.islink(path) else "nothing at that path"
+    except OSError as error:
+        return f"an error ({error.strerror})"
+    return "a pipe, a socket or a device"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

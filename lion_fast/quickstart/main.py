@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lion_fast.extras import require
 from lion_fast.io.atomic import UNFINISHED, whole_directory, write_json, write_text
-from lion_fast.io.reading import shown
+from lion_fast.io.checkpoints import naming_output
+from lion_fast.io.reading import read_content, shown
 from lion_fast.modeling_lion import LionForCausalLM
 from lion_fast.processing_lion import LionProcessor
 from lion_fast.quickstart.data import SceneSet, compute_features, easy_scenes, render, training_batches
@@ -26,7 +27,6 @@ from lion_fast.quickstart.report import Showpiece, draw_curves, draw_grid, forma
 from lion_fast.quickstart.standins import train_language, train_vision
 from lion_fast.scenes import SceneGenerator
 from lion_fast.training.run_folder import owned_directory
-from lion_fast.training.saving import failing_with_os_error
 from lion_fast.training.stages import STAGES, Stage, carry_over, copy_frozen, freeze_for_stage
 
 KINDS = {1: ("caption", "vqa"), 2: ("rec",), 3: ("caption", "rec", "vqa", "rec")}
@@ -232,7 +232,7 @@ def _write(
     model.generation_config.update(num_beams=1, repetition_penalty=1.0, max_new_tokens=48)
     checkpoint = output_dir / "checkpoint"
     aside = output_dir / f".checkpoint{UNFINISHED}"
-    with failing_with_os_error(checkpoint), whole_directory(checkpoint, aside=aside) as unfinished:
+    with naming_output(checkpoint), whole_directory(checkpoint, aside=aside) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
     indices = range(min(_SHOWN, len(test_set)))
@@ -256,7 +256,7 @@ def _expect_own(output_dir: Path) -> None:
     if not present:
         return
     try:
-        earlier = json.loads((output_dir / _METRICS).read_bytes()).keys() >= {"seed", "settings", "metrics"}
+        earlier = json.loads(read_content(output_dir / _METRICS)).keys() >= {"seed", "settings", "metrics"}
     except (FileNotFoundError, IsADirectoryError, ValueError, AttributeError, RecursionError):
         earlier = False
     if not earlier:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lion_fast.data.records import Record, write_jsonl
 from lion_fast.io.owning import OutputExistsError, made_directories, naming_path
+from lion_fast.io.reading import read_content
 from lion_fast.scenes.scene import Scene, SceneGenerator
 
 
@@ -96,9 +97,9 @@ def _expect_same(path: Path, generator: SceneGenerator, count: int, kinds: Set[s
     for index in range(count if (path.parent / "images").is_dir() or path.exists() else 0):
         image = path.parent / _name(index)
         # A part of the image is what a killed run left.
-        if image.exists() and (image.is_dir() or not _content(generator[index]).startswith(image.read_bytes())):
+        if image.exists() and (image.is_dir() or not _content(generator[index]).startswith(read_content(image))):
             raise OutputExistsError(f"out: expected no other scenes in {path.parent}, got {image} (see --overwrite)")
         if path.exists():
             expected += [f"{record.to_json()}\n".encode() for record in _records(generator[index], index, kinds)]
-    if path.exists() and path.stat().st_size and path.read_bytes() != b"".join(expected):
+    if path.exists() and path.stat().st_size and read_content(path) != b"".join(expected):
         raise OutputExistsError(f"out: expected no other scenes in {path.parent}, got {path} (see --overwrite)")

@@ -14,6 +14,7 @@ from typing import Any
 
 from lion_fast.configuration_lion import TASKS
 from lion_fast.io.atomic import write_json
+from lion_fast.io.reading import opened, read_content
 from lion_fast.training.recipe import SCENES, Recipe, RecipeError
 
 RECORD = "trained_on.json"
@@ -81,7 +82,7 @@ def _difference(record: Path, found: Fingerprints) -> str | None:
         )
         return None
     try:
-        read = json.loads(record.read_text(encoding="utf-8"))
+        read = json.loads(read_content(record))
         before = {(key, file): marks["sha256"] for key, files in read["files"].items() for file, marks in files.items()}
         version = read["version"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -115,12 +116,12 @@ def _files(name: str) -> Iterator[Path]:
 def _fingerprint(file: Path) -> dict[str, Any]:
     digest, size = hashlib.sha256(), file.stat().st_size
     digest.update(f"{size} ".encode())
-    with file.open("rb") as opened:
+    with opened(file) as content:
         if file.suffix not in _SAMPLED or size <= _BLOCK * _BLOCKS:
-            while block := opened.read(1 << 20):
+            while block := content.read(1 << 20):
                 digest.update(block)
         else:
             for number in range(_BLOCKS):
-                opened.seek(number * (size - _BLOCK) // (_BLOCKS - 1))
-                digest.update(opened.read(_BLOCK))
+                content.seek(number * (size - _BLOCK) // (_BLOCKS - 1))
+                digest.update(content.read(_BLOCK))
     return {"size": size, "sha256": digest.hexdigest()}

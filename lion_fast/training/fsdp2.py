@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from transformers import get_scheduler
 
 from lion_fast.data import make_loader
+from lion_fast.data.loader import errors_of_workers
 from lion_fast.data.order import POSITION
 from lion_fast.data.seeding import seed_everything
 from lion_fast.io.checkpoints import naming
@@ -116,7 +117,8 @@ def _train_from(
     )
     batches = iter(loader)
     while step < recipe.steps:
-        micro_batches = [next(batches) for _ in range(accumulation)]
+        with errors_of_workers():
+            micro_batches = [next(batches) for _ in range(accumulation)]
         lr = schedule.get_last_lr()[0]
         loss = take_step(model, optimizer, micro_batches, recipe, device)
         schedule.step()

@@ -1,7 +1,6 @@
 """Training of one stage from a recipe: `lion-fast train` and its Python function."""
 
 import os
-import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,8 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from lion_fast.data.loader import start_method
-from lion_fast.data.records import DataError
+from lion_fast.data.loader import errors_of_workers, start_method
 from lion_fast.extras import require
 from lion_fast.training.building import build_model
 from lion_fast.training.data import hold_to, open_evaluation_data, open_training_data, training_order
@@ -96,14 +94,8 @@ def train(
             callbacks=[*(callbacks or []), TensorBoardCurves()],
         )
         try:
-            trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
-        except DataError as error:
-            # The frames and the error refer to each other. If they were left to garbage collection, the loader's queues
-            # could be freed before its workers are told to end, and it would wait 5 seconds for each of them.
-            traceback.clear_frames(error.__traceback__)
-            # The message from a worker process is its whole traceback, whose last line is the error.
-            message = str(error).strip().splitlines()[-1]
-            raise DataError(message.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
+            with errors_of_workers():
+                trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
         finally:
             _close_progress_bars(trainer)
         trainer.save_final(Path(recipe.output_dir) / MODEL)

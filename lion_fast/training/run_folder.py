@@ -11,7 +11,7 @@ import yaml
 
 from lion_fast.io.atomic import write_text
 from lion_fast.io.owning import OutputInUseError, made_directories, sole_writer
-from lion_fast.io.reading import shown
+from lion_fast.io.reading import read_content, shown
 from lion_fast.training import saving
 from lion_fast.training.fingerprints import RECORD, Fingerprints, expect_same_files, fingerprints_of, write_fingerprints
 from lion_fast.training.recipe import Recipe, RecipeError, check_resumable, dump_recipe
@@ -171,5 +171,5 @@ def _expect_own(run_dir: Path, resume: bool) -> None:
 def _is_of_a_run(begun: Path, resume: bool) -> bool:
     settings = read_settings(begun)
     # A new run replaces the file, so it must not be one that the user has written and commented.
-    written = resume or begun.read_text(encoding="utf-8") == yaml.safe_dump(settings, sort_keys=False)
+    written = resume or read_content(begun) == yaml.safe_dump(settings, sort_keys=False).encode()
     return settings.keys() >= _KEYS and written

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_fast.io.atomic import remove_directory, whole_directory, write_json
-from lion_fast.io.reading import brief
+from lion_fast.io.checkpoints import cannot_be_written, is_about_files, naming_output
+from lion_fast.io.reading import opened, read_content
 
 SEAL = "complete.json"
 ASIDE = ".aside"
@@ -60,25 +60,16 @@ def written_aside(
 def failing_with_os_error(target: Path) -> Iterator[None]:
     """Turn the errors of writing a model or a checkpoint into an OSError that names it.
 
-    torch.save, safetensors, tokenizers and distributed checkpoints raise errors of their own on a full disk.
+    Distributed checkpoints raise errors of their own on a full disk, as the writers of `naming_output` do.
     """
     try:
-        yield
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        failures: list[BaseException] = [error]
-        if isinstance(error, CheckpointException):
-            failures = [cause for cause, _ in error.failures.values()]
-        about_files = next(filter(_is_about_files, failures), None)
+        with naming_output(target):
+            yield
+    except CheckpointException as error:
+        about_files = next((cause for cause, _ in error.failures.values() if is_about_files(cause)), None)
         if about_files is None:
             raise
-        raise OSError(f"{target}: cannot be written ({brief(about_files)})") from error
-
-
-def _is_about_files(error: BaseException) -> bool:
-    words = ["(os error "]  # of Rust, as in tokenizers' bare `Exception`
-    if isinstance(error, RuntimeError):
-        words += ["PytorchStreamWriter", "unexpected pos", "iostream error"]
-    return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in words)
+        raise cannot_be_written(target, about_files) from error
 
 
 def seal(directory: Path) -> None:
@@ -118,7 +109,7 @@ def _sealed(file: Path) -> dict[str, tuple[int, str]]:
     if file.stat().st_size > _MAX_SEAL_BYTES:
         raise ValueError(f"over {_MAX_SEAL_BYTES} bytes")
     try:
-        listed = json.loads(file.read_bytes())
+        listed = json.loads(read_content(file))
         files = {name: (marks["size"], marks["sha256"]) for name, marks in listed.items()}
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("not a list of files with sizes and digests") from error
@@ -178,5 +169,5 @@ def clear_aside(run_dir: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -34,8 +34,8 @@ def read_settings(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             content = opened.read(_MAX_BYTES + 1)
     except OSError as error:
-        if error.filename is not None:
-            error.filename = name  # which is of limited length
+        if error.errno is not None:
+            error.filename = name  # which is of limited length, and which errors of reading lack
         raise
     try:
         text = content.decode("utf-8")

@@ -1,57 +1,138 @@
-"""Kills and errors of the kernel at random file operations: nothing is lost, and the next run gives the same bytes.
+"""Kills, errors of the kernel and other programs at random file operations.
 
-With `LION_SLOW_TESTS`, 200 in all. The processes are forked from one that has imported everything.
+Nothing is lost, the next run gives the same bytes, and errors name the file in one line. With `LION_SLOW_TESTS`, there
+are 200 of each kind. Those of training are in `tests/lion_fast/training/test_processes.py`.
 """
 
 import errno
+import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from tests.campaign import faults
+from lion_fast.data import JsonlDataset, write_shards
+from tests.campaign import checkpoints, faults, originals
 from tests.lion_fast.processes import import_path
 
-# Forks a process for each line `WRITER FOLDER AT FAULT`, and prints its status.
-SERVER = """
-import os, sys
-from pathlib import Path
-from tests.campaign import fault_process
-for line in sys.stdin:
-    writer, folder, at, fault = line.split()
-    sys.stdout.flush()
-    child = os.fork()
-    if not child:
-        os.environ["LION_FAULT_FOLDER"] = folder + "/out"
-        if at != "0":
-            os.environ |= {"LION_FAULT_AT": at, "LION_FAULT": fault}
-        else:
-            os.environ["LION_FAULT_COUNT"] = folder + "/count"
-        sys.stderr = open(folder + "/error", "w")
-        status = fault_process.main(writer, Path(folder))
-        sys.stderr.close()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-COUNT = 200 if os.environ.get("LION_SLOW_TESTS") else 10
+SEED = int(os.environ.get("LION_CAMPAIGN_SEED", "0"))
+# Jobs, with the number of faults, and that with LION_SLOW_TESTS.
+WRITERS = {"bulk": (4, 50), "data convert": (3, 50), "data shards": (3, 50), "convert": (1, 50)}
+READERS = {
+    "bulk": (4, 25),
+    "bulk of Parquet": (3, 25),
+    "bulk of a tar file": (3, 25),
+    "bulk of images": (2, 25),
+    "data convert": (1, 10),
+    "data shards": (2, 15),
+    "training data": (2, 15),
+    "training data, skip_bad": (2, 15),
+    "shards": (3, 15),
+    "checkpoint": (1, 15),
+    "convert": (1, 15),
+}
+# What is complete once this file is there.
+LAST = {
+    "data convert": "train.jsonl",
+    "data shards": "shards/index.npz",
+    "convert": "lion/model.safetensors.index.json",
+}
 
 
-def prepare(folder: Path) -> None:
-    folder.mkdir()
+class Jobs:
+    """The server of `fault_process`, and the inputs of its jobs."""
+
+    def __init__(self, folder: Path, server: subprocess.Popen):
+        self.folder, self.server = folder, server
+        self.number = 0
+
+    def prepared(self) -> Path:
+        """Return a new folder with the inputs."""
+        self.number += 1
+        shutil.copytree(self.folder / "made", folder := self.folder / str(self.number))
+        return folder
+
+    def run(self, job: str, folder: Path, **variables: str) -> tuple[int, str]:
+        """Run a job, and return its status and what it printed, without progress bars."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(json.dumps([job, str(folder), variables]), file=self.server.stdin, flush=True)
+        status = int(self.server.stdout.readline())
+        lines = (folder / "error").read_text().replace("\r", "\n").splitlines()
+        return status, "\n".join(line for line in lines if line and "image/s]" not in line)
+
+    def count(self, job: str, on: str) -> tuple[int, Path]:
+        """Run a job without a fault; return the number of its operations, and its folder."""
+        folder = self.prepared()
+        where = {"reads": "in", "writes": "out"}[on]
+        status, error = self.run(job, folder, **faults.environment(folder / where, on=on, count=folder / "count"))
+        assert status == 0, f"{job}: {error}"
+        count = len((folder / "count").read_bytes())
+        assert count > 2, job
+        return count, folder
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    folder = tmp_path_factory.mktemp("faults")
+    library = faults.build(folder)
+    if library is None:
+        pytest.skip("needs a C compiler, which is not installed")
+    make_inputs(folder / "made" / "in")
+    environment = {"LD_PRELOAD": str(library), "PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.campaign.fault_process"],
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        yield Jobs(folder, server)
+        assert server.stdin is not None
+        server.stdin.close()
+
+
+def make_inputs(folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
     for number in range(3):
-        Image.new("RGB", (8, 8), (number, 9, 9)).save(folder / f"{number}.png")
+        Image.new("RGB", (8, 8), (number, 9, 9)).save(folder / "images" / f"{number}.png")
     record = {"task": "image_level", "answer": "a"}
-    lines = [{"image": f"{n % 3}.png", "question": "What" + "?" * (9 - n)} for n in range(9)]
-    (folder / "table.jsonl").write_text("".join(json.dumps({**line, "id": n}) + "\n" for n, line in enumerate(lines)))
+    lines = [{"image": f"images/{n % 3}.png", "question": "What" + "?" * (9 - n)} for n in range(9)]
+    rows = [{**line, "id": n} for n, line in enumerate(lines)]
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "train.jsonl").write_text("".join(json.dumps(line | record) + "\n" for line in lines))
-    (folder / "gqa.json").write_text(json.dumps({str(n): {"imageId": str(n), **QUESTION} for n in range(9)}))
+    question = {"question": "a?", "answer": "b"}
+    (folder / "gqa.json").write_text(json.dumps({str(n): {"imageId": str(n), **question} for n in range(9)}))
+    write_shards(JsonlDataset(folder / "train.jsonl"), folder / "shards", shard_bytes=4000)
+    with tarfile.open(folder / "table.tar", "w") as tar:
+        for number in range(3):
+            fields = json.dumps({"question": f"{number}?"}).encode()
+            image = (folder / "images" / f"{number}.png").read_bytes()
+            for name, content in ((f"{number}.png", image), (f"{number}.json", fields)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-
-QUESTION = {"question": "a?", "answer": "b"}
+    pq.write_table(pa.Table.from_pylist(rows), folder / "table.parquet", row_group_size=4)
+    for name, content in checkpoints.originals()["t5"].items():
+        (folder / "lion" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "lion" / name).write_bytes(content)
+    files, states = originals.sources()
+    files = files | {f"{name}.pth": originals.saved(state) for name, state in states.items()}
+    for name, content in files.items():
+        (folder / "original" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "original" / name).write_bytes(content)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -59,48 +140,54 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in found.items() if not name.endswith(".job.json")}
 
 
-def test_no_fault_loses_anything(tmp_path: Path) -> None:
-    library = faults.build(tmp_path)
-    environment = faults.environment(library, tmp_path) | {"PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as server:
+def chosen(counts: tuple[int, int]) -> range:
+    return range(counts[bool(os.environ.get("LION_SLOW_TESTS"))])
 
-        def run(writer: str, folder: Path, at: int = 0, fault: str | int = faults.KILL) -> int:
-            assert server.stdin is not None
-            assert server.stdout is not None
-            print(writer, folder, at, fault, file=server.stdin, flush=True)
-            return int(server.stdout.readline())
 
-        expected, counts = {}, {}
-        for writer in ("bulk", "convert", "shards"):
-            prepare(tmp_path / writer)
-            assert run(writer, tmp_path / writer) == 0, (tmp_path / writer / "error").read_text()
-            expected[writer] = contents(tmp_path / writer / "out")
-            counts[writer] = len((tmp_path / writer / "count").read_bytes())
-            assert counts[writer] > 5
-        rng = random.Random(int(os.environ.get("LION_CAMPAIGN_SEED", "0")))
-        for number in range(COUNT):
-            writer = rng.choice(list(expected))
-            folder, at = tmp_path / str(number), rng.randint(1, counts[writer])
-            fault = rng.choice([faults.KILL, errno.ENOSPC, errno.EIO, errno.EACCES])
-            prepare(folder)
-            status = run(writer, folder, at, fault)
-            what = f"{writer}, operation {at} of {counts[writer]}, {fault}: {(folder / 'error').read_text()}"
-            assert status == (-9 if fault == faults.KILL else 2), what
-            if fault != faults.KILL:
-                assert str(folder / "out") in what.splitlines()[-1], what
-                assert "Traceback" not in what, what
-            target = {"convert": "train.jsonl", "shards": "shards/index.npz"}.get(writer)
-            if target is not None and (folder / "out" / target).exists():  # all is there, or nothing
-                assert contents(folder / "out").items() >= expected[writer].items(), what
-                continue
-            assert run(writer, folder) == 0, f"{what}; then {(folder / 'error').read_text()}"
-            assert contents(folder / "out") == expected[writer], what
-        assert server.stdin is not None
-        server.stdin.close()
+@pytest.mark.parametrize("job", WRITERS)
+def test_no_fault_of_writing_loses_anything(jobs: Jobs, job: str) -> None:
+    rng = random.Random(f"{SEED} {job}")
+    count, whole = jobs.count(job, "writes")
+    expected = contents(whole / "out")
+    for _ in chosen(WRITERS[job]):
+        folder, at = jobs.prepared(), rng.randint(1, count)
+        fault = rng.choice([faults.KILL, faults.KILL, errno.ENOSPC, errno.EIO, errno.EACCES])
+        status, error = jobs.run(job, folder, **faults.environment(folder / "out", at, fault))
+        what = f"operation {at} of {count}, {fault}: {error}"
+        assert status == (-9 if fault == faults.KILL else 2), what
+        if fault != faults.KILL:
+            assert str(folder / "out") in error, what
+            assert ".unfinished" not in error, what
+            assert "\n" not in error, what
+        if job in LAST and (folder / "out" / LAST[job]).exists():  # all is there, or nothing
+            assert contents(folder / "out").items() >= expected.items(), what
+            continue
+        status, error = jobs.run(job, folder)
+        assert status == 0, f"{what}; then {error}"
+        assert contents(folder / "out") == expected, what
+
+
+@pytest.mark.parametrize("job", READERS)
+def test_faults_of_reading_are_errors_that_name_the_file(jobs: Jobs, job: str) -> None:
+    rng = random.Random(f"{SEED} {job}")
+    count, whole = jobs.count(job, "reads")
+    expected = rows_of(whole)
+    for _ in chosen(READERS[job]):
+        folder, at = jobs.prepared(), rng.randint(1, count)
+        fault = rng.choice([errno.EIO, errno.EACCES, errno.ESTALE, faults.REMOVE, faults.TRUNCATE])
+        status, error = jobs.run(job, folder, **faults.environment(folder / "in", at, fault, on="reads"))
+        what = f"operation {at} of {count}, {fault}: {error}"
+        assert status in (0, 2), what
+        if status == 2:
+            assert str(folder / "in") in error, what
+            assert "\n" not in error, what
+        elif expected:
+            assert rows_of(folder).keys() == expected.keys(), what
+        for id, row in rows_of(folder).items():
+            assert row == expected[id] or str(folder / "in") in row["error"], what
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    file = folder / "out" / "rows.jsonl"
+    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {row["id"]: row for row in rows}

@@ -11,6 +11,8 @@ known.
 import argparse
 import json
 import multiprocessing
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return print_report(options)
-    except FileExistsError as error:
+    except (FileExistsError, IsADirectoryError) as error:
         parser.error(str(error))
 
 
@@ -73,16 +75,15 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
 
     Raises:
         ValueError: one of the modules has no kernels.
-        FileExistsError: a file to write exists with content, without `--overwrite`; nothing is compiled.
+        FileExistsError, IsADirectoryError: a file to write exists with content, without `--overwrite`, or is a
+            directory; nothing is compiled.
         RuntimeError: the process interprets its kernels.
     """
     if interpreting():
         raise RuntimeError("kernels are interpreted in this process; run it without TRITON_INTERPRET")
     for name, path in (("--json", options.json), ("--page", options.page)):
-        if path is not None and path.is_file() and path.stat().st_size and not options.overwrite:
-            raise FileExistsError(
-                f"{name}: expected the name of a new file, got {path}, which exists (see --overwrite)"
-            )
+        if path is not None:
+            _expect_free(name, path, options.overwrite)
     tasks = _tasks(options, recorded)
     print(f"triton {version('triton')}")
     print(f"{'kernel':<72} {'target':<7} regs stack  shared matrix  wide narrow programs  loop wgmma waits")
@@ -119,12 +120,34 @@ def print_report(options: argparse.Namespace, recorded: Sequence[KernelSpec] = (
     return len(unknown)
 
 
+def _expect_free(name: str, path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{name}: expected a file, got the directory {path}")
+    if path.is_file() and path.stat().st_size and not overwrite:
+        raise FileExistsError(f"{name}: expected the name of a new file, got {path}, which exists (see --overwrite)")
+
+
 def _write(path: Path, text: str) -> None:
+    """Write a file as a whole: it is written beside its target, synced to disk and renamed. A link stays one."""
+    target = Path(os.path.realpath(path))
+    whole = not path.exists() or path.is_file()  # /dev/stdout and pipes are written as they are
+    written = target.with_name(f".{target.name}-{os.getpid()}.unfinished") if whole else path
     try:
-        path.write_text(text, encoding="utf-8")
+        with written.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if whole:
+                file.flush()
+                os.fsync(file.fileno())
+        if whole:
+            if target.exists():
+                shutil.copymode(target, written)
+            written.replace(target)
     except OSError as error:
-        error.filename = error.filename or str(path)  # the kernel names none for a full disk
+        error.filename = str(path)  # the kernel names none for a full disk
         raise
+    finally:
+        if whole:
+            written.unlink(missing_ok=True)
 
 
 def known_of(complaints: Sequence[Complaint], reason: str) -> dict[str, Any]:

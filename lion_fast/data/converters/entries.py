@@ -13,7 +13,7 @@ from typing import Any
 
 from lion_fast.data.converters.skipping import Skipping
 from lion_fast.data.records import DataError, Record, describe
-from lion_fast.io.reading import Unreadable, check_regular, check_utf8, parse_json, shown, without_mark
+from lion_fast.io.reading import Unreadable, check_regular, check_utf8, parse_json, read_content, shown, without_mark
 
 # A format of an image's name: a width of at most two digits, and nothing that reads attributes.
 _FORMAT_SPEC = re.compile(r"[<>=^]?0?\d{0,2}[ds]?")
@@ -120,7 +120,7 @@ def load_json(path: Path) -> Entry:
     check_regular(path, "a file of JSON")
     try:
         # A number of any size is an error of its entry alone.
-        return Entry(parse_json(path.read_bytes(), standard=False), path)
+        return Entry(parse_json(read_content(path), standard=False), path)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -133,7 +133,7 @@ def load_lines(path: Path) -> list[Entry]:
         OSError: there is no such file, or it cannot be read.
     """
     check_regular(path, "a file of lines")
-    content = path.read_bytes()
+    content = read_content(path)
     try:
         check_utf8(content)
     except ValueError as error:

@@ -8,6 +8,7 @@ files is passed over: names that begin with a dot, and `__MACOSX`.
 import fnmatch
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lion_fast.io.images import image_suffixes
@@ -27,13 +28,16 @@ def find_files(input: str) -> list[tuple[str, Path]]:
     Raises:
         FileNotFoundError: no file is found.
         ValueError: the folder has both `.tar` files and images.
-        OSError: a folder cannot be read.
+        OSError: the input or a folder cannot be read.
     """
     if os.path.isfile(input):
         path = Path(input)
         return [(path.name if kind_of(path) else input, path)]
     if os.path.isdir(input):
         return _files_of(Path(input))
+    if os.path.lexists(input):
+        with suppress(FileNotFoundError):  # a link to nothing is an image that cannot be read
+            os.stat(input)
     matched = sorted({name for name in _matching(input) if not os.path.isdir(name)})
     if not matched:
         raise FileNotFoundError(

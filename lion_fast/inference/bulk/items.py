@@ -141,7 +141,8 @@ class Source(ABC):
         """Read an input.
 
         Raises:
-            ValueError, OSError: the input is invalid or cannot be read.
+            ValueError: the input is invalid, or its part of a file cannot be read.
+            OSError: a file of many inputs cannot be read, or has changed.
         """
 
 

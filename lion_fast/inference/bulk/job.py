@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lion_fast.io.reading import brief
+from lion_fast.io.reading import brief, read_content
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
 
@@ -130,7 +130,7 @@ def recorded_settings(path: Path) -> dict[str, Any] | None:
         ValueError: the file does not hold the settings of a job.
     """
     try:
-        content = path.read_bytes()
+        content = read_content(path)
     except FileNotFoundError:
         return None
     if not content:

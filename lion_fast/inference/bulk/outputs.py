@@ -22,7 +22,7 @@ from lion_fast.extras import require
 from lion_fast.inference.bulk.rows import Journal, Row, expect_rows, read_rows
 from lion_fast.io.atomic import UNFINISHED, whole_file
 from lion_fast.io.owning import naming_path
-from lion_fast.io.reading import brief
+from lion_fast.io.reading import naming, opened
 
 ROWS_PER_PART = 10_000
 PART = "part-{:05d}.parquet"
@@ -166,7 +166,7 @@ class JsonlOutput(Output):
     def _sort(self, ids: Sequence[str | int]) -> None:
         places: dict[str, tuple[int, int]] = {}
         start = 0
-        with self.path.open("rb") as file:
+        with opened(self.path) as file:
             for line, row in zip(file, read_rows(self.path), strict=True):
                 places[str(row["id"])] = (start, len(line))
                 start += len(line)
@@ -234,7 +234,7 @@ class ParquetOutput(Output):
 
     def ids(self) -> Iterator[str]:
         for part in self._parts():
-            with _opened(part) as file:
+            with naming(part, "a readable Parquet file"), _opened(part) as file:
                 ids = file.read(columns=["id"])["id"].to_pylist()
             yield from map(str, ids)
 
@@ -313,13 +313,10 @@ def _opened(part: Path) -> Any:
     Raises:
         ValueError: it is none.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with naming(part, "a readable Parquet file"):
         return pq.ParquetFile(part)
-    except pa.ArrowException as error:
-        raise ValueError(f"{part}: not a readable Parquet file ({brief(error)})") from error
 
 
 def _schema(fields: Sequence[str]) -> Any:

@@ -1,6 +1,6 @@
 """Preparation of a model's inputs, which runs in worker processes or threads that decode images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -39,11 +39,13 @@ class Prepared(NamedTuple):
         rows: one per input, without the model's fields; rows with an error are complete.
         inputs: tensors of the inputs without an error; None if there are none.
         sizes: (width, height) of the images of these inputs.
+        failure: why a file of many inputs cannot be read, which ends the job; None if there is no such problem.
     """
 
     rows: list[Row]
     inputs: Inputs | None
     sizes: list[tuple[int, int]]
+    failure: str | None = None
 
 
 class Preparer:
@@ -66,7 +68,14 @@ class Preparer:
             rows.append(row)
             try:
                 item = self.source[index]
-                row["image"] = item.name
+            except ValueError as error:
+                _fail(row, error)
+                continue
+            except OSError as error:
+                # As a value, because processes and Ray would make a traceback of it.
+                return Prepared([], None, [], failure=printable(" ".join(str(error).split())))
+            row["image"] = item.name
+            try:
                 if asks is not None:
                     row[asks] = printable(_text_of(item, self.job))
                 image = load_image(item.image)
@@ -92,6 +101,18 @@ class Preparer:
             _fail(one.row, error)
             return False
         return True
+
+
+def readable(batches: Iterable[Prepared]) -> Iterator[Prepared]:
+    """Yield batches until a file of many inputs cannot be read.
+
+    Raises:
+        OSError: one cannot.
+    """
+    for prepared in batches:
+        if prepared.failure is not None:
+            raise OSError(prepared.failure)
+        yield prepared
 
 
 def encode_for_lion(

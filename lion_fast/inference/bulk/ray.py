@@ -117,7 +117,8 @@ class _Worker:
 
     def __call__(self, batch_numbers: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
         for prepared in self._prepared(batch_numbers["item"]):
-            yield {"rows": [json.dumps(self.answer(prepared))]}
+            rows = self.answer(prepared) if prepared.failure is None else prepared.failure
+            yield {"rows": [json.dumps(rows)]}
 
     def _prepared(self, batch_numbers: Iterable[int]) -> Iterator[Prepared]:
         waiting: deque[Future[Prepared]] = deque()
@@ -131,5 +132,7 @@ class _Worker:
 
 def _received(dataset: Any) -> Iterator[list[Row]]:
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-        for rows in block["rows"]:
-            yield json.loads(rows)
+        for rows in map(json.loads, block["rows"]):
+            if isinstance(rows, str):  # of a batch that could not be prepared
+                raise OSError(rows)
+            yield rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.io.owning import OutputInUseError, naming_path
-from lion_fast.io.reading import brief
+from lion_fast.io.reading import brief, opened
 
 Row = dict[str, Any]
 
@@ -83,7 +83,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         ValueError: a line is not a row.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             yield _parsed(line, f"{path}:{number}")
 
@@ -109,7 +109,7 @@ def expect_rows(path: Path, fields: Sequence[str]) -> None:
     Raises:
         ValueError: it does not, so no job has written it.
     """
-    with path.open("rb") as file, naming_path(path):
+    with opened(path) as file:
         first = file.readline()
         end = _end_of_last_line(file)
         file.seek(end)

@@ -22,7 +22,7 @@ from lion_fast.inference.bulk.claiming import claimed, expect_output_elsewhere
 from lion_fast.inference.bulk.items import Source
 from lion_fast.inference.bulk.job import BulkJob, settings_of
 from lion_fast.inference.bulk.outputs import ROWS_PER_PART, Journal, Output, Row, open_output
-from lion_fast.inference.bulk.preparing import Preparer
+from lion_fast.inference.bulk.preparing import Preparer, readable
 from lion_fast.inference.bulk.sources import open_source
 from lion_fast.inference.loading import default_device
 
@@ -74,7 +74,8 @@ def run(
         ValueError: the settings do not match the input or those of the existing output, which is then left as it is;
             with `strict`, a bad input.
         OutputInUseError: another run is writing the output.
-        OSError: the input or the model does not exist, or the output cannot be written.
+        OSError: the input or the model does not exist, a file of many inputs cannot be read or has changed, or the
+            output cannot be written.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
@@ -100,7 +101,7 @@ def run(
                 prepared = iter(loader)
             label = job.command if world_size == 1 else f"{job.command}, process {rank + 1} of {world_size}"
             how: Any = {"label": label, "strict": strict, "show": rank == 0}
-            summary = write_all(map(answer, prepared), writer, batches, done, **how)
+            summary = write_all(map(answer, readable(prepared)), writer, batches, done, **how)
             _meet(None)
             if rank == 0:
                 finish(output, source)

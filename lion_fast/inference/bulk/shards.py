@@ -3,14 +3,14 @@
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lion_fast.data.records import describe
 from lion_fast.inference.bulk.items import Columns, Item, Source, printable, sized
 from lion_fast.inference.bulk.tars import Span, read_members
-from lion_fast.io.reading import on_one_line, parse_json
+from lion_fast.io.reading import brief, on_one_line, opened, parse_json
 
 
 class ShardSource(Source):
@@ -32,7 +32,7 @@ class ShardSource(Source):
         has_text = False
         for file_index, (name, path) in enumerate(files):
             members = read_members(path)
-            with path.open("rb") as file:
+            with opened(path) as file:
                 for member, image in members.images.items():
                     text = members.text_of(member)
                     fields: dict[str, Any] = {}
@@ -63,13 +63,12 @@ class ShardSource(Source):
         if index in self._problems:
             raise ValueError(self._problems[index])
         file_index, start, size, text_start, text_size = map(int, self._positions[index])
-        with self._shards[file_index][1].open("rb") as file:
-            file.seek(start)
-            image = file.read(size)
+        path = self._shards[file_index][1]
+        with opened(path, self.files[file_index][1]) as file:
+            image = _content(file, path, start, size)
             fields: dict[str, Any] = {}
             if self.columns.text is not None or (self.columns.tags is not None and text_size):
-                file.seek(text_start)
-                fields = _fields(file.read(text_size))
+                fields = _fields(_content(file, path, text_start, text_size))
         return Item(image, self._names[index], self.columns.text_of(fields), self.columns.tags_of(fields))
 
     def _add(self, path: Path, name: str, image: Span, text: Span, seen: set[str]) -> None:
@@ -82,6 +81,19 @@ class ShardSource(Source):
         if problem is not None:
             self._problems[len(self._names)] = problem
         self._names.append(id)
+
+
+def _content(file: BinaryIO, path: Path, start: int, size: int) -> bytes:
+    """Read a member.
+
+    Raises:
+        ValueError: its part of the disk cannot be read, which is no reason to lose the other members.
+    """
+    try:
+        file.seek(start)
+        return file.read(size)
+    except OSError as error:
+        raise ValueError(f"{on_one_line(path)}: expected {size} readable bytes at {start}: {brief(error)}") from error
 
 
 def _fields(content: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lion_fast.data.records import MAX_LINE_BYTES, describe
 from lion_fast.extras import require
 from lion_fast.inference.bulk.cells import check_columns, rows_of
 from lion_fast.inference.bulk.items import Columns, Ids, Item, Source, printable, sized
-from lion_fast.io.reading import check_utf8, naming, parse_json, shown
+from lion_fast.io.reading import check_utf8, naming, opened, parse_json, shown
 
 _CACHED_BYTES = 256 << 20
 _NAMES = 20  # fields of the lines that are listed in a message
@@ -36,7 +36,7 @@ class JsonlSource(Source):
             name for name in (columns.image, columns.text, columns.id if columns.needs_id else None) if name is not None
         }
         for file_index, (_, path) in enumerate(files):
-            with path.open("rb") as file, naming(path, "a file of JSON lines"):
+            with opened(path) as file, naming(path, "a file of JSON lines"):
                 check_utf8(file.read(4))
                 file.seek(0)
                 for number, (offset, line) in enumerate(lines_with_offsets(file), 1):
@@ -71,7 +71,7 @@ class JsonlSource(Source):
     def __getitem__(self, index: int) -> Item:
         file_index, offset, _ = self._positions[index]
         path = self._tables[file_index][1]
-        with path.open("rb") as file:
+        with opened(path, self.files[file_index][1]) as file:
             file.seek(offset)
             line = file.readline(MAX_LINE_BYTES)
         fields = _parse(None if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n") else line)
@@ -142,8 +142,8 @@ class ParquetSource(Source):
             import pyarrow.parquet as pq
 
             file_index, number, _, _ = self._groups[group]
-            path = self._tables[file_index][1]
-            with naming(path, "a readable Parquet file"), pq.ParquetFile(path) as file:
+            path, size = self._tables[file_index][1], self.files[file_index][1]
+            with opened(path, size), naming(path, "a readable Parquet file"), pq.ParquetFile(path) as file:
                 wanted = {self.columns.image, self.columns.text, self.columns.tags, self.columns.id}
                 names = wanted & set(file.schema_arrow.names)
                 self._cache[group] = file.read_row_group(int(number), columns=sorted(names))

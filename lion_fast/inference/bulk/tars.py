@@ -121,10 +121,13 @@ def _scan(path: Path) -> dict[str, tuple[str, Span | str]]:
             elif span.start + span.size > size:
                 raise ValueError(f"{shown(member.name)} is truncated")
             members[name] = member.name, span
-        # tarfile takes a damaged header for the end.
+        # tarfile takes a damaged header for the end, and needs none.
         tar.fileobj.seek(tar.offset)
-        if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        end = tar.fileobj.read(tarfile.BLOCKSIZE)
+        if any(end):
             raise ValueError(f"a damaged header at byte {tar.offset}")
+        if len(end) < tarfile.BLOCKSIZE:
+            raise ValueError(f"it ends at byte {size} without the empty block that ends a tar file")
     return members
 
 
