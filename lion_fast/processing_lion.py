@@ -220,6 +220,18 @@ class LionProcessor(TokenizingMixin, ChatMixin, ProcessorMixin):
             return image
         return image.resize((width, height), Image.Resampling(process.resample))
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Save as `ProcessorMixin` does; the files do not depend on earlier calls.
+
+        Tokenizers keep the padding and truncation of their last call, and would save them.
+        """
+        for tokenizer in (self.tokenizer, self.qformer_tokenizer):
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            if backend is not None:
+                backend.no_padding()
+                backend.no_truncation()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Load as `ProcessorMixin` does, but only files that hold data alone.

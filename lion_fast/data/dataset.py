@@ -191,7 +191,7 @@ class JsonlDataset(SampleDataset):
         ValueError: unknown task.
         FileNotFoundError: the file does not exist.
         DataError: a line is not a valid record, or the file is not UTF-8 or has no sample.
-        OSError: the file cannot be read; from `dataset[i]` also: it has another size than before.
+        OSError: the file cannot be read; from `dataset[i]` also: it has been truncated.
     """
 
     def __init__(

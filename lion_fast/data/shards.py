@@ -115,7 +115,7 @@ class ShardDataset(SampleDataset):
         DataError: the index cannot be read or is not one of this directory's shards (`read_index`), or has no sample of
             the task; from `dataset[i]` also: the shard does not hold what the index says, or that part of it
             cannot be read.
-        OSError: a shard cannot be opened, or has another size than before.
+        OSError: a shard cannot be opened, or has been truncated.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ def open_tensors(file: Path) -> Iterator[Mapping[str, Tensor]]:
 
     Raises:
         CheckpointError: the file cannot be read.
-        OSError: when a tensor is taken: another program has truncated or extended the file.
+        OSError: when a tensor is taken: another program has truncated the file.
     """
     with ExitStack() as stack:
         with naming(file, "a readable checkpoint file"):

@@ -68,10 +68,10 @@ def opened(path: str | os.PathLike, size: int | None = None) -> Iterator[BinaryI
     """Open a file for reading; every OSError inside names it.
 
     Args:
-        size: bytes that the file had when it was read before, if what is read now has to fit that.
+        size: bytes that the file had when it was read before, if what is read now was found then.
 
     Raises:
-        OSError: the file cannot be opened or read, or has another size before or after.
+        OSError: the file cannot be opened or read, or is shorter, before or after.
     """
     with naming_path(path), Path(path).open("rb") as file:
         if size is None:
@@ -85,13 +85,13 @@ def opened(path: str | os.PathLike, size: int | None = None) -> Iterator[BinaryI
 
 
 def expect_size(file: BinaryIO, path: str | os.PathLike, size: int) -> None:
-    """Check that no other program has truncated or extended an open file.
+    """Check that no other program has truncated an open file.
 
     Raises:
-        OSError: it has another size; the message names `path`.
+        OSError: it is shorter than `size` bytes; the message names `path`.
     """
     found = os.fstat(file.fileno()).st_size
-    if found != size:
+    if found < size:
         raise OSError(f"{on_one_line(path)}: expected {size} bytes, as when it was first read, got {found}")
 
 

@@ -61,13 +61,15 @@ class Jobs:
         return folder
 
     def run(self, job: str, folder: Path, **variables: str) -> tuple[int, str]:
-        """Run a job, and return its status and what it printed, without progress bars."""
+        """Run a job, and return its status and its error, without progress bars and warnings."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         print(json.dumps([job, str(folder), variables]), file=self.server.stdin, flush=True)
         status = int(self.server.stdout.readline())
         lines = (folder / "error").read_text().replace("\r", "\n").splitlines()
-        return status, "\n".join(line for line in lines if line and "image/s]" not in line)
+        return status, "\n".join(
+            line for line in lines if line and "image/s]" not in line and not line.startswith("skipped ")
+        )
 
     def count(self, job: str, on: str) -> tuple[int, Path]:
         """Run a job without a fault; return the number of its operations, and its folder."""

@@ -142,7 +142,7 @@ class Source(ABC):
 
         Raises:
             ValueError: the input is invalid, or its part of a file cannot be read.
-            OSError: a file of many inputs cannot be read, or has changed.
+            OSError: a file of many inputs cannot be read, or has been truncated.
         """
 
 

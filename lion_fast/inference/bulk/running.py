@@ -74,7 +74,7 @@ def run(
         ValueError: the settings do not match the input or those of the existing output, which is then left as it is;
             with `strict`, a bad input.
         OutputInUseError: another run is writing the output.
-        OSError: the input or the model does not exist, a file of many inputs cannot be read or has changed, or the
+        OSError: the input or the model does not exist, a file of many inputs cannot be read or was truncated, or the
             output cannot be written.
     """
     if batch_size < 1:

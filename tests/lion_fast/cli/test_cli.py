@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +176,39 @@ def test_kernels_are_compiled_and_the_page_is_written(tmp_path: Path, monkeypatc
     assert {kernel["module"] for kernel in kernels} == {"gated_gelu"}
     assert all(list(kernel["targets"]) == ["sm_90", "gfx942"] for kernel in kernels)
     assert "| kernel | warps, stages | sm_90 | gfx942 |" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (["check", "--json"], "lion_fast.check.report.run_check"),
+        (["bench", "--tune", "--table"], "lion_fast.check.tuning.run"),
+        (["kernels", "--without-launches", "--json"], "lion_kernels.aot.report.print_report"),
+        (["kernels", "--without-launches", "--page"], "lion_kernels.aot.report.print_report"),
+    ],
+)
+def test_a_file_is_replaced_only_with_overwrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli, command: list[str], work: str
+) -> None:
+    file, began = tmp_path / "mine", []
+    file.write_text("mine")
+    monkeypatch.setattr("lion_fast.cli.processes.kernels_can_be", lambda interpreted: True)
+    if command[0] == "kernels":  # the check is the report's own
+        monkeypatch.setattr("lion_kernels.aot.report.interpreting", lambda: False)
+        monkeypatch.setattr("lion_kernels.aot.report._tasks", lambda *_: began.append("began") or [])
+    else:
+        monkeypatch.setattr(work, lambda *_, **__: began.append("began") or SimpleNamespace(problems=[]))
+    status, _, err = run_cli(*command, file)
+    assert status == 2
+    assert f"{command[-1]}: expected the name of a new file, got {file}, which exists (see --overwrite)" in err
+    assert file.read_text() == "mine"
+    assert not began
+    status, _, err = run_cli(*command, file, "--overwrite")
+    assert status in (0, 1), err
+    assert began == ["began"]
+    if command[0] == "kernels":
+        assert file.read_text() != "mine"
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_module_without_kernels_is_named(run_cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
-from lion_fast.data import JsonlDataset, ProcessBatches, TrainingOrder, make_loader
+from lion_fast.data import DataError, JsonlDataset, ProcessBatches, TrainingOrder, make_loader
+from lion_fast.data.loader import errors_of_workers
 
 REGION = {"task": "region_level"}
 
@@ -142,6 +144,19 @@ def test_workers_are_forked_for_any_default_of_python(images: Path, write_lines)
         assert list(make_loader(order, lambda samples: len(samples), num_workers=1)) == [1, 1]
     finally:
         multiprocessing.set_start_method(default, force=True)
+
+
+def test_an_error_of_a_worker_is_one_line() -> None:
+    for error in (FileNotFoundError(2, "No such file or directory", "a.tar"), DataError("a.jsonl:3: missing")):
+        try:
+            raise error
+        except (OSError, DataError):
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        with pytest.raises(type(error)) as found, errors_of_workers():
+            wrapped.reraise()
+        assert str(found.value) == str(error)
+    with pytest.raises(OSError, match=r"two\nlines"), errors_of_workers():
+        raise OSError("two\nlines")  # of this process
 
 
 def test_loading_does_not_change_the_global_generators(images: Path, write_lines) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lion_fast.io.checkpoints import SAFE_INDEX, CheckpointError, open_tensors, scan, write_sharded
+from lion_fast.io.checkpoints import SAFE_INDEX, CheckpointError, naming_output, open_tensors, scan, write_sharded
 from tests.lion_fast.processes import run_python
 
 MIB = 1024**2
@@ -251,6 +251,25 @@ def test_shards_hold_every_tensor_once(tmp_path: Path) -> None:
     assert {name: index[name] for name in state}.keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(load_file(out / index[name])[name], value)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_file_that_is_truncated_while_it_is_read_is_named(tmp_path: Path, name: str) -> None:
+    """Reading what a mapped file has lost would end the process."""
+    state, file = {"w": torch.ones(MIB)}, tmp_path / name
+    torch.save(state, file) if name == "a.pth" else save_file(state, file)
+    with open_tensors(file) as tensors:
+        os.truncate(file, 4096)
+        with pytest.raises(OSError, match=rf"^{file}: expected \d+ bytes, as when it was first read, got 4096$"):
+            tensors["w"].sum()
+
+
+def test_errors_of_writing_name_the_output_whatever_their_type(tmp_path: Path) -> None:
+    message = r"^out: cannot be written \(No space left on device \(os error 28\)\)$"
+    with pytest.raises(OSError, match=message), naming_output(Path("out")):
+        raise RuntimeError("No space left on device (os error 28)")  # tokenizers raises bare exceptions
+    with pytest.raises(KeyError), naming_output(Path("out")):
+        raise KeyError("a bug")
 
 
 def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:

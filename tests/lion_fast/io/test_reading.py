@@ -1,12 +1,23 @@
 """Strict JSON, and errors of readers that name the file."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lion_fast.io.reading import Repeated, check_regular, naming, on_one_line, parse_json, shown
+from lion_fast.io.reading import (
+    Repeated,
+    check_regular,
+    naming,
+    on_one_line,
+    opened,
+    parse_json,
+    read_content,
+    shown,
+)
 
 
 def test_json_is_that_of_the_standard_with_unique_names() -> None:
@@ -61,6 +72,36 @@ def test_values_are_short_whatever_they_are() -> None:
     assert shown(np.zeros((2, 2))) == "array([[0., 0.], [0., 0.]])"
     assert shown([torch.zeros(2, 3)]) == "[a tensor torch.float32 [2, 3]]"
     assert shown(Broken()) == "Broken, whose repr raises KeyError"
+
+
+def test_errors_of_the_kernel_name_the_file_and_do_not_blame_its_content(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^\[Errno 21\] Is a directory: '/'$"), naming("/", "a table"):
+        os.read(os.open("/", os.O_RDONLY), 1)
+    with pytest.raises(ValueError, match=r"^a.x: not a table \(no table\)$"), naming("a.x", "a table"):
+        raise OSError("no table")
+    (tmp_path / "a").write_bytes(b"content")
+    assert read_content(tmp_path / "a") == b"content"
+    with pytest.raises(OSError, match=rf"Input/output error: '{tmp_path}/a'$"), opened(tmp_path / "a"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    shorter = f"^{tmp_path}/a: expected 7 bytes, as when it was first read, got 3$"
+    with opened(tmp_path / "a", 7) as file:
+        assert file.read() == b"content"
+    os.truncate(tmp_path / "a", 3)
+    with pytest.raises(OSError, match=shorter), opened(tmp_path / "a", 7):
+        pytest.fail("a truncated file was opened")
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+
+    def truncate_and_read() -> None:
+        with opened(tmp_path / "a", 7) as file:
+            os.truncate(tmp_path / "a", 3)
+            if file.read() != b"content":
+                raise ValueError("what was read makes no sense")
+
+    with pytest.raises(OSError, match=r"/a: expected 7 bytes, as when it was first read, got 3$"):
+        truncate_and_read()
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tables whose rows or cells cannot be read."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lion_fast.inference.bulk.job import BulkJob
+from lion_fast.inference.bulk.preparing import Preparer, readable
 from lion_fast.inference.bulk.sources import open_source
 from tests.extras import needs
 
@@ -33,6 +35,24 @@ def write_table(path: str = "t.parquet", names: list[str] | None = None, **colum
     pa, pq = needs("pyarrow", "parquet"), needs("pyarrow.parquet", "parquet")
     arrays = [pa.array(column) if isinstance(column, list) else column for column in columns.values()]
     pq.write_table(pa.Table.from_arrays(arrays, names=names or list(columns)), path)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
+@pytest.mark.parametrize("fault", ["removed", "truncated"])
+def test_a_table_that_is_lost_ends_the_job_and_a_lost_image_does_not(name: str, fault: str) -> None:
+    if name == "t.jsonl":
+        Path(name).write_text('{"image": "a.png", "question": "One?"}\n' * 2)
+    else:
+        write_table(image=["a.png"] * 2, question=["One?"] * 2)
+    job = BulkJob("ask", name, "out.jsonl", "model")
+    preparer = Preparer(job, open_source(job), lambda images, items: {}, lambda image: image)
+    Path("a.png").rename("moved.png")
+    (lost,) = preparer([0]).rows
+    assert "a.png): expected an image file, got a directory or nothing" in lost["error"]
+    preparer.source = open_source(job)  # without what the source keeps of a Parquet file
+    Path(name).unlink() if fault == "removed" else os.truncate(name, 9)
+    with pytest.raises(OSError, match=rf"No such file.*'{name}'$|^{name}: expected \d+ bytes.*got 9$"):
+        list(readable([preparer([1])]))
 
 
 def test_a_cell_that_is_not_utf8_is_an_error_of_its_row() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,15 @@ def write(tmp_path: Path):
         return tmp_path / "t.tar"
 
     return write
+
+
+def test_a_file_that_ends_between_two_members_is_truncated(write) -> None:
+    path = write(("a.png", png()), ("b.png", png()))
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[1].offset
+    os.truncate(path, second)
+    with pytest.raises(ValueError, match=r"t.tar: not a complete.*ends at byte 1024 without the empty block"):
+        opened(path)
 
 
 def link(target: str, type: bytes = tarfile.SYMTYPE) -> tuple[bytes, dict[str, Any]]:
