@@ -153,9 +153,10 @@ def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Itera
         yield
     except OSError as error:
         if isinstance(error.filename, str | os.PathLike):
-            given, hidden = os.fspath(error.filename), str(temporary)
-            if temporary is not None and (given == hidden or given.startswith(hidden + os.sep)):
-                error.filename = str(path) + given[len(hidden) :]
+            if temporary is not None:
+                error.filename = _instead(error.filename, str(temporary), str(path))
+                if error.filename2 is not None:  # of renaming
+                    error.filename2 = _instead(error.filename2, str(temporary), str(path))
         elif error.errno is None and temporary is not None and str(temporary) in str(error):
             raise OSError(str(error).replace(str(temporary), str(path))) from error
         elif error.filename is None and (temporary is None or error.errno in _OF_FILES):
@@ -164,6 +165,14 @@ def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Itera
             elif str(path) not in str(error):
                 raise OSError(f"{path}: {brief(error)}") from error
         raise
+
+
+def _instead(given: object, hidden: str, path: str) -> object:
+    """Return the name `given` by an error, in or of `path` if it is in or of `hidden`."""
+    if not isinstance(given, str | os.PathLike):
+        return given
+    name = os.fspath(given)
+    return path + name[len(hidden) :] if name == hidden or name.startswith(hidden + os.sep) else given
 
 
 @contextmanager

@@ -170,4 +170,4 @@ def clear_aside(run_dir: Path) -> None:
 
 def _digest(path: Path) -> str:
     with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

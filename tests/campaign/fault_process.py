@@ -37,8 +37,8 @@ def read_all(dataset: Any) -> None:
 
 def convert_original(folder: Path) -> None:
     inside = folder / "in" / "original"
-    names = {name: inside / name for name in ("llm", "bert")}
-    convert_checkpoint(vit=inside / "vit.pth", lion=inside / "lion.pth", out=folder / "out" / "lion", **names)
+    out = folder / "out" / "lion"
+    convert_checkpoint(inside / "vit.pth", inside / "llm", inside / "bert", inside / "lion.pth", out)
 
 
 def train(folder: Path) -> None:

@@ -118,6 +118,15 @@ def test_a_used_processor_can_be_saved_and_loaded(golden, golden_processor, tmp_
     assert torch.equal(*prompts)
 
 
+def test_saved_files_do_not_depend_on_earlier_calls(tmp_path):
+    fresh, used = processor_of("t5"), processor_of("t5")
+    used(text=["a question", "what"], padding=True, truncation=True, max_length=8)
+    for name, each in (("fresh", fresh), ("used", used)):
+        each.save_pretrained(tmp_path / name)
+    for file in (tmp_path / "fresh").rglob("*.json"):
+        assert file.read_bytes() == (tmp_path / "used" / file.relative_to(tmp_path / "fresh")).read_bytes()
+
+
 def test_generated_ids_decode_to_the_originals_text(golden, golden_processor):
     name = "region_level.generate.beams5.rp1.5"
     decoded = golden_processor.batch_decode(golden.expected[name], skip_special_tokens=True)

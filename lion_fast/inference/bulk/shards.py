@@ -30,9 +30,10 @@ class ShardSource(Source):
         positions, lengths = array("q"), []
         seen: set[str] = set()
         has_text = False
+        sizes = sized(files)  # before anything is read
         for file_index, (name, path) in enumerate(files):
             members = read_members(path)
-            with opened(path) as file:
+            with opened(path, sizes[file_index][1]) as file:
                 for member, image in members.images.items():
                     text = members.text_of(member)
                     fields: dict[str, Any] = {}
@@ -53,7 +54,7 @@ class ShardSource(Source):
                 f"{columns.text}: expected one for all images, or a .json with a field of that name for each, "
                 "got neither"
             )
-        super().__init__(columns, lengths, sized(files))
+        super().__init__(columns, lengths, sizes)
         self._shards, self._positions = files, np.asarray(positions).reshape(-1, 5)
 
     def id(self, index: int) -> str:

@@ -35,8 +35,9 @@ class JsonlSource(Source):
         needed = {
             name for name in (columns.image, columns.text, columns.id if columns.needs_id else None) if name is not None
         }
+        sizes = sized(files)  # before anything is read
         for file_index, (_, path) in enumerate(files):
-            with opened(path) as file, naming(path, "a file of JSON lines"):
+            with opened(path, sizes[file_index][1]) as file, naming(path, "a file of JSON lines"):
                 check_utf8(file.read(4))
                 file.seek(0)
                 for number, (offset, line) in enumerate(lines_with_offsets(file), 1):
@@ -55,7 +56,7 @@ class JsonlSource(Source):
             raise ValueError(
                 f"columns: expected lines with {shown(name)}, got none in {files[0][0]}; the lines have {some}"
             )
-        super().__init__(columns, lengths, sized(files))
+        super().__init__(columns, lengths, sizes)
         self._tables, self._image_root, self._positions = files, image_root, np.asarray(positions).reshape(-1, 3)
         self._ids.expect_unique(len(lengths), self._place)
         self.own_ids = bool(self._ids.own)
@@ -95,9 +96,14 @@ class ParquetSource(Source):
 
         groups, lengths, start = [], [np.zeros(0, np.int32)], 0
         self._ids = Ids(columns)
+        sizes = sized(files)  # before anything is read
         for file_index, (_, path) in enumerate(files):
             file_start = start
-            with naming(path, "a readable Parquet file"), pq.ParquetFile(path) as file:
+            with (
+                opened(path, sizes[file_index][1]),
+                naming(path, "a readable Parquet file"),
+                pq.ParquetFile(path) as file,
+            ):
                 names = file.schema_arrow.names
                 check_columns(
                     path,
@@ -111,7 +117,7 @@ class ParquetSource(Source):
                     lengths.append(_lengths(file, group, texts, columns, self._ids, start))
                     groups.append((file_index, group, start, file_start))
                     start += len(lengths[-1])
-        super().__init__(columns, np.concatenate(lengths), sized(files))
+        super().__init__(columns, np.concatenate(lengths), sizes)
         self._tables, self._image_root, self._groups = files, image_root, np.array(groups, np.int64).reshape(-1, 4)
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._ids.expect_unique(start, self._place)
