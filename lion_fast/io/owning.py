@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
-from lion_fast.io.reading import brief
+from lion_fast.io.reading import naming_path
 
 if os.name != "nt":
     import fcntl
@@ -24,8 +24,6 @@ if os.name != "nt":
 UNFINISHED = ".unfinished"
 _LOCK = ".lock"
 _LONGEST = 200  # bytes of a name that still leave room for what temporary names add; file systems take 255
-# Errors of file systems. Readers name their files (`lion_fast.io.reading`), so those without a name are of writing.
-_OF_FILES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENXIO}
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 logger = logging.getLogger(__name__)
@@ -138,41 +136,6 @@ def temporary_beside(path: Path, *, inside: bool = False) -> Path:
     """Return a new temporary name for `path`, beside it or in it, which `sole_writer` removes after a kill."""
     folder = path if inside else path.parent
     return folder / _hidden(path, f"-{uuid4().hex[:8]}{UNFINISHED}").name
-
-
-@contextmanager
-def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[None]:
-    """Make every OSError name the file: the kernel names none when writing, syncing or reading fails.
-
-    Args:
-        path: file that is read or written.
-        temporary: where it is written until it is finished; errors that name this name `path` instead. Errors without
-            a name are then taken for this file's only if file systems raise them.
-    """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error.filename, str | os.PathLike):
-            if temporary is not None:
-                error.filename = _instead(error.filename, str(temporary), str(path))
-                if error.filename2 is not None:  # of renaming
-                    error.filename2 = _instead(error.filename2, str(temporary), str(path))
-        elif error.errno is None and temporary is not None and str(temporary) in str(error):
-            raise OSError(str(error).replace(str(temporary), str(path))) from error
-        elif error.filename is None and (temporary is None or error.errno in _OF_FILES):
-            if error.errno is not None and error.strerror is not None and len(error.args) == 2:
-                error.filename = str(path)
-            elif str(path) not in str(error):
-                raise OSError(f"{path}: {brief(error)}") from error
-        raise
-
-
-def _instead(given: object, hidden: str, path: str) -> object:
-    """Return the name `given` by an error, in or of `path` if it is in or of `hidden`."""
-    if not isinstance(given, str | os.PathLike):
-        return given
-    name = os.fspath(given)
-    return path + name[len(hidden) :] if name == hidden or name.startswith(hidden + os.sep) else given
 
 
 @contextmanager

@@ -5,6 +5,7 @@ kernel names no file when reading one fails; `opened` and `read_content` do.
 """
 
 import codecs
+import errno
 import json
 import math
 import os
@@ -16,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lion_fast.io.owning import naming_path
+# Errors of file systems. Readers name their files, so those without a name are of writing.
+_OF_FILES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENXIO}
 
 # The first two bytes of UTF-32's mark in little-endian order are UTF-16's.
 _OTHER_MARKS = {
@@ -61,6 +63,41 @@ def naming(
         if isinstance(found, error) and named:
             raise
         raise error(f"{on_one_line(path)}: not {what} ({brief(found)})") from found
+
+
+@contextmanager
+def naming_path(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[None]:
+    """Make every OSError name the file: the kernel names none when writing, syncing or reading fails.
+
+    Args:
+        path: file that is read or written.
+        temporary: where it is written until it is finished; errors that name this name `path` instead. Errors without
+            a name are then taken for this file's only if file systems raise them.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str | os.PathLike):
+            if temporary is not None:
+                error.filename = _instead(error.filename, str(temporary), str(path))
+                if error.filename2 is not None:  # of renaming
+                    error.filename2 = _instead(error.filename2, str(temporary), str(path))
+        elif error.errno is None and temporary is not None and str(temporary) in str(error):
+            raise OSError(str(error).replace(str(temporary), str(path))) from error
+        elif error.filename is None and (temporary is None or error.errno in _OF_FILES):
+            if error.errno is not None and error.strerror is not None and len(error.args) == 2:
+                error.filename = str(path)
+            elif str(path) not in str(error):
+                raise OSError(f"{path}: {brief(error)}") from error
+        raise
+
+
+def _instead(given: object, hidden: str, path: str) -> object:
+    """Return the name `given` by an error, in or of `path` if it is in or of `hidden`."""
+    if not isinstance(given, str | os.PathLike):
+        return given
+    name = os.fspath(given)
+    return path + name[len(hidden) :] if name == hidden or name.startswith(hidden + os.sep) else given
 
 
 @contextmanager
