@@ -1,11 +1,8 @@
-"""Fingerprints of the files that a run is trained on, which show at its resumption what has changed.
+"""Fingerprints of the files that a run is trained and evaluated on, which show at its resumption what has changed.
 
-Files of JSON lines, indices of shards and settings are hashed whole. Files that can be larger than memory, such as
-shards and weights, are hashed at evenly spaced blocks: other weights or a rewritten shard differ there or in size, but
-a small edit in place need not. Image files that JSON lines name are not looked at.
+`lion_fast.io.digests` says what is hashed whole. Image files that JSON lines name are not looked at.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -14,23 +11,23 @@ from typing import Any
 
 from lion_fast.configuration_lion import TASKS
 from lion_fast.io.atomic import write_json
-from lion_fast.io.reading import opened, read_content
+from lion_fast.io.digests import SAMPLED, digest_of
+from lion_fast.io.reading import read_content
 from lion_fast.training.recipe import SCENES, Recipe, RecipeError
 
 RECORD = "trained_on.json"
 Fingerprints = dict[str, dict[str, dict[str, Any]]]  # key of the recipe -> file -> size and digest
 
 _VERSION = 1
-_BLOCK, _BLOCKS = 4096, 256
-_SAMPLED = (".tar", ".safetensors", ".bin", ".pth", ".pt")
-_OF_A_DIRECTORY = (*_SAMPLED, ".json", ".txt", ".model", ".npz", ".jinja")
+_OF_A_DIRECTORY = (*SAMPLED, ".json", ".txt", ".model", ".npz", ".jinja")
+_EVALUATION = "data.evaluate."
 _SHOWN = 3
 
 logger = logging.getLogger(__name__)
 
 
 def fingerprints_of(recipe: Recipe, reads_sources: bool = True) -> Fingerprints:
-    """Return the fingerprints of a recipe's training data, tagger and initial models.
+    """Return the fingerprints of a recipe's data, tagger and initial models.
 
     Args:
         reads_sources: whether the run reads the training data that the recipe names.
@@ -46,6 +43,7 @@ def fingerprints_of(recipe: Recipe, reads_sources: bool = True) -> Fingerprints:
     }
     if reads_sources:
         named |= {f"data.train.{task}": getattr(data.train, task) for task in TASKS}
+        named |= {f"{_EVALUATION}{task}": getattr(data.evaluate, task) for task in TASKS}
         named["data.tagger"] = [data.tagger]
     return {
         key: {str(file): _fingerprint(file) for name in names if name for file in _files(name)}
@@ -90,6 +88,8 @@ def _difference(record: Path, found: Fingerprints) -> str | None:
     if version != _VERSION:
         return f"{record}: expected version {_VERSION}, got {str(version)[:20]}"
     after = {(key, file): marks["sha256"] for key, files in found.items() for file, marks in files.items()}
+    # Earlier versions did not record the data of evaluation.
+    after = {name: digest for name, digest in after.items() if name[0] in read["files"] or _EVALUATION not in name[0]}
     different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if not different:
         return None
@@ -114,14 +114,4 @@ def _files(name: str) -> Iterator[Path]:
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), file.stat().st_size
-    digest.update(f"{size} ".encode())
-    with opened(file) as content:
-        if file.suffix not in _SAMPLED or size <= _BLOCK * _BLOCKS:
-            while block := content.read(1 << 20):
-                digest.update(block)
-        else:
-            for number in range(_BLOCKS):
-                content.seek(number * (size - _BLOCK) // (_BLOCKS - 1))
-                digest.update(content.read(_BLOCK))
-    return {"size": size, "sha256": digest.hexdigest()}
+    return {"size": file.stat().st_size, "sha256": digest_of(file)}

@@ -270,7 +270,8 @@ class Recipe(Section):
 
 # Keys that may change when a run is resumed: none of them changes the samples of a step or the loss over them.
 # `batch.per_process` changes the dropout masks, because each micro-batch is seeded separately.
-RESUMABLE_CHANGES = ("batch.per_process", "data.workers", "data.prefetch", "evaluation", "checkpoints")
+# The directory of a run may be moved, or be given by another of its names.
+RESUMABLE_CHANGES = ("output_dir", "batch.per_process", "data.workers", "data.prefetch", "evaluation", "checkpoints")
 
 
 def shipped_recipe(stage: int) -> str:

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lion_fast.extras import MissingExtraError, require
-from lion_fast.io.owning import naming_path
+from lion_fast.io.reading import naming_path
 
 logger = logging.getLogger(__name__)
 

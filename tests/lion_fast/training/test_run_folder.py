@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from lion_fast.io.checkpoints import CheckpointError
 from lion_fast.io.owning import OutputInUseError
 from lion_fast.training import RecipeError, saving, train
-from lion_fast.training.fingerprints import RECORD
+from lion_fast.training.fingerprints import RECORD, expect_same_files, fingerprints_of, write_fingerprints
 from lion_fast.training.recipe import Recipe, dump_recipe
 from lion_fast.training.run_folder import begin_run, owned_run
 from tests.lion_fast.training.runs import Files, MakeRecipe, wait_for, weights_of
@@ -130,6 +131,30 @@ def test_the_record_of_data_may_be_missing_but_not_damaged(stopped: Recipe, capl
     resume(stopped)
     assert "nothing shows whether the data are those of the start" in caplog.text
     assert record.is_file()
+
+
+def test_a_run_may_move(stopped: Recipe) -> None:
+    """Its directory has another name then, or the same one written in another way."""
+    moved = Path(stopped.output_dir).with_name("moved")
+    same = os.path.relpath(stopped.output_dir)
+    assert resume(replace(stopped, output_dir=same)) == Path(same) / "checkpoint-1"
+    os.rename(stopped.output_dir, moved)
+    assert resume(replace(stopped, output_dir=str(moved))) == moved / "checkpoint-1"
+
+
+def test_a_run_resumes_on_its_evaluation_data(make_recipe: MakeRecipe, files: Files, tmp_path: Path) -> None:
+    """Otherwise its curve would join two measures."""
+    shutil.copy(files.jsonl, evaluation := tmp_path / "evaluation.jsonl")
+    recipe = make_recipe(3, f"data.evaluate.image_level=['{evaluation}']")
+    found = fingerprints_of(recipe)
+    write_fingerprints(tmp_path, found)
+    expect_same_files(tmp_path, found)
+    evaluation.write_text(evaluation.read_text() + "\n")
+    with pytest.raises(RecipeError, match=r"^data.evaluate.image_level: expected .*evaluation.jsonl .*got a changed"):
+        expect_same_files(tmp_path, fingerprints_of(recipe))
+    # The record of an earlier version does not have them.
+    write_fingerprints(tmp_path, {key: files for key, files in found.items() if "evaluate" not in key})
+    expect_same_files(tmp_path, found)
 
 
 def test_changed_data_need_not_stop_a_run_that_starts_anew(stopped: Recipe) -> None:
