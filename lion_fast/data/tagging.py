@@ -43,7 +43,8 @@ def add_tags(
         ValueError: `out` is the dataset's file, `batch_size` is below 1, or the tagger does not return one result per
             image.
         OutputExistsError, OutputInUseError: see `write_jsonl`; raised before the first image is tagged.
-        DataError: an image cannot be read, or a record cannot have its tags; the message names file and line.
+        DataError: an image cannot be read, or none can; or a record cannot have its tags. The message names file and
+            line.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
@@ -65,15 +66,20 @@ def add_tags(
                 raise ValueError(f"tagger: expected one result per image ({len(names)}), got {len(results)}")
             for name, joined in zip(names, results, strict=True):
                 tags[name] = tuple(_split(joined))
+        any_record = False
         for index in range(len(dataset)):
             record = dataset.record(index)
-            if record.tags is not None:
-                yield record
-            elif record.image in tags:
+            if record.tags is None:
+                if record.image not in tags:
+                    continue
                 try:
-                    yield replace(record, tags=tags[record.image])
+                    record = replace(record, tags=tags[record.image])
                 except ValueError as error:
                     raise DataError(f"{dataset.place(index)}: {error}") from error
+            any_record = True
+            yield record
+        if not any_record:
+            raise DataError(f"{dataset.path}: none of its images can be read")
 
     write_jsonl(records(), out, overwrite=overwrite)
     return len(tags), len(untagged) - len(tags)

@@ -134,7 +134,11 @@ class Conversion:
             raise DataError(f"{self.files[0]}: contains no record{chosen}{skipped}")
 
     def _placed(self, record: Record) -> Record:
-        return replace(record, image=os.path.join(self.images, record.image)) if self.images else record
+        if not self.images:
+            return record
+        if os.path.isabs(record.image):  # which would replace the prefix
+            raise ValueError(f"images: expected names of images within {self.images}, got {shown(record.image)}")
+        return replace(record, image=os.path.join(self.images, record.image))
 
 
 def _claim(records: Sequence[Record], entry: Entry, ids: dict[str, str]) -> None:

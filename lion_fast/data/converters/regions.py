@@ -4,11 +4,12 @@ A region with an expression gives one sample that asks for the box (`rec`) and o
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from lion_fast.data.converters.entries import Entry, Options, Parts, Unit, check_same, index_by, repeated
-from lion_fast.data.records import Box, Record
+from lion_fast.data.records import Box, DataError, Record, shown
 from lion_fast.data.templates import instruction
 from lion_fast.io.boxes import format_box
 
@@ -43,9 +44,16 @@ def refcoco(refs: Entry, instances: Entry, options: Options) -> Parts:
 def mdetr(file: Entry, options: Options) -> Parts:
     """Read MDETR's release (`finetune_refcoco_train.json`): each expression is an "image" with one annotation."""
     boxes: dict[str, list[Entry]] = {}
+    known: set[str] = set()
+    for image in file["images"]:
+        with suppress(DataError):  # an invalid id is an error of its expression
+            known.add(image["id"].key())
     for annotation in file["annotations"]:
         with options.skipping.entry(annotation.place):
-            boxes.setdefault(annotation["image_id"].key(), []).append(annotation["bbox"])
+            key = annotation["image_id"].key()
+            if key not in known:
+                raise annotation["image_id"].error("the id of an entry of the file", shown(key)[1:-1])
+            boxes.setdefault(key, []).append(annotation["bbox"])
 
     def records(unit: Unit) -> Iterator[Record]:
         image = unit.entry
@@ -98,6 +106,8 @@ def _box(entry: Entry, corner_and_size: list[float], image: Entry) -> Box:
         raise image.error("an image with pixels", f"{str(width)[:20]} x {str(height)[:20]}")
     x1, x2 = (min(max(value / width, 0.0), 1.0) for value in (x, x + box_width))
     y1, y2 = (min(max(value / height, 0.0), 1.0) for value in (y, y + box_height))
+    if max(map(abs, corner_and_size)) <= 1 < max(width, height):
+        raise entry.error("a box in pixels", f"shares of the image, or one pixel, {corner_and_size}")
     if not (x1 < x2 and y1 < y2):
         raise entry.error(f"a box with an area in an image of {width} x {height}", str(corner_and_size))
     return x1, y1, x2, y2

@@ -1,5 +1,6 @@
 """`lion-fast data` with invalid input, and tags added before training; `test_docs` runs it with valid input."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ def test_convert_counts_and_leaves_no_partial_file(tmp_path: Path, run_cli) -> N
     assert (status, out) == (0, f"{tmp_path / 'out.jsonl'}: 1 samples; skipped 1 invalid entries\n")
 
 
+def test_records_on_standard_output_are_records_alone(tmp_path: Path, run_cli) -> None:
+    (tmp_path / "list.token").write_text("1.jpg#0\tone\n", encoding="utf-8")
+    status, out, err = run_cli("data", "convert", "flickr30k", tmp_path / "list.token", "--out", "/dev/stdout")
+    assert (status, err) == (0, "/dev/stdout: 1 samples; skipped 0 invalid entries\n")
+    assert [json.loads(line)["id"] for line in out.splitlines()] == ["1.jpg#0"]
+
+
 def test_tags_are_added_once_per_image(images: Path, write_lines, tmp_path: Path) -> None:
     path = write_lines({}, {"image": "b.png", "tags": ["mine"]}, {}, {"image": "c.png"}, {"image": "cut.jpg"})
     seen = []
@@ -48,6 +56,12 @@ def test_tags_are_added_once_per_image(images: Path, write_lines, tmp_path: Path
     tagged = JsonlDataset(out)
     assert [tagged.record(i).tags for i in range(4)] == [("wide", "0"), ("mine",), ("wide", "0"), ("wide", "255")]
     assert len(tagged) == 4
+    before = out.read_bytes()
+    bad = JsonlDataset(write_lines({"image": "cut.jpg"}), strict=False)
+    with pytest.raises(DataError, match=r"jsonl: none of its images can be read"):
+        add_tags(bad, out, tagger)
+    assert out.read_bytes() == before
+    path = write_lines({}, {"image": "b.png"})
     with pytest.raises(ValueError, match="out: expected a file other than the input"):
         add_tags(JsonlDataset(path), path, tagger)
     with pytest.raises(ValueError, match=r"tagger: expected one result per image \(2\), got 0"):

@@ -40,6 +40,7 @@ MDETR = {
 REGIONS = [
     {"regions": [{"region_id": 1, "image_id": 1, "x": 10, "y": 5, "width": 20, "height": 10, "phrase": "a dog"}]}
 ]
+UNIT = {"x": 0, "y": 0, "width": 1, "height": 1}
 IMAGE_DATA = [{"image_id": 1, "width": 100, "height": 50, "url": "https://x/VG_100K/1.jpg"}]
 
 VALID: dict[str, list[Any]] = {
@@ -127,6 +128,9 @@ def test_records_name_their_source_and_are_deterministic(format: str, write_file
         ("refcoco", 1, ("annotations", 0, "bbox", 2), "w", r"annotations\[0\].bbox\[2\]: expected a number, got text"),
         ("refcoco", 1, ("annotations", 0, "bbox", 2), -3, r"b.data: annotations\[0\].bbox: expected a box with"),
         ("refcoco", 1, ("images", 0, "width"), 0, r"b.data: images\[0\]: expected an image with pixels, got 0 x 50"),
+        ("refcoco", 1, ("annotations", 0, "bbox"), [0.1, 0.2, 0.5, 1], r"bbox: expected a box in pixels, got sh"),
+        ("visual-genome", 0, (0, "regions", 0), {**REGIONS[0]["regions"][0], **UNIT}, r"\[0\]: expected a box in pix"),
+        ("mdetr", 0, ("annotations", 0, "image_id"), 9, r"annotations\[0\].image_id: .* of the file, got 9"),
         ("mdetr", 0, ("annotations",), [], r"images\[0\].id: expected one annotation .* got 0"),
         ("visual-genome", 0, (0, "regions", 0, "width"), 0, r"a.data: \[0\].regions\[0\]: expected a box with"),
         ("visual-genome", 1, (0, "url"), REMOVED, r"b.data: \[0\].url: missing"),
@@ -327,3 +331,15 @@ def test_unsupported_options_are_rejected(format: str, options: dict[str, Any], 
     files = write_files(format) if format in VALID else []
     with pytest.raises(ValueError, match=message):
         list(Conversion(format, **{"files": files, **options}))
+
+
+def test_an_absolute_name_does_not_replace_the_folder_of_the_images(write_files) -> None:
+    files = write_files("coco-captions", 0, ("images", 0, "file_name"), "/data/1.jpg")
+    assert next(iter(Conversion("coco-captions", files))).image == "/data/1.jpg"
+    with pytest.raises(
+        DataError, match=r"annotations\[0\]: images: expected names .* within photos, got '/data/1.jpg'"
+    ):
+        list(Conversion("coco-captions", files, images="photos"))
+    skipping = Conversion("coco-captions", files, images="photos", strict=False)
+    assert [record.image for record in skipping] == ["photos/2.jpg"]
+    assert skipping.num_bad == 2
