@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lion_fast import interrupts
+from lion_fast import interrupts, streams
 from lion_fast.cli import (
     ask,
     bench,
@@ -32,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     installed. Any other exception is a bug and propagates with its traceback.
     """
     _quieten_libraries()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("lion-fast: the working directory no longer exists; change to another", file=sys.stderr)
+        return 2
     description = "LION: caption, answer, locate, and train."
     parser = Parser(prog="lion-fast", description=description, example="quickstart")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -44,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return args.run(args) or 0
         except (ValueError, OSError, MissingExtraError) as error:
-            print(f"lion-fast {args.command}: {error}", file=sys.stderr)
+            if isinstance(error, OSError) and streams.reader_has_gone(error):
+                return streams.BROKEN_PIPE
+            print(f"lion-fast {args.command}: {streams.on_one_line(error)}", file=sys.stderr)
             return 2
     except KeyboardInterrupt:
         if argv is None:

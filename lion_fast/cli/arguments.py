@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lion_fast.io.paths import path, path_text
+from lion_fast.io.paths import expanded, path, path_text
 from lion_fast.training.options import add_resuming
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ __all__ = [
     "Parser",
     "add_resuming",
     "device",
+    "expanded",
     "expect_file",
     "expect_model",
     "path",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lion_fast.cli import bulk
-from lion_fast.cli.arguments import device, expect_file, expect_model, path, positive_int
+from lion_fast.cli.arguments import device, expanded, expect_file, expect_model, path, positive_int
 from lion_fast.cli.loading import importing
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
 
@@ -26,7 +26,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "locate", help="locate an object and draw a box around it", example="photo.jpg 'the red circle'"
     )
     for parser in (caption, ask, locate):
-        parser.add_argument("image", metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set")
+        parser.add_argument(
+            "image", type=expanded, metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set"
+        )
         parser.add_argument(
             "--model", type=path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint (default: %(default)s)"
         )
@@ -86,7 +88,7 @@ def _locate(args: argparse.Namespace) -> None:
     from lion_fast.io.boxes import draw_boxes
     from lion_fast.io.drawings import expect_drawing, save_drawing
 
-    output = args.output or Path(Path(args.image).with_suffix(".located.png").name)
+    output = args.output or Path(f"{Path(args.image).stem}.located.png")
     expect_drawing(output, args.image, overwrite=args.overwrite)
     image, answer = _answer(args, LOCATE_INSTRUCTION.format(expression=args.expression), "region_level")
     print(answer.text)

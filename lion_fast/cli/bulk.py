@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lion_fast.cli.arguments import path_text, positive_int
 from lion_fast.cli.loading import importing
+from lion_fast.streams import report
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,18 +61,19 @@ def run_bulk(args: argparse.Namespace, model: Path, *, text: str | None = None) 
         num_beams=getattr(args, "num_beams", None),
         max_new_tokens=getattr(args, "max_new_tokens", None),
     )
+    if args.ray_workers and (args.device is not None or args.workers is not None):
+        raise ValueError("--ray-workers: expected neither --device nor --workers, which Ray manages")
+    job.expect_input()
     job.expect_model()
     with importing():
         from lion_fast.inference.bulk import run, run_on_ray
 
     how = {"strict": args.strict, "overwrite": args.overwrite}
     if args.ray_workers:
-        if args.device is not None or args.workers is not None:
-            raise ValueError("--ray-workers: expected neither --device nor --workers, which Ray manages")
         summary = run_on_ray(job, num_workers=args.ray_workers, batch_size=args.batch_size, **how)
     else:
         summary = run(job, batch_size=args.batch_size, num_workers=args.workers, device=args.device, **how)
     share = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f" by process {os.environ['RANK']}"
     rate = f", {summary.rows / summary.seconds:.1f} images a second" if summary.rows else ""
     errors = f"; {summary.errors} with an error, first {summary.first_error}" if summary.errors else ""
-    print(f"{args.out}: {summary.rows} rows written{share}, {summary.before} existed{rate}{errors}")
+    report(args.out, f"{summary.rows} rows written{share}, {summary.before} existed{rate}{errors}")

@@ -4,6 +4,7 @@ import argparse
 
 from lion_fast.cli.arguments import device, expect_file, path, path_text, positive_int
 from lion_fast.cli.loading import importing
+from lion_fast.streams import report
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -119,7 +120,7 @@ def _convert(args: argparse.Namespace) -> None:
     )
     expect_other(args.out, conversion.files, "--out")
     count = write_jsonl(conversion, args.out, overwrite=args.overwrite)
-    print(f"{args.out}: {count} samples; skipped {conversion.num_bad} invalid entries")
+    report(args.out, f"{count} samples; skipped {conversion.num_bad} invalid entries")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -142,9 +143,10 @@ def _shards(args: argparse.Namespace) -> None:
 
     shards = write_shards(dataset, args.out, shard_bytes=args.shard_mb << 20, seed=args.seed)
     written = len(ShardDataset(args.out))
-    print(
-        f"{args.out}: {written} samples in {len(shards)} shards; skipped {dataset.num_bad_lines} invalid lines and "
-        f"{len(dataset) - written} samples with a bad image"
+    report(
+        args.out,
+        f"{written} samples in {len(shards)} shards; skipped {dataset.num_bad_lines} invalid lines and "
+        f"{len(dataset) - written} samples with a bad image",
     )
 
 
@@ -162,7 +164,7 @@ def _tag(args: argparse.Namespace) -> None:
     dataset = _open(args)
     options = {"batch_size": args.batch_size, "overwrite": args.overwrite}
     tagged, bad = add_tags(dataset, args.out, tagger, **options)
-    print(f"{args.out}: tagged {tagged} images; skipped {dataset.num_bad_lines} invalid lines and {bad} bad images")
+    report(args.out, f"tagged {tagged} images; skipped {dataset.num_bad_lines} invalid lines and {bad} bad images")
 
 
 def _open(args: argparse.Namespace):

@@ -3,13 +3,15 @@
 import argparse
 
 from lion_fast.cli import bulk
-from lion_fast.cli.arguments import device, expect_file, expect_model, path
+from lion_fast.cli.arguments import device, expanded, expect_file, expect_model, path
 from lion_fast.cli.loading import importing
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("tag", help="list what an image shows", example="photo.jpg --ram ram")
-    parser.add_argument("image", metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set")
+    parser.add_argument(
+        "image", type=expanded, metavar="IMAGE", help="image file; with --out also a folder, a glob or a data set"
+    )
     parser.add_argument("--ram", type=path, required=True, metavar="DIR", help="directory of a RamTagger")
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
     bulk.add_options(parser)

@@ -13,8 +13,8 @@ from typing import Any
 
 from lion_fast.io.atomic import whole_file
 from lion_fast.io.boxes import format_box
-from lion_fast.io.owning import made_directories, naming_path
-from lion_fast.io.reading import Repeated, Unreadable, parse_json, shown
+from lion_fast.io.owning import made_directories
+from lion_fast.io.reading import Repeated, Unreadable, naming_path, parse_json, shown
 from lion_fast.tasks import TASKS
 
 BOX_TEXT = re.compile(r"\[[01]\.\d{3}(?:,[01]\.\d{3}){3}\]")

@@ -21,8 +21,8 @@ from lion_fast.data.records import DataError, Record, describe, record_from_fiel
 from lion_fast.data.shard_index import BLOCK, INDEX, read_index, write_index
 from lion_fast.io.atomic import whole_directory
 from lion_fast.io.images import image_suffixes, load_image
-from lion_fast.io.owning import OutputExistsError, expect_empty, naming_path
-from lion_fast.io.reading import brief, naming, opened, parse_json, read_content
+from lion_fast.io.owning import OutputExistsError, expect_empty
+from lion_fast.io.reading import brief, naming, naming_path, opened, parse_json, read_content
 from lion_fast.tasks import TASKS
 
 logger = logging.getLogger(__name__)

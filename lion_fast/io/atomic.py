@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +20,7 @@ from lion_fast.io.owning import (
     UNFINISHED,
     expect_empty,
     expect_free,
+    file_behind,
     is_stream,
     naming_path,
     sole_writer,
@@ -32,7 +35,8 @@ def whole_file(path: Path, *, overwrite: bool = True, locked: bool = False) -> I
     """Yield a temporary path beside `path`, which is renamed to `path` at the end and removed after an error.
 
     A symbolic link stays a link, and a file that is replaced keeps its permissions. A path that is not a file, such as
-    a pipe or /dev/stdout, is yielded itself, because renaming a file to it would replace it.
+    a pipe or /dev/stdout, is yielded itself, because renaming a file to it would replace it. If /dev/stdout leads to a
+    file, the content is added where the file's writer is.
 
     Args:
         overwrite: whether a file with content is replaced.
@@ -44,7 +48,11 @@ def whole_file(path: Path, *, overwrite: bool = True, locked: bool = False) -> I
         OSError: it could not be written; a file at `path` is as it was.
     """
     if is_stream(path):
-        yield path
+        descriptor = file_behind(path)
+        if descriptor is None:
+            yield path
+        else:
+            yield from _added_to(descriptor, path)
         return
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     expect_free(path, overwrite=overwrite)
@@ -61,6 +69,16 @@ def whole_file(path: Path, *, overwrite: bool = True, locked: bool = False) -> I
                 to_disk(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _added_to(descriptor: int, path: Path) -> Iterator[Path]:
+    """Yield a temporary path, whose content is written to an open descriptor at the end."""
+    with tempfile.TemporaryDirectory() as directory:
+        unfinished = Path(directory) / "unfinished"
+        yield unfinished
+        sys.stdout.flush()  # what was printed before comes first
+        with naming_path(path), unfinished.open("rb") as content, os.fdopen(os.dup(descriptor), "wb") as file:
+            shutil.copyfileobj(content, file)
 
 
 def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:

@@ -8,7 +8,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lion_fast.io.atomic import whole_file
-from lion_fast.io.owning import expect_free, expect_other, is_stream, naming_path
+from lion_fast.io.owning import expect_free, expect_other, is_stream
+from lion_fast.io.reading import naming_path
 
 _KEY, _MARK = "Software", "lion-fast locate"
 

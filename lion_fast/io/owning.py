@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,21 @@ def is_stream(path: Path) -> bool:
             break
         path = path.parent / path.readlink()
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def file_behind(path: Path) -> int | None:
+    """Return the number of the open descriptor that a stream such as /dev/stdout names, if it leads to a file.
+
+    Opening such a name anew would empty the file, or write over what it holds, after `>>` for example.
+    """
+    for _ in range(40):  # links that the kernel follows
+        if path.name.isdecimal() and os.path.realpath(path.parent) == os.path.realpath("/proc/self/fd"):
+            number = int(path.name)
+            return number if stat.S_ISREG(os.fstat(number).st_mode) else None
+        if not path.is_symlink():
+            break
+        path = path.parent / path.readlink()
+    return None
 
 
 def expect_free(path: str | os.PathLike, name: str = "out", *, overwrite: bool = False) -> None:
@@ -146,6 +162,8 @@ def made_directories(directory: Path) -> Iterator[None]:
     while not os.path.lexists(missing):
         made.append(missing)
         missing = missing.parent
+    if not missing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(missing))
     directory.mkdir(parents=True, exist_ok=True)
     try:
         yield

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 from lion_fast.data.records import Record, write_jsonl
-from lion_fast.io.owning import OutputExistsError, made_directories, naming_path
-from lion_fast.io.reading import read_content
+from lion_fast.io.owning import OutputExistsError, made_directories
+from lion_fast.io.reading import naming_path, read_content
 from lion_fast.scenes.scene import Scene, SceneGenerator
 
 

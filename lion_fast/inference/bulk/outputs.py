@@ -21,8 +21,7 @@ from typing import Any
 from lion_fast.extras import require
 from lion_fast.inference.bulk.rows import Journal, Row, expect_rows, read_rows
 from lion_fast.io.atomic import UNFINISHED, whole_file
-from lion_fast.io.owning import naming_path
-from lion_fast.io.reading import naming, opened
+from lion_fast.io.reading import naming, naming_path, opened
 
 ROWS_PER_PART = 10_000
 PART = "part-{:05d}.parquet"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lion_fast.io.owning import OutputInUseError, naming_path
-from lion_fast.io.reading import brief, opened
+from lion_fast.io.owning import OutputInUseError
+from lion_fast.io.reading import brief, naming_path, opened
 
 Row = dict[str, Any]
 

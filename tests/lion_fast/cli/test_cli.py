@@ -93,6 +93,10 @@ def test_locate_reports_an_answer_without_a_box(converted: Path, image: Path, tm
         (["caption", ""], "images (an empty path): expected an image file"),
         (["caption", "{image}", "--model", "absent"], "--model: no directory absent"),
         (["ask", "{image}", " "], "QUESTION: expected text, got ' '"),
+        (["locate", "", "the dog"], "images (an empty path): expected an image file"),
+        (["caption", "a\nb.png"], "IMAGE: expected a file, got a directory or nothing at a\\nb.png"),
+        (["caption", "~nobody-here/a.png"], "argument IMAGE: expected the name of a user after ~, got '~nobody-here"),
+        (["caption", "{image}", "--out=~nobody-here/a.jsonl"], "argument --out: expected the name of a user after ~"),
     ],
 )
 def test_bad_input_is_reported_in_one_line(
@@ -103,6 +107,17 @@ def test_bad_input_is_reported_in_one_line(
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["~/image.png", "~/im*.png"])
+def test_the_home_directory_is_found_in_quotes(
+    converted: Path, image: Path, run_cli, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("HOME", str(image.parent))
+    out = image.parent / "rows.jsonl"
+    status, _, err = run_cli("caption", name, "--workers", 0, model=converted, out=out, max_new_tokens=2)
+    assert status == 0, err
+    assert json.loads(out.read_text())["id"] == str(image)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,20 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+@pytest.mark.parametrize("mode", ["w", "a"])
+def test_an_open_file_is_added_to(tmp_path: Path, mode: str) -> None:
+    """As standard output is after `>` and `>>`: what is there already stays."""
+    path = tmp_path / "all.json"
+    path.write_text("0\n")
+    with path.open(mode) as file:
+        print("before", file=file, flush=True)
+        write_json(Path(f"/dev/fd/{file.fileno()}"), 1)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(whole_file(Path(f"/dev/fd/{file.fileno()}")))
+        print("after", file=file)
+    assert path.read_text() == ("0\n" if mode == "a" else "") + "before\n1\nafter\n"
+
+
 def test_standard_output_is_not_replaced(capfd: pytest.CaptureFixture[str]) -> None:
     before = os.readlink("/dev/stdout")
     write_json(Path("/dev/stdout"), 1)
