@@ -11,13 +11,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from lion_fast.inference.bulk.job import PATTERN, no_input
 from lion_fast.io.images import image_suffixes
-from lion_fast.io.reading import on_one_line, shown
+from lion_fast.io.reading import on_one_line
 
 TABLES = (".jsonl", ".parquet")
 SHARDS = ".tar"
-
-_MAGIC = frozenset("*?[")
 
 
 def find_files(input: str) -> list[tuple[str, Path]]:
@@ -40,9 +39,7 @@ def find_files(input: str) -> list[tuple[str, Path]]:
             os.stat(input)
     matched = sorted({name for name in _matching(input) if not os.path.isdir(name)})
     if not matched:
-        raise FileNotFoundError(
-            f"input: expected a file, a directory, or a pattern that matches files, got {shown(input)[1:-1]}"
-        )
+        raise no_input(input)
     return [(name, Path(name)) for name in matched]
 
 
@@ -121,7 +118,7 @@ def _matching(pattern: str) -> Iterable[str]:
 
     `glob` itself follows links in circles, in time that grows exponentially with their number.
     """
-    if not _MAGIC & set(pattern) or pattern.endswith("/"):
+    if not PATTERN & set(pattern) or pattern.endswith("/"):
         return [pattern] if os.path.lexists(pattern) else []
     parts = [part for part in pattern.split("/") if part]
     parts = [part for part, before in zip(parts, ["", *parts], strict=False) if part != "**" or before != "**"]
@@ -141,7 +138,7 @@ def _expand(base: str, parts: list[str], seen: set[tuple[str, ...]]) -> Iterator
         if os.path.isdir(base or "."):
             for folder in _folders_below(base or "."):
                 yield from _expand(_joined(base, folder), rest or ["*"], seen)
-    elif not _MAGIC & set(part):
+    elif not PATTERN & set(part):
         if os.path.lexists(base + part):
             yield from _expand(f"{base}{part}/", rest, seen)
     elif os.path.isdir(base or "."):

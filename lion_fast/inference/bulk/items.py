@@ -147,7 +147,7 @@ class Source(ABC):
 
 
 class Ids:
-    """The ids of a table's rows: their own where they have one, else file and number.
+    """The ids of the rows of tables or of the members of shards: their own where they have one, else their place.
 
     Args:
         columns: fields to read from each row.

@@ -1,13 +1,18 @@
 """The settings of a bulk job: everything that its rows depend on, recorded next to its output."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lion_fast.io.reading import brief, read_content
+from lion_fast.io.digests import digest_of
+from lion_fast.io.reading import brief, read_content, shown
 from lion_fast.model.prompts import CAPTION_INSTRUCTION, LOCATE_INSTRUCTION
+
+PATTERN = frozenset("*?[")
+"""Characters that make an input a pattern."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ class BulkJob:
             raise ValueError(f"{asks or 'text'}: expected {expected}, got {self.text!r}")
         if self.command == "tag" and self.tags is not None:
             raise ValueError(f"tags: expected none for tag, which generates them, got {self.tags!r}")
+        for role, value in ((asks, self.text), ("tags", self.tags)):
+            if value is not None and role in self.columns:
+                raise ValueError(f"columns: expected none for {role}, because all images have the same, got one")
         roles = {"id", "image"} | ({asks} if asks else set()) | (set() if self.command == "tag" else {"tags"})
         for role, name in self.columns.items():
             if role not in roles:
@@ -87,6 +95,11 @@ class BulkJob:
                 raise ValueError(f"columns: expected a name for {role!r}, got an empty one")
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out: expected a name that ends in .jsonl or .parquet, got {self.out}")
+
+    def expect_input(self) -> None:
+        """Raise FileNotFoundError if the input is no pattern, and nothing is there."""
+        if not PATTERN & set(self.input) and not os.path.lexists(self.input):
+            raise no_input(self.input)
 
     def expect_model(self) -> None:
         """Raise ValueError unless the model is a directory."""
@@ -103,23 +116,32 @@ class BulkJob:
         return {name: given.get(name) for name in ("id", "image", *self.definition.fields, "error")}
 
 
+_DIGESTS, _PLACES = "digests", "places"
+_OF_THE_MODEL = (".json", ".txt", ".model", ".jinja")  # its configuration and its tokenizer
+
+
 def record_of(job: BulkJob) -> Path:
     """Return the path of the file next to the output that records a job's settings, such as `rows.jsonl.job.json`."""
     return Path(job.out + ".job.json")
 
 
-def settings_of(job: BulkJob, files: list[list], dtype: str, own_ids: bool) -> dict[str, Any]:
+def settings_of(
+    job: BulkJob, files: list[list], dtype: str, own_ids: bool, tables: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Return the settings that are recorded, in JSON's types.
 
     Args:
         files: input files whose change would change the ids, [name, bytes] each.
         dtype: dtype of the model.
         own_ids: whether ids are read from a field of the input.
+        tables: files of an input that is not images.
     """
     settings = {**asdict(job), "dtype": dtype, "weights": _weights(Path(job.model)), "files": files}
     del settings["out"]
     if own_ids:
         settings["own_ids"] = True
+    settings[_DIGESTS] = _digests(Path(job.model), tables)
+    settings[_PLACES] = _places(job)
     return json.loads(json.dumps(settings))
 
 
@@ -158,14 +180,54 @@ def expect_same_settings(job: BulkJob, settings: dict[str, Any]) -> None:
         )
     changes = [
         f"{name} was {_brief(before.get(name))}, is {_brief(settings.get(name))}"
-        for name in sorted(before.keys() | settings.keys())
+        for name in sorted((before.keys() | settings.keys()) - {_DIGESTS, _PLACES})
         if before.get(name) != settings.get(name)
     ]
+    changes += _changes_of_files(before, settings)
     if changes:
         raise ValueError(
             f"out: {job.out} was started with other settings; resume with those, or use another output: "
             + "; ".join(changes)
         )
+
+
+def _changes_of_files(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Return what differs in the content and in the place of the files; earlier versions recorded neither."""
+    changes = []
+    if isinstance(recorded := before.get(_DIGESTS), dict):
+        digests = settings[_DIGESTS]
+        different = (
+            name for name in sorted(recorded.keys() | digests.keys()) if recorded.get(name) != digests.get(name)
+        )
+        changes += [f"{name} has changed" for name in different]
+    if isinstance(recorded := before.get(_PLACES), dict):
+        for name, place in settings[_PLACES].items():
+            # A project that was moved as a whole has the same relative places.
+            if isinstance(old := recorded.get(name), list) and not set(map(str, old)) & set(place):
+                changes.append(f"{name} was {_brief(old[:1])[1:-1]}, is {_brief(place[0])}")
+    return changes
+
+
+def no_input(input: str) -> FileNotFoundError:
+    """Return the error of an input that is not there."""
+    return FileNotFoundError(
+        f"input: expected a file, a directory, or a pattern that matches files, got {shown(input)[1:-1]}"
+    )
+
+
+def _digests(model: Path, tables: Sequence[Path]) -> dict[str, str]:
+    """Return the digests of tables and shards, and of the settings beside the model's weights."""
+    found = {f"input {table}": digest_of(table) for table in tables}
+    files = sorted(file for file in model.rglob("*") if file.suffix in _OF_THE_MODEL and file.is_file())
+    return found | {f"model/{file.relative_to(model)}": digest_of(file) for file in files}
+
+
+def _places(job: BulkJob) -> dict[str, list[str]]:
+    """Return the absolute paths of the input and its images, and their paths from the output."""
+    folder = os.path.dirname(os.path.abspath(job.out))
+    given = {"input": job.input, "image_root": job.image_root}
+    absolute = {name: os.path.abspath(path) for name, path in given.items() if path is not None}
+    return {name: [path, os.path.relpath(path, folder)] for name, path in absolute.items()}
 
 
 def _weights(directory: Path) -> list[list]:

@@ -126,8 +126,9 @@ def begun(
     with ExitStack() as stack:
         failure = None
         if rank_and_size()[0] == 0:
-            settings = settings_of(job, source.files, str(dtype).removeprefix("torch."), source.own_ids)
+            name = str(dtype).removeprefix("torch.")
             try:
+                settings = settings_of(job, source.files, name, source.own_ids, source.tables)
                 stack.enter_context(claimed(job, output, settings, overwrite=overwrite))
             except (ValueError, OSError) as error:
                 failure = error

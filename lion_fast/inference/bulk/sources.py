@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lion_fast.inference.bulk.files import SHARDS, find_files, kind_of
+from lion_fast.inference.bulk.files import SHARDS, TABLES, find_files, kind_of
 from lion_fast.inference.bulk.items import Columns, Item, Source, printable
 from lion_fast.inference.bulk.job import BulkJob
 from lion_fast.inference.bulk.shards import ShardSource
 from lion_fast.inference.bulk.tables import JsonlSource, ParquetSource
+from lion_fast.io.images import image_suffixes, load_image
 from lion_fast.io.reading import check_regular, on_one_line
 
 
@@ -53,6 +54,7 @@ def open_source(job: BulkJob) -> Source:
             f"{' and '.join(map(on_one_line, names.values()))}"
         )
     (kind,) = kinds
+    _expect_used(job, kind)
     _expect_different([name for name, _ in files])
     for _, path in files if kind else ():
         check_regular(path, f"a {kind} file")
@@ -63,9 +65,43 @@ def open_source(job: BulkJob) -> Source:
     elif kind == SHARDS:
         source = ShardSource(columns, files)
     else:
+        _expect_images(files)
         return ImageSource(columns, files)
     source.tables = [path for _, path in files]
     return source
+
+
+def _expect_used(job: BulkJob, kind: str) -> None:
+    """Check that the input has the fields and the paths that a job has names and a root for.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if kind in TABLES:
+        return
+    what = "shards contain their images" if kind else "image files have no fields"
+    for role in job.columns:
+        if not kind or role == "image":
+            raise ValueError(f"columns: expected none for {role}, because {what}, got {job.columns[role]!r}")
+    if job.image_root is not None:
+        raise ValueError(f"image_root: expected none without a table, whose paths it is for, got {job.image_root}")
+
+
+def _expect_images(files: Sequence[tuple[str, Path]]) -> None:
+    """Check that files without the suffix of an image are not those of another kind, such as a table.
+
+    Raises:
+        ValueError: no file has such a suffix, and the first cannot be read as an image.
+    """
+    if any(path.suffix.lower() in image_suffixes() for _, path in files):
+        return
+    try:
+        load_image(files[0][1])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"input: expected an image, a .jsonl, .parquet or .tar file, or a directory of images or .tar files, got "
+            f"{on_one_line(files[0][0])}"
+        ) from error
 
 
 def _expect_different(names: Sequence[str]) -> None:

@@ -178,6 +178,8 @@ def item_of(fields: Mapping[str, Any], columns: Columns, root: Path) -> Item:
     if not isinstance(image, str | bytes) or not image:
         raise ValueError(f"{columns.image}: expected an image, got {'nothing' if not image else describe(image)}")
     columns.id_of(fields)  # an invalid one is an error of the row
+    if isinstance(image, str) and image[:8].lower().startswith(("http://", "https://")):
+        raise ValueError(f"{columns.image}: expected a path or the content of a file, got the URL {shown(image)[1:-1]}")
     name = printable(path) if isinstance(path, str) else None
     content = image if isinstance(image, bytes) else root / image
     return Item(content, name, columns.text_of(fields), columns.tags_of(fields))

@@ -128,6 +128,9 @@ def _scan(path: Path) -> dict[str, tuple[str, Span | str]]:
             raise ValueError(f"a damaged header at byte {tar.offset}")
         if len(end) < tarfile.BLOCKSIZE:
             raise ValueError(f"it ends at byte {size} without the empty block that ends a tar file")
+        while rest := tar.fileobj.read(1 << 20):
+            if rest.count(0) < len(rest):
+                raise ValueError("content after its end, as in files that were joined; extract and pack them again")
     return members
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -435,3 +436,61 @@ def test_the_command_line_takes_ids_and_overwrites(here: Path, run_cli: Callable
     status, out, err = run_cli(*arguments, "--column", "id=question_id", "--overwrite")
     assert (status, "5 rows written" in out) == (0, True), err
     assert [row["id"] for row in rows_in(here / "rows.jsonl")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("table.jsonl", "input table.jsonl has changed"),
+        ("model/generation_config.json", "model/generation_config.json has changed"),
+        ("model/tokenizer/vocab.txt", "model/tokenizer/vocab.txt has changed"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_a_job_resumes_on_the_content_of_its_start(file: str, message: str) -> None:
+    """Also if size and time are the same, as after an edit in place and `touch -r`."""
+    path = Path(file)
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        path.write_text('{"num_beams": 1}')
+    start(ask())
+    rows, times = Path("rows.jsonl").read_bytes(), path.stat()
+    before = path.read_text()
+    path.write_text(before.replace("Why?", "Who?").replace("1", "3"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match=f"started with other settings; .*: {message}$"):
+        start(ask())
+    assert Path("rows.jsonl").read_bytes() == rows
+    path.write_text(before)
+    assert start(ask()).before == 5
+
+
+def test_the_input_of_another_directory_is_not_taken_for_the_same(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names in two folders are the same, and so would be the ids; a project that moves as a whole resumes."""
+    for name in ("other", "moved"):
+        shutil.copytree(here / "photos", here / name / "photos")
+        (here / name / "model").mkdir()
+    job = caption(str(here / "all" / "rows.jsonl"))
+    start(job)
+    monkeypatch.chdir(here / "other")
+    with pytest.raises(ValueError, match=rf"other settings; .*: input was .?{here}/photos.*, is .?{here}/other/photos"):
+        start(job)
+    monkeypatch.chdir(here)
+    assert start(job).before == 5
+    start(caption())
+    for name in ("rows.jsonl", "rows.jsonl.job.json"):
+        shutil.move(name, f"moved/{name}")
+    monkeypatch.chdir(here / "moved")
+    assert start(caption()).before == 5
+
+
+@pytest.mark.usefixtures("here")
+def test_a_record_of_an_earlier_version_names_neither_content_nor_place() -> None:
+    start(ask())
+    record = Path("rows.jsonl.job.json")
+    settings = json.loads(record.read_text())
+    del settings["digests"], settings["places"]
+    record.write_text(json.dumps(settings))
+    assert start(ask()).before == 5

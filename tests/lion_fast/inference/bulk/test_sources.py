@@ -226,6 +226,39 @@ def test_errors_name_the_input(input: str, command: str, error: type[Exception],
         open_job(input, command)
 
 
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize(
+    ("input", "settings", "message"),
+    [
+        ("photos", {"columns": {"id": "n"}}, "columns: expected none for id, because image files have no fields"),
+        ("photos/*.png", {"columns": {"tags": "t"}}, "columns: expected none for tags, because image files have no"),
+        ("photos", {"image_root": "photos"}, "image_root: expected none without a table, .* got photos"),
+        ("t.tar", {"image_root": "photos"}, "image_root: expected none without a table, .* got photos"),
+        ("t.tar", {"columns": {"image": "jpg"}}, "columns: expected none for image, because shards contain their"),
+        ("t.tar", {"columns": {"id": "n"}}, "n: expected a .json with a field of that name for each image, got none"),
+    ],
+)
+def test_an_option_that_the_input_has_no_use_for_is_refused(input: str, settings: dict, message: str) -> None:
+    write_tar(Path("t.tar"), {"a.png": Path("photos/a.png").read_bytes()})
+    with pytest.raises(ValueError, match=message):
+        open_job(input, **settings)
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("name", ["t.csv", "t.json", "t.jsonl.gz", "t.tar.zst", "t.zip", "*.tsv", "t"])
+def test_a_file_of_another_kind_is_no_image(name: str) -> None:
+    Path(name.replace("*", "t")).write_bytes(b"image,id\na.png,1\n")
+    with pytest.raises(ValueError, match=r"input: expected an image, a .jsonl, .parquet or .tar file, or a directory"):
+        open_job(name)
+
+
+@pytest.mark.usefixtures("root")
+def test_an_image_needs_no_suffix() -> None:
+    os.rename("photos/a.png", "photos/a")
+    os.rename("photos/b.png", "photos/b.data")
+    assert [colors(open_job(name)) for name in ("photos/a", "photos/b.data")] == [EXPECTED[:1], EXPECTED[1:2]]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -235,6 +268,11 @@ def test_errors_name_the_input(input: str, command: str, error: type[Exception],
         ({"command": "ask", "text": " "}, "question: expected words, got ' '"),
         ({"command": "tag", "tags": "dog"}, "tags: expected none for tag, which generates them, got 'dog'"),
         ({"columns": {"question": "q"}}, "columns: expected names for id, image, tags, got one for 'question'"),
+        (
+            {"command": "ask", "text": "What?", "columns": {"question": "q"}},
+            "columns: expected none for question, because all images have the same, got one",
+        ),
+        ({"tags": "a", "columns": {"tags": "t"}}, "columns: expected none for tags, because all images have the same"),
     ],
 )
 def test_invalid_jobs_are_rejected(settings: dict[str, Any], message: str) -> None:

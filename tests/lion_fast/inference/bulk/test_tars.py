@@ -186,3 +186,32 @@ def test_a_negative_size_is_refused(write) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a header of 'b.png' says -256 bytes"):
         opened(path)
+
+
+def test_own_ids_are_handed_through(write) -> None:
+    """A `.json` that is read for an id alone, and has none, is no error."""
+    fields: list[dict[str, Any]] = [{"id": "mine", "n": 7}, {"id": 5}, {"n": 8}]
+    members = [(f"{n}.json", json.dumps(own).encode()) for n, own in enumerate(fields)] + [("3.json", b"{")]
+    path = write(*members, *((f"{n}.png", png()) for n in range(4)))
+
+    def ids(command: str = "tag", **columns: str) -> list:
+        source = open_source(BulkJob(command, str(path), "out.jsonl", "model", columns=columns))
+        return [source.id(index) for index in range(len(source))]
+
+    assert ids() == ids("caption") == ["mine", 5, "t.tar/2.png", "t.tar/3.png"]
+    assert ids(id="n") == [7, "t.tar/1.png", 8, "t.tar/3.png"]
+    assert ids(id="") == [f"t.tar/{n}.png" for n in range(4)]
+
+
+def test_an_id_of_two_images_is_refused(write) -> None:
+    path = write(*((f"{n}.png", png()) for n in range(2)), *((f"{n}.json", b'{"id": "a"}') for n in range(2)))
+    with pytest.raises(ValueError, match=r"t.tar/0.png and .*t.tar/1.png: expected different ids, got 'a' twice"):
+        opened(path)
+
+
+def test_joined_archives_are_refused(write) -> None:
+    """What follows the end of an archive, as after `cat a.tar b.tar`, is not passed over."""
+    path = write(("a.png", png()))
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ValueError, match=r"t.tar: not a complete, .* \(content after its end"):
+        opened(path)
