@@ -10,11 +10,9 @@ import torch
 from lion_fast import LionForCausalLM
 from lion_fast.data import JsonlDataset, write_shards
 from lion_fast.scenes import write_scenes
-from lion_fast.training import load_recipe
-from lion_fast.training.recipe import Recipe
 from tests.lion_fast.processes import starting
 from tests.lion_fast.tiny import NO_DROPOUT, make_config, make_tagger, scene_processor
-from tests.lion_fast.training.runs import Files, MakeRecipe
+from tests.lion_fast.training.runs import Files, MakeRecipe, recipe_maker
 
 PROCESS = Path(__file__).with_name("training_process.py")
 
@@ -42,27 +40,7 @@ def tiny_lion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_recipe(tiny_lion: Path, tmp_path: Path) -> MakeRecipe:
     """Factory of recipes with the tiny model, scenes, and a few small steps."""
 
-    def make(stage: int = 3, *overrides: str, name: str = "run") -> Recipe:
-        trained = {1: ["image_level"], 2: ["region_level"]}.get(stage, ["image_level", "region_level"])
-        settings = [
-            f"output_dir={tmp_path / name}",
-            f"model.carry_over=['{tiny_lion}']",
-            *(f"data.train.{task}=['scenes:0:7']" for task in trained),
-            "data.mix=sample",
-            "data.workers=0",
-            "optimizer.lr=1e-3",
-            "optimizer.warmup_steps=2",
-            "batch.size=4",
-            "batch.per_process=2",
-            "steps=6",
-            "precision=fp32",
-            "log_every=1",
-            "checkpoints.every=2",
-            "evaluation.max_new_tokens=4",
-        ]
-        return load_recipe(stage, overrides=[*settings, *overrides])
-
-    return make
+    return recipe_maker(tmp_path, tiny_lion)
 
 
 @pytest.fixture(scope="session")

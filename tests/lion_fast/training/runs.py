@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lion_fast.training import saving
+from lion_fast.training import load_recipe, saving
 from lion_fast.training.recipe import Recipe
 from tests.lion_fast.processes import PATIENCE, finish, free_port
 
@@ -29,6 +29,32 @@ class Files(NamedTuple):
             f"data.train.region_level=['{self.shards}']",
             "data.group_by_length=true",
         )
+
+
+def recipe_maker(directory: Path, model: Path) -> MakeRecipe:
+    """Return a factory of recipes of runs in a directory, with a small model, scenes, and a few small steps."""
+
+    def make(stage: int = 3, *overrides: str, name: str = "run") -> Recipe:
+        trained = {1: ["image_level"], 2: ["region_level"]}.get(stage, ["image_level", "region_level"])
+        settings = [
+            f"output_dir={directory / name}",
+            f"model.carry_over=['{model}']",
+            *(f"data.train.{task}=['scenes:0:7']" for task in trained),
+            "data.mix=sample",
+            "data.workers=0",
+            "optimizer.lr=1e-3",
+            "optimizer.warmup_steps=2",
+            "batch.size=4",
+            "batch.per_process=2",
+            "steps=6",
+            "precision=fp32",
+            "log_every=1",
+            "checkpoints.every=2",
+            "evaluation.max_new_tokens=4",
+        ]
+        return load_recipe(stage, overrides=[*settings, *overrides])
+
+    return make
 
 
 def losses_of(run_dir: Path | str, name: str = "loss") -> list[float]:

@@ -20,7 +20,7 @@ from lion_fast.training import RecipeError, saving, train
 from lion_fast.training.fingerprints import RECORD, expect_same_files, fingerprints_of, write_fingerprints
 from lion_fast.training.recipe import Recipe, dump_recipe
 from lion_fast.training.run_folder import begin_run, owned_run
-from tests.lion_fast.training.runs import Files, MakeRecipe, wait_for, weights_of
+from tests.lion_fast.training.runs import Files, MakeRecipe, recipe_maker, wait_for, weights_of
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -34,22 +34,34 @@ def resume(recipe: Recipe, **options: Any) -> Path | None:
     return start.checkpoint
 
 
-@pytest.fixture
-def stopped(make_recipe: MakeRecipe, files: Files, tagger_dir: Path, tiny_lion: Path, tmp_path: Path) -> Recipe:
-    """Return the recipe of a run that was stopped at step 1 of 2, on copies of all files."""
+@pytest.fixture(scope="module")
+def trained(
+    files: Files, tagger_dir: Path, tiny_lion: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path, Path]:
+    """Train a run of two steps on copies of all files; return its recipe, its directory and a copy of that."""
+    directory, kept = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("kept") / "stopped"
     for source in (files.jsonl.parent, files.shards, tagger_dir, tiny_lion):
-        shutil.copytree(source, tmp_path / source.name)
-    settings = (
-        f"data.train.image_level=['{tmp_path / files.jsonl.parent.name / files.jsonl.name}']",
-        f"data.train.region_level=['{tmp_path / files.shards.name}']",
-        f"model.carry_over=['{tmp_path / tiny_lion.name}']",
-        f"data.tagger={tmp_path / tagger_dir.name}",
+        shutil.copytree(source, directory / source.name)
+    recipe = recipe_maker(directory, directory / tiny_lion.name)(
+        3,
+        f"data.train.image_level=['{directory / files.jsonl.parent.name / files.jsonl.name}']",
+        f"data.train.region_level=['{directory / files.shards.name}']",
+        f"data.tagger={directory / tagger_dir.name}",
         "checkpoints.every=1",
         "steps=2",
     )
-    recipe = make_recipe(3, *settings)
     train(recipe)
     saving.remove(Path(recipe.output_dir) / "checkpoint-2")
+    shutil.copytree(directory, kept)
+    return recipe, directory, kept
+
+
+@pytest.fixture
+def stopped(trained: tuple[Recipe, Path, Path]) -> Recipe:
+    """Return the recipe of a run that was stopped at step 1 of 2, with all its files as they were then."""
+    recipe, directory, kept = trained
+    shutil.rmtree(directory)
+    shutil.copytree(kept, directory)
     return recipe
 
 
