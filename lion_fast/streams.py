@@ -63,7 +63,7 @@ def reader_has_gone(error: OSError) -> bool:
     return bool(poll.poll(0))  # of what is not asked for, only an error or the other end's leaving is reported
 
 
-def on_one_line(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """Return an error's message with line breaks and control characters escaped."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(error))
 
@@ -71,6 +71,6 @@ def on_one_line(error: BaseException) -> str:
 def report(out: str | os.PathLike, summary: str) -> None:
     """Print what was written to `out`: on standard error if `out` is itself a stream, whose content it would join."""
     from lion_fast.io.owning import is_stream
-    from lion_fast.io.reading import on_one_line as shown
+    from lion_fast.io.reading import on_one_line
 
-    print(f"{shown(out)}: {summary}", file=sys.stderr if is_stream(Path(out)) else sys.stdout)
+    print(f"{on_one_line(out)}: {summary}", file=sys.stderr if is_stream(Path(out)) else sys.stdout)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, MissingExtraError) as error:
             if isinstance(error, OSError) and streams.reader_has_gone(error):
                 return streams.BROKEN_PIPE
-            print(f"lion-fast {args.command}: {streams.on_one_line(error)}", file=sys.stderr)
+            print(f"lion-fast {args.command}: {streams.message_of(error)}", file=sys.stderr)
             return 2
     except KeyboardInterrupt:
         if argv is None:
