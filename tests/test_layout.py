@@ -32,7 +32,7 @@ THIRD_PARTY = {"lion_kernels": {"torch", "triton"}, "lion_reference": {"torch", 
 LAYERS = (
     {"extras", "interrupts", "tasks"},
     {"io"},
-    {"configuration_lion"},
+    {"configuration_lion", "streams"},
     {"model"},
     {"tagging", "data"},
     {"scenes"},

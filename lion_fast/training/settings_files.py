@@ -82,7 +82,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, stream: str):
         super().__init__(stream)
-        self._depth = 0
+        self._depth = self._nodes = 0
         self._extent: dict[int, tuple[int, int]] = {}  # id of a node -> nodes and levels in it, aliases counted as such
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
@@ -90,6 +90,9 @@ class _Loader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise self._refusal(f"expected at most {_MAX_DEPTH} levels", event)
+        self._nodes += 1
+        if self._nodes > _MAX_NODES:  # without reading the rest
+            raise self._refusal(f"expected at most {_MAX_NODES} values and {_MAX_DEPTH} levels", event)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):

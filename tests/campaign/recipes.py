@@ -130,7 +130,7 @@ def make(rng: random.Random, folder: Path) -> Trial:
         return Trial(f"stage {stage}: {described}", lambda: Recipe.read(settings), [*names, *changed], _same)
     elif what == "resumed":
         old, new = _shipped(stage), load_recipe(stage).plain()
-        changed = [_change(rng, old) for _ in range(rng.choice((1, 2)))]
+        changed = [_change(rng, old)[:100] for _ in range(rng.choice((1, 2)))]  # as messages show them
         return Trial(
             f"stage {stage}: resumed after {changed!r}"[:300], lambda: check_resumable(old, new), [*names, *changed]
         )
