@@ -117,7 +117,26 @@ class BulkJob:
 
 
 _DIGESTS, _PLACES = "digests", "places"
-_OF_THE_MODEL = (".json", ".txt", ".model", ".jinja")  # its configuration and its tokenizer
+# The settings, the vocabularies and the tags of a model, in its directory and in that of the Q-Former's tokenizer.
+# Other files may lie there, such as a job's output.
+_OF_THE_MODEL = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "tag_list.txt",
+    "tag_thresholds.txt",
+)
+_DIRECTORIES = (".", "qformer_tokenizer")
 
 
 def record_of(job: BulkJob) -> Path:
@@ -218,7 +237,7 @@ def no_input(input: str) -> FileNotFoundError:
 def _digests(model: Path, tables: Sequence[Path]) -> dict[str, str]:
     """Return the digests of tables and shards, and of the settings beside the model's weights."""
     found = {f"input {table}": digest_of(table) for table in tables}
-    files = sorted(file for file in model.rglob("*") if file.suffix in _OF_THE_MODEL and file.is_file())
+    files = [file for part in _DIRECTORIES for name in _OF_THE_MODEL if (file := model / part / name).is_file()]
     return found | {f"model/{file.relative_to(model)}": digest_of(file) for file in files}
 
 

@@ -443,7 +443,7 @@ def test_the_command_line_takes_ids_and_overwrites(here: Path, run_cli: Callable
     [
         ("table.jsonl", "input table.jsonl has changed"),
         ("model/generation_config.json", "model/generation_config.json has changed"),
-        ("model/tokenizer/vocab.txt", "model/tokenizer/vocab.txt has changed"),
+        ("model/qformer_tokenizer/vocab.txt", "model/qformer_tokenizer/vocab.txt has changed"),
     ],
 )
 @pytest.mark.usefixtures("here")
@@ -484,6 +484,15 @@ def test_the_input_of_another_directory_is_not_taken_for_the_same(
         shutil.move(name, f"moved/{name}")
     monkeypatch.chdir(here / "moved")
     assert start(caption()).before == 5
+
+
+@pytest.mark.usefixtures("here")
+def test_an_output_may_lie_in_the_model_s_directory() -> None:
+    job = caption("model/rows.jsonl")
+    start(job)
+    Path("model/more").mkdir()
+    Path("model/more/notes.json").write_text("{}")
+    assert start(job).before == 5
 
 
 @pytest.mark.usefixtures("here")
