@@ -265,7 +265,9 @@ def expect_generation_arguments(
     own = given.get("generation_config")
     for name, (neutral, reason) in UNSUPPORTED.items():
         value = _first(name, given, own, defaults)
-        if value is not None and value != {} and not (isinstance(value, bool | int | float | str) and value in neutral):
+        if value is None or (isinstance(value, dict) and not value):
+            continue
+        if not (isinstance(value, bool | int | float | str) and value in neutral):
             raise ValueError(f"{name}: not supported, because {reason}; got {shown(value)}")
     for name, rule in RULES.items():
         value = _first(name, given, own, defaults)
@@ -280,8 +282,8 @@ def expect_generation_arguments(
         raise ValueError("tokenizer: expected the processor's tokenizer with stop_strings, got None")
     if _first("output_attentions", given, own, defaults):
         expect_attention_weights(config)
-    floats = {name: value for name in _FLOATS if isinstance(value := _first(name, given, own, defaults), int)}
-    checked = {**given, **{name: float(value) for name, value in floats.items()}}
+    numbers = {name: _first(name, given, own, defaults) for name in _FLOATS}
+    checked = {**given, **{name: float(n) for name, n in numbers.items() if n is not None and type(n) is not float}}
     if "prefix_allowed_tokens_fn" in given:
         checked["prefix_allowed_tokens_fn"] = _checked_prefixes(given["prefix_allowed_tokens_fn"], vocabulary)
     return checked

@@ -324,6 +324,7 @@ def test_trainer_obeys_its_generation_length(tmp_path: Any) -> None:
         ({"decoder_input_ids": torch.ones(2, 2).long()}, "decoder_input_ids: expected"),
         ({"return_dict": False}, "return_dict: not supported"),
         ({"cache_implementation": "quantized"}, "cache_implementation: expected the name of a cache"),
+        ({"use_mtp": np.ones(3)}, "use_mtp: not supported"),
         ({"cache_implementation": np.ones(3)}, "cache_implementation: expected the name of a cache"),
         ({"length_penalty": 10**20}, r"length_penalty: expected a number in -40\.\.40, got 1"),
         ({"prefix_allowed_tokens_fn": lambda sample, ids: None}, "prefix_allowed_tokens_fn: expected a list of ids"),
@@ -361,7 +362,8 @@ def test_a_penalty_of_lengths_may_be_an_integer(model: Any) -> None:
     expected = model.generate(**make_batch(), **SHORT, length_penalty=40.0)
     settings = GenerationConfig(**SHORT, length_penalty=40)
     assert torch.equal(model.generate(**make_batch(), generation_config=settings), expected)
-    assert torch.equal(model.generate(**make_batch(), **SHORT, length_penalty=40), expected)
+    for number in (40, np.int64(40), np.float32(40)):
+        assert torch.equal(model.generate(**make_batch(), **SHORT, length_penalty=number), expected)
 
 
 def test_encodings_may_be_passed_again_and_as_a_tuple() -> None:
