@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -252,7 +253,7 @@ def expect_generation_arguments(
     """Check the arguments of a call, a `generation_config` among them, and the checkpoint's defaults.
 
     Returns:
-        The call's arguments, with floats where transformers does not take integers.
+        The call's arguments, with Python's numbers for NumPy's, and floats where transformers does not take integers.
 
     Raises:
         TypeError: an argument is unknown.
@@ -261,6 +262,7 @@ def expect_generation_arguments(
     for name in given:
         if name not in _known():
             raise TypeError(f"{name}: unexpected argument of generate")
+    given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     vocabulary = config.text_config.vocab_size
     own = given.get("generation_config")
     for name, (neutral, reason) in UNSUPPORTED.items():

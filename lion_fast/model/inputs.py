@@ -242,5 +242,5 @@ def expect_item_count(count: Any) -> None:
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.is_complex():
             raise ValueError(f"num_items_in_batch: expected one number, got {shown(count)}")
-    elif count is not None:
-        expect_integer("num_items_in_batch", count, 1)
+    elif count is not None and expect_integer("num_items_in_batch", count, 1) >= 1 << 63:
+        raise ValueError(f"num_items_in_batch: expected less than 2**63, got {shown(count)}")

@@ -113,6 +113,7 @@ def test_masks_of_any_dtype(model: Any, dtype: torch.dtype) -> None:
         ({"encoder_outputs": (torch.ones(3, 5, 32),)}, r"encoder_outputs.last_hidden_state: expected \[3, 16, 32\]"),
         ({"output_attentions": True}, "output_attentions: expected False with attn_implementation='lion_kernels'"),
         ({"logits_to_keep": 1}, "logits_to_keep: expected None for an encoder-decoder, got 1"),
+        ({"num_items_in_batch": 10**20}, r"num_items_in_batch: expected less than 2\*\*63, got 1"),
         ({"num_items_in_batch": 0}, "num_items_in_batch: expected 1 or more, got 0"),
     ],
 )
@@ -354,6 +355,8 @@ def test_values_that_ask_for_nothing_are_taken(model: Any) -> None:
     batch = make_batch()
     given = {"guidance_scale": 1.0, "num_beam_groups": 1, "assistant_model": None, "top_k": None}
     assert model.generate(**batch, **SHORT, repetition_penalty=2, temperature=1).shape[0] == 3  # integers
+    numbers = {"min_new_tokens": np.int64(2), "num_beams": np.int32(2), "do_sample": np.bool_(False)}
+    assert model.generate(**batch, **{**SHORT, **numbers}).shape[0] == 3
     assert torch.equal(model.generate(**batch, **SHORT, **given), model.generate(**batch, **SHORT))
 
 
