@@ -59,7 +59,8 @@ def guards(host: str, max_file_bytes: int, uploads: Path) -> list[Middleware]:
 class KnownHosts:
     """Rejects requests whose `Host` is not a name of this server, to which an attacker's name could be bound.
 
-    IP addresses are no such names. A server that listens on a loopback address only accepts loopback addresses.
+    IP addresses are no such names. A server that listens on a loopback address only accepts loopback addresses. The
+    names that a request says it was forwarded from are dropped, because Gradio would build the page's links from them.
     """
 
     def __init__(self, app: ASGIApp, host: str):
@@ -71,6 +72,9 @@ class KnownHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = scope["type"] in ("http", "websocket") and not self._knows(Headers(scope=scope).get("host", ""))
         app = PlainTextResponse("This address is not one of the page's.", status_code=400) if refused else self.app
+        if "headers" in scope:
+            kept = [(name, value) for name, value in scope["headers"] if not name.startswith(b"x-forwarded-")]
+            scope = {**scope, "headers": kept}
         await app(scope, receive, send)
 
     def _knows(self, header: str) -> bool:

@@ -242,9 +242,23 @@ def quiet() -> Iterator[list[str]]:
             got.append(file.read().decode("utf-8", "replace"))
 
 
+class _Connection(io.BufferedReader):
+    """What a server sends; each reply reads its own part, and a reader for each would take the next one's too."""
+
+    def __init__(self, connection: socket.socket):
+        super().__init__(connection.makefile("rb", buffering=0))
+
+    def makefile(self, mode: str) -> "_Connection":
+        return self
+
+    def close(self) -> None:
+        """Stay open for the next reply."""
+
+
 def _replies(connection: socket.socket, request: Request) -> Iterator[tuple[int, bytes]]:
+    received: Any = _Connection(connection)
     while True:
-        reply = http.client.HTTPResponse(connection, method=request.method)
+        reply = http.client.HTTPResponse(received, method=request.method)
         try:
             reply.begin()
             yield reply.status, reply.read()

@@ -36,7 +36,7 @@ def make(rng: random.Random, folder: Path) -> Trial:
     changes = rng.sample(NAMES, rng.choice([0, 1, 1, 1, 2, 3]))
     for name in changes:
         arguments[name] = _valid(rng, name, count) if rng.random() < 0.4 else _hostile(rng, folder)
-    names = (*changes, "text", "images", "padding", "return_tensors", "max_length")
+    names = (*changes, "text", "images", "padding", "return_tensors", "max_length", "size")
     return Trial(
         f"{changes} of { ({name: arguments[name] for name in changes})!r:.300}",
         lambda: (processor(**arguments), arguments),

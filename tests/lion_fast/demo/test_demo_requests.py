@@ -67,6 +67,13 @@ def test_only_names_of_this_machine_are_served(address: str, host: str, status: 
     assert reply.status_code == status, reply.text
 
 
+@pytest.mark.parametrize("host", ["attacker.example", "[::1", ""])
+def test_a_request_cannot_say_where_it_was_forwarded_from(address: str, host: str) -> None:
+    expected = httpx.get(f"{address}config")
+    reply = httpx.get(f"{address}config", headers={"x-forwarded-host": host})
+    assert (reply.status_code, reply.json()["root"]) == (200, expected.json()["root"])
+
+
 def test_a_server_for_the_network_is_reached_by_address_or_name() -> None:
     from lion_fast.demo.guards import KnownHosts
 
