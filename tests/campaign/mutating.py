@@ -129,9 +129,9 @@ def _mutated(value: Any, rng: random.Random) -> Any:
     elif kind == 1:
         value.append(copy.deepcopy(value[place]))
     elif kind == 2 and names:
-        value["extra"] = rng.choice(VALUES)
+        value["extra"] = copy.deepcopy(rng.choice(VALUES))
     elif kind == 2:
-        value.insert(place, rng.choice(VALUES))
+        value.insert(place, copy.deepcopy(rng.choice(VALUES)))
     else:
         value[place] = _mutated(value[place], rng)
     return value
