@@ -161,7 +161,9 @@ def _is_decoder(image: Image.Image) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Pillow's of damaged EXIF data
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in _TO_UPRIGHT else 1
     except Exception as error:
         if isinstance(error, MemoryError) or not _is_decoder(image):

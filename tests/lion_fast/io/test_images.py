@@ -149,6 +149,14 @@ def test_damaged_exif_fields_do_not_affect_the_orientation(tmp_path):
     np.testing.assert_array_equal(pixels_of(tmp_path / "odd.png"), UPRIGHT[6](PIXELS))
 
 
+def test_truncated_exif_data_are_no_reason_for_a_warning(tmp_path, recwarn):
+    Image.fromarray(PIXELS).save(tmp_path / "cut.png", exif=b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 2) + b"\0\0")
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        Image.open(tmp_path / "cut.png").getexif().get(0x0112)
+    np.testing.assert_array_equal(pixels_of(tmp_path / "cut.png"), PIXELS)
+    assert "EXIF" not in "".join(str(warning.message) for warning in recwarn.list)
+
+
 def test_an_animation_gives_its_first_frame(tmp_path):
     first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
     first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
