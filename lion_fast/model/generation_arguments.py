@@ -263,11 +263,12 @@ def expect_generation_arguments(
         if name not in _known():
             raise TypeError(f"{name}: unexpected argument of generate")
     given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+    given = {name: value for name, value in given.items() if name not in UNSUPPORTED or not _is_empty(value)}
     vocabulary = config.text_config.vocab_size
     own = given.get("generation_config")
     for name, (neutral, reason) in UNSUPPORTED.items():
         value = _first(name, given, own, defaults)
-        if value is None or (isinstance(value, dict) and not value):
+        if value is None or _is_empty(value):
             continue
         if not (isinstance(value, bool | int | float | str) and value in neutral):
             raise ValueError(f"{name}: not supported, because {reason}; got {shown(value)}")
@@ -289,6 +290,10 @@ def expect_generation_arguments(
     if "prefix_allowed_tokens_fn" in given:
         checked["prefix_allowed_tokens_fn"] = _checked_prefixes(given["prefix_allowed_tokens_fn"], vocabulary)
     return checked
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
 
 
 def _checked_prefixes(allowed: Callable[[int, Tensor], Any], vocabulary: int) -> Callable[[int, Tensor], Any]:

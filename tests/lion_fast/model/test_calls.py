@@ -353,7 +353,7 @@ def test_an_unknown_argument_of_generate_is_named() -> None:
 
 def test_values_that_ask_for_nothing_are_taken(model: Any) -> None:
     batch = make_batch()
-    given = {"guidance_scale": 1.0, "num_beam_groups": 1, "assistant_model": None, "top_k": None}
+    given = {"guidance_scale": 1.0, "num_beam_groups": 1, "assistant_model": None, "top_k": None, "force_words_ids": {}}
     assert model.generate(**batch, **SHORT, repetition_penalty=2, temperature=1).shape[0] == 3  # integers
     numbers = {"min_new_tokens": np.int64(2), "num_beams": np.int32(2), "do_sample": np.bool_(False)}
     assert model.generate(**batch, **{**SHORT, **numbers}).shape[0] == 3
