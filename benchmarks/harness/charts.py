@@ -62,8 +62,8 @@ def _save(file: Path, chart: Callable[[Any, Any], bool], run: Run | Sequence[Run
         drawn = chart(figure, run)
         if drawn:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as unfinished:
-                figure.savefig(unfinished, format="png", dpi=130, metadata={"Software": None})
+            with whole_file(file) as unfinished, unfinished.open("wb") as image:
+                figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
         pyplot.close(figure)
     return file if drawn else None
 

@@ -72,8 +72,13 @@ def scan(path: str | Path, variant: str | None = None) -> dict[str, TensorInfo]:
                 f"{file}: expected tensors of its own, got {twice[0]}, which {infos[twice[0]].file} has"
             )
         infos |= found
+    if missing := [name for name in indexed if name not in infos]:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors are missing or of another shape, such as {missing[0]}, which the index of "
+            f"shards has in {indexed[missing[0]]}"
+        )
     for name, shard in indexed.items():
-        if name not in infos or infos[name].file.name != shard:
+        if infos[name].file.name != shard:
             raise CheckpointError(f"{path}: expected {name} in {shard}, as the index of shards says, found none there")
     return infos
 

@@ -128,7 +128,9 @@ class Section:
 def shown_name(name: Any) -> str:
     """Return a key or a path for an error's message: itself, or shortened and quoted if it is long or has no words."""
     text = str(name) if isinstance(name, str | os.PathLike) else shown(name)
-    return text if text.isprintable() and 0 < len(text) <= _MAX_NAME_SHOWN else shown(text)
+    if text.isprintable() and 0 < len(text) <= _MAX_NAME_SHOWN:
+        return text
+    return repr(text if len(text) <= _MAX_NAME_SHOWN else f"{text[:_MAX_NAME_SHOWN]}...")
 
 
 _MAX_NAME_SHOWN = 240

@@ -226,7 +226,7 @@ def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
     [
         (
             {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}},
-            "expected b in one.safetensors, as the index",
+            "such as b, which the index of shards has in one.safetensors",
         ),
         ({"weight_map": {"a": "one.safetensors"}, "metadata": [1]}, "metadata: expected a JSON object, got list"),
     ],
