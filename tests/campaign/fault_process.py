@@ -43,23 +43,12 @@ def convert_original(folder: Path) -> None:
 
 def train(folder: Path) -> None:
     """Train six steps with three checkpoints, or resume the run."""
-    from lion_fast.training import load_recipe
     from lion_fast.training.run import train
+    from tests.lion_fast.training.runs import recipe_maker
 
     inside, run_dir = folder / "in", folder / "out" / "run"
-    settings = [
-        f"output_dir={run_dir}",
-        f"model.carry_over=['{inside / 'lion'}']",
-        f"data.train.image_level=['{inside / 'train.jsonl'}']",
-        "data.workers=0",
-        "batch.size=4",
-        "batch.per_process=2",
-        "steps=6",
-        "precision=fp32",
-        "log_every=1",
-        "checkpoints.every=2",
-    ]
-    train(load_recipe(1, overrides=settings), resume=run_dir.exists())
+    recipe = recipe_maker(run_dir.parent, inside / "lion")(1, f"data.train.image_level=['{inside / 'train.jsonl'}']")
+    train(recipe, resume=run_dir.exists())
 
 
 JOBS: dict[str, Callable[[Path], object]] = {
