@@ -9,7 +9,7 @@ from contextlib import contextmanager
 def importing() -> Iterator[None]:
     """Pause the garbage collector, which would search the many objects that imports make, and that stay, repeatedly.
 
-    It takes a fifth of the time of importing PyTorch and transformers.
+    It takes about a sixth of the time of importing PyTorch and transformers.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -9,9 +9,10 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from lion_fast.data.converters.entries import Entry, Options, Parts, Unit, check_same, index_by, repeated
-from lion_fast.data.records import Box, DataError, Record, shown
+from lion_fast.data.records import Box, DataError, Record
 from lion_fast.data.templates import instruction
 from lion_fast.io.boxes import format_box
+from lion_fast.io.reading import shown
 
 _MAX_SIDE = 1 << 31  # pixels
 
